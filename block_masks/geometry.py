@@ -1,0 +1,118 @@
+"""Where blocks and composite tokens lie: lengths, block size and causal alignment.
+
+Symbols: Nq/Nk query and key blocks, i/j their indices, S tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockGeometry:
+    """The block grid of one attention call.
+
+    Query row ``r`` stands at key position ``r + causal_offset`` and sees the keys up to and
+    including that position. Lengths may be symbolic (`torch.SymInt`) while a graph is traced.
+
+    Attributes:
+        q_len: Query rows, at least 1.
+        kv_len: Keys, at least 1.
+        block_size: Tokens per block, for queries and keys alike.
+        causal_offset: Key position of query row 0, at least 0; ``None`` where nothing is causal.
+            ``kv_len - q_len`` is bottom-right alignment, 0 is top-left.
+    """
+
+    q_len: int
+    kv_len: int
+    block_size: int
+    causal_offset: int | None = None
+
+    @property
+    def num_q_blocks(self) -> int:
+        """Query blocks, the last one possibly ragged."""
+        return (self.q_len + self.block_size - 1) // self.block_size
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Key blocks, the last one possibly ragged."""
+        return (self.kv_len + self.block_size - 1) // self.block_size
+
+    def last_positions(self, rows_per_group: int, groups: int, device: torch.device) -> Tensor:
+        """Key position of the last query row of every group of rows.
+
+        Args:
+            rows_per_group: Query rows in a group (a block or a composite token).
+            groups: How many groups.
+            device: Where the result lives.
+
+        Returns:
+            int64 [groups]. Groups that lie wholly behind ``q_len`` repeat the last row's position.
+        """
+        last_row = (torch.arange(groups, device=device) + 1) * rows_per_group - 1
+        return last_row.clamp(max=self.q_len - 1) + (self.causal_offset or 0)
+
+    def visible(self, q_group: int, kv_group: int, device: torch.device) -> Tensor:
+        """Which groups of keys some row of a group of queries may see.
+
+        Args:
+            q_group: Query rows in a group; divides ``block_size``.
+            kv_group: Keys in a group; divides ``block_size``.
+            device: Where the result lives.
+
+        Returns:
+            bool [Nq * block_size / q_group, Nk * block_size / kv_group]; False for groups of keys
+            behind ``kv_len``.
+        """
+        q_groups = self.num_q_blocks * (self.block_size // q_group)
+        kv_groups = self.num_kv_blocks * (self.block_size // kv_group)
+        first_key = torch.arange(kv_groups, device=device) * kv_group
+        exists = first_key < self.kv_len
+        if self.causal_offset is None:
+            return exists[None, :].expand(q_groups, kv_groups)
+        last = self.last_positions(q_group, q_groups, device)
+        return exists[None, :] & (first_key[None, :] <= last[:, None])
+
+    def visible_blocks(self, device: torch.device) -> Tensor:
+        """Blocks that hold at least one visible (query, key) pair: bool [Nq, Nk]."""
+        return self.visible(self.block_size, self.block_size, device)
+
+    def interior_blocks(self, device: torch.device) -> Tensor:
+        """Blocks whose every (query, key) pair exists and is visible: bool [Nq, Nk].
+
+        These need no ``mask_mod``: FlexAttention calls them full. A block on the causal diagonal
+        or over the ragged end of the keys is not interior.
+        """
+        last_key = (torch.arange(self.num_kv_blocks, device=device) + 1) * self.block_size - 1
+        whole = last_key < self.kv_len
+        if self.causal_offset is None:
+            return whole[None, :].expand(self.num_q_blocks, self.num_kv_blocks)
+        first_row = torch.arange(self.num_q_blocks, device=device) * self.block_size
+        first_position = first_row + self.causal_offset
+        return whole[None, :] & (last_key[None, :] <= first_position[:, None])
+
+    def local_blocks(self, count: int, device: torch.device) -> Tensor:
+        """The blocks of the rows' own positions and the ``count - 1`` blocks before them.
+
+        A query block whose rows stand astride two key blocks owns both. Without causality the
+        rows' own positions are known only where ``q_len == kv_len`` (self-attention); then the
+        ``count - 1`` blocks behind are local too, elsewhere nothing is.
+
+        Returns:
+            bool [Nq, Nk].
+        """
+        shape = self.num_q_blocks, self.num_kv_blocks
+        if self.causal_offset is None and self.q_len != self.kv_len:
+            return torch.zeros(shape, dtype=torch.bool, device=device)
+        row_block = torch.arange(shape[0], device=device)
+        first = (row_block * self.block_size + (self.causal_offset or 0)) // self.block_size
+        last = self.last_positions(self.block_size, shape[0], device) // self.block_size
+        column = torch.arange(shape[1], device=device)
+        # With top-left alignment and q_len > kv_len the rows outrun the keys: the last block is theirs.
+        first, last = first.clamp(max=shape[1] - 1), last.clamp(max=shape[1] - 1)
+        behind = 0 if self.causal_offset is not None else count - 1
+        after_first = column[None, :] > first[:, None] - count
+        return after_first & (column[None, :] <= last[:, None] + behind)

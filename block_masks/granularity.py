@@ -1,0 +1,93 @@
+"""Composite tokens: queries and keys averaged along the sequence and across heads of a GQA group.
+
+Symbols: B batch, Hq/Hkv heads, G = Hq/Hkv, S tokens, D head_dim, C composite tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .validation import validate_int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pooled:
+    """Average pooling of queries and keys into composite tokens (UniSparse, section 3).
+
+    Attributes:
+        q: Query rows per composite query; divides the block size.
+        k: Keys per composite key; divides the block size.
+        heads: Consecutive query heads of one GQA group per composite head; divides the group.
+    """
+
+    q: int = 8
+    k: int = 8
+    heads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("q", "k", "heads"):
+            validate_int(getattr(self, name), name, minimum=1)
+
+
+def pool_tokens(
+    tokens: Tensor, group: int, *, block_size: int, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Averages every ``group`` consecutive tokens; a partial group divides by its true count.
+
+    Args:
+        tokens: [B, H, S, D], any floating dtype.
+        group: Tokens per composite token; divides ``block_size``.
+        block_size: The result is padded to whole blocks with empty composite tokens.
+        valid: bool [B, S], the tokens that take part; ``None`` for all.
+
+    Returns:
+        The composites [B, H, C, D] with C = ceil(S / block_size) * block_size / group, in float32
+        (float64 for float64 tokens), zero where empty and NaN where a token that takes part is
+        not finite; and their token counts, float [1 or B, C].
+    """
+    batch, heads, length, head_dim = tokens.shape
+    accumulate = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    padding = -length % block_size
+    groups = (length + padding) // group
+    if valid is None:
+        start = torch.arange(groups, device=tokens.device) * group
+        counts = (length - start).clamp(0, group).to(accumulate)[None]
+    else:
+        tokens = tokens.masked_fill(~valid[:, None, :, None], 0.0)
+        whole = F.pad(valid, (0, padding)).view(batch, groups, group)
+        counts = whole.sum(-1).to(accumulate)
+    if not isinstance(padding, int) or padding:
+        tokens = F.pad(tokens, (0, 0, 0, padding))
+    sums = tokens.reshape(batch, heads, groups, group, head_dim).sum(3, dtype=accumulate)
+    means = sums / counts.clamp_min(1)[:, None, :, None]
+    # An infinity could vanish in a softmax; a NaN never does, and a NaN row is kept whole.
+    return torch.where(means.isfinite(), means, float("nan")), counts
+
+
+def pool_heads(composites: Tensor, kv_heads: int, heads: int) -> Tensor:
+    """Averages every ``heads`` consecutive query heads of a GQA group.
+
+    Args:
+        composites: [B, Hq, C, D].
+        kv_heads: Hkv; divides Hq.
+        heads: Heads per composite head; divides G = Hq / Hkv.
+
+    Returns:
+        [B, Hkv, G / heads, C, D].
+
+    Raises:
+        ValueError: ``heads`` does not divide the group.
+    """
+    batch, q_heads, length, head_dim = composites.shape
+    group = q_heads // kv_heads
+    if group % heads:
+        raise ValueError(
+            f"c_h must divide the GQA group of {group} heads ({q_heads} query heads over {kv_heads} "
+            f"key heads), got {heads}; use 1 or {group}"
+        )
+    split = composites.reshape(batch, kv_heads, group // heads, heads, length, head_dim)
+    return split.mean(3)

@@ -1,0 +1,98 @@
+"""What an ``attn_mask`` says about composite tokens and blocks.
+
+Symbols: Bm/Hm the mask's batch and heads (1 or B, 1 or Hq), Cq/Ck composite tokens, Nk key blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import BlockGeometry
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MaskSummary:
+    """An attention mask reduced to what scoring and selection need.
+
+    Attributes:
+        cell_bias: float [Bm, Hm, Cq, Ck], log of the mean of ``exp(mask)`` over the existing
+            query rows of a cell and ``c_k`` keys; -inf where nothing is visible.
+        row_blocks: bool [Bm, Hm, Nq * block_size, Nk], which key blocks each query row sees.
+        key_valid: bool [Bm, Skv], keys that some query sees.
+        query_valid: bool [Bm, Sq], queries that see some key.
+    """
+
+    cell_bias: Tensor
+    row_blocks: Tensor
+    key_valid: Tensor
+    query_valid: Tensor
+
+    def visible_blocks(self, block_size: int) -> Tensor:
+        """Blocks that hold at least one visible pair: bool [Bm, Hm, Nq, Nk]."""
+        batch, heads, rows, blocks = self.row_blocks.shape
+        return self.row_blocks.view(batch, heads, rows // block_size, block_size, blocks).any(-2)
+
+
+def visible_tokens(attn_mask: Tensor) -> Tensor:
+    """Which (query, key) pairs take part.
+
+    Args:
+        attn_mask: bool (True takes part) or floating (added to the logits).
+
+    Returns:
+        bool of the same shape. An additive entry at the dtype's minimum or -inf takes no part.
+    """
+    if attn_mask.dtype is torch.bool:
+        return attn_mask
+    return attn_mask > torch.finfo(attn_mask.dtype).min
+
+
+def expand_mask(attn_mask: Tensor, geometry: BlockGeometry) -> Tensor:
+    """Views a broadcastable mask as [Bm, Hm, Sq, Skv] without copying."""
+    leading = (1,) * (4 - attn_mask.dim())
+    mask = attn_mask.reshape(leading + tuple(attn_mask.shape))
+    return mask.expand(-1, -1, geometry.q_len, geometry.kv_len)
+
+
+def summarize_mask(
+    attn_mask: Tensor, geometry: BlockGeometry, *, c_q: int, c_k: int
+) -> MaskSummary:
+    """Reduces ``attn_mask`` to composite cells and blocks.
+
+    Args:
+        attn_mask: bool or floating, broadcastable to [B, Hq, Sq, Skv].
+        geometry: The block grid.
+        c_q: Query rows per composite query.
+        c_k: Keys per composite key.
+
+    Returns:
+        The summary; its size is that of the mask over ``min(c_q * c_k, block_size)``.
+    """
+    mask = expand_mask(attn_mask, geometry)
+    visible = visible_tokens(mask)
+    size = geometry.block_size
+    rows, keys = geometry.num_q_blocks * size, geometry.num_kv_blocks * size
+    padding = (0, keys - geometry.kv_len, 0, rows - geometry.q_len)
+    padded = F.pad(visible, padding)
+    batch, heads = mask.shape[:2]
+
+    cells = (batch, heads, rows // c_q, c_q, keys // c_k, c_k)
+    if mask.dtype is torch.bool:
+        log_sum = padded.view(cells).sum((3, 5)).float().log()
+    else:
+        accumulate = torch.float64 if mask.dtype is torch.float64 else torch.float32
+        bias = mask.to(accumulate).masked_fill(~visible, -math.inf)
+        log_sum = F.pad(bias, padding, value=-math.inf).view(cells).logsumexp((3, 5))
+    row_start = torch.arange(rows // c_q, device=mask.device) * c_q
+    row_count = (geometry.q_len - row_start).clamp(1, c_q)
+    return MaskSummary(
+        cell_bias=log_sum - (row_count * c_k).log()[:, None],
+        row_blocks=padded.view(batch, heads, rows, keys // size, size).any(-1),
+        key_valid=visible.any((1, 2)),
+        query_valid=visible.any(3).any(1),
+    )

@@ -1,0 +1,195 @@
+"""Selection rules and the guards that every selection obeys.
+
+Symbols: B batch, H heads, Nq/Nk query and key blocks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import BlockGeometry
+from .mask_summary import MaskSummary
+from .validation import validate_fraction, validate_int
+
+
+class SelectionRule(ABC):
+    """Which blocks of a row are kept, given their scores and those kept in any case."""
+
+    @abstractmethod
+    def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        """Chooses blocks row by row.
+
+        Args:
+            scores: float [B, H, Nq, Nk], shares of a row's attention mass.
+            forced: bool, broadcastable to scores: kept whatever their score.
+            visible: bool, broadcastable to scores: the blocks that may be kept.
+
+        Returns:
+            bool [B, H, Nq, Nk]: ``forced`` and what the rule adds, within ``visible``.
+        """
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopP(SelectionRule):
+    """Keeps the highest blocks until their mass reaches ``top_p``; forced mass counts first.
+
+    Attributes:
+        top_p: Share of a row's estimated mass in (0, 1]; 1.0 keeps every visible block.
+    """
+
+    top_p: float
+
+    def __post_init__(self) -> None:
+        validate_fraction(self.top_p, "top_p")
+
+    def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        """See `SelectionRule.select`; ties go to the lower block index."""
+        if self.top_p == 1.0:
+            # An estimate of zero is no proof of zero: all means all.
+            return visible.expand_as(scores)
+        values, order = _descending(scores, forced, visible)
+        forced_mass = (scores * forced).sum(-1, keepdim=True)
+        before = forced_mass + F.pad(values.clamp_min(0).cumsum(-1)[..., :-1], (1, 0))
+        return _scatter(order, (before < self.top_p) & (values >= 0)) | (forced & visible)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopK(SelectionRule):
+    """Keeps ``top_k`` blocks per row, forced ones counted first; more only where more are forced.
+
+    Attributes:
+        top_k: Blocks per row, at least 1.
+    """
+
+    top_k: int
+
+    def __post_init__(self) -> None:
+        validate_int(self.top_k, "top_k", minimum=1)
+
+    def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        """See `SelectionRule.select`; ties go to the lower block index."""
+        values, order = _descending(scores, forced, visible)
+        left = self.top_k - (forced & visible).sum(-1, keepdim=True)
+        rank = torch.arange(scores.shape[-1], device=scores.device)
+        return _scatter(order, (rank < left) & (values >= 0)) | (forced & visible)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guards:
+    """Blocks that are kept whatever the scores say.
+
+    Attributes:
+        sink_blocks: First visible key blocks of every row, at least 0.
+        local_blocks: The diagonal block and those before it (on both sides where nothing is
+            causal and ``q_len == kv_len``), at least 1.
+        last_query_blocks: Last query blocks that keep everything, at least 0.
+    """
+
+    sink_blocks: int = 1
+    local_blocks: int = 1
+    last_query_blocks: int = 1
+
+    def __post_init__(self) -> None:
+        validate_int(self.sink_blocks, "sink_blocks", minimum=0)
+        validate_int(self.local_blocks, "local_blocks", minimum=1)
+        validate_int(self.last_query_blocks, "last_query_blocks", minimum=0)
+
+    def forced_blocks(
+        self, geometry: BlockGeometry, device: torch.device, mask: MaskSummary | None = None
+    ) -> Tensor:
+        """The forced blocks: bool [1 or Bm, 1, Nq, Nk], not yet restricted to visible ones.
+
+        With a mask, sinks are counted from the first key block that is not all padding and last
+        query blocks from the last one that holds a query: left and right padding move both.
+        """
+        local = geometry.local_blocks(self.local_blocks, device)[None, None]
+        keys = _valid_blocks(mask.key_valid if mask else None, geometry, geometry.kv_len, device)
+        sink = keys & (keys.cumsum(-1) <= self.sink_blocks)
+        rows = _valid_blocks(mask.query_valid if mask else None, geometry, geometry.q_len, device)
+        from_end = rows.flip(-1).cumsum(-1).flip(-1)
+        last = rows & (from_end <= self.last_query_blocks)
+        return local | sink[:, None, None, :] | last[:, None, :, None]
+
+
+def select_blocks(
+    scores: Tensor,
+    *,
+    rule: SelectionRule,
+    guards: Guards,
+    geometry: BlockGeometry,
+    mask: MaskSummary | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Applies a rule and the guards to block scores.
+
+    Rows whose scores are not finite keep every visible block, so that a NaN or an infinity in
+    queries or keys reaches the output as it does in dense attention. Under a mask, a query block
+    of which some row would keep no key that it sees keeps every visible block.
+
+    Args:
+        scores: float [B, H, Nq, Nk]; NaN where a row cannot be judged.
+        rule: Which blocks a row keeps.
+        guards: Which blocks are kept in any case.
+        geometry: The block grid.
+        mask: Summary of the call's ``attn_mask``.
+
+    Returns:
+        keep, bool [B, H, Nq, Nk], and the visible blocks, bool [1 or Bm, 1 or Hm, Nq, Nk].
+    """
+    visible = geometry.visible_blocks(scores.device)[None, None]
+    rule_visible = visible
+    if mask is not None:
+        visible = visible & mask.visible_blocks(geometry.block_size)
+        rule_visible = _group_heads(visible, scores.shape[1])
+    forced = guards.forced_blocks(geometry, scores.device, mask) & rule_visible
+    unjudged = scores.isnan().any(-1, keepdim=True)
+    judged = scores.masked_fill(unjudged, 0.0)
+    keep = rule.select(judged, forced, rule_visible) | (unjudged & rule_visible)
+    if mask is not None:
+        keep = keep | (_uncovered_rows(keep, mask, geometry) & rule_visible)
+    return keep, visible
+
+
+def _uncovered_rows(keep: Tensor, mask: MaskSummary, geometry: BlockGeometry) -> Tensor:
+    """Query blocks with a row that sees keys but none of the kept ones: bool [B, H, Nq, 1]."""
+    rows = _split_group(mask.row_blocks, keep.shape[1])
+    rows = rows.unflatten(-2, (geometry.num_q_blocks, geometry.block_size)).float()
+    kept = torch.einsum("bhgirj,bhij->bhgir", rows, keep.to(rows.dtype))
+    return ((kept == 0) & (rows.sum(-1) > 0)).any(-1).any(2)[..., None]
+
+
+def _split_group(per_head: Tensor, heads: int) -> Tensor:
+    """[Bm, Hm, ...] as [Bm, 1 or heads, Hm / heads, ...], the heads that share a selection apart."""
+    if per_head.shape[1] == 1:
+        return per_head[:, :, None]
+    return per_head.unflatten(1, (heads, -1))
+
+
+def _group_heads(visible: Tensor, heads: int) -> Tensor:
+    return _split_group(visible, heads).any(2)
+
+
+def _valid_blocks(
+    valid: Tensor | None, geometry: BlockGeometry, length: int, device: torch.device
+) -> Tensor:
+    """Blocks that hold a valid token: bool [1 or Bm, blocks]."""
+    size = geometry.block_size
+    if valid is None:
+        blocks = (length + size - 1) // size
+        return torch.ones((1, blocks), dtype=torch.bool, device=device)
+    padded = F.pad(valid, (0, -length % size))
+    return padded.unflatten(-1, (-1, size)).any(-1)
+
+
+def _descending(scores: Tensor, forced: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the blocks a rule may choose, highest first; -1 for those it may not."""
+    candidates = torch.where(visible & ~forced, scores, -1.0)
+    return candidates.sort(dim=-1, descending=True, stable=True)
+
+
+def _scatter(order: Tensor, keep_sorted: Tensor) -> Tensor:
+    return torch.zeros_like(keep_sorted).scatter(-1, order, keep_sorted)

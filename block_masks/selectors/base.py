@@ -1,0 +1,100 @@
+"""What a selector is: query and key in, BlockSelection out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..block_selection import BlockSelection
+from ..geometry import BlockGeometry
+from ..scoring import default_scale
+from ..validation import validate_attn_mask, validate_causal_lengths, validate_query_key
+
+
+class Selector(ABC):
+    """Chooses key blocks for every query block of one attention call.
+
+    A selector is a frozen dataclass of plain values (numbers, strings, tuples, ``None``), so that
+    it can be hashed, compared, printed and carried inside a traced graph. Subclasses are known by
+    their class name from the moment they are defined.
+
+    Attributes:
+        block_size: Tokens per block; a power of two of at least 16.
+    """
+
+    __slots__ = ()
+    registry: ClassVar[dict[str, type[Selector]]] = {}
+    block_size: int
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        Selector.registry[cls.__name__] = cls
+
+    def select(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        is_causal: bool = False,
+        attn_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> BlockSelection:
+        """Selects blocks; the entry point for callers outside a model.
+
+        Args:
+            query: [B, Hq, Sq, D], after rotary embedding.
+            key: [B, Hkv, Skv, D]; Hkv divides Hq.
+            is_causal: Each query sees the keys up to its own position, bottom-right aligned.
+            attn_mask: bool or float, broadcastable to [B, Hq, Sq, Skv]; not with ``is_causal``.
+            scale: Factor on the logits; 1 / sqrt(D) by default.
+
+        Returns:
+            The kept blocks.
+
+        Raises:
+            TypeError: Not tensors, or dtypes that differ or are not floating.
+            ValueError: Ranks, heads, devices or lengths that do not go together.
+        """
+        validate_query_key(query, key)
+        q_len, kv_len = query.shape[2], key.shape[2]
+        if attn_mask is not None:
+            if is_causal:
+                raise ValueError(
+                    "attn_mask and is_causal must not both be given, got both; "
+                    "put causality into attn_mask"
+                )
+            validate_attn_mask(attn_mask, query, key)
+        if is_causal:
+            validate_causal_lengths(q_len, kv_len)
+        geometry = BlockGeometry(
+            q_len=q_len,
+            kv_len=kv_len,
+            block_size=self.block_size,
+            causal_offset=kv_len - q_len if is_causal else None,
+        )
+        with torch.no_grad():
+            return self.compute_selection(
+                query,
+                key,
+                geometry=geometry,
+                scale=default_scale(query.shape[3]) if scale is None else scale,
+                attn_mask=attn_mask,
+            )
+
+    @abstractmethod
+    def compute_selection(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        geometry: BlockGeometry,
+        scale: float,
+        attn_mask: Tensor | None,
+    ) -> BlockSelection:
+        """Selects blocks for inputs that were checked; traced under torch.compile.
+
+        No host synchronisation, no shape that depends on data, no loop over heads.
+        """

@@ -1,0 +1,120 @@
+"""UniSparse: composite tokens, block scores, top-p (arXiv 2512.14082).
+
+The paper publishes the policy, not its constants: the defaults here are a reconstruction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..block_selection import BlockSelection
+from ..geometry import BlockGeometry
+from ..granularity import Pooled
+from ..mask_summary import summarize_mask
+from ..scoring import compute_block_scores
+from ..selection import Guards, SelectionRule, TopK, TopP, select_blocks
+from ..validation import validate_block_size, validate_int
+from .base import Selector
+
+DEFAULT_TOP_P = 0.95
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UniSparse(Selector):
+    """Top-p (or top-k) blocks by attention among composite tokens.
+
+    Attributes:
+        block_size: Tokens per block; a power of two of at least 16.
+        c_q: Query rows per composite query; divides ``block_size``.
+        c_k: Keys per composite key; divides ``block_size``.
+        c_h: Consecutive query heads of one GQA group per composite head; divides the group.
+        top_p: Share of a row's estimated attention mass to keep, in (0, 1]; 1.0 keeps all.
+            0.95 where neither ``top_p`` nor ``top_k`` is given.
+        top_k: Blocks per row instead of ``top_p``, forced ones counted first.
+        sink_blocks: First key blocks, kept for every row.
+        local_blocks: Diagonal block and those before it, kept for every row.
+        last_query_blocks: Last query blocks, which keep every block.
+    """
+
+    block_size: int = 128
+    c_q: int = 8
+    c_k: int = 8
+    c_h: int = 1
+    top_p: float | None = None
+    top_k: int | None = None
+    sink_blocks: int = 1
+    local_blocks: int = 1
+    last_query_blocks: int = 1
+
+    def __post_init__(self) -> None:
+        validate_block_size(self.block_size)
+        for name in ("c_q", "c_k", "c_h"):
+            validate_int(getattr(self, name), name, minimum=1)
+        for name in ("c_q", "c_k"):
+            if self.block_size % getattr(self, name):
+                raise ValueError(
+                    f"{name} must divide block_size {self.block_size}, got {getattr(self, name)}; "
+                    "use a power of two up to block_size"
+                )
+        if self.top_p is not None and self.top_k is not None:
+            raise ValueError(
+                f"top_p and top_k must not both be given, got {self.top_p} and {self.top_k}; "
+                "choose one rule"
+            )
+        if self.top_p is None and self.top_k is None:
+            object.__setattr__(self, "top_p", DEFAULT_TOP_P)
+        # Built here so that a wrong value is reported where it was given.
+        _ = self.rule, self.guards
+
+    @property
+    def rule(self) -> SelectionRule:
+        """The rule that ``top_p`` or ``top_k`` asks for."""
+        if self.top_k is not None:
+            return TopK(top_k=self.top_k)
+        assert self.top_p is not None
+        return TopP(top_p=self.top_p)
+
+    @property
+    def guards(self) -> Guards:
+        """The blocks that are kept in any case."""
+        return Guards(
+            sink_blocks=self.sink_blocks,
+            local_blocks=self.local_blocks,
+            last_query_blocks=self.last_query_blocks,
+        )
+
+    @property
+    def granularity(self) -> Pooled:
+        """How queries, keys and heads are pooled."""
+        return Pooled(q=self.c_q, k=self.c_k, heads=self.c_h)
+
+    def compute_selection(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        geometry: BlockGeometry,
+        scale: float,
+        attn_mask: Tensor | None,
+    ) -> BlockSelection:
+        """See `Selector.compute_selection`."""
+        mask = None
+        if attn_mask is not None:
+            mask = summarize_mask(attn_mask, geometry, c_q=self.c_q, c_k=self.c_k)
+        scores = compute_block_scores(
+            query,
+            key,
+            geometry=geometry,
+            granularity=self.granularity,
+            scale=scale,
+            mask=mask,
+        )
+        keep, visible = select_blocks(
+            scores, rule=self.rule, guards=self.guards, geometry=geometry, mask=mask
+        )
+        # FlexAttention takes masks of 1 or Hq heads, nothing between.
+        if 1 < keep.shape[1] < query.shape[1]:
+            keep = keep.repeat_interleave(self.c_h, dim=1)
+        return BlockSelection(keep=keep, visible=visible, geometry=geometry)

@@ -1,0 +1,141 @@
+"""Checks of what a caller passes in; every message names the argument, the rule, what came, the way out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MIN_BLOCK_SIZE = 16
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def validate_block_size(block_size: int, name: str = "block_size") -> None:
+    """Raises ValueError unless FlexAttention's kernels can tile ``block_size``."""
+    validate_int(block_size, name, minimum=MIN_BLOCK_SIZE)
+    if block_size & (block_size - 1):
+        raise ValueError(
+            f"{name} must be a power of two of at least {MIN_BLOCK_SIZE} (FlexAttention's tiles are), "
+            f"got {block_size}; use 128, or 64 for finer selection"
+        )
+
+
+def validate_int(value: int, name: str, *, minimum: int) -> None:
+    """Raises TypeError or ValueError unless ``value`` is an int of at least ``minimum``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def validate_fraction(value: float, name: str) -> None:
+    """Raises TypeError or ValueError unless ``value`` is a number in (0, 1]."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1], got {value}; {name}=1.0 keeps every block")
+
+
+def validate_query_key(query: Tensor, key: Tensor) -> None:
+    """Raises unless query [B, Hq, Sq, D] and key [B, Hkv, Skv, D] can attend to one another."""
+    for name, tensor in (("query", query), ("key", key)):
+        _validate_4d(tensor, name)
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}; "
+                f"convert it with {name}.to(torch.bfloat16)"
+            )
+        if tensor.shape[-1] == 0:
+            raise ValueError(
+                f"{name} must have a head_dim of at least 1, got shape {_shape(tensor)}"
+            )
+        if tensor.shape[-2] == 0:
+            raise ValueError(
+                f"{name} must hold at least one token, got shape {_shape(tensor)}; "
+                "skip attention where there is nothing to attend to"
+            )
+    _validate_same("key", key, "query", query)
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"key must have query's head_dim {query.shape[-1]}, got {key.shape[-1]} "
+            f"(query {_shape(query)}, key {_shape(key)})"
+        )
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query heads must be a multiple of key heads, got {query.shape[1]} and {key.shape[1]} "
+            f"(query {_shape(query)}, key {_shape(key)}); tensors are [batch, heads, tokens, head_dim]"
+        )
+
+
+def validate_value(key: Tensor, value: Tensor) -> None:
+    """Raises unless value [B, Hkv, Skv, Dv] goes with key [B, Hkv, Skv, D]."""
+    _validate_4d(value, "value")
+    _validate_same("value", value, "key", key)
+    if value.shape[1] != key.shape[1] or value.shape[2] != key.shape[2]:
+        raise ValueError(
+            "value must have key's heads and tokens, "
+            f"got value {_shape(value)} and key {_shape(key)}"
+        )
+
+
+def validate_causal_lengths(q_len: int, kv_len: int) -> None:
+    """Raises ValueError where bottom-right causal alignment leaves query rows without keys."""
+    if q_len > kv_len:
+        raise ValueError(
+            "is_causal aligned bottom-right must have q_len <= kv_len (earlier rows would see "
+            f"nothing), got q_len {q_len} and kv_len {kv_len}; pass the rows that have keys"
+        )
+
+
+def validate_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
+    """Raises unless ``attn_mask`` is bool or floating and broadcasts to [B, Hq, Sq, Skv]."""
+    if attn_mask.dtype is not torch.bool and not attn_mask.dtype.is_floating_point:
+        raise TypeError(
+            f"attn_mask must be bool (True takes part) or floating (added), got {attn_mask.dtype}; "
+            "convert it with attn_mask.bool()"
+        )
+    if attn_mask.device != query.device:
+        raise ValueError(
+            f"attn_mask must be on query's device {query.device}, got {attn_mask.device}; "
+            f"move it with attn_mask.to({str(query.device)!r})"
+        )
+    target = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    wrong = attn_mask.dim() > 4 or any(
+        have not in (1, want)
+        for have, want in zip(reversed(attn_mask.shape), reversed(target), strict=False)
+    )
+    if wrong:
+        raise ValueError(
+            f"attn_mask must broadcast to [batch, heads, q_len, kv_len] = {list(target)}, "
+            f"got shape {_shape(attn_mask)}"
+        )
+
+
+def _validate_4d(tensor: Tensor, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != 4:
+        raise ValueError(
+            f"{name} must be [batch, heads, tokens, head_dim], got {tensor.dim()} dimensions "
+            f"{_shape(tensor)}; add the missing ones with unsqueeze"
+        )
+
+
+def _validate_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name} must be on {other_name}'s device {other.device}, got {tensor.device}; "
+            f"move it with {name}.to({str(other.device)!r})"
+        )
+    if tensor.dtype != other.dtype:
+        raise TypeError(
+            f"{name} must have {other_name}'s dtype {other.dtype}, got {tensor.dtype}; "
+            f"convert it with {name}.to({other.dtype})"
+        )
+    if tensor.shape[0] != other.shape[0]:
+        raise ValueError(
+            f"{name} must have {other_name}'s batch size {other.shape[0]}, got {tensor.shape[0]}"
+        )
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

@@ -1,0 +1,1 @@
+"""Dynamic block-sparse attention for PyTorch."""
