@@ -36,18 +36,19 @@ class BlockSelection:
         keep, visible = torch.broadcast_tensors(self.keep, self.visible)
         return keep.sum() / visible.sum().clamp_min(1)
 
-    def token_mask(self, rows: slice = slice(None)) -> Tensor:
+    def token_mask(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """Expands the kept blocks to tokens, causality applied.
 
         Args:
             rows: Query rows to expand; all by default.
+            keys: Keys to expand; all by default.
 
         Returns:
-            bool [B, Hq or 1, rows, Skv], True where the query attends to the key.
+            bool [B, Hq or 1, rows, keys], True where the query attends to the key.
         """
         geometry, device = self.geometry, self.keep.device
         query = torch.arange(geometry.q_len, device=device)[rows]
-        key = torch.arange(geometry.kv_len, device=device)
+        key = torch.arange(geometry.kv_len, device=device)[keys]
         size = geometry.block_size
         mask = self.keep[:, :, query // size][..., key // size]
         if geometry.causal_offset is None:

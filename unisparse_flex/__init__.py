@@ -1,1 +1,27 @@
-"""Dynamic block-sparse attention for PyTorch."""
+"""Dynamic block-sparse attention for any PyTorch model, compiled through FlexAttention.
+
+model = unisparse_flex.optimize(model)
+model = torch.compile(model)
+"""
+
+from .block_masks import BlockSelection, Selector, UniSparse, create_block_mask
+from .explain import AttentionRecord, Explanation, explain, record_attention
+from .functional import attention
+from .optimize import is_optimized, optimize, restore
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionRecord",
+    "BlockSelection",
+    "Explanation",
+    "Selector",
+    "UniSparse",
+    "attention",
+    "create_block_mask",
+    "explain",
+    "is_optimized",
+    "optimize",
+    "record_attention",
+    "restore",
+]

@@ -1,0 +1,22 @@
+"""Where in a graph: finds attention calls, proves them safe, rewrites them. Knows no models."""
+
+from .config import SparseConfig
+from .decision import Reason
+from .inductor import SparseAttentionPass, install
+from .marker import lowered_sdpa, marked_sdpa, observe_calls
+from .report import RewriteReport
+from .rewrite import rewrite_sdpa
+from .sdpa import SdpaCall
+
+__all__ = [
+    "Reason",
+    "RewriteReport",
+    "SdpaCall",
+    "SparseAttentionPass",
+    "SparseConfig",
+    "install",
+    "lowered_sdpa",
+    "marked_sdpa",
+    "observe_calls",
+    "rewrite_sdpa",
+]

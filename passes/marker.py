@@ -1,0 +1,147 @@
+"""`torch.ops.unisparse.sdpa`: an attention call that carries its settings.
+
+Dynamo, export and symbolic tracing record it as one node; the pass lowers that node. Where no
+pass runs (eager, another backend, an exported module) its kernel does the same computation.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from .config import SparseConfig
+from .decision import Reason, refuse
+from .sdpa import SdpaCall
+from .sparse_attention import (
+    apply_autocast,
+    attend_flex,
+    attend_masked,
+    attend_masked_in_chunks,
+    flex_lowers,
+    select,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..block_masks import BlockSelection
+
+Observer = Callable[[SdpaCall, "BlockSelection | None", "Reason | None"], None]
+_observer: ContextVar[Observer | None] = ContextVar("unisparse_observer", default=None)
+_compiling = threading.local()
+
+_library = torch.library.Library("unisparse", "DEF")
+_library.define(
+    "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
+    "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
+    "bool causal_lower_right=False, str config='') -> Tensor"
+)
+
+
+def marked_sdpa(call: SdpaCall, config: str) -> Tensor:
+    """Runs or records the marker operator."""
+    return torch.ops.unisparse.sdpa(  # type: ignore[no-any-return]
+        *call.positional(), **call.keywords(), config=config
+    )
+
+
+def lowered_sdpa(*args: Any, config: str = "", **kwargs: Any) -> Tensor:
+    """What the pass puts in a marker's place: the sparse computation that Inductor compiles.
+
+    Takes and returns what `torch.ops.unisparse.sdpa` does. Must be traced by AOTAutograd for
+    Inductor: run eagerly, the flex operator inside would ignore the block lists.
+    """
+    return _compute(SdpaCall.bind(args, kwargs), SparseConfig.decode(config), for_inductor=True)
+
+
+@contextmanager
+def observe_calls(observer: Observer) -> Iterator[None]:
+    """Calls ``observer(call, selection, reason)`` for every marker that runs eagerly inside.
+
+    The observer sees real tensors; ``selection`` is ``None`` where the call stays dense, and
+    ``reason`` then says why.
+    """
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def _marker_kernel(*args: Any, config: str = "", **kwargs: Any) -> Tensor:
+    return _compute(SdpaCall.bind(args, kwargs), SparseConfig.decode(config), for_inductor=False)
+
+
+_library.impl("sdpa", _marker_kernel, "CompositeImplicitAutograd")
+
+
+def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Tensor:
+    tracing = for_inductor or _is_traced(call)
+    reason = refuse(call, config)
+    observer = None if tracing else _observer.get()
+    if reason is not None:
+        if observer is not None:
+            observer(call, None, reason)
+        if config.strict:
+            raise NotImplementedError(
+                f"sparse attention cannot run this call: {reason} (query {_describe(call.query)}, "
+                f"key {_describe(call.key)}); use F.scaled_dot_product_attention for it"
+            )
+        return call.run_dense()
+    call = apply_autocast(call)
+    if observer is None and not tracing and _runs_compiled(call):
+        return _run_compiled(call, config)
+    selection = select(call, config)
+    if observer is not None:
+        observer(call, selection, None)
+    if not tracing:
+        return attend_masked_in_chunks(call, selection)
+    if for_inductor and flex_lowers(call):
+        return attend_flex(call, selection)
+    if call.query.device.type == "cuda" and flex_lowers(call):
+        # Which backend will compile this is unknown here: one may interpret the flex operator.
+        return attend_flex(call, selection, look_up=True)
+    return attend_masked(call, selection)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def _is_traced(call: SdpaCall) -> bool:
+    """Whether the call is being recorded into a graph rather than run."""
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+        return True
+    return torch._guards.detect_fake_mode((call.query, call.key, call.value)) is not None
+
+
+def _runs_compiled(call: SdpaCall) -> bool:
+    """Whether an eager call goes through a compiled kernel: on CUDA, unless already inside one."""
+    nested = getattr(_compiling, "active", False)
+    return call.query.device.type == "cuda" and flex_lowers(call) and not nested
+
+
+def _run_compiled(call: SdpaCall, config: SparseConfig) -> Tensor:
+    _compiling.active = True
+    try:
+        return _compiled_sdpa()(call.positional(), call.keywords(), config.encode())
+    finally:
+        _compiling.active = False
+
+
+@cache
+def _compiled_sdpa() -> Callable[..., Tensor]:
+    """The marker operator behind torch.compile, where the pass lowers it."""
+
+    def run(args: tuple[Any, ...], kwargs: dict[str, Any], config: str) -> Tensor:
+        return torch.ops.unisparse.sdpa(*args, **kwargs, config=config)  # type: ignore[no-any-return]
+
+    return torch.compile(run, fullgraph=True, dynamic=True)

@@ -1,0 +1,111 @@
+"""`rewrite_sdpa`: attention calls of an FX graph become sparse ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .config import SparseConfig
+from .decision import Reason, refuse
+from .marker import lowered_sdpa
+from .report import RewriteReport
+from .sdpa import SdpaCall, is_sdpa
+
+logger = logging.getLogger(__name__)
+
+MARKER_TARGETS: frozenset[Callable[..., Any]] = frozenset(
+    {torch.ops.unisparse.sdpa, torch.ops.unisparse.sdpa.default}
+)
+
+
+def rewrite_sdpa(
+    graph: fx.Graph | fx.GraphModule | torch.export.ExportedProgram,
+    config: SparseConfig | None,
+    *,
+    lower: bool = False,
+) -> RewriteReport:
+    """Rewrites the attention calls of a graph in place.
+
+    Works on what Dynamo, `torch.fx.symbolic_trace` and `torch.export` produce, keyword and
+    positional calls alike. A call whose shapes are recorded and that must stay dense is left as
+    it is, with its reason in the report; one whose lengths are unknown decides when it runs.
+
+    Args:
+        graph: An FX graph, a GraphModule (recompiled afterwards) or an ExportedProgram.
+        config: Settings for plain SDPA calls; ``None`` leaves them alone. Calls of the marker
+            operator carry settings of their own.
+        lower: Replaces calls by the computation itself instead of the marker operator. For
+            graphs that go to Inductor next and nowhere else.
+
+    Returns:
+        Which nodes were rewritten and which stay dense, with the reasons.
+
+    Raises:
+        TypeError: ``graph`` is none of the three.
+    """
+    if isinstance(graph, torch.export.ExportedProgram):
+        return rewrite_sdpa(graph.graph_module, config, lower=lower)
+    if isinstance(graph, fx.GraphModule):
+        report = rewrite_sdpa(graph.graph, config, lower=lower)
+        graph.recompile()
+        return report
+    if not isinstance(graph, fx.Graph):
+        raise TypeError(
+            "graph must be an fx.Graph, fx.GraphModule or ExportedProgram, "
+            f"got {type(graph).__name__}; trace the module with torch.fx.symbolic_trace first"
+        )
+    report = RewriteReport()
+    for node in graph.nodes:
+        found = _bind(node, config)
+        if found is not None:
+            _rewrite_node(node, *found, lower=lower, report=report)
+    if report.rewritten or report.left:
+        graph.lint()
+        logger.info("%s", report)
+    return report
+
+
+def _bind(node: fx.Node, config: SparseConfig | None) -> tuple[SdpaCall, SparseConfig] | None:
+    """The attention call that a node makes, with its settings."""
+    if node.op == "call_function" and node.target in MARKER_TARGETS:
+        kwargs = dict(node.kwargs)
+        own = SparseConfig.decode(kwargs.pop("config", ""))
+        return SdpaCall.bind(node.args, kwargs), own
+    if config is not None and is_sdpa(node):
+        return SdpaCall.bind(node.args, node.kwargs), config
+    return None
+
+
+def _rewrite_node(
+    node: fx.Node, call: SdpaCall, config: SparseConfig, *, lower: bool, report: RewriteReport
+) -> None:
+    reason = _refuse_node(call, config)
+    if reason is not None and reason is not Reason.NO_METADATA:
+        report.left[node.name] = reason
+        logger.debug("%s stays dense: %s", node.name, reason)
+        return
+    node.target = lowered_sdpa if lower else torch.ops.unisparse.sdpa.default
+    node.args = call.positional()
+    node.kwargs = {**call.keywords(), "config": config.encode()}
+    report.rewritten.append(node.name)
+
+
+def _refuse_node(call: SdpaCall, config: SparseConfig) -> Reason | None:
+    """`refuse` on what the graph records of the call's tensors."""
+    tensors = [call.query, call.key, call.value]
+    if call.attn_mask is not None:
+        tensors.append(call.attn_mask)
+    if any(_recorded(tensor) is None for tensor in tensors):
+        return Reason.EXCLUDED if config.dense else Reason.NO_METADATA
+    return refuse(call.map_tensors(_recorded), config)
+
+
+def _recorded(node: Any) -> Tensor | None:
+    """The (fake) tensor that tracing recorded for a node."""
+    meta = getattr(node, "meta", {})
+    value = meta.get("val", meta.get("example_value"))
+    return value if isinstance(value, Tensor) else None

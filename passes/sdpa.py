@@ -1,0 +1,103 @@
+"""What an attention call is: every spelling of scaled_dot_product_attention, bound to one value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+SDPA_TARGETS: frozenset[Callable[..., Any]] = frozenset(
+    {
+        F.scaled_dot_product_attention,
+        torch._C._nn.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention,
+        torch.ops.aten.scaled_dot_product_attention.default,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SdpaCall:
+    """The arguments of one call; tensors when it runs, `fx.Node`s in a graph.
+
+    Attributes:
+        query: [B, Hq, Sq, D].
+        key: [B, Hkv, Skv, D].
+        value: [B, Hkv, Skv, Dv].
+        attn_mask: bool or float, broadcastable to [B, Hq, Sq, Skv].
+        dropout_p: Dropout probability on the attention weights.
+        is_causal: Row r sees keys up to r: aligned top-left, as SDPA defines it.
+        scale: Factor on the logits; 1 / sqrt(D) by default.
+        enable_gqa: Allows Hkv < Hq.
+        causal_lower_right: With ``is_causal``, aligns the last row with the last key.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    attn_mask: Any = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    causal_lower_right: bool = False
+
+    @classmethod
+    def bind(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> SdpaCall:
+        """Binds positional and keyword arguments of any spelling.
+
+        Raises:
+            TypeError: The arguments are not those of scaled_dot_product_attention.
+        """
+        if len(args) > len(POSITIONAL):
+            raise TypeError(
+                f"scaled_dot_product_attention takes {len(POSITIONAL)} positional arguments, "
+                f"got {len(args)}; give the rest by name"
+            )
+        return cls(**dict(zip(POSITIONAL, args, strict=False)), **kwargs)
+
+    def map_tensors(self, of: Callable[[Any], Any]) -> SdpaCall:
+        """The same call with ``of`` applied to query, key, value and attn_mask."""
+        return SdpaCall(
+            query=of(self.query),
+            key=of(self.key),
+            value=of(self.value),
+            attn_mask=None if self.attn_mask is None else of(self.attn_mask),
+            dropout_p=self.dropout_p,
+            is_causal=self.is_causal,
+            scale=self.scale,
+            enable_gqa=self.enable_gqa,
+            causal_lower_right=self.causal_lower_right,
+        )
+
+    def positional(self) -> tuple[Any, ...]:
+        """What every spelling takes by position, in SDPA's order."""
+        return tuple(getattr(self, name) for name in POSITIONAL)
+
+    def keywords(self) -> dict[str, Any]:
+        """What the marker operator takes by name, beside its settings."""
+        return {
+            "scale": self.scale,
+            "enable_gqa": self.enable_gqa,
+            "causal_lower_right": self.causal_lower_right,
+        }
+
+    def run_dense(self) -> torch.Tensor:
+        """Runs the call as it stands, through PyTorch's own kernels."""
+        call = self.positional()
+        if self.causal_lower_right and self.query.shape[2] != self.key.shape[2]:
+            from torch.nn.attention.bias import causal_lower_right
+
+            bias = causal_lower_right(self.query.shape[2], self.key.shape[2])
+            call = (*call[:3], bias, self.dropout_p, False)
+        return F.scaled_dot_product_attention(*call, scale=self.scale, enable_gqa=self.enable_gqa)
+
+
+def is_sdpa(node: fx.Node) -> bool:
+    """Whether ``node`` calls scaled_dot_product_attention in one of its spellings."""
+    return node.op == "call_function" and node.target in SDPA_TARGETS

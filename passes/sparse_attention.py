@@ -1,0 +1,240 @@
+"""The sparse computation that an attention call becomes: select blocks, attend to them.
+
+Symbols: B batch, Hq/Hkv heads, Sq/Skv tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
+
+from ..block_masks import BlockGeometry, BlockSelection, to_block_mask
+from ..block_masks.mask_summary import visible_tokens
+from ..block_masks.scoring import default_scale
+from .config import SparseConfig
+from .cpu_flex import own_buffers, unfused
+from .decision import flex_takes, needs_grad
+from .sdpa import SdpaCall
+
+# Bytes of expanded mask per step where blocks are applied as a token mask.
+MASK_CHUNK_BYTES = 256 * 2**20
+
+
+def apply_autocast(call: SdpaCall) -> SdpaCall:
+    """Casts as autocast would for SDPA."""
+    device = call.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return call
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        lower = tensor.is_floating_point() and tensor.dtype is not torch.float64
+        return tensor.to(dtype) if lower else tensor
+
+    return call.map_tensors(cast)
+
+
+def select(call: SdpaCall, config: SparseConfig) -> BlockSelection:
+    """Selects the blocks of a call that `decision.refuse` let through."""
+    q_len, kv_len = call.query.shape[2], call.key.shape[2]
+    offset = (kv_len - q_len if call.causal_lower_right else 0) if call.is_causal else None
+    geometry = BlockGeometry(
+        q_len=q_len,
+        kv_len=kv_len,
+        block_size=config.selector.block_size,
+        causal_offset=offset,
+    )
+    with torch.no_grad():
+        return config.selector.compute_selection(
+            call.query.detach(),
+            call.key.detach(),
+            geometry=geometry,
+            scale=_scale(call),
+            attn_mask=None if call.attn_mask is None else _mask_4d(call.attn_mask),
+        )
+
+
+def flex_lowers(call: SdpaCall) -> bool:
+    """Whether Inductor lowers the flex operator for these tensors to a block-sparse kernel."""
+    if call.query.device.type == "cuda":
+        return flex_takes(call.query, call.value)
+    # The CPU kernel has no backward and cannot read captured tensors at dynamic lengths.
+    capture_free = call.attn_mask is None and not needs_grad(call)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    return capture_free and call.query.dtype in dtypes and torch.cpu._is_avx2_supported()
+
+
+def attend_flex(call: SdpaCall, selection: BlockSelection, *, look_up: bool = False) -> Tensor:
+    """Attends to the kept blocks through the flex_attention operator.
+
+    Args:
+        call: The call; its shapes and dtypes are ones that `flex_lowers` accepts.
+        selection: The kept blocks.
+        look_up: Repeats the selection inside ``mask_mod``, for backends that interpret the
+            operator and so ignore block lists.
+
+    Returns:
+        [B, Hq, Sq, Dv].
+    """
+    grad = needs_grad(call)
+    mask_mod, mask_buffers, score_mod, score_buffers = _modifiers(call, selection, look_up)
+    block_mask = to_block_mask(
+        selection,
+        mask_mod,
+        partial_only=look_up or call.attn_mask is not None,
+        compute_q_blocks=grad,
+    )
+    query, key, value = call.query, call.key, call.value
+    on_cpu = query.device.type == "cpu"
+    if on_cpu:
+        query, key, value = own_buffers(query, key, value)
+    output = flex_attention_op(
+        query,
+        key,
+        value,
+        score_mod,
+        (*block_mask.as_tuple()[:-1], mask_mod),
+        _scale(call),
+        _kernel_options(selection.geometry.block_size, output_lse=grad and not on_cpu),
+        score_buffers,
+        mask_buffers,
+    )[0]
+    return unfused(output) if on_cpu else output
+
+
+def attend_masked(
+    call: SdpaCall,
+    selection: BlockSelection,
+    rows: slice = slice(None),
+    keys: slice = slice(None),
+) -> Tensor:
+    """Attends to the kept blocks through SDPA with a token mask: any device, any backend, slow.
+
+    Args:
+        call: The call.
+        selection: The kept blocks.
+        rows: Query rows to compute; all by default.
+        keys: Keys to read, at least all that ``rows`` see; all by default.
+
+    Returns:
+        [B, Hq, rows, Dv].
+    """
+    mask = selection.token_mask(rows, keys)
+    if call.attn_mask is not None:
+        own = _mask_4d(call.attn_mask)
+        own = own if own.shape[2] == 1 else own[:, :, rows]
+        own = own if own.shape[3] == 1 else own[..., keys]
+        if own.dtype is torch.bool:
+            mask = mask & own
+        else:
+            mask = own.to(call.query.dtype).masked_fill(~mask, -torch.inf)
+    return F.scaled_dot_product_attention(
+        call.query[:, :, rows],
+        call.key[:, :, keys],
+        call.value[:, :, keys],
+        attn_mask=mask,
+        scale=call.scale,
+        enable_gqa=bool(call.query.shape[1] != call.key.shape[1]),
+    )
+
+
+def attend_masked_in_chunks(call: SdpaCall, selection: BlockSelection) -> Tensor:
+    """`attend_masked` over chunks of query rows, so that the token mask stays small; eager only."""
+    batch, heads, q_len = call.query.shape[:3]
+    geometry = selection.geometry
+    # One byte a pair as bool, and a copy in the query's dtype inside SDPA.
+    row_bytes = batch * heads * geometry.kv_len * (1 + call.query.element_size())
+    size = geometry.block_size
+    chunk = max(size, MASK_CHUNK_BYTES // row_bytes // size * size)
+    outputs = []
+    for start in range(0, q_len, chunk):
+        stop = min(start + chunk, q_len)
+        offset = geometry.causal_offset
+        seen = geometry.kv_len if offset is None else min(stop + offset, geometry.kv_len)
+        outputs.append(attend_masked(call, selection, slice(start, stop), slice(0, seen)))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _scale(call: SdpaCall) -> float:
+    return default_scale(call.query.shape[3]) if call.scale is None else call.scale
+
+
+def _mask_4d(mask: Tensor) -> Tensor:
+    return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
+
+
+def _kernel_options(block_size: int, *, output_lse: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "BACKEND": "AUTO",
+        "PRESCALE_QK": False,
+        "ROWS_GUARANTEED_SAFE": False,
+        "BLOCKS_ARE_CONTIGUOUS": False,
+        "WRITE_DQ": True,
+        "OUTPUT_LOGSUMEXP": output_lse,
+        "OUTPUT_MAX": False,
+    }
+    if block_size < 128:
+        # Default tiles are up to 128 wide and must divide the sparse block.
+        options |= {"fwd_BLOCK_M": min(64, block_size), "fwd_BLOCK_N": min(64, block_size)}
+    return options
+
+
+def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tuple[Any, ...]:
+    """``mask_mod`` and ``score_mod`` with what each captures, as the operator takes them.
+
+    Captured tensors are passed as arguments: only Dynamo could lift them out of a closure.
+    """
+    offset, kv_len = selection.geometry.causal_offset, selection.geometry.kv_len
+    size = selection.geometry.block_size
+    keep = selection.keep
+    kept_heads = keep.shape[1] > 1
+    mask = None if call.attn_mask is None else _mask_4d(call.attn_mask)
+    additive = mask is not None and mask.dtype is not torch.bool
+    at = _broadcast_index(mask) if mask is not None else None
+
+    def in_order(q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        # Never trivially true: a backend may drop the block lists of a trivial mask_mod.
+        return kv_idx < kv_len if offset is None else kv_idx <= q_idx + offset
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, *captured: Tensor) -> Tensor:
+        allowed = in_order(q_idx, kv_idx)
+        buffers = list(captured)
+        if look_up:
+            kept = buffers.pop(0)
+            head = h if kept_heads else h * 0
+            allowed = allowed & kept[b, head, q_idx // size, kv_idx // size]
+        if buffers:
+            assert at is not None
+            allowed = allowed & buffers[0][at(b, h, q_idx, kv_idx)]
+        return allowed
+
+    def score_mod(
+        score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, *captured: Tensor
+    ) -> Tensor:
+        if not captured:
+            return score
+        assert at is not None
+        return score + captured[0][at(b, h, q_idx, kv_idx)]
+
+    mask_buffers: tuple[Tensor, ...] = (keep,) if look_up else ()
+    score_buffers: tuple[Tensor, ...] = ()
+    if mask is not None:
+        # An additive mask also says what takes no part: -inf scores alone would leave NaN rows.
+        mask_buffers += (visible_tokens(mask),)
+        score_buffers = (mask,) if additive else ()
+    return mask_mod, mask_buffers, score_mod, score_buffers
+
+
+def _broadcast_index(mask: Tensor) -> Any:
+    """Indexing of a mask [1 or B, 1 or Hq, 1 or Sq, 1 or Skv] by (b, h, q_idx, kv_idx)."""
+    whole = [size != 1 for size in mask.shape]
+
+    def index(*position: Tensor) -> tuple[Tensor, ...]:
+        pairs = zip(position, whole, strict=True)
+        return tuple(at if varies else torch.zeros_like(at) for at, varies in pairs)
+
+    return index

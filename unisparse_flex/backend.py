@@ -1,0 +1,45 @@
+"""``torch.compile(model, backend="unisparse")``: Inductor after the pass, for any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, fx
+
+from .block_masks import UniSparse
+from .optimize import DEFAULT_MIN_LENGTH
+from .passes import SparseConfig, install, rewrite_sdpa
+
+
+def unisparse(
+    gm: fx.GraphModule,
+    example_inputs: list[Tensor],
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Dynamo backend that makes the attention of a model that was not optimized sparse.
+
+    Attention calls of an optimized model keep the settings that `optimize` gave them.
+
+    Args:
+        gm: The graph that Dynamo captured.
+        example_inputs: Its inputs.
+        options: ``selector`` and ``min_length`` as in `optimize`; everything else is an Inductor
+            option, as with the default backend.
+
+    Returns:
+        The compiled graph.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    inductor_options = dict(options or {})
+    selector = inductor_options.pop("selector", None) or UniSparse()
+    config = SparseConfig(
+        selector=selector,
+        min_length=inductor_options.pop("min_length", DEFAULT_MIN_LENGTH),
+        min_queries=getattr(selector, "block_size", 0),
+    )
+    install()
+    rewrite_sdpa(gm, config)
+    return compile_fx(gm, example_inputs, config_patches=inductor_options or None)

@@ -1,0 +1,188 @@
+"""`explain`: which attention calls of a model run sparse, which stay dense, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .block_masks import BlockSelection
+from .interception import original_module
+from .passes import Reason, SdpaCall, observe_calls
+
+COLUMNS = ("layer", "queries", "keys", "heads", "runs", "density", "reason")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionRecord:
+    """One attention call of one forward pass.
+
+    Attributes:
+        layer: Name of the module that made the call.
+        q_len: Query rows, or 0 where the call does not say.
+        kv_len: Keys, or 0.
+        heads: Query and key heads, such as ``"9/3"``.
+        decision: ``"sparse"`` or ``"dense"``.
+        reason: Why it stays dense; ``None`` where it runs sparse.
+        density: Kept over visible blocks in [0, 1]; ``None`` where it stays dense.
+    """
+
+    layer: str
+    q_len: int = 0
+    kv_len: int = 0
+    heads: str = ""
+    decision: str
+    reason: Reason | None = None
+    density: float | None = None
+
+    def cells(self) -> tuple[str, ...]:
+        """The record as a row of the table."""
+        density = "" if self.density is None else f"{self.density:.3f}"
+        lengths = tuple(str(n) if n else "" for n in (self.q_len, self.kv_len))
+        return (self.layer, *lengths, self.heads, self.decision, density, self.reason or "")
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The attention calls of one forward pass, in order; prints as a table.
+
+    Attributes:
+        calls: One record per call.
+    """
+
+    calls: tuple[AttentionRecord, ...]
+
+    @property
+    def sparse(self) -> tuple[AttentionRecord, ...]:
+        """The calls that run sparse."""
+        return tuple(call for call in self.calls if call.decision == "sparse")
+
+    @property
+    def dense(self) -> tuple[AttentionRecord, ...]:
+        """The calls that stay dense."""
+        return tuple(call for call in self.calls if call.decision == "dense")
+
+    @property
+    def density(self) -> float | None:
+        """Mean density of the sparse calls; ``None`` where there are none."""
+        kept = [call.density for call in self.sparse if call.density is not None]
+        return sum(kept) / len(kept) if kept else None
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return (
+                "no attention call was seen: the model computes attention itself or with its own "
+                "kernels; for Hugging Face models load with attn_implementation='sdpa'"
+            )
+        rows = [COLUMNS, *(call.cells() for call in self.calls)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        mean = "" if self.density is None else f", mean density {self.density:.3f}"
+        lines.append(f"{len(self.sparse)} sparse{mean}, {len(self.dense)} dense")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """Runs ``model(*args, **kwargs)`` once, uncompiled, and says what each attention call does.
+
+    A compiled model is explained through the module that was compiled: it makes the same
+    decisions and selects the same blocks.
+
+    Args:
+        model: An optimized model, compiled or not; any other is explained as all dense.
+        *args: Passed to the model.
+        **kwargs: Passed to the model.
+
+    Returns:
+        One record per attention call.
+    """
+    with record_attention(model) as calls, torch.no_grad():
+        original_module(model)(*args, **kwargs)
+    return Explanation(tuple(calls))
+
+
+@contextmanager
+def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
+    """Records the attention calls that ``model`` makes inside, running uncompiled.
+
+    Args:
+        model: The model that will be called.
+
+    Yields:
+        A list that grows by one record per call.
+    """
+    module = original_module(model)
+    calls: list[AttentionRecord] = []
+    path: list[str] = []
+
+    def record(call: SdpaCall, selection: BlockSelection | None, reason: Reason | None) -> None:
+        calls.append(_record(path[-1] if path else "", call, selection, reason))
+
+    with ExitStack() as stack:
+        for name, submodule in module.named_modules():
+            _track(stack, submodule, name or type(submodule).__name__, path)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(observe_calls(record))
+        stack.enter_context(_LeftAlone(record, calls, path))
+        yield calls
+
+
+class _LeftAlone(TorchFunctionMode):
+    """Sees the attention functions that no marker stands for."""
+
+    def __init__(self, record: Any, calls: list[AttentionRecord], path: list[str]) -> None:
+        super().__init__()
+        self.record, self.calls, self.path = record, calls, path
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            self.record(SdpaCall.bind(args, kwargs), None, Reason.NOT_OPTIMIZED)
+        elif func is F.multi_head_attention_forward:
+            layer = self.path[-1] if self.path else ""
+            self.calls.append(
+                AttentionRecord(layer=layer, decision="dense", reason=Reason.MULTIHEAD)
+            )
+        return func(*args, **kwargs)
+
+
+def _track(stack: ExitStack, module: nn.Module, name: str, path: list[str]) -> None:
+    """Keeps the name of the running module at the end of ``path``."""
+
+    def enter(*_: Any) -> None:
+        path.append(name)
+
+    def leave(*_: Any) -> None:
+        path.pop()
+
+    stack.callback(module.register_forward_pre_hook(enter).remove)
+    stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+
+def _record(
+    layer: str, call: SdpaCall, selection: BlockSelection | None, reason: Reason | None
+) -> AttentionRecord:
+    query: Tensor = call.query
+    four = query.dim() == 4
+    return AttentionRecord(
+        layer=layer,
+        q_len=query.shape[-2],
+        kv_len=call.key.shape[-2],
+        heads=f"{query.shape[1]}/{call.key.shape[1]}" if four else "",
+        decision="dense" if selection is None else "sparse",
+        reason=reason,
+        density=None if selection is None else selection.density(),
+    )

@@ -1,0 +1,88 @@
+"""`attention`: scaled_dot_product_attention's signature, sparse inside."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .block_masks import Selector, UniSparse
+from .block_masks.validation import validate_attn_mask, validate_query_key, validate_value
+from .interception import resolve_causal_bias
+from .passes import SdpaCall, SparseConfig, install, marked_sdpa
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    selector: Selector | None = None,
+) -> Tensor:
+    """Block-sparse attention with the signature of ``F.scaled_dot_product_attention``.
+
+    Use it in place of SDPA in a model of your own; it is sparse at every length. Within a kept
+    block attention is exact, masks included. Under `torch.compile` it becomes a FlexAttention
+    kernel; eagerly it runs one on CUDA and masked SDPA on the CPU, over the same blocks.
+
+    A NaN or infinity in ``query`` or ``key`` makes the query blocks that see it dense, so that it
+    reaches the output as in SDPA. One in ``value`` reaches it only through a kept block.
+
+    Args:
+        query: [B, Hq, Sq, D], float16, bfloat16, float32 or float64.
+        key: [B, Hkv, Skv, D].
+        value: [B, Hkv, Skv, Dv].
+        attn_mask: bool (True takes part) or float (added to the logits; an entry at the dtype's
+            minimum takes no part), broadcastable to [B, Hq, Sq, Skv]; or one of
+            `torch.nn.attention.bias.causal_lower_right` and ``causal_upper_left``.
+        dropout_p: Must be 0.0.
+        is_causal: Row r sees keys up to r. As in SDPA this aligns top-left where Sq != Skv; for
+            queries that end where the keys end, pass ``causal_lower_right(Sq, Skv)``.
+        scale: Factor on the logits; 1 / sqrt(D) by default.
+        enable_gqa: Allows Hkv < Hq; Hkv divides Hq.
+        selector: Which blocks are kept; ``UniSparse()`` by default.
+
+    Returns:
+        [B, Hq, Sq, Dv], query's dtype.
+
+    Raises:
+        TypeError: Not tensors, or dtypes that differ or are not floating.
+        ValueError: Ranks, heads, devices, lengths or masks that do not go together.
+        NotImplementedError: ``dropout_p`` > 0, or what the kernels cannot do.
+    """
+    validate_query_key(query, key)
+    validate_value(key, value)
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        raise ValueError(
+            "query and key must have the same number of heads unless enable_gqa=True, "
+            f"got {query.shape[1]} and {key.shape[1]}"
+        )
+    if dropout_p != 0.0:
+        raise NotImplementedError(
+            f"dropout_p must be 0.0 (no sparse kernel drops attention weights), got {dropout_p}; "
+            "use F.scaled_dot_product_attention where dropout is needed"
+        )
+    call = resolve_causal_bias(
+        SdpaCall(
+            query=query,
+            key=key,
+            value=value,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+    )
+    if call.attn_mask is not None:
+        if call.is_causal:
+            raise ValueError(
+                "attn_mask and is_causal must not both be given, got both; "
+                "put causality into attn_mask"
+            )
+        validate_attn_mask(call.attn_mask, query, key)
+    install()
+    config = SparseConfig(selector=UniSparse() if selector is None else selector, strict=True)
+    return marked_sdpa(call, config.encode())

@@ -1,0 +1,128 @@
+"""How a model's attention calls are caught: its modules' forwards enter a function mode.
+
+The class of a module is replaced by a subclass made on the fly, so ``isinstance``, ``state_dict``
+keys, hooks, signatures, pickling and ``generate`` stay as they were. Dynamo traces through the
+mode, so a compiled graph holds marker operators and no trace of the mode itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.overrides import TorchFunctionMode
+
+from .passes import SdpaCall, marked_sdpa
+
+CONFIG_ATTRIBUTE = "_unisparse_config"
+
+
+class SparseAttentionMode(TorchFunctionMode):
+    """Turns ``F.scaled_dot_product_attention`` into the marker operator with these settings."""
+
+    def __init__(self, config: str) -> None:
+        super().__init__()
+        self.config = config
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Passes every other function on."""
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            call = resolve_causal_bias(SdpaCall.bind(args, kwargs))
+            return marked_sdpa(call, self.config)
+        return func(*args, **kwargs)
+
+
+def resolve_causal_bias(call: SdpaCall) -> SdpaCall:
+    """Replaces a `CausalBias` mask by the flags that say the same."""
+    bias = call.attn_mask
+    if not isinstance(bias, CausalBias) or call.is_causal:
+        return call
+    return SdpaCall(
+        query=call.query,
+        key=call.key,
+        value=call.value,
+        dropout_p=call.dropout_p,
+        is_causal=True,
+        scale=call.scale,
+        enable_gqa=call.enable_gqa,
+        causal_lower_right=bias.variant is CausalVariant.LOWER_RIGHT,
+    )
+
+
+def intercept(module: nn.Module, config: str) -> None:
+    """Makes ``module`` run its forward under the mode; again only changes the settings."""
+    module.__dict__[CONFIG_ATTRIBUTE] = config
+    if not is_intercepted(module):
+        module.__class__ = _subclass(type(module))
+
+
+def release(module: nn.Module) -> None:
+    """Undoes `intercept`."""
+    if is_intercepted(module):
+        module.__class__ = type(module).__bases__[0]
+    module.__dict__.pop(CONFIG_ATTRIBUTE, None)
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether `intercept` was called on ``module`` (or on what it was copied from)."""
+    return issubclass(type(module), _Intercepted)
+
+
+class _Intercepted:
+    """Mark of the subclasses made here."""
+
+
+@functools.cache
+def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with SparseAttentionMode(self.__dict__[CONFIG_ATTRIBUTE]):
+            return cls.forward(self, *args, **kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (cls,), self.__getstate__()
+
+    def fill(namespace: dict[str, Any]) -> None:
+        namespace.update(
+            forward=forward,
+            __reduce_ex__=__reduce_ex__,
+            __module__=cls.__module__,
+            __qualname__=cls.__qualname__,
+            __doc__=cls.__doc__,
+        )
+
+    return types.new_class(cls.__name__, (cls, _Intercepted), exec_body=fill)
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    module = cls.__new__(cls)
+    module.__class__ = _subclass(cls)
+    return module
+
+
+def original_module(model: Any) -> Any:
+    """What `torch.compile` wrapped, or the model itself."""
+    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
+
+
+__all__ = [
+    "SparseAttentionMode",
+    "intercept",
+    "is_intercepted",
+    "original_module",
+    "release",
+    "resolve_causal_bias",
+]

@@ -1,0 +1,134 @@
+"""`optimize` and `restore`: a model's attention becomes sparse, and dense again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from typing import TypeVar
+
+import torch
+from torch import fx, nn
+
+from .block_masks import Selector, UniSparse
+from .interception import intercept, is_intercepted, original_module, release
+from .passes import SparseConfig, install
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+DEFAULT_MIN_LENGTH = 4096
+
+
+def optimize(
+    model: ModelT,
+    selector: Selector | None = None,
+    *,
+    min_length: int = DEFAULT_MIN_LENGTH,
+    dense_layers: Collection[int] = (),
+) -> ModelT:
+    """Makes the attention of ``model`` dynamically block-sparse; call it before `torch.compile`.
+
+    The model is changed in place: every ``F.scaled_dot_product_attention`` inside its forward,
+    and nowhere else, selects blocks and attends to these. Parameters, ``state_dict``, hooks,
+    ``isinstance`` and saving stay as they were. Calls that cannot or should not be sparse stay
+    dense; `explain` says which and why. Optimizing again replaces the settings of the whole
+    model; optimizing a submodule afterwards overrides them there.
+
+    Args:
+        model: Any module whose attention goes through ``F.scaled_dot_product_attention``.
+        selector: Which blocks are kept; ``UniSparse()`` by default.
+        min_length: Fewest keys for which attention is sparse; shorter calls stay dense, as do
+            calls of fewer queries than a block (decoding).
+        dense_layers: Indices into the model's layer stacks (``nn.ModuleList``) that stay dense,
+            negative ones from the end.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module or already a graph, ``selector`` is no selector.
+        ValueError: ``model`` is compiled already, or a layer index is out of range.
+    """
+    _validate_model(model)
+    selector = UniSparse() if selector is None else selector
+    sparse = SparseConfig(
+        selector=selector,
+        min_length=min_length,
+        min_queries=getattr(selector, "block_size", 0),
+    )
+    dense = SparseConfig(selector=selector, dense=True)
+    excluded = _excluded_prefixes(model, dense_layers)
+    install()
+    for name, module in _own_modules(model):
+        is_dense = any((name + ".").startswith(prefix) for prefix in excluded)
+        intercept(module, (dense if is_dense else sparse).encode())
+    return model
+
+
+def restore(model: ModelT) -> ModelT:
+    """Undoes `optimize` in place; a model that was not optimized stays as it is.
+
+    Args:
+        model: A model, or what `torch.compile` made of it (it recompiles at its next call).
+
+    Returns:
+        ``model``.
+    """
+    for module in original_module(model).modules():
+        release(module)
+    return model
+
+
+def is_optimized(model: nn.Module) -> bool:
+    """Whether `optimize` was called on ``model``, compiled or not."""
+    return is_intercepted(original_module(model))
+
+
+def _validate_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; for an exported "
+            "program or an FX graph call unisparse_flex.passes.rewrite_sdpa"
+        )
+    if isinstance(model, (fx.GraphModule, torch.jit.ScriptModule)):
+        raise TypeError(
+            f"model must be a module in Python, got the graph {type(model).__name__}; "
+            "optimize the module before tracing it, or call unisparse_flex.passes.rewrite_sdpa"
+        )
+    compiled = isinstance(model, torch._dynamo.OptimizedModule)
+    if compiled or any(m._compiled_call_impl is not None for m in model.modules()):
+        raise ValueError(
+            "model must not be compiled yet, got a compiled "
+            f"{type(original_module(model)).__name__}; call optimize first, torch.compile second"
+        )
+
+
+def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The root and every submodule whose class is not torch's own.
+
+    Inner modules are caught too: activation checkpointing calls them again outside the root.
+    """
+    for name, module in model.named_modules():
+        graph = isinstance(module, (fx.GraphModule, torch.jit.ScriptModule))
+        if module is model or (not graph and not type(module).__module__.startswith("torch.")):
+            yield name, module
+
+
+def _excluded_prefixes(model: nn.Module, dense_layers: Collection[int]) -> list[str]:
+    """Names of the layers that ``dense_layers`` asks for, each with a dot behind it."""
+    stacks = {
+        name: len(module)
+        for name, module in model.named_modules()
+        # A stack inside a layer of another (experts, say) is no stack of layers.
+        if isinstance(module, nn.ModuleList) and not re.search(r"(^|\.)\d+(\.|$)", name)
+    }
+    longest = max(stacks.values(), default=0)
+    for index in dense_layers:
+        if not isinstance(index, int) or not -longest <= index < longest:
+            raise ValueError(
+                f"dense_layers must index the model's layers (0 to {longest - 1}), got {index!r}"
+            )
+    return [
+        f"{name}.{index % length}."
+        for name, length in stacks.items()
+        for index in dense_layers
+        if -length <= index < length
+    ]
