@@ -54,7 +54,7 @@ def create_block_mask(
     """
     from .selectors import UniSparse
 
-    if attn_mask is not None and attn_mask.is_floating_point():
+    if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
         raise TypeError(
             f"attn_mask must be bool here, got {attn_mask.dtype}: a BlockMask holds no bias; "
             "add it in flex_attention's score_mod, or call unisparse_flex.attention"

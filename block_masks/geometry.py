@@ -81,7 +81,7 @@ class BlockGeometry:
         return self.visible(self.block_size, self.block_size, device)
 
     def interior_blocks(self, device: torch.device) -> Tensor:
-        """Blocks whose every (query, key) pair exists and is visible: bool [Nq, Nk].
+        """Blocks whose keys all exist and are visible to every row: bool [Nq, Nk].
 
         These need no ``mask_mod``: FlexAttention calls them full. A block on the causal diagonal
         or over the ragged end of the keys is not interior.
@@ -111,7 +111,7 @@ class BlockGeometry:
         first = (row_block * self.block_size + (self.causal_offset or 0)) // self.block_size
         last = self.last_positions(self.block_size, shape[0], device) // self.block_size
         column = torch.arange(shape[1], device=device)
-        # With top-left alignment and q_len > kv_len the rows outrun the keys: the last block is theirs.
+        # Aligned top-left with q_len > kv_len, rows outrun the keys: the last block is theirs.
         first, last = first.clamp(max=shape[1] - 1), last.clamp(max=shape[1] - 1)
         behind = 0 if self.causal_offset is not None else count - 1
         after_first = column[None, :] > first[:, None] - count

@@ -86,8 +86,8 @@ def pool_heads(composites: Tensor, kv_heads: int, heads: int) -> Tensor:
     group = q_heads // kv_heads
     if group % heads:
         raise ValueError(
-            f"c_h must divide the GQA group of {group} heads ({q_heads} query heads over {kv_heads} "
-            f"key heads), got {heads}; use 1 or {group}"
+            f"c_h must divide the GQA group of {group} heads ({q_heads} query heads over "
+            f"{kv_heads} key heads), got {heads}; use 1 or {group}"
         )
     split = composites.reshape(batch, kv_heads, group // heads, heads, length, head_dim)
     return split.mean(3)

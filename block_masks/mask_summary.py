@@ -20,7 +20,7 @@ class MaskSummary:
     """An attention mask reduced to what scoring and selection need.
 
     Attributes:
-        cell_bias: float [Bm, Hm, Cq, Ck], log of the mean of ``exp(mask)`` over the existing
+        cell_bias: float64 [Bm, Hm, Cq, Ck], log of the mean of ``exp(mask)`` over the existing
             query rows of a cell and ``c_k`` keys; -inf where nothing is visible.
         row_blocks: bool [Bm, Hm, Nq * block_size, Nk], which key blocks each query row sees.
         key_valid: bool [Bm, Skv], keys that some query sees.
@@ -49,7 +49,8 @@ def visible_tokens(attn_mask: Tensor) -> Tensor:
     """
     if attn_mask.dtype is torch.bool:
         return attn_mask
-    return attn_mask > torch.finfo(attn_mask.dtype).min
+    # Written so that a NaN takes part, and so reaches the output as in SDPA.
+    return ~(attn_mask <= torch.finfo(attn_mask.dtype).min)
 
 
 def expand_mask(attn_mask: Tensor, geometry: BlockGeometry) -> Tensor:
@@ -83,7 +84,7 @@ def summarize_mask(
 
     cells = (batch, heads, rows // c_q, c_q, keys // c_k, c_k)
     if mask.dtype is torch.bool:
-        log_sum = padded.view(cells).sum((3, 5)).float().log()
+        log_sum = padded.view(cells).sum((3, 5)).double().log()
     else:
         accumulate = torch.float64 if mask.dtype is torch.float64 else torch.float32
         bias = mask.to(accumulate).masked_fill(~visible, -math.inf)
@@ -91,7 +92,7 @@ def summarize_mask(
     row_start = torch.arange(rows // c_q, device=mask.device) * c_q
     row_count = (geometry.q_len - row_start).clamp(1, c_q)
     return MaskSummary(
-        cell_bias=log_sum - (row_count * c_k).log()[:, None],
+        cell_bias=log_sum - (row_count * c_k).double().log()[:, None],
         row_blocks=padded.view(batch, heads, rows, keys // size, size).any(-1),
         key_valid=visible.any((1, 2)),
         query_valid=visible.any(3).any(1),

@@ -53,18 +53,25 @@ def compute_block_scores(
     # One product per key head; keys are never repeated for the heads of their group.
     group, rows, head_dim = composite_q.shape[2:]
     stacked = composite_q.reshape(batch, kv_heads, group * rows, head_dim) * scale
-    logits = (stacked @ composite_k.transpose(-1, -2)).view(batch, kv_heads, group, rows, -1)
-    logits = logits + _cell_bias(k_counts, granularity, mask, kv_heads)
+    columns = composite_k.shape[2]
+    logits = (stacked @ composite_k.transpose(-1, -2)).view(batch, kv_heads, group, rows, columns)
+    bias = _cell_bias(k_counts, granularity, mask, kv_heads).to(logits.dtype)
     visible = geometry.visible(granularity.q, granularity.k, query.device)
-    logits = logits.masked_fill(~visible, -math.inf)
+    # After the addition: what is hidden stays hidden, a NaN too.
+    logits = (logits + bias).masked_fill(~visible | (bias == -math.inf), -math.inf)
 
     peak = logits.amax(-1, keepdim=True)
     weights = (logits - peak.masked_fill(peak == -math.inf, 0.0)).exp()
     total = weights.sum(-1, keepdim=True)
     row_weight = q_counts[:, None, None, :, None] * (total != 0)
-    tiles = (geometry.num_q_blocks, size // granularity.q, geometry.num_kv_blocks, -1)
+    tiles = (
+        geometry.num_q_blocks,
+        size // granularity.q,
+        geometry.num_kv_blocks,
+        size // granularity.k,
+    )
     mass = weights.view(batch, kv_heads, group, *tiles).sum(-1)
-    row_weight = row_weight.view(-1, kv_heads, group, *tiles[:2], 1)
+    row_weight = row_weight.view(batch, kv_heads, group, *tiles[:2], 1)
     share = row_weight / row_weight.sum(-2, keepdim=True).clamp_min(1)
     total = total.masked_fill(total == 0, 1.0).view(batch, kv_heads, group, *tiles[:2], 1)
     return (mass * (share / total)).sum(-2).flatten(1, 2)

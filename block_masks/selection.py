@@ -163,7 +163,7 @@ def _uncovered_rows(keep: Tensor, mask: MaskSummary, geometry: BlockGeometry) ->
 
 
 def _split_group(per_head: Tensor, heads: int) -> Tensor:
-    """[Bm, Hm, ...] as [Bm, 1 or heads, Hm / heads, ...], the heads that share a selection apart."""
+    """[Bm, Hm, ...] as [Bm, 1 or heads, Hm / heads, ...]: heads that share a selection apart."""
     if per_head.shape[1] == 1:
         return per_head[:, :, None]
     return per_head.unflatten(1, (heads, -1))

@@ -1,4 +1,4 @@
-"""Checks of what a caller passes in; every message names the argument, the rule, what came, the way out."""
+"""Checks of what a caller passes in; messages name argument, rule, what came and the way out."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def validate_block_size(block_size: int, name: str = "block_size") -> None:
     validate_int(block_size, name, minimum=MIN_BLOCK_SIZE)
     if block_size & (block_size - 1):
         raise ValueError(
-            f"{name} must be a power of two of at least {MIN_BLOCK_SIZE} (FlexAttention's tiles are), "
-            f"got {block_size}; use 128, or 64 for finer selection"
+            f"{name} must be a power of two of at least {MIN_BLOCK_SIZE}, as FlexAttention's tiles "
+            f"are, got {block_size}; use 128, or 64 for finer selection"
         )
 
 
@@ -59,10 +59,11 @@ def validate_query_key(query: Tensor, key: Tensor) -> None:
             f"key must have query's head_dim {query.shape[-1]}, got {key.shape[-1]} "
             f"(query {_shape(query)}, key {_shape(key)})"
         )
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+    if key.shape[1] == 0 or query.shape[1] == 0 or query.shape[1] % key.shape[1]:
         raise ValueError(
-            f"query heads must be a multiple of key heads, got {query.shape[1]} and {key.shape[1]} "
-            f"(query {_shape(query)}, key {_shape(key)}); tensors are [batch, heads, tokens, head_dim]"
+            "query heads must be a multiple of key heads, both positive, "
+            f"got {query.shape[1]} and {key.shape[1]} (query {_shape(query)}, "
+            f"key {_shape(key)}); tensors are [batch, heads, tokens, head_dim]"
         )
 
 
@@ -88,6 +89,8 @@ def validate_causal_lengths(q_len: int, kv_len: int) -> None:
 
 def validate_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
     """Raises unless ``attn_mask`` is bool or floating and broadcasts to [B, Hq, Sq, Skv]."""
+    if not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
     if attn_mask.dtype is not torch.bool and not attn_mask.dtype.is_floating_point:
         raise TypeError(
             f"attn_mask must be bool (True takes part) or floating (added), got {attn_mask.dtype}; "

@@ -60,7 +60,7 @@ class ChainedPass(CustomGraphPass):
 
 
 def _identity() -> tuple[str, ...] | None:
-    """What a marker becomes depends on our sources, on torch, and on selectors of the user's own."""
+    """What decides what a marker becomes: our sources, torch's, those of a user's selectors."""
     try:
         own = {inspect.getfile(selector) for selector in Selector.registry.values()}
         return (_library_hash(), *(_file_hash(name) for name in sorted(own)))

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .config import SparseConfig
 from .decision import Reason, refuse
+from .region import compiled_once
 from .sdpa import SdpaCall
 from .sparse_attention import (
     apply_autocast,
@@ -99,13 +100,13 @@ def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Ten
     call = apply_autocast(call)
     if observer is None and not tracing and _runs_compiled(call):
         return _run_compiled(call, config)
+    if for_inductor and flex_lowers(call):
+        return compiled_once(call, config)
     selection = select(call, config)
     if observer is not None:
         observer(call, selection, None)
     if not tracing:
         return attend_masked_in_chunks(call, selection)
-    if for_inductor and flex_lowers(call):
-        return attend_flex(call, selection)
     if call.query.device.type == "cuda" and flex_lowers(call):
         # Which backend will compile this is unknown here: one may interpret the flex operator.
         return attend_flex(call, selection, look_up=True)

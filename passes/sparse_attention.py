@@ -16,7 +16,6 @@ from ..block_masks import BlockGeometry, BlockSelection, to_block_mask
 from ..block_masks.mask_summary import visible_tokens
 from ..block_masks.scoring import default_scale
 from .config import SparseConfig
-from .cpu_flex import own_buffers, unfused
 from .decision import flex_takes, needs_grad
 from .sdpa import SdpaCall
 
@@ -88,22 +87,18 @@ def attend_flex(call: SdpaCall, selection: BlockSelection, *, look_up: bool = Fa
         partial_only=look_up or call.attn_mask is not None,
         compute_q_blocks=grad,
     )
-    query, key, value = call.query, call.key, call.value
-    on_cpu = query.device.type == "cpu"
-    if on_cpu:
-        query, key, value = own_buffers(query, key, value)
-    output = flex_attention_op(
-        query,
-        key,
-        value,
+    output_lse = grad and call.query.device.type != "cpu"
+    return flex_attention_op(
+        call.query,
+        call.key,
+        call.value,
         score_mod,
         (*block_mask.as_tuple()[:-1], mask_mod),
         _scale(call),
-        _kernel_options(selection.geometry.block_size, output_lse=grad and not on_cpu),
+        _kernel_options(selection.geometry.block_size, output_lse=output_lse),
         score_buffers,
         mask_buffers,
     )[0]
-    return unfused(output) if on_cpu else output
 
 
 def attend_masked(

@@ -61,7 +61,7 @@ class UniSparse(Selector):
         if self.top_p is not None and self.top_k is not None:
             raise ValueError(
                 f"top_p and top_k must not both be given, got {self.top_p} and {self.top_k}; "
-                "choose one rule"
+                "choose one rule (top_p=None leaves top_k)"
             )
         if self.top_p is None and self.top_k is None:
             object.__setattr__(self, "top_p", DEFAULT_TOP_P)
@@ -115,6 +115,6 @@ class UniSparse(Selector):
             scores, rule=self.rule, guards=self.guards, geometry=geometry, mask=mask
         )
         # FlexAttention takes masks of 1 or Hq heads, nothing between.
-        if 1 < keep.shape[1] < query.shape[1]:
-            keep = keep.repeat_interleave(self.c_h, dim=1)
+        if max(keep.shape[1], visible.shape[1]) > 1:
+            keep = keep.repeat_interleave(query.shape[1] // keep.shape[1], dim=1) & visible
         return BlockSelection(keep=keep, visible=visible, geometry=geometry)

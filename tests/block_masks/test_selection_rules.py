@@ -1,0 +1,139 @@
+"""Top-p and top-k choose what an exhaustive reading of their definition chooses."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from unisparse_flex.block_masks import TopK, TopP, compute_block_scores
+from unisparse_flex.block_masks.scoring import default_scale
+
+from . import oracle
+from .strategies import HEAD_DIM, Call, calls
+
+BLOCKS = 8
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[list[float], list[bool], list[bool]]:
+    """Scores of one row in whole 64ths, so that sums are exact and ties frequent."""
+    flags = st.lists(st.booleans(), min_size=BLOCKS, max_size=BLOCKS)
+    visible = draw(flags)
+    forced = [a and b for a, b in zip(draw(flags), visible, strict=True)]
+    parts = draw(st.lists(st.integers(0, 64), min_size=BLOCKS - 1, max_size=BLOCKS - 1))
+    cuts = [0, *sorted(parts), 64]
+    shares = [(high - low) / 64 for low, high in pairwise(cuts)]
+    return [s if v else 0.0 for s, v in zip(shares, visible, strict=True)], forced, visible
+
+
+def as_row(values: list[float] | list[bool]) -> torch.Tensor:
+    return torch.tensor(values)[None, None, None]
+
+
+@settings(max_examples=200)
+@given(rows(), st.integers(1, 64))
+def test_top_p_equals_the_definition_on_exact_sums(
+    row: tuple[list[float], list[bool], list[bool]], sixty_fourths: int
+) -> None:
+    scores, forced, visible = row
+    top_p = sixty_fourths / 64
+    expected, _ = oracle.choose_row(scores, forced, visible, top_p=top_p)
+    chosen = TopP(top_p=top_p).select(as_row(scores), as_row(forced), as_row(visible))
+    assert chosen[0, 0, 0].tolist() == expected
+
+
+@settings(max_examples=200)
+@given(rows(), st.integers(1, BLOCKS + 2))
+def test_top_k_equals_the_definition(
+    row: tuple[list[float], list[bool], list[bool]], top_k: int
+) -> None:
+    scores, forced, visible = row
+    expected, _ = oracle.choose_row(scores, forced, visible, top_k=top_k)
+    chosen = TopK(top_k=top_k).select(as_row(scores), as_row(forced), as_row(visible))
+    assert chosen[0, 0, 0].tolist() == expected
+
+
+@settings(max_examples=40)
+@given(calls())
+def test_selection_equals_the_definition_on_the_librarys_scores(call: Call) -> None:
+    scores = compute_block_scores(
+        *call.query_key(),
+        geometry=call.geometry,
+        granularity=call.selector.granularity,
+        scale=default_scale(HEAD_DIM),
+    )
+    expected, margin = oracle.choose(scores, call)
+    assume(margin > 1e-9)
+    assert call.keep().equal(oracle.per_query_head(expected, call))
+
+
+@settings(max_examples=30)
+@given(calls(rules=("top_p",)))
+def test_selection_equals_the_definition_from_tokens_to_blocks(call: Call) -> None:
+    expected, margin = oracle.choose(oracle.block_scores(call), call)
+    assume(margin > 1e-9)
+    assert call.keep().equal(oracle.per_query_head(expected, call))
+
+
+@settings(max_examples=40)
+@given(calls(rules=("top_p",)), st.floats(0.05, 1.0), st.floats(0.05, 1.0))
+def test_a_larger_top_p_keeps_every_block_of_a_smaller_one(
+    call: Call, one: float, other: float
+) -> None:
+    small, large = (call.with_rule(top_p=p).keep() for p in sorted((one, other)))
+    assert not (small & ~large).any()
+
+
+@settings(max_examples=40)
+@given(calls(rules=("top_k",)), st.integers(1, 6), st.integers(1, 6))
+def test_a_larger_top_k_keeps_every_block_of_a_smaller_one(
+    call: Call, one: int, other: int
+) -> None:
+    small, large = (call.with_rule(top_k=k).keep() for k in sorted((one, other)))
+    assert not (small & ~large).any()
+
+
+@settings(max_examples=40)
+@given(calls(rules=("top_k",)))
+def test_top_k_keeps_k_blocks_where_that_many_are_visible(call: Call) -> None:
+    top_k = call.selector.top_k
+    assert top_k is not None
+    selection = call.select()
+    visible = selection.visible.expand_as(selection.keep)
+    forced = oracle.forced_blocks(call) & visible
+    expected = visible.sum(-1).minimum(forced.sum(-1).clamp_min(top_k))
+    assert selection.keep.sum(-1).equal(expected)
+
+
+@settings(max_examples=40)
+@given(calls())
+def test_top_p_of_one_keeps_every_visible_block(call: Call) -> None:
+    pairs = oracle.visible_pairs(call.q_len, call.kv_len, call.offset)
+    visible = oracle.any_in_block(pairs, call.selector.block_size)
+    assert call.with_rule(top_p=1.0).keep().equal(visible.expand(call.batch, call.q_heads, -1, -1))
+
+
+@settings(max_examples=20)
+@given(calls())
+def test_attention_over_top_p_of_one_is_dense_attention(call: Call) -> None:
+    query, key = call.query_key()
+    value = torch.randn(key.shape, dtype=key.dtype, generator=call.generator())
+    mask = call.with_rule(top_p=1.0).select().token_mask()
+    pairs = oracle.visible_pairs(call.q_len, call.kv_len, call.offset)
+    sparse = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    dense = F.scaled_dot_product_attention(query, key, value, attn_mask=pairs, enable_gqa=True)
+    torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=30)
+@given(calls())
+def test_density_is_kept_over_visible(call: Call) -> None:
+    selection = call.select()
+    keep = selection.keep.expand(-1, call.q_heads, -1, -1)
+    visible = selection.visible.expand_as(keep)
+    assert abs(selection.density() - (keep.sum() / visible.sum()).item()) < 1e-6
+    assert 0 < selection.density() <= 1

@@ -1,0 +1,116 @@
+"""UniSparse is a value, and half precision changes nothing but the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unisparse_flex.block_masks import (
+    Guards,
+    Selector,
+    TopK,
+    TopP,
+    UniSparse,
+    compute_block_scores,
+)
+from unisparse_flex.block_masks.granularity import Pooled
+
+from .strategies import Call, calls, random_masks, selectors
+
+HALVES = st.sampled_from([torch.bfloat16, torch.float16])
+ANY_SELECTOR = st.integers(1, 4).flatmap(lambda group: selectors(group=group))
+
+
+@settings(max_examples=50)
+@given(ANY_SELECTOR)
+def test_repr_can_be_pasted_back(selector: UniSparse) -> None:
+    assert eval(repr(selector), {"UniSparse": UniSparse}) == selector
+
+
+@settings(max_examples=50)
+@given(ANY_SELECTOR, ANY_SELECTOR)
+def test_equal_selectors_have_equal_hashes(one: UniSparse, other: UniSparse) -> None:
+    values = [tuple(getattr(s, field.name) for field in fields(s)) for s in (one, other)]
+    assert (one == other) == (values[0] == values[1])
+    assert one != other or hash(one) == hash(other)
+    assert {one: "kept"}[eval(repr(one), {"UniSparse": UniSparse})] == "kept"
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(UniSparse)])
+def test_no_field_can_be_changed(name: str) -> None:
+    selector = UniSparse()
+    with pytest.raises(FrozenInstanceError):
+        setattr(selector, name, 1)
+
+
+def test_fields_are_given_by_name() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        UniSparse(128)  # type: ignore[call-arg]
+
+
+def test_top_p_is_the_default_rule() -> None:
+    assert UniSparse() == UniSparse(top_p=0.95)
+    assert UniSparse().rule == TopP(top_p=0.95)
+    assert UniSparse(top_k=3).rule == TopK(top_k=3)
+    assert UniSparse(top_k=3).top_p is None
+
+
+def test_fields_reach_granularity_and_guards() -> None:
+    selector = UniSparse(c_q=2, c_k=4, c_h=3, sink_blocks=5, local_blocks=6, last_query_blocks=7)
+    assert selector.granularity == Pooled(q=2, k=4, heads=3)
+    assert selector.guards == Guards(sink_blocks=5, local_blocks=6, last_query_blocks=7)
+
+
+def test_selectors_are_known_by_their_class_name() -> None:
+    assert Selector.registry["UniSparse"] is UniSparse
+
+
+@settings(max_examples=40)
+@given(calls(), HALVES)
+def test_half_precision_selects_as_its_float32_upcast(call: Call, dtype: torch.dtype) -> None:
+    query, key = (tokens.to(dtype) for tokens in call.query_key())
+    assert call.keep(query, key).equal(call.keep(query.float(), key.float()))
+
+
+@settings(max_examples=30)
+@given(calls(), HALVES)
+def test_half_precision_scores_equal_those_of_its_float32_upcast(
+    call: Call, dtype: torch.dtype
+) -> None:
+    query, key = (tokens.to(dtype) for tokens in call.query_key())
+    options: dict[str, Any] = {
+        "geometry": call.geometry,
+        "granularity": call.selector.granularity,
+        "scale": 0.5,
+    }
+    scores = compute_block_scores(query, key, **options)
+    assert scores.dtype == torch.float32
+    assert scores.equal(compute_block_scores(query.float(), key.float(), **options))
+
+
+@settings(max_examples=20)
+@given(calls(is_causal=False), HALVES, st.data())
+def test_half_precision_under_a_mask_selects_as_its_float32_upcast(
+    call: Call, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    query, key = (tokens.to(dtype) for tokens in call.query_key())
+    mask = data.draw(random_masks(call))
+    half = call.select(query, key, attn_mask=mask)
+    assert half.keep.equal(call.select(query.float(), key.float(), attn_mask=mask).keep)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pooling_half_precision_loses_nothing(dtype: torch.dtype) -> None:
+    # 64 + 2**-k vanishes in a half-precision sum of 64 tokens.
+    key = torch.zeros(1, 1, 4 * 64, 4, dtype=dtype)
+    key[:, :, 2 * 64 : 3 * 64] = 1.0
+    key[:, :, 2 * 64] += 2.0**-7
+    key[:, :, 64 : 2 * 64] = 1.0
+    selector = UniSparse(block_size=64, c_q=64, c_k=64, top_k=1, sink_blocks=0, last_query_blocks=0)
+    query = torch.ones(1, 1, 64, 4, dtype=dtype)
+    assert selector.select(query, key).keep.flatten().tolist() == [False, False, True, False]
