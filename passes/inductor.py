@@ -94,7 +94,7 @@ def install() -> None:
     if current is None:
         ours = SparseAttentionPass()
         # Overrides are per context: only the default reaches compilations in other threads.
-        inductor_config._config[CONFIG_KEY].default = ours
+        inductor_config._config[CONFIG_KEY].default = ours  # type: ignore[attr-defined]
         if _holds_ours(getattr(inductor_config, CONFIG_KEY)):
             return
         setattr(inductor_config, CONFIG_KEY, ours)

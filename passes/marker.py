@@ -49,9 +49,7 @@ _library.define(
 
 def marked_sdpa(call: SdpaCall, config: str) -> Tensor:
     """Runs or records the marker operator."""
-    return torch.ops.unisparse.sdpa(  # type: ignore[no-any-return]
-        *call.positional(), **call.keywords(), config=config
-    )
+    return torch.ops.unisparse.sdpa(*call.positional(), **call.keywords(), config=config)
 
 
 def lowered_sdpa(*args: Any, config: str = "", **kwargs: Any) -> Tensor:
@@ -143,6 +141,6 @@ def _compiled_sdpa() -> Callable[..., Tensor]:
     """The marker operator behind torch.compile, where the pass lowers it."""
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any], config: str) -> Tensor:
-        return torch.ops.unisparse.sdpa(*args, **kwargs, config=config)  # type: ignore[no-any-return]
+        return torch.ops.unisparse.sdpa(*args, **kwargs, config=config)
 
     return torch.compile(run, fullgraph=True, dynamic=True)

@@ -73,7 +73,7 @@ def _bind(node: fx.Node, config: SparseConfig | None) -> tuple[SdpaCall, SparseC
     """The attention call that a node makes, with its settings."""
     if node.op == "call_function" and node.target in MARKER_TARGETS:
         kwargs = dict(node.kwargs)
-        own = SparseConfig.decode(kwargs.pop("config", ""))
+        own = SparseConfig.decode(str(kwargs.pop("config", "")))
         return SdpaCall.bind(node.args, kwargs), own
     if config is not None and is_sdpa(node):
         return SdpaCall.bind(node.args, node.kwargs), config

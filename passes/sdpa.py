@@ -89,13 +89,22 @@ class SdpaCall:
 
     def run_dense(self) -> torch.Tensor:
         """Runs the call as it stands, through PyTorch's own kernels."""
-        call = self.positional()
-        if self.causal_lower_right and self.query.shape[2] != self.key.shape[2]:
-            from torch.nn.attention.bias import causal_lower_right
-
-            bias = causal_lower_right(self.query.shape[2], self.key.shape[2])
-            call = (*call[:3], bias, self.dropout_p, False)
-        return F.scaled_dot_product_attention(*call, scale=self.scale, enable_gqa=self.enable_gqa)
+        mask, is_causal = self.attn_mask, self.is_causal
+        q_len, kv_len = self.query.shape[-2], self.key.shape[-2]
+        if self.is_causal and self.causal_lower_right and q_len != kv_len:
+            row = torch.arange(q_len, device=self.query.device)
+            key = torch.arange(kv_len, device=self.query.device)
+            mask, is_causal = key <= row[:, None] + (kv_len - q_len), False
+        return F.scaled_dot_product_attention(
+            self.query,
+            self.key,
+            self.value,
+            mask,
+            self.dropout_p,
+            is_causal,
+            scale=self.scale,
+            enable_gqa=self.enable_gqa,
+        )
 
 
 def is_sdpa(node: fx.Node) -> bool:

@@ -42,4 +42,5 @@ def unisparse(
     )
     install()
     rewrite_sdpa(gm, config)
-    return compile_fx(gm, example_inputs, config_patches=inductor_options or None)
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor_options or None)
+    return compiled

@@ -85,8 +85,17 @@ class _Intercepted:
     """Mark of the subclasses made here."""
 
 
-@functools.cache
+_subclasses: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
+    """The intercepted subclass of a class, the same one every time."""
+    if cls not in _subclasses:
+        _subclasses[cls] = _make_subclass(cls)
+    return _subclasses[cls]
+
+
+def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with SparseAttentionMode(self.__dict__[CONFIG_ATTRIBUTE]):
