@@ -6,9 +6,10 @@ breaks, export and saving, and tells two models with different settings apart.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, is_dataclass
+import ast
+from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
+from typing import Any
 
 from ..block_masks.selectors import Selector
 from ..block_masks.validation import validate_int
@@ -20,48 +21,63 @@ class SparseConfig:
 
     Attributes:
         selector: Which blocks are kept.
-        min_length: Fewest keys for which sparse attention is used.
+        min_length: Fewest keys for which sparse attention is used; ``None`` for the device's
+            measured break-even, `decision.BREAK_EVEN_LENGTH`.
         min_queries: Fewest queries for which it is used; fewer are decoding and stay dense.
         dense: Keeps the call dense (a layer that was excluded by name).
         strict: Raises where the call would stay dense (it was asked for by name).
     """
 
     selector: Selector
-    min_length: int = 0
+    min_length: int | None = 0
     min_queries: int = 0
     dense: bool = False
     strict: bool = False
 
     def __post_init__(self) -> None:
         validate_selector(self.selector)
-        validate_int(self.min_length, "min_length", minimum=0)
+        if self.min_length is not None:
+            validate_int(self.min_length, "min_length", minimum=0)
         validate_int(self.min_queries, "min_queries", minimum=0)
 
     def encode(self) -> str:
-        """The settings as one line of JSON; equal settings give equal text."""
-        values = asdict(self) | {
-            "selector": {"type": type(self.selector).__name__} | asdict(self.selector)  # type: ignore[call-overload]
-        }
-        return json.dumps(values, sort_keys=True)
+        """The settings as the expression that makes them; equal settings give equal text.
+
+        Plain enough for Dynamo to trace: it may run inside a compiled model.
+        """
+        return (
+            f"SparseConfig(selector={self.selector.text}, min_length={self.min_length}, "
+            f"min_queries={self.min_queries}, dense={self.dense}, strict={self.strict})"
+        )
 
     @staticmethod
     @lru_cache(maxsize=256)
     def decode(text: str) -> SparseConfig:
-        """Settings from `encode`'s text.
+        """Settings from `encode`'s text; nothing in it is executed.
 
         Raises:
             ValueError: The text names a selector that no imported module defines.
         """
-        values = json.loads(text)
-        fields = values.pop("selector")
-        name = fields.pop("type")
+        values = _keywords(ast.parse(text, mode="eval").body)
+        selector = values.pop("selector")
+        assert isinstance(selector, ast.Call)
+        assert isinstance(selector.func, ast.Name)
+        name = selector.func.id
         if name not in Selector.registry:
             raise ValueError(
                 f"selector must be one of {sorted(Selector.registry)}, got {name!r}; "
                 "import the module that defines it first"
             )
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return SparseConfig(selector=Selector.registry[name](**fields), **values)
+        return SparseConfig(selector=Selector.registry[name](**_keywords(selector)), **values)
+
+
+def _keywords(call: ast.AST) -> dict[str, Any]:
+    assert isinstance(call, ast.Call)
+    return {
+        k.arg: k.value if isinstance(k.value, ast.Call) else ast.literal_eval(k.value)
+        for k in call.keywords
+        if k.arg is not None
+    }
 
 
 def validate_selector(selector: object) -> None:

@@ -15,6 +15,8 @@ from .sdpa import SdpaCall
 # Hopper's flex backward tiles queries and keys by 128: sparse blocks must be multiples of it.
 BACKWARD_BLOCK_MULTIPLE = 128
 MIN_CUDA_HEAD_DIM = 16
+# Keys from which the whole, selection included, has been measured to be no slower than dense.
+BREAK_EVEN_LENGTH = {"cpu": 4096, "cuda": 32768}
 
 
 class Reason(StrEnum):
@@ -24,7 +26,7 @@ class Reason(StrEnum):
     DROPOUT = "dropout_p > 0: no sparse kernel drops attention weights"
     NOT_4D = "query, key and value are not [batch, heads, tokens, head_dim]"
     FEW_QUERIES = "few queries (decoding): dense is faster"
-    SHORT = "fewer keys than min_length: dense is faster"
+    SHORT = "fewer keys than min_length (or than the device's break-even): dense is faster"
     HEADS = "heads, batch or lengths do not go together: left to SDPA's own error"
     DTYPE = "dtypes differ or are not floating"
     DEVICE = "not on CPU or CUDA, or on several devices"
@@ -53,7 +55,10 @@ def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:
         return Reason.NOT_4D
     if not guard_or_false(query.shape[2] >= max(config.min_queries, 1)):
         return Reason.FEW_QUERIES
-    if not guard_or_false(key.shape[2] >= max(config.min_length, 1)):
+    min_length = config.min_length
+    if min_length is None:
+        min_length = BREAK_EVEN_LENGTH.get(query.device.type, 0)
+    if not guard_or_false(key.shape[2] >= max(min_length, 1)):
         return Reason.SHORT
     if call.dropout_p > 0.0:
         return Reason.DROPOUT

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .config import SparseConfig
-from .decision import Reason, refuse
+from .decision import Reason, needs_grad, refuse
 from .region import compiled_once
 from .sdpa import SdpaCall
 from .sparse_attention import (
@@ -83,6 +83,7 @@ _library.impl("sdpa", _marker_kernel, "CompositeImplicitAutograd")
 
 
 def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Tensor:
+    call = call.with_constant_scale()
     tracing = for_inductor or _is_traced(call)
     reason = refuse(call, config)
     observer = None if tracing else _observer.get()
@@ -129,18 +130,50 @@ def _runs_compiled(call: SdpaCall) -> bool:
 
 
 def _run_compiled(call: SdpaCall, config: SparseConfig) -> Tensor:
+    mask = call.attn_mask
+    run = _compiled_sdpa(
+        config.encode(),
+        call.is_causal,
+        # As text: Dynamo would make a number symbolic, and the kernel wants a constant.
+        None if call.scale is None else repr(float(call.scale)),
+        call.enable_gqa,
+        call.causal_lower_right,
+        None if mask is None else mask.dtype,
+        call.query.dtype,
+        needs_grad(call),
+    )
     _compiling.active = True
     try:
-        return _compiled_sdpa()(call.positional(), call.keywords(), config.encode())
+        return run(call.query, call.key, call.value, mask)
     finally:
         _compiling.active = False
 
 
-@cache
-def _compiled_sdpa() -> Callable[..., Tensor]:
-    """The marker operator behind torch.compile, where the pass lowers it."""
+@lru_cache(maxsize=256)
+def _compiled_sdpa(
+    config: str,
+    is_causal: bool,
+    scale: str | None,
+    enable_gqa: bool,
+    causal_lower_right: bool,
+    *_distinct: object,
+) -> Callable[..., Tensor]:
+    """The marker operator behind torch.compile, where the pass lowers it; one per kind of call."""
 
-    def run(args: tuple[Any, ...], kwargs: dict[str, Any], config: str) -> Tensor:
-        return torch.ops.unisparse.sdpa(*args, **kwargs, config=config)
+    def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+        return torch.ops.unisparse.sdpa(
+            query,
+            key,
+            value,
+            attn_mask,
+            0.0,
+            is_causal,
+            scale=None if scale is None else float(scale),
+            enable_gqa=enable_gqa,
+            causal_lower_right=causal_lower_right,
+            config=config,
+        )
 
+    # A code object of its own: Dynamo limits recompilations per code object.
+    run.__code__ = run.__code__.replace(co_name="unisparse_sdpa")
     return torch.compile(run, fullgraph=True, dynamic=True)

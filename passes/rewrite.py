@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,7 +102,13 @@ def _refuse_node(call: SdpaCall, config: SparseConfig) -> Reason | None:
         tensors.append(call.attn_mask)
     if any(_recorded(tensor) is None for tensor in tensors):
         return Reason.EXCLUDED if config.dense else Reason.NO_METADATA
-    return refuse(call.map_tensors(_recorded), config)
+    numbers = {name: _number(getattr(call, name)) for name in ("dropout_p", "scale", "is_causal")}
+    return refuse(replace(call.map_tensors(_recorded), **numbers), config)
+
+
+def _number(argument: Any) -> Any:
+    """A scalar argument, or what tracing recorded where the graph computes it."""
+    return argument.meta.get("example_value") if isinstance(argument, fx.Node) else argument
 
 
 def _recorded(node: Any) -> Tensor | None:

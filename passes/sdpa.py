@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,17 +63,22 @@ class SdpaCall:
 
     def map_tensors(self, of: Callable[[Any], Any]) -> SdpaCall:
         """The same call with ``of`` applied to query, key, value and attn_mask."""
-        return SdpaCall(
+        return replace(
+            self,
             query=of(self.query),
             key=of(self.key),
             value=of(self.value),
             attn_mask=None if self.attn_mask is None else of(self.attn_mask),
-            dropout_p=self.dropout_p,
-            is_causal=self.is_causal,
-            scale=self.scale,
-            enable_gqa=self.enable_gqa,
-            causal_lower_right=self.causal_lower_right,
         )
+
+    def with_constant_scale(self) -> SdpaCall:
+        """The same call with symbolic numbers made constants (and guards) of the traced graph."""
+        if not isinstance(self.scale, torch.SymFloat) and not isinstance(
+            self.dropout_p, torch.SymFloat
+        ):
+            return self
+        scale = None if self.scale is None else float(self.scale)
+        return replace(self, scale=scale, dropout_p=float(self.dropout_p))
 
     def positional(self) -> tuple[Any, ...]:
         """What every spelling takes by position, in SDPA's order."""

@@ -8,6 +8,10 @@ from .block_masks import BlockSelection, Selector, UniSparse, create_block_mask
 from .explain import AttentionRecord, Explanation, explain, record_attention
 from .functional import attention
 from .optimize import is_optimized, optimize, restore
+from .passes import install as _install
+
+# Once, before any thread compiles: settings travel in the graphs, so it serves every model.
+_install()
 
 __version__ = "0.1.0"
 

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from .block_masks import UniSparse
-from .optimize import DEFAULT_MIN_LENGTH
-from .passes import SparseConfig, install, rewrite_sdpa
+from .passes import SparseConfig, rewrite_sdpa
 
 
 def unisparse(
@@ -37,10 +36,9 @@ def unisparse(
     selector = inductor_options.pop("selector", None) or UniSparse()
     config = SparseConfig(
         selector=selector,
-        min_length=inductor_options.pop("min_length", DEFAULT_MIN_LENGTH),
+        min_length=inductor_options.pop("min_length", None),
         min_queries=getattr(selector, "block_size", 0),
     )
-    install()
     rewrite_sdpa(gm, config)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor_options or None)
     return compiled

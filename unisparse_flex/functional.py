@@ -7,7 +7,9 @@ from torch import Tensor
 from .block_masks import Selector, UniSparse
 from .block_masks.validation import validate_attn_mask, validate_query_key, validate_value
 from .interception import resolve_causal_bias
-from .passes import SdpaCall, SparseConfig, install, marked_sdpa
+from .passes import SdpaCall, SparseConfig, marked_sdpa
+
+DEFAULT_SELECTOR = UniSparse()
 
 
 def attention(
@@ -83,6 +85,5 @@ def attention(
                 "put causality into attn_mask"
             )
         validate_attn_mask(call.attn_mask, query, key)
-    install()
-    config = SparseConfig(selector=UniSparse() if selector is None else selector, strict=True)
+    config = SparseConfig(selector=selector or DEFAULT_SELECTOR, strict=True)
     return marked_sdpa(call, config.encode())

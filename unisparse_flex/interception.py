@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,16 +51,8 @@ def resolve_causal_bias(call: SdpaCall) -> SdpaCall:
     bias = call.attn_mask
     if not isinstance(bias, CausalBias) or call.is_causal:
         return call
-    return SdpaCall(
-        query=call.query,
-        key=call.key,
-        value=call.value,
-        dropout_p=call.dropout_p,
-        is_causal=True,
-        scale=call.scale,
-        enable_gqa=call.enable_gqa,
-        causal_lower_right=bias.variant is CausalVariant.LOWER_RIGHT,
-    )
+    lower_right = bias.variant is CausalVariant.LOWER_RIGHT
+    return replace(call, attn_mask=None, is_causal=True, causal_lower_right=lower_right)
 
 
 def intercept(module: nn.Module, config: str) -> None:

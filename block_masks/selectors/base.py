@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,19 +19,41 @@ class Selector(ABC):
 
     A selector is a frozen dataclass of plain values (numbers, strings, tuples, ``None``), so that
     it can be hashed, compared, printed and carried inside a traced graph. Subclasses are known by
-    their class name from the moment they are defined.
+    their class name from the moment they are defined. One with a ``__post_init__`` of its own
+    ends it with ``Selector.__post_init__(self)``.
 
     Attributes:
         block_size: Tokens per block; a power of two of at least 16.
     """
 
-    __slots__ = ()
+    __slots__ = ("_text",)
     registry: ClassVar[dict[str, type[Selector]]] = {}
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     block_size: int
+    _text: str
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         Selector.registry[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        # Now, not when asked: Dynamo may make the numbers symbolic, a text stays a text.
+        object.__setattr__(self, "_text", self._expression())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make, (type(self), self._values())
+
+    @property
+    def text(self) -> str:
+        """The selector as the expression that makes it; equal selectors give equal text."""
+        return self._text
+
+    def _expression(self) -> str:
+        arguments = [f"{name}={value!r}" for name, value in self._values().items()]
+        return f"{type(self).__name__}({', '.join(arguments)})"
+
+    def _values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     def select(
         self,
@@ -98,3 +120,7 @@ class Selector(ABC):
 
         No host synchronisation, no shape that depends on data, no loop over heads.
         """
+
+
+def _make(cls: type[Selector], values: dict[str, Any]) -> Selector:
+    return cls(**values)

@@ -67,6 +67,7 @@ class UniSparse(Selector):
             object.__setattr__(self, "top_p", DEFAULT_TOP_P)
         # Built here so that a wrong value is reported where it was given.
         _ = self.rule, self.guards
+        Selector.__post_init__(self)
 
     @property
     def rule(self) -> SelectionRule:
