@@ -1,0 +1,154 @@
+"""`explain` says which calls run sparse, which do not, and why; it leaves nothing behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unisparse_flex import explain, optimize, record_attention
+from unisparse_flex.passes import Reason
+
+from .capture import captured
+from .models import SELECTOR, WIDTH, Transformer, create, embeddings, split_heads
+from .reference import ByDefinition, assert_is_sparse
+
+X = embeddings(300)
+
+
+def densities() -> list[float]:
+    """What the selector keeps in the layers of the model, from the tokens that reach them."""
+    mode = ByDefinition(SELECTOR)
+    with torch.no_grad(), mode:
+        create()(X)
+    return [SELECTOR.select(query, key, is_causal=True).density() for query, key, _ in mode.calls]
+
+
+class Mixed(nn.Module):
+    """Calls of every kind that stays dense, and one that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.multihead = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        self.inner = Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.multihead(x, x, x, need_weights=False)[0]
+        return self.inner(x)
+
+
+class Inner(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        heads = split_heads(x)
+        sdpa = F.scaled_dot_product_attention
+        one = sdpa(heads[:, :, -1:], heads, heads)
+        dropped = sdpa(heads, heads, heads, dropout_p=0.5)
+        flat = sdpa(x, x, x)
+        return sdpa(heads, heads, heads, is_causal=True).sum() + one.sum() + dropped.sum() + flat
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_densities_are_those_of_the_selector(compiled: bool) -> None:
+    model: Any = optimize(create(), SELECTOR, min_length=0)
+    if compiled:
+        model = torch.compile(model, backend="eager")
+        model(X)
+    explanation = explain(model, X)
+    assert [call.layer for call in explanation.calls] == [
+        "layers.0.attention",
+        "layers.1.attention",
+    ]
+    assert [call.density for call in explanation.sparse] == pytest.approx(densities())
+    assert explanation.density == pytest.approx(sum(densities()) / 2)
+    assert explanation.dense == ()
+    first = explanation.calls[0]
+    assert (first.q_len, first.kv_len, first.heads) == (300, 300, "4/2")
+    assert (first.decision, first.reason) == ("sparse", None)
+
+
+def test_dense_calls_have_their_reasons() -> None:
+    model = optimize(create(Mixed), SELECTOR, min_length=0)
+    calls = explain(model, X).calls
+    assert [call.reason for call in calls] == [
+        Reason.MULTIHEAD,
+        Reason.FEW_QUERIES,
+        Reason.DROPOUT,
+        Reason.NOT_4D,
+        None,
+    ]
+    assert [call.layer for call in calls] == ["multihead"] + ["inner"] * 4
+    assert [call.density is None for call in calls] == [True] * 4 + [False]
+    assert explain(model, X).density == pytest.approx(calls[-1].density)
+
+
+def test_a_model_that_was_not_optimized_is_all_dense() -> None:
+    explanation = explain(create(), X)
+    assert [call.reason for call in explanation.calls] == [Reason.NOT_OPTIMIZED] * 2
+    assert explanation.density is None
+    assert explanation.sparse == ()
+
+
+def test_short_prompts_and_excluded_layers_are_named() -> None:
+    model = optimize(create(), SELECTOR, min_length=301, dense_layers=(1,))
+    assert [call.reason for call in explain(model, X).calls] == [Reason.SHORT, Reason.EXCLUDED]
+
+
+def test_a_model_without_attention_prints_a_hint() -> None:
+    explanation = explain(optimize(nn.Linear(WIDTH, WIDTH)), X)
+    assert explanation.calls == ()
+    assert "no attention call was seen" in str(explanation)
+    assert "attn_implementation='sdpa'" in str(explanation)
+
+
+def test_the_table_holds_every_call_and_the_totals() -> None:
+    model = optimize(create(), SELECTOR, min_length=0, dense_layers=(1,))
+    explanation = explain(model, X)
+    lines = str(explanation).splitlines()
+    assert lines[0].split() == ["layer", "queries", "keys", "heads", "runs", "density", "reason"]
+    assert set(lines[1]) == {"-", " "}
+    density = f"{densities()[0]:.3f}"
+    assert lines[2].split() == ["layers.0.attention", "300", "300", "4/2", "sparse", density]
+    assert lines[3].split()[:5] == ["layers.1.attention", "300", "300", "4/2", "dense"]
+    assert lines[3].endswith(Reason.EXCLUDED)
+    assert lines[4] == f"1 sparse, mean density {density}, 1 dense"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_left_behind(fails: bool) -> None:
+    model = optimize(create(), SELECTOR, min_length=0)
+    if fails:
+        with pytest.raises(RuntimeError):
+            explain(model, X[..., :-1])
+    else:
+        explain(model, X)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert captured(model, X).marked() == [2]
+    with torch.no_grad():
+        assert_is_sparse(model(X), create(), SELECTOR, X)
+
+
+def test_modes_and_training_flags_stay() -> None:
+    model = optimize(create().train(), SELECTOR, min_length=0)
+    explain(model, X)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_recording_sees_every_forward_inside() -> None:
+    model = optimize(create(Transformer), SELECTOR, min_length=128)
+    with torch.no_grad(), record_attention(model) as calls:
+        model(X)
+        model(embeddings(100))
+    assert [call.decision for call in calls] == ["sparse"] * 2 + ["dense"] * 2
+    with torch.no_grad():
+        model(X)
+    assert len(calls) == 4
+
+
+def test_arguments_reach_the_model() -> None:
+    model = optimize(create(), SELECTOR, min_length=0)
+    assert explain(model, x=X).calls == explain(model, X).calls

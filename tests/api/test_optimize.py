@@ -1,0 +1,220 @@
+"""`optimize` and `restore` change what attention does, and nothing else about a model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from unisparse_flex import UniSparse, explain, is_optimized, optimize, restore
+from unisparse_flex.passes import Reason
+
+from .capture import captured
+from .models import FINE, SELECTOR, Attention, Layer, Transformer, create, embeddings
+from .reference import assert_computes, assert_is_sparse, defined_output, rmse
+
+X = embeddings(200)
+
+
+def sparse_model(**options: Any) -> Any:
+    return optimize(create(**options), SELECTOR, min_length=0)
+
+
+def output(model: Any, x: Tensor = X) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def through_pickle(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_a_file(model: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def test_the_model_is_changed_in_place_and_returned() -> None:
+    model = create()
+    assert optimize(model, SELECTOR, min_length=0) is model
+    assert_is_sparse(output(model), create(), SELECTOR, X)
+
+
+def test_attention_elsewhere_is_left_alone() -> None:
+    sparse_model()
+    assert_computes(output(create()), create(), None, X)
+    assert captured(create(), X).marked() == [0]
+
+
+def test_what_python_sees_of_the_model_stays() -> None:
+    model, original = sparse_model(), create()
+    assert isinstance(model, Transformer)
+    assert isinstance(model.layers[0], Layer)
+    for changed, plain in zip(model.modules(), original.modules(), strict=True):
+        assert type(changed).__name__ == type(plain).__name__
+        assert type(changed).__qualname__ == type(plain).__qualname__
+        assert type(changed).__module__ == type(plain).__module__
+        assert inspect.signature(changed.forward) == inspect.signature(plain.forward)
+    assert repr(model) == repr(original)
+
+
+def test_parameters_and_state_dict_stay() -> None:
+    model, original = sparse_model(), create()
+    assert list(model.state_dict()) == list(original.state_dict())
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in original.named_parameters()]
+    model.load_state_dict(original.state_dict(), strict=True)
+    original.load_state_dict(model.state_dict(), strict=True)
+
+
+def test_hooks_registered_before_and_after_run_once() -> None:
+    seen: list[str] = []
+    model = create()
+    model.layers[0].register_forward_hook(lambda *_: seen.append("before"))
+    optimize(model, SELECTOR, min_length=0)
+    model.layers[0].register_forward_pre_hook(lambda *_: seen.append("after"))
+    output(model)
+    assert seen == ["after", "before"]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, through_pickle, through_a_file])
+def test_copies_are_optimized_alike(duplicate: Callable[[Any], Any]) -> None:
+    model = sparse_model()
+    other = duplicate(model)
+    assert is_optimized(other)
+    assert isinstance(other, Transformer)
+    assert output(other).equal(output(model))
+
+
+def test_a_deep_copy_is_restored_alone() -> None:
+    model = sparse_model()
+    other = restore(copy.deepcopy(model))
+    assert is_optimized(model)
+    assert_is_sparse(output(model), create(), SELECTOR, X)
+    assert_computes(output(other), create(), None, X)
+
+
+def test_optimizing_again_replaces_the_settings() -> None:
+    model = sparse_model()
+    types = [type(module) for module in model.modules()]
+    optimize(model, FINE, min_length=0)
+    assert [type(module) for module in model.modules()] == types
+    assert_is_sparse(output(model), create(), FINE, X)
+
+
+def test_optimizing_again_without_dense_layers_makes_all_sparse() -> None:
+    model = optimize(create(), SELECTOR, min_length=0, dense_layers=(0, 1))
+    optimize(model, SELECTOR, min_length=0)
+    assert_is_sparse(output(model), create(), SELECTOR, X)
+
+
+def test_a_submodule_optimized_afterwards_has_its_own_settings() -> None:
+    model = sparse_model()
+    optimize(model.layers[1], FINE, min_length=0)
+    (configs,) = captured(model, X).configs()
+    assert [config.selector for config in configs] == [SELECTOR, FINE]
+
+
+def test_a_submodule_alone_can_be_optimized_and_run() -> None:
+    model = create()
+    optimize(model.layers[1], SELECTOR, min_length=0)
+    assert not is_optimized(model)
+    reasons = [call.reason for call in explain(model, X).calls]
+    assert reasons == [Reason.NOT_OPTIMIZED, None]
+    layer = sparse_model().layers[0]
+    assert_is_sparse(output(layer), create().layers[0], SELECTOR, X)
+
+
+def test_restore_gives_types_and_dense_attention_back() -> None:
+    model, original = sparse_model(), create()
+    assert restore(model) is model
+    assert not is_optimized(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
+    assert [set(vars(m)) for m in model.modules()] == [set(vars(m)) for m in original.modules()]
+    assert output(model).equal(output(original))
+
+
+def test_restoring_twice_or_for_nothing_changes_nothing() -> None:
+    model = restore(restore(sparse_model()))
+    assert type(model) is Transformer
+    assert type(restore(create())) is Transformer
+
+
+def test_a_restored_model_can_be_optimized_again() -> None:
+    model = optimize(restore(sparse_model()), FINE, min_length=0)
+    assert_is_sparse(output(model), create(), FINE, X)
+
+
+def test_restoring_a_compiled_model_makes_it_dense() -> None:
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(sparse_model(layers=1), backend="aot_eager")
+    assert is_optimized(compiled)
+    assert_is_sparse(output(compiled), create(layers=1), SELECTOR, X)
+    assert restore(compiled) is compiled
+    assert not is_optimized(compiled)
+    assert_computes(output(compiled), create(layers=1), None, X)
+
+
+def test_layers_compiled_one_by_one_follow_the_settings() -> None:
+    torch._dynamo.reset()
+    model = create()
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert_computes(output(model), create(), None, X)
+    optimize(model, SELECTOR, min_length=0)
+    assert_is_sparse(output(model), create(), SELECTOR, X)
+
+
+@pytest.mark.parametrize(
+    ("dense_layers", "expected"),
+    [((), [1, 1, 1]), ((0,), [0, 1, 1]), ((-1,), [1, 1, 0]), ([0, -2, 1], [0, 0, 1])],
+)
+def test_dense_layers_stay_dense(dense_layers: Any, expected: list[int]) -> None:
+    model = optimize(create(layers=3), SELECTOR, min_length=0, dense_layers=dense_layers)
+    calls = explain(model, X).calls
+    assert [int(call.decision == "sparse") for call in calls] == expected
+    assert {call.reason for call in calls if call.decision == "dense"} <= {Reason.EXCLUDED}
+
+
+def test_all_layers_excluded_is_the_dense_model() -> None:
+    model = optimize(create(), SELECTOR, min_length=0, dense_layers=range(2))
+    assert output(model).equal(output(create()))
+
+
+def test_short_prompts_stay_dense_by_default() -> None:
+    model = optimize(create())
+    assert [call.reason for call in explain(model, X).calls] == [Reason.SHORT] * 2
+    assert output(model).equal(output(create()))
+    long = embeddings(4096)
+    assert explain(optimize(create(Attention)), long[:, :4095]).dense
+    assert explain(optimize(create(Attention)), long).sparse
+
+
+def test_fewer_queries_than_a_block_stay_dense() -> None:
+    model = optimize(create(Attention), UniSparse(block_size=64), min_length=0)
+    assert [c.reason for c in explain(model, embeddings(63)).calls] == [Reason.FEW_QUERIES]
+    assert [c.reason for c in explain(model, embeddings(64)).calls] == [None]
+
+
+def test_inference_mode_computes_the_same() -> None:
+    model = sparse_model()
+    with torch.inference_mode():
+        assert model(X).equal(output(model))
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    model = create(Attention)
+    exact = defined_output(model, SELECTOR, X)
+    optimize(model, SELECTOR, min_length=0)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = model(X)
+    assert out.dtype is torch.bfloat16
+    assert rmse(out, exact) < 0.1

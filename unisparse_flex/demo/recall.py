@@ -1,0 +1,108 @@
+"""What the selected blocks hold of dense attention, from a model's own queries and keys.
+
+Symbols: Hq/Hkv heads, S tokens, D head_dim, N blocks, R sampled rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+ROW_STRIDE = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CapturedAttention:
+    """The inputs of one causal attention call, after rotary embedding.
+
+    Attributes:
+        query: [1, Hq, S, D].
+        key: [1, Hkv, S, D].
+        scale: Factor on the logits; ``None`` is 1 / sqrt(D).
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float | None
+
+
+@dataclass(eq=False)
+class CaptureAttention(TorchFunctionMode):
+    """Keeps query and key of every causal ``F.scaled_dot_product_attention`` call inside.
+
+    Attributes:
+        on_call: Called after each of them.
+        calls: What was captured, in order.
+    """
+
+    on_call: Callable[[], None] = lambda: None
+    calls: list[CapturedAttention] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Passes every function on."""
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and kwargs.get("is_causal"):
+            query, key = args[:2]
+            self.calls.append(CapturedAttention(query=query, key=key, scale=kwargs.get("scale")))
+            self.on_call()
+        return output
+
+
+def compute_recall(
+    query: Tensor,
+    key: Tensor,
+    keep: Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    row_stride: int = ROW_STRIDE,
+) -> float:
+    """Computes the share of dense causal attention mass that falls into kept blocks.
+
+    Every ``row_stride``-th query row attends to all of its keys, exactly and in float32; the
+    result is the mean over these rows and all heads.
+
+    Args:
+        query: [1, Hq, S, D].
+        key: [1, Hkv, S, D]; Hkv divides Hq.
+        keep: bool [1, Hq or 1, N, N].
+        block_size: Tokens per block.
+        scale: Factor on the logits; 1 / sqrt(D) by default.
+        row_stride: Distance of the sampled rows; the last row of every block is one of them
+            where it divides ``block_size``.
+
+    Returns:
+        A number in [0, 1].
+    """
+    heads, length, head_dim = query.shape[1:]
+    scale = head_dim**-0.5 if scale is None else scale
+    group = heads // key.shape[1]
+    blocks = keep.shape[-1]
+    rows = torch.arange(row_stride - 1, length, row_stride, device=query.device)
+    keep = keep.expand(-1, heads, -1, -1)[0, :, rows // block_size]  # [Hq, R, N]
+    future = torch.arange(length, device=query.device) > rows[:, None]  # [R, S]
+    kept = torch.zeros((), dtype=torch.float64, device=query.device)
+    for head in range(heads):
+        logits = (query[0, head, rows] * scale).float() @ key[0, head // group].float().T
+        weights = logits.masked_fill_(future, -torch.inf).softmax(-1)  # [R, S]
+        if length % block_size:
+            weights = F.pad(weights, (0, blocks * block_size - length))
+        mass = weights.unflatten(-1, (blocks, block_size)).sum(-1)  # [R, N]
+        kept += (mass * keep[head]).sum(dtype=torch.float64)
+    return float(kept) / (heads * len(rows))
