@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,18 @@ def validate_fraction(value: float, name: str) -> None:
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not 0.0 < value <= 1.0:
         raise ValueError(f"{name} must be in (0, 1], got {value}; {name}=1.0 keeps every block")
+
+
+def validate_literal(value: object, name: str) -> None:
+    """Raises TypeError unless ``value`` is plain: numbers, strings, None, tuples of these."""
+    try:
+        plain = ast.literal_eval(repr(value)) == value
+    except (ValueError, SyntaxError):
+        plain = False
+    if not plain:
+        raise TypeError(
+            f"{name} must be a finite number, a string, None or a tuple of these, got {value!r}"
+        )
 
 
 def validate_query_key(query: Tensor, key: Tensor) -> None:

@@ -51,24 +51,25 @@ class SparseConfig:
         )
 
     @staticmethod
-    @lru_cache(maxsize=256)
     def decode(text: str) -> SparseConfig:
         """Settings from `encode`'s text; nothing in it is executed.
 
         Raises:
             ValueError: The text names a selector that no imported module defines.
         """
-        values = _keywords(ast.parse(text, mode="eval").body)
-        selector = values.pop("selector")
-        assert isinstance(selector, ast.Call)
-        assert isinstance(selector.func, ast.Name)
-        name = selector.func.id
+        name = text.partition("selector=")[2].partition("(")[0]
         if name not in Selector.registry:
             raise ValueError(
                 f"selector must be one of {sorted(Selector.registry)}, got {name!r}; "
                 "import the module that defines it first"
             )
-        return SparseConfig(selector=Selector.registry[name](**_keywords(selector)), **values)
+        return _decode(text, Selector.registry[name])
+
+
+@lru_cache(maxsize=256)
+def _decode(text: str, selector: type[Selector]) -> SparseConfig:
+    values = _keywords(ast.parse(text, mode="eval").body)
+    return SparseConfig(selector=selector(**_keywords(values.pop("selector"))), **values)
 
 
 def _keywords(call: ast.AST) -> dict[str, Any]:

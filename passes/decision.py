@@ -36,10 +36,8 @@ class Reason(StrEnum):
     CAUSAL_ROWS_WITHOUT_KEYS = "bottom-right causal with more queries than keys"
     KERNEL = "FlexAttention's CUDA kernel takes float16, bfloat16 or float32 and head_dim >= 16"
     BACKWARD_BLOCK = "training on CUDA needs a block_size that is a multiple of 128"
-    NO_METADATA = "lengths unknown before the graph runs: decided at each call"
     NOT_OPTIMIZED = "not inside an optimized module"
     MULTIHEAD = "nn.MultiheadAttention's own function is not rewritten"
-    FLEX = "flex_attention is left as it is"
 
 
 def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:

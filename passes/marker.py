@@ -83,7 +83,7 @@ _library.impl("sdpa", _marker_kernel, "CompositeImplicitAutograd")
 
 
 def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Tensor:
-    call = call.with_constant_scale()
+    call = call.with_constants()
     tracing = for_inductor or _is_traced(call)
     reason = refuse(call, config)
     observer = None if tracing else _observer.get()
@@ -141,6 +141,7 @@ def _run_compiled(call: SdpaCall, config: SparseConfig) -> Tensor:
         None if mask is None else mask.dtype,
         call.query.dtype,
         needs_grad(call),
+        type(config.selector),
     )
     _compiling.active = True
     try:

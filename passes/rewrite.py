@@ -60,14 +60,33 @@ def rewrite_sdpa(
             f"got {type(graph).__name__}; trace the module with torch.fx.symbolic_trace first"
         )
     report = RewriteReport()
+    _rewrite_graph(graph, config, lower=lower, report=report, prefix="")
+    if report.rewritten or report.left:
+        logger.info("%s", report)
+    return report
+
+
+def _rewrite_graph(
+    graph: fx.Graph,
+    config: SparseConfig | None,
+    *,
+    lower: bool,
+    report: RewriteReport,
+    prefix: str,
+) -> None:
     for node in graph.nodes:
         found = _bind(node, config)
         if found is not None:
-            _rewrite_node(node, *found, lower=lower, report=report)
-    if report.rewritten or report.left:
-        graph.lint()
-        logger.info("%s", report)
-    return report
+            _rewrite_node(node, *found, lower=lower, report=report, name=prefix + node.name)
+    graph.lint()
+    # Bodies of checkpointed regions, branches and loops are graphs of their own.
+    children = graph.owning_module.named_children() if graph.owning_module is not None else ()
+    for name, child in children:
+        if isinstance(child, fx.GraphModule):
+            _rewrite_graph(
+                child.graph, config, lower=lower, report=report, prefix=f"{prefix}{name}."
+            )
+            child.recompile()
 
 
 def _bind(node: fx.Node, config: SparseConfig | None) -> tuple[SdpaCall, SparseConfig] | None:
@@ -82,26 +101,32 @@ def _bind(node: fx.Node, config: SparseConfig | None) -> tuple[SdpaCall, SparseC
 
 
 def _rewrite_node(
-    node: fx.Node, call: SdpaCall, config: SparseConfig, *, lower: bool, report: RewriteReport
+    node: fx.Node,
+    call: SdpaCall,
+    config: SparseConfig,
+    *,
+    lower: bool,
+    report: RewriteReport,
+    name: str,
 ) -> None:
     reason = _refuse_node(call, config)
-    if reason is not None and reason is not Reason.NO_METADATA:
-        report.left[node.name] = reason
-        logger.debug("%s stays dense: %s", node.name, reason)
+    if reason is not None:
+        report.left[name] = reason
+        logger.debug("%s stays dense: %s", name, reason)
         return
     node.target = lowered_sdpa if lower else torch.ops.unisparse.sdpa.default
     node.args = call.positional()
     node.kwargs = {**call.keywords(), "config": config.encode()}
-    report.rewritten.append(node.name)
+    report.rewritten.append(name)
 
 
 def _refuse_node(call: SdpaCall, config: SparseConfig) -> Reason | None:
-    """`refuse` on what the graph records of the call's tensors."""
+    """`refuse` on what the graph records; a call of unknown shapes decides when it runs."""
     tensors = [call.query, call.key, call.value]
     if call.attn_mask is not None:
         tensors.append(call.attn_mask)
     if any(_recorded(tensor) is None for tensor in tensors):
-        return Reason.EXCLUDED if config.dense else Reason.NO_METADATA
+        return Reason.EXCLUDED if config.dense else None
     numbers = {name: _number(getattr(call, name)) for name in ("dropout_p", "scale", "is_causal")}
     return refuse(replace(call.map_tensors(_recorded), **numbers), config)
 

@@ -71,8 +71,14 @@ class SdpaCall:
             attn_mask=None if self.attn_mask is None else of(self.attn_mask),
         )
 
-    def with_constant_scale(self) -> SdpaCall:
-        """The same call with symbolic numbers made constants (and guards) of the traced graph."""
+    def with_constants(self) -> SdpaCall:
+        """The same call, symbolic numbers, heads and head_dims made constants of the graph.
+
+        No kernel takes them symbolic; a graph that did would recompile for each anyway.
+        """
+        for tensor in (self.query, self.key, self.value):
+            for dim in (1, 3) if tensor.dim() == 4 else ():
+                int(tensor.shape[dim])
         if not isinstance(self.scale, torch.SymFloat) and not isinstance(
             self.dropout_p, torch.SymFloat
         ):

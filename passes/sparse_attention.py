@@ -183,21 +183,23 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
 
     Captured tensors are passed as arguments: only Dynamo could lift them out of a closure.
     """
-    offset, kv_len = selection.geometry.causal_offset, selection.geometry.kv_len
+    offset = selection.geometry.causal_offset
     size = selection.geometry.block_size
     keep = selection.keep
     kept_heads = keep.shape[1] > 1
+    # A tracer of the inner graph knows no symbolic difference: there it travels as a tensor.
+    given = isinstance(offset, torch.SymInt) and call.query.device.type == "cuda"
     mask = None if call.attn_mask is None else _mask_4d(call.attn_mask)
     additive = mask is not None and mask.dtype is not torch.bool
     at = _broadcast_index(mask) if mask is not None else None
 
-    def in_order(q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        # Never trivially true: a backend may drop the block lists of a trivial mask_mod.
-        return kv_idx < kv_len if offset is None else kv_idx <= q_idx + offset
-
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, *captured: Tensor) -> Tensor:
-        allowed = in_order(q_idx, kv_idx)
         buffers = list(captured)
+        if offset is None:
+            # Never trivially true: a backend may drop the block lists of a trivial mask_mod.
+            allowed = kv_idx >= 0
+        else:
+            allowed = kv_idx <= q_idx + (buffers.pop(0) if given else offset)
         if look_up:
             kept = buffers.pop(0)
             head = h if kept_heads else h * 0
@@ -215,7 +217,11 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
         assert at is not None
         return score + captured[0][at(b, h, q_idx, kv_idx)]
 
-    mask_buffers: tuple[Tensor, ...] = (keep,) if look_up else ()
+    mask_buffers: tuple[Tensor, ...] = ()
+    if given:
+        mask_buffers += (torch.full((), offset, dtype=torch.int32, device=keep.device),)
+    if look_up:
+        mask_buffers += (keep,)
     score_buffers: tuple[Tensor, ...] = ()
     if mask is not None:
         # An additive mask also says what takes no part: -inf scores alone would leave NaN rows.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias
 
 from .block_masks import Selector, UniSparse
 from .block_masks.validation import validate_attn_mask, validate_query_key, validate_value
@@ -39,7 +40,8 @@ def attention(
         value: [B, Hkv, Skv, Dv].
         attn_mask: bool (True takes part) or float (added to the logits; an entry at the dtype's
             minimum takes no part), broadcastable to [B, Hq, Sq, Skv]; or one of
-            `torch.nn.attention.bias.causal_lower_right` and ``causal_upper_left``.
+            `torch.nn.attention.bias.causal_lower_right` and ``causal_upper_left`` (made outside
+            compiled code: Dynamo cannot trace their construction).
         dropout_p: Must be 0.0.
         is_causal: Row r sees keys up to r. As in SDPA this aligns top-left where Sq != Skv; for
             queries that end where the keys end, pass ``causal_lower_right(Sq, Skv)``.
@@ -62,6 +64,8 @@ def attention(
             "query and key must have the same number of heads unless enable_gqa=True, "
             f"got {query.shape[1]} and {key.shape[1]}"
         )
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
     if dropout_p != 0.0:
         raise NotImplementedError(
             f"dropout_p must be 0.0 (no sparse kernel drops attention weights), got {dropout_p}; "
@@ -83,6 +87,12 @@ def attention(
             raise ValueError(
                 "attn_mask and is_causal must not both be given, got both; "
                 "put causality into attn_mask"
+            )
+        if isinstance(call.attn_mask, CausalBias):
+            bias = call.attn_mask
+            raise ValueError(
+                f"attn_mask, a CausalBias, must be made for q_len {query.shape[2]} and kv_len "
+                f"{key.shape[2]}, got {bias.seq_len_q} and {bias.seq_len_kv}"
             )
         validate_attn_mask(call.attn_mask, query, key)
     config = SparseConfig(selector=selector or DEFAULT_SELECTOR, strict=True)

@@ -42,14 +42,23 @@ class SparseAttentionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             call = resolve_causal_bias(SdpaCall.bind(args, kwargs))
-            return marked_sdpa(call, self.config)
+            if not isinstance(call.attn_mask, CausalBias):
+                return marked_sdpa(call, self.config)
+        if func is torch.Tensor.unflatten:
+            # Dynamo cannot trace the method through a function mode, the function it can.
+            func = torch.unflatten
         return func(*args, **kwargs)
 
 
 def resolve_causal_bias(call: SdpaCall) -> SdpaCall:
-    """Replaces a `CausalBias` mask by the flags that say the same."""
+    """Replaces a `CausalBias` mask by the flags that say the same.
+
+    One made for other lengths stays as it is.
+    """
     bias = call.attn_mask
     if not isinstance(bias, CausalBias) or call.is_causal:
+        return call
+    if (bias.seq_len_q, bias.seq_len_kv) != (call.query.shape[-2], call.key.shape[-2]):
         return call
     lower_right = bias.variant is CausalVariant.LOWER_RIGHT
     return replace(call, attn_mask=None, is_causal=True, causal_lower_right=lower_right)

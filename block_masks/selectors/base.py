@@ -11,7 +11,12 @@ from torch import Tensor
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
 from ..scoring import default_scale
-from ..validation import validate_attn_mask, validate_causal_lengths, validate_query_key
+from ..validation import (
+    validate_attn_mask,
+    validate_causal_lengths,
+    validate_literal,
+    validate_query_key,
+)
 
 
 class Selector(ABC):
@@ -34,9 +39,17 @@ class Selector(ABC):
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        known = Selector.registry.get(cls.__name__)
+        if known is not None and known.__module__ != cls.__module__:
+            raise TypeError(
+                f"selector classes must differ in name, got {cls.__name__} in {cls.__module__} and "
+                f"in {known.__module__}; rename one"
+            )
         Selector.registry[cls.__name__] = cls
 
     def __post_init__(self) -> None:
+        for name, value in self._values().items():
+            validate_literal(value, name)
         # Now, not when asked: Dynamo may make the numbers symbolic, a text stays a text.
         object.__setattr__(self, "_text", self._expression())
 
@@ -45,8 +58,17 @@ class Selector(ABC):
 
     @property
     def text(self) -> str:
-        """The selector as the expression that makes it; equal selectors give equal text."""
-        return self._text
+        """The selector as the expression that makes it; equal selectors give equal text.
+
+        Raises:
+            TypeError: The class has a ``__post_init__`` that does not end with Selector's.
+        """
+        text = getattr(self, "_text", None)
+        if text is None:
+            raise TypeError(
+                f"{type(self).__name__}.__post_init__ must end with Selector.__post_init__(self)"
+            )
+        return text
 
     def _expression(self) -> str:
         arguments = [f"{name}={value!r}" for name, value in self._values().items()]

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from unisparse_flex.demo import cli, run
 from unisparse_flex.demo.options import DemoOptions
@@ -138,7 +139,7 @@ def test_missing_weights_name_the_wheel(monkeypatch, capsys):
 
 def test_missing_compiler_is_said_before_the_model_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr(cli, "which", lambda name: None)
-    monkeypatch.setattr(cli.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main([]) == 1
     assert "--no-compile" in capsys.readouterr().err
     assert cli.find_what_is_missing(DemoOptions(compile=False)) is None

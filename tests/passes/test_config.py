@@ -37,7 +37,6 @@ def registry() -> Iterator[dict[str, type[Selector]]]:
     yield Selector.registry
     Selector.registry.clear()
     Selector.registry.update(before)
-    SparseConfig.decode.cache_clear()
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -20,7 +20,7 @@ from .graphs import build_graph
 
 CONFIG = SparseConfig(selector=FINE)
 # Found by `explain`, or only where a graph holds no shapes.
-NOT_THE_PASS = {Reason.NO_METADATA, Reason.NOT_OPTIMIZED, Reason.MULTIHEAD, Reason.FLEX}
+NOT_THE_PASS = {Reason.NOT_OPTIMIZED, Reason.MULTIHEAD}
 
 
 def tensor(*shape: int, **options: Any) -> torch.Tensor:
