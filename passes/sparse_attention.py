@@ -219,6 +219,7 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
 
     mask_buffers: tuple[Tensor, ...] = ()
     if given:
+        assert offset is not None
         mask_buffers += (torch.full((), offset, dtype=torch.int32, device=keep.device),)
     if look_up:
         mask_buffers += (keep,)
