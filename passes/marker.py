@@ -177,4 +177,5 @@ def _compiled_sdpa(
 
     # A code object of its own: Dynamo limits recompilations per code object.
     run.__code__ = run.__code__.replace(co_name="unisparse_sdpa")
-    return torch.compile(run, fullgraph=True, dynamic=True)
+    # Lengths turn dynamic when a second one arrives; torch 2.11 cannot lower dynamic=True.
+    return torch.compile(run, fullgraph=True)
