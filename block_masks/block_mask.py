@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
     from .selectors import Selector
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+BLOCK_LISTS = (
+    "kv_num_blocks",
+    "kv_indices",
+    "full_kv_num_blocks",
+    "full_kv_indices",
+    "q_num_blocks",
+    "q_indices",
+    "full_q_num_blocks",
+    "full_q_indices",
+)
+
+_library = torch.library.Library("unisparse", "FRAGMENT")
+_library.define("contiguous(Tensor[] tensors) -> Tensor[]")
 
 
 def create_block_mask(
@@ -84,13 +99,34 @@ def to_block_mask(
         compute_q_blocks: Adds the transposed lists that the backward pass needs.
     """
     geometry = selection.geometry
-    return BlockMask.from_kv_blocks(
+    mask = BlockMask.from_kv_blocks(
         *selection.block_lists(partial_only=partial_only),
         BLOCK_SIZE=geometry.block_size,
         mask_mod=mask_mod,
         seq_lengths=(geometry.q_len, geometry.kv_len),
         compute_q_blocks=compute_q_blocks,
     )
+    lists = {name: getattr(mask, name) for name in BLOCK_LISTS}
+    present = [name for name, tensor in lists.items() if tensor is not None]
+    pinned = torch.ops.unisparse.contiguous([lists[name] for name in present])
+    return BlockMask(
+        seq_lengths=mask.seq_lengths,
+        BLOCK_SIZE=mask.BLOCK_SIZE,
+        mask_mod=mask_mod,
+        **(lists | dict(zip(present, pinned, strict=True))),
+    )
+
+
+def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies whose strides Inductor keeps.
+
+    It pads the strides of what it computes itself, and the Triton flex kernels step from batch to
+    batch by heads times the stride of a head.
+    """
+    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
+
+
+_library.impl("contiguous", _contiguous, "CompositeExplicitAutograd")
 
 
 def causal_mask_mod(geometry: BlockGeometry) -> MaskMod:

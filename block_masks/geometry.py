@@ -39,7 +39,14 @@ class BlockGeometry:
     @property
     def num_kv_blocks(self) -> int:
         """Key blocks, the last one possibly ragged."""
-        return (self.kv_len + self.block_size - 1) // self.block_size
+        # Spelled unlike `num_q_blocks`: where both lengths are one symbol, Inductor of torch 2.11
+        # cannot divide the square of one floor division by itself.
+        return -(-self.kv_len // self.block_size)
+
+    def num_groups(self, q_group: int, kv_group: int) -> tuple[int, int]:
+        """Groups of query rows and of keys in whole blocks; the sizes divide ``block_size``."""
+        size = self.block_size
+        return self.num_q_blocks * (size // q_group), self.num_kv_blocks * (size // kv_group)
 
     def last_positions(self, rows_per_group: int, groups: int, device: torch.device) -> Tensor:
         """Key position of the last query row of every group of rows.
@@ -67,8 +74,7 @@ class BlockGeometry:
             bool [Nq * block_size / q_group, Nk * block_size / kv_group]; False for groups of keys
             behind ``kv_len``.
         """
-        q_groups = self.num_q_blocks * (self.block_size // q_group)
-        kv_groups = self.num_kv_blocks * (self.block_size // kv_group)
+        q_groups, kv_groups = self.num_groups(q_group, kv_group)
         first_key = torch.arange(kv_groups, device=device) * kv_group
         exists = first_key < self.kv_len
         if self.causal_offset is None:

@@ -34,25 +34,24 @@ class Pooled:
 
 
 def pool_tokens(
-    tokens: Tensor, group: int, *, block_size: int, valid: Tensor | None = None
+    tokens: Tensor, group: int, *, groups: int, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Averages every ``group`` consecutive tokens; a partial group divides by its true count.
 
     Args:
         tokens: [B, H, S, D], any floating dtype.
-        group: Tokens per composite token; divides ``block_size``.
-        block_size: The result is padded to whole blocks with empty composite tokens.
+        group: Tokens per composite token.
+        groups: Composite tokens in the result, C >= ceil(S / group); those behind S are empty.
         valid: bool [B, S], the tokens that take part; ``None`` for all.
 
     Returns:
-        The composites [B, H, C, D] with C = ceil(S / block_size) * block_size / group, in float32
-        (float64 for float64 tokens), zero where empty and NaN where a token that takes part is
-        not finite; and their token counts, float [1 or B, C].
+        The composites [B, H, C, D] in float32 (float64 for float64 tokens), zero where empty and
+        NaN where a token that takes part is not finite; and their token counts, float
+        [1 or B, C].
     """
     batch, heads, length, head_dim = tokens.shape
     accumulate = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-    padding = -length % block_size
-    groups = (length + padding) // group
+    padding = groups * group - length
     if valid is None:
         start = torch.arange(groups, device=tokens.device) * group
         counts = (length - start).clamp(0, group).to(accumulate)[None]

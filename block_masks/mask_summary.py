@@ -77,23 +77,24 @@ def summarize_mask(
     mask = expand_mask(attn_mask, geometry)
     visible = visible_tokens(mask)
     size = geometry.block_size
-    rows, keys = geometry.num_q_blocks * size, geometry.num_kv_blocks * size
+    q_groups, kv_groups = geometry.num_groups(c_q, c_k)
+    rows, keys = q_groups * c_q, kv_groups * c_k
     padding = (0, keys - geometry.kv_len, 0, rows - geometry.q_len)
     padded = F.pad(visible, padding)
     batch, heads = mask.shape[:2]
 
-    cells = (batch, heads, rows // c_q, c_q, keys // c_k, c_k)
+    cells = (batch, heads, q_groups, c_q, kv_groups, c_k)
     if mask.dtype is torch.bool:
         log_sum = padded.view(cells).sum((3, 5)).double().log()
     else:
         accumulate = torch.float64 if mask.dtype is torch.float64 else torch.float32
         bias = mask.to(accumulate).masked_fill(~visible, -math.inf)
         log_sum = F.pad(bias, padding, value=-math.inf).view(cells).logsumexp((3, 5))
-    row_start = torch.arange(rows // c_q, device=mask.device) * c_q
+    row_start = torch.arange(q_groups, device=mask.device) * c_q
     row_count = (geometry.q_len - row_start).clamp(1, c_q)
     return MaskSummary(
         cell_bias=log_sum - (row_count * c_k).double().log()[:, None],
-        row_blocks=padded.view(batch, heads, rows, keys // size, size).any(-1),
+        row_blocks=padded.view(batch, heads, rows, geometry.num_kv_blocks, size).any(-1),
         key_valid=visible.any((1, 2)),
         query_valid=visible.any(3).any(1),
     )

@@ -46,8 +46,9 @@ def compute_block_scores(
     batch, kv_heads = key.shape[:2]
     query_valid = mask.query_valid.expand(batch, -1) if mask is not None else None
     key_valid = mask.key_valid.expand(batch, -1) if mask is not None else None
-    composite_q, q_counts = pool_tokens(query, granularity.q, block_size=size, valid=query_valid)
-    composite_k, k_counts = pool_tokens(key, granularity.k, block_size=size, valid=key_valid)
+    q_groups, kv_groups = geometry.num_groups(granularity.q, granularity.k)
+    composite_q, q_counts = pool_tokens(query, granularity.q, groups=q_groups, valid=query_valid)
+    composite_k, k_counts = pool_tokens(key, granularity.k, groups=kv_groups, valid=key_valid)
     composite_q = pool_heads(composite_q, kv_heads, granularity.heads)
 
     # One product per key head; keys are never repeated for the heads of their group.

@@ -108,9 +108,12 @@ class Guards:
         query blocks from the last one that holds a query: left and right padding move both.
         """
         local = geometry.local_blocks(self.local_blocks, device)[None, None]
-        keys = _valid_blocks(mask.key_valid if mask else None, geometry, geometry.kv_len, device)
+        q_blocks, kv_blocks = geometry.num_q_blocks, geometry.num_kv_blocks
+        key_valid = mask.key_valid if mask else None
+        keys = _valid_blocks(key_valid, kv_blocks, geometry.block_size, device)
         sink = keys & (keys.cumsum(-1) <= self.sink_blocks)
-        rows = _valid_blocks(mask.query_valid if mask else None, geometry, geometry.q_len, device)
+        query_valid = mask.query_valid if mask else None
+        rows = _valid_blocks(query_valid, q_blocks, geometry.block_size, device)
         from_end = rows.flip(-1).cumsum(-1).flip(-1)
         last = rows & (from_end <= self.last_query_blocks)
         return local | sink[:, None, None, :] | last[:, None, :, None]
@@ -173,16 +176,12 @@ def _group_heads(visible: Tensor, heads: int) -> Tensor:
     return _split_group(visible, heads).any(2)
 
 
-def _valid_blocks(
-    valid: Tensor | None, geometry: BlockGeometry, length: int, device: torch.device
-) -> Tensor:
+def _valid_blocks(valid: Tensor | None, blocks: int, size: int, device: torch.device) -> Tensor:
     """Blocks that hold a valid token: bool [1 or Bm, blocks]."""
-    size = geometry.block_size
     if valid is None:
-        blocks = (length + size - 1) // size
         return torch.ones((1, blocks), dtype=torch.bool, device=device)
-    padded = F.pad(valid, (0, -length % size))
-    return padded.unflatten(-1, (-1, size)).any(-1)
+    padded = F.pad(valid, (0, blocks * size - valid.shape[-1]))
+    return padded.unflatten(-1, (blocks, size)).any(-1)
 
 
 def _descending(scores: Tensor, forced: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:

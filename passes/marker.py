@@ -177,5 +177,5 @@ def _compiled_sdpa(
 
     # A code object of its own: Dynamo limits recompilations per code object.
     run.__code__ = run.__code__.replace(co_name="unisparse_sdpa")
-    # Lengths turn dynamic when a second one arrives; torch 2.11 cannot lower dynamic=True.
+    # A second length makes lengths dynamic: the first compilation can know more.
     return torch.compile(run, fullgraph=True)

@@ -91,6 +91,15 @@ def test_a_compiled_transformer_is_right() -> None:
         assert_is_sparse(torch.compile(optimized, fullgraph=True)(x), model, SELECTOR, x)
 
 
+def test_every_batch_reads_its_own_blocks() -> None:
+    # Lists of 4 heads x 22 x 22 blocks: Inductor pads the stride of such a batch.
+    torch._dynamo.reset()
+    selector = UniSparse(block_size=32, top_p=0.6)
+    run = torch.compile(optimize(Sdpa(), selector, min_length=0), fullgraph=True, dynamic=False)
+    tensors = on_cuda(700, batch=3)
+    assert_attends(run(*tensors), tensors, selector, offset=0)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "eager"])
 def test_other_backends_are_right(backend: str) -> None:
     torch._dynamo.reset()
@@ -144,8 +153,9 @@ def test_gradients_are_those_of_attention_over_the_same_blocks(compiled: bool) -
     torch._dynamo.reset()
     model: Any = optimize(Sdpa(), BLOCKS, min_length=0)
     run = torch.compile(model, fullgraph=True) if compiled else model
-    tensors = [t.requires_grad_() for t in on_cuda(900)]
-    weights = torch.randn(2, 4, 900, 64, device="cuda")
+    # 18 x 18 blocks of 4 heads: lists whose stride Inductor pads.
+    tensors = [t.requires_grad_() for t in on_cuda(2200)]
+    weights = torch.randn(2, 4, 2200, 64, device="cuda")
 
     def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
         output = attend(*tensors, selector=BLOCKS, offset=0, dtype=dtype)
