@@ -1,6 +1,7 @@
 """What is installed: the wheel's names, its requirements, and how the layers are imported."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -127,3 +128,16 @@ def test_unisparse_flex_imports_without_optional_packages() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("text", ["prose", "code"])
+def test_the_readme_shows_what_the_demo_wrote(text: str) -> None:
+    written = json.loads((ROOT / f"bench/results/demo-{text}.json").read_text())
+    dense, sparse = written["rows"]
+    found = [("no", "yes")[row["found"]] for row in (dense, sparse)]
+    speed = dense["prefill_seconds"] / sparse["prefill_seconds"]
+    row = (
+        f"| {text} | {sparse['density']:.1%} | {sparse['recall']:.1%} | {sparse['kl']:.4f} "
+        f"| {sparse['perplexity_ratio']:.3f} | {found[0]} / {found[1]} | {speed:.2f}x |"
+    )
+    assert row in (ROOT / "README.md").read_text()
