@@ -106,15 +106,11 @@ def to_block_mask(
         seq_lengths=(geometry.q_len, geometry.kv_len),
         compute_q_blocks=compute_q_blocks,
     )
-    lists = {name: getattr(mask, name) for name in BLOCK_LISTS}
-    present = [name for name, tensor in lists.items() if tensor is not None]
-    pinned = torch.ops.unisparse.contiguous([lists[name] for name in present])
-    return BlockMask(
-        seq_lengths=mask.seq_lengths,
-        BLOCK_SIZE=mask.BLOCK_SIZE,
-        mask_mod=mask_mod,
-        **(lists | dict(zip(present, pinned, strict=True))),
-    )
+    names = [name for name in BLOCK_LISTS if getattr(mask, name) is not None]
+    pinned = torch.ops.unisparse.contiguous([getattr(mask, name) for name in names])
+    for name, tensor in zip(names, pinned, strict=True):
+        setattr(mask, name, tensor)
+    return mask
 
 
 def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
