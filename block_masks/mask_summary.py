@@ -20,8 +20,8 @@ class MaskSummary:
     """An attention mask reduced to what scoring and selection need.
 
     Attributes:
-        cell_bias: float64 [Bm, Hm, Cq, Ck], log of the mean of ``exp(mask)`` over the existing
-            query rows of a cell and ``c_k`` keys; -inf where nothing is visible.
+        cell_bias: float64 [Bm, Hm, Cq, Ck], log of the mean of ``exp(mask)`` over the visible
+            pairs of a cell (0 for a bool mask); -inf where nothing is visible.
         row_blocks: bool [Bm, Hm, Nq * block_size, Nk], which key blocks each query row sees.
         key_valid: bool [Bm, Skv], keys that some query sees.
         query_valid: bool [Bm, Sq], queries that see some key.
@@ -84,16 +84,17 @@ def summarize_mask(
     batch, heads = mask.shape[:2]
 
     cells = (batch, heads, q_groups, c_q, kv_groups, c_k)
+    pairs = padded.view(cells).sum((3, 5)).double()
     if mask.dtype is torch.bool:
-        log_sum = padded.view(cells).sum((3, 5)).double().log()
+        log_mean = torch.zeros_like(pairs)
     else:
         accumulate = torch.float64 if mask.dtype is torch.float64 else torch.float32
         bias = mask.to(accumulate).masked_fill(~visible, -math.inf)
         log_sum = F.pad(bias, padding, value=-math.inf).view(cells).logsumexp((3, 5))
-    row_start = torch.arange(q_groups, device=mask.device) * c_q
-    row_count = (geometry.q_len - row_start).clamp(1, c_q)
+        log_mean = log_sum - pairs.clamp_min(1).log()
     return MaskSummary(
-        cell_bias=log_sum - (row_count * c_k).double().log()[:, None],
+        # A cell in part visible counts whole, as one on the causal diagonal does.
+        cell_bias=log_mean.masked_fill(pairs == 0, -math.inf),
         row_blocks=padded.view(batch, heads, rows, geometry.num_kv_blocks, size).any(-1),
         key_valid=visible.any((1, 2)),
         query_valid=visible.any(3).any(1),

@@ -82,13 +82,14 @@ def _cell_bias(
     k_counts: Tensor, granularity: Pooled, mask: MaskSummary | None, kv_heads: int
 ) -> Tensor:
     """What is added to composite logits, broadcastable to [B, Hkv, G / heads, Cq, Ck]."""
+    exists = (k_counts / granularity.k).log()[:, None, None, None, :]
     if mask is None:
-        return (k_counts / granularity.k).log()[:, None, None, None, :]
+        return exists
     bias = mask.cell_bias
     if bias.shape[1] == 1:
-        return bias[:, :, None]
+        return exists + bias[:, :, None]
     per_head = bias.unflatten(1, (kv_heads, -1, granularity.heads))
-    return per_head.logsumexp(3) - math.log(granularity.heads)
+    return exists + per_head.logsumexp(3) - math.log(granularity.heads)
 
 
 def default_scale(head_dim: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,7 +33,11 @@ def masked_scores(call: Call, attn_mask: Tensor) -> Tensor:
 
 
 def defined_scores(call: Call, attn_mask: Tensor) -> Tensor:
-    """Scores of batch element 0, head by head: cells weighted by their mean of exp(mask)."""
+    """Scores of batch element 0, head by head.
+
+    A cell that shows a pair weighs as many keys as it has, times its mean of exp(mask) over the
+    pairs that it shows.
+    """
     query, key = (tokens[0] for tokens in call.query_key())
     mask = attn_mask.expand(call.batch, call.q_heads, -1, -1)[0]
     weight = mask.double() if mask.dtype is torch.bool else mask.double().exp()
@@ -49,8 +54,10 @@ def defined_scores(call: Call, attn_mask: Tensor) -> Tensor:
                 mass = torch.zeros(scores.shape[2]).double()
                 for first in range(0, call.kv_len, c_k):
                     columns = slice(first, first + c_k)
-                    share = weight[head, rows, columns].sum().item()
-                    if share:
+                    shown = weight[head, rows, columns]
+                    shown = shown[shown > 0]
+                    if shown.numel():
+                        share = float(seen[columns].sum() * shown.mean())
                         pooled = key[head // call.group, columns][seen[columns]].mean(0)
                         logit = taking_part.mean(0) @ pooled / math.sqrt(HEAD_DIM)
                         mass[first // size] += share * logit.exp()
@@ -91,6 +98,16 @@ def test_a_float64_call_is_scored_in_float64_under_a_mask_too(
     torch.testing.assert_close(
         masked_scores(call, mask), masked_scores(call, bias), rtol=0, atol=1e-10
     )
+
+
+@settings(max_examples=30)
+@given(calls(is_causal=True, square=True), st.booleans())
+def test_a_causal_mask_selects_as_is_causal(call: Call, additive: bool) -> None:
+    mask = torch.ones(call.q_len, call.kv_len, dtype=torch.bool).tril()
+    spelled: Tensor = torch.zeros(mask.shape).masked_fill(~mask, -math.inf) if additive else mask
+    by_flag, by_mask = call.select(), replace(call, is_causal=False).select(attn_mask=spelled)
+    assert by_mask.keep.equal(by_flag.keep)
+    assert by_mask.density() == by_flag.density()
 
 
 @pytest.mark.parametrize("hidden", ["-inf", "minimum"])
