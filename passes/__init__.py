@@ -4,11 +4,13 @@ from .config import SparseConfig
 from .decision import Reason
 from .inductor import SparseAttentionPass, install
 from .marker import lowered_sdpa, marked_sdpa, observe_calls
+from .multihead import MULTIHEAD_TARGETS, marked_multihead, refuse_multihead
 from .report import RewriteReport
 from .rewrite import rewrite_sdpa
 from .sdpa import SdpaCall
 
 __all__ = [
+    "MULTIHEAD_TARGETS",
     "Reason",
     "RewriteReport",
     "SdpaCall",
@@ -16,7 +18,9 @@ __all__ = [
     "SparseConfig",
     "install",
     "lowered_sdpa",
+    "marked_multihead",
     "marked_sdpa",
     "observe_calls",
+    "refuse_multihead",
     "rewrite_sdpa",
 ]

@@ -37,7 +37,8 @@ class Reason(StrEnum):
     KERNEL = "FlexAttention's CUDA kernel takes float16, bfloat16 or float32 and head_dim >= 16"
     BACKWARD_BLOCK = "training on CUDA needs a block_size that is a multiple of 128"
     NOT_OPTIMIZED = "not inside an optimized module"
-    MULTIHEAD = "nn.MultiheadAttention's own function is not rewritten"
+    NEEDS_WEIGHTS = "need_weights=True returns what no fused kernel computes"
+    KEYS_OF_ITS_OWN = "bias_k, add_zero_attn or static keys: the module adds keys of its own"
 
 
 def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:

@@ -13,6 +13,12 @@ from torch import Tensor, fx
 from .config import SparseConfig
 from .decision import Reason, refuse
 from .marker import lowered_sdpa
+from .multihead import (
+    MULTIHEAD_TARGETS,
+    lowered_multihead,
+    marked_multihead,
+    refuse_multihead,
+)
 from .report import RewriteReport
 from .sdpa import SdpaCall, is_sdpa
 
@@ -76,8 +82,11 @@ def _rewrite_graph(
 ) -> None:
     for node in graph.nodes:
         found = _bind(node, config)
+        name = prefix + node.name
         if found is not None:
-            _rewrite_node(node, *found, lower=lower, report=report, name=prefix + node.name)
+            _rewrite_node(node, *found, lower=lower, report=report, name=name)
+        elif config is not None and node.target in MULTIHEAD_TARGETS.values():
+            _rewrite_multihead(node, config, lower=lower, report=report, name=name)
     graph.lint()
     # Bodies of checkpointed regions, branches and loops are graphs of their own.
     children = graph.owning_module.named_children() if graph.owning_module is not None else ()
@@ -117,6 +126,22 @@ def _rewrite_node(
     node.target = lowered_sdpa if lower else torch.ops.unisparse.sdpa.default
     node.args = call.positional()
     node.kwargs = {**call.keywords(), "config": config.encode()}
+    report.rewritten.append(name)
+
+
+def _rewrite_multihead(
+    node: fx.Node, config: SparseConfig, *, lower: bool, report: RewriteReport, name: str
+) -> None:
+    """The attention inside is decided when the call is traced or runs: lengths are known there."""
+    assert callable(node.target)
+    reason = refuse_multihead(node.target, node.args, node.kwargs)
+    if reason is not None:
+        report.left[name] = reason
+        logger.debug("%s stays dense: %s", name, reason)
+        return
+    node.args = (node.target.__name__, *node.args)
+    node.kwargs = {**node.kwargs, "config": config.encode()}
+    node.target = lowered_multihead if lower else marked_multihead
     report.rewritten.append(name)
 
 

@@ -14,7 +14,13 @@ from torch.overrides import TorchFunctionMode
 
 from .block_masks import BlockSelection
 from .interception import original_module
-from .passes import Reason, SdpaCall, observe_calls
+from .passes import (
+    MULTIHEAD_TARGETS,
+    Reason,
+    SdpaCall,
+    observe_calls,
+    refuse_multihead,
+)
 
 COLUMNS = ("layer", "queries", "keys", "heads", "runs", "density", "reason")
 
@@ -151,11 +157,10 @@ class _LeftAlone(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             self.record(SdpaCall.bind(args, kwargs), None, Reason.NOT_OPTIMIZED)
-        elif func is F.multi_head_attention_forward:
+        elif func in MULTIHEAD_TARGETS.values():
+            reason = refuse_multihead(func, args, kwargs) or Reason.NOT_OPTIMIZED
             layer = self.path[-1] if self.path else ""
-            self.calls.append(
-                AttentionRecord(layer=layer, decision="dense", reason=Reason.MULTIHEAD)
-            )
+            self.calls.append(AttentionRecord(layer=layer, decision="dense", reason=reason))
         return func(*args, **kwargs)
 
 

@@ -19,13 +19,24 @@ from torch import nn
 from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
-from .passes import SdpaCall, marked_sdpa
+from .passes import (
+    MULTIHEAD_TARGETS,
+    SdpaCall,
+    marked_multihead,
+    marked_sdpa,
+    refuse_multihead,
+)
 
 CONFIG_ATTRIBUTE = "_unisparse_config"
+MULTIHEADS = tuple(MULTIHEAD_TARGETS.values())
 
 
 class SparseAttentionMode(TorchFunctionMode):
-    """Turns ``F.scaled_dot_product_attention`` into the marker operator with these settings."""
+    """Turns attention calls into the marker operator with these settings.
+
+    They are ``F.scaled_dot_product_attention`` and what `nn.MultiheadAttention` and the layers
+    around it call, ``passes.MULTIHEAD_TARGETS``.
+    """
 
     def __init__(self, config: str) -> None:
         super().__init__()
@@ -44,6 +55,8 @@ class SparseAttentionMode(TorchFunctionMode):
             call = resolve_causal_bias(SdpaCall.bind(args, kwargs))
             if not isinstance(call.attn_mask, CausalBias):
                 return marked_sdpa(call, self.config)
+        if func in MULTIHEADS and refuse_multihead(func, args, kwargs) is None:
+            return marked_multihead(func.__name__, *args, **kwargs, config=self.config)
         if func is torch.Tensor.unflatten:
             # Dynamo cannot trace the method through a function mode, the function it can.
             func = torch.unflatten
@@ -81,6 +94,22 @@ def release(module: nn.Module) -> None:
 def is_intercepted(module: nn.Module) -> bool:
     """Whether `intercept` was called on ``module`` (or on what it was copied from)."""
     return issubclass(type(module), _Intercepted)
+
+
+def split_fused_layers(model: nn.Module) -> None:
+    """Makes torch's encoder layers call their attention by itself: no mode sees the fused call."""
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            layer.activation_relu_or_gelu = 0
+
+
+def fuse_split_layers(model: nn.Module) -> None:
+    """Undoes `split_fused_layers`."""
+    for layer in model.modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            relu = layer.activation is F.relu or isinstance(layer.activation, nn.ReLU)
+            gelu = layer.activation is F.gelu or isinstance(layer.activation, nn.GELU)
+            layer.activation_relu_or_gelu = 1 if relu else 2 if gelu else 0
 
 
 class _Intercepted:
@@ -131,9 +160,11 @@ def original_module(model: Any) -> Any:
 
 __all__ = [
     "SparseAttentionMode",
+    "fuse_split_layers",
     "intercept",
     "is_intercepted",
     "original_module",
     "release",
     "resolve_causal_bias",
+    "split_fused_layers",
 ]

@@ -10,7 +10,14 @@ import torch
 from torch import fx, nn
 
 from .block_masks import Selector, UniSparse
-from .interception import intercept, is_intercepted, original_module, release
+from .interception import (
+    fuse_split_layers,
+    intercept,
+    is_intercepted,
+    original_module,
+    release,
+    split_fused_layers,
+)
 from .passes import SparseConfig
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -25,14 +32,15 @@ def optimize(
 ) -> ModelT:
     """Makes the attention of ``model`` dynamically block-sparse; call it before `torch.compile`.
 
-    The model is changed in place: every ``F.scaled_dot_product_attention`` inside its forward,
-    and nowhere else, selects blocks and attends to these. Parameters, ``state_dict``, hooks,
+    The model is changed in place: every ``F.scaled_dot_product_attention`` and every
+    `nn.MultiheadAttention` without weights inside its forward, and nowhere else, selects blocks
+    and attends to these. Parameters, ``state_dict``, hooks,
     ``isinstance`` and saving stay as they were. Calls that cannot or should not be sparse stay
     dense; `explain` says which and why. Optimizing again replaces the settings of the whole
     model; optimizing a submodule afterwards overrides them there.
 
     Args:
-        model: Any module whose attention goes through ``F.scaled_dot_product_attention``.
+        model: Any module whose attention goes through these.
         selector: Which blocks are kept; ``UniSparse()`` by default.
         min_length: Fewest keys for which attention is sparse; shorter calls stay dense, as do
             calls of fewer queries than a block (decoding). By default the length from which
@@ -59,6 +67,7 @@ def optimize(
     for name, module in _own_modules(model):
         is_dense = any((name + ".").startswith(prefix) for prefix in excluded)
         intercept(module, (dense if is_dense else sparse).encode())
+    split_fused_layers(model)
     return model
 
 
@@ -71,8 +80,11 @@ def restore(model: ModelT) -> ModelT:
     Returns:
         ``model``.
     """
-    for module in original_module(model).modules():
-        release(module)
+    module = original_module(model)
+    if any(is_intercepted(m) for m in module.modules()):
+        fuse_split_layers(module)
+    for submodule in module.modules():
+        release(submodule)
     return model
 
 

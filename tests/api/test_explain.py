@@ -36,7 +36,7 @@ class Mixed(nn.Module):
         self.inner = Inner()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.multihead(x, x, x, need_weights=False)[0]
+        x = x + self.multihead(x, x, x)[0] + self.multihead(x, x, x, need_weights=False)[0]
         return self.inner(x)
 
 
@@ -73,15 +73,17 @@ def test_dense_calls_have_their_reasons() -> None:
     model = optimize(create(Mixed), SELECTOR, min_length=0)
     calls = explain(model, X).calls
     assert [call.reason for call in calls] == [
-        Reason.MULTIHEAD,
+        Reason.NEEDS_WEIGHTS,
+        None,
         Reason.FEW_QUERIES,
         Reason.DROPOUT,
         Reason.NOT_4D,
         None,
     ]
-    assert [call.layer for call in calls] == ["multihead"] + ["inner"] * 4
-    assert [call.density is None for call in calls] == [True] * 4 + [False]
-    assert explain(model, X).density == pytest.approx(calls[-1].density)
+    assert [call.layer for call in calls] == ["multihead"] * 2 + ["inner"] * 4
+    assert [call.density is None for call in calls] == [True, False, True, True, True, False]
+    kept = [call.density for call in calls if call.density is not None]
+    assert explain(model, X).density == pytest.approx(sum(kept) / 2)
 
 
 def test_a_model_that_was_not_optimized_is_all_dense() -> None:
