@@ -92,14 +92,17 @@ def test_an_unbatched_call_is_torchs_own() -> None:
     torch.testing.assert_close(optimized(X[0], **padding), module(X[0], **padding))
 
 
+ENCODER_MASKS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "causal": {"mask": CAUSAL, "is_causal": True},
+    "padding": {"src_key_padding_mask": PADDING},
+}
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("masks", ["none", "causal", "padding"])
+@pytest.mark.parametrize("masks", ENCODER_MASKS)
 def test_an_encoder_is_rewritten_eager_and_captured(masks: str, norm_first: bool) -> None:
-    kwargs: dict[str, Any] = {
-        "none": {},
-        "causal": {"mask": CAUSAL, "is_causal": True},
-        "padding": {"src_key_padding_mask": PADDING},
-    }[masks]
+    kwargs = ENCODER_MASKS[masks]
     model = create(Encoder, norm_first=norm_first)
     with torch.no_grad():
         exact = model(X, **kwargs)
