@@ -126,11 +126,14 @@ _library.impl("contiguous", _contiguous, "CompositeExplicitAutograd")
 
 
 def causal_mask_mod(geometry: BlockGeometry) -> MaskMod:
-    """What partial blocks need beside the block lists: causality, and the end of the keys."""
-    offset, kv_len = geometry.causal_offset, geometry.kv_len
-    if offset is None:
-        return lambda b, h, q_idx, kv_idx: kv_idx < kv_len
-    return lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + offset
+    """What partial blocks need beside the block lists: causality, `mask`, the end of the keys."""
+    offset, kv_len, mask = geometry.causal_offset, geometry.kv_len, geometry.mask
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        allowed = kv_idx < kv_len if offset is None else kv_idx <= q_idx + offset
+        return allowed if mask is None else allowed & mask.evaluate(b, q_idx, kv_idx)
+
+    return mask_mod
 
 
 def selection_mask_mod(selection: BlockSelection) -> MaskMod:
