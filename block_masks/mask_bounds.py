@@ -30,6 +30,7 @@ from .mask_expr import (
     variable,
 )
 from .mask_program import Evaluation, MaskProgram
+from .pinning import pin
 
 Bounds = tuple[Tensor, Tensor]
 
@@ -235,6 +236,7 @@ def row_spans(program: MaskProgram, causal_offset: int | None, device: torch.dev
         else:
             rest.append(part)
     left = replace(program, expr=all_of(rest)) if rest else None
+    (key_valid,) = pin([key_valid])
     last = torch.where(last < first, first - 1, last)
     return RowSpans(first, last, key_valid, left)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .geometry import BlockGeometry
 from .mask_bounds import Tiles, row_spans, tile_bounds
+from .pinning import pin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -134,6 +135,7 @@ def summarize_program(
 
     start = torch.zeros(1, dtype=torch.int64, device=device)
     query_valid = spans.seen_between(start, start + geometry.kv_len)[..., 0]
+    (query_valid,) = pin([query_valid])
     row_blocks = row_sees = None
     if not geometry.sees_own_position():
         first = torch.arange(kv_blocks, device=device) * size
