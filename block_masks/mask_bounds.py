@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .mask_expr import (
@@ -201,13 +200,24 @@ class RowSpans:
         low = torch.maximum(self.first[..., None], start)
         high = torch.minimum(self.last[..., None] + 1, stop)
         high = torch.maximum(low, high)
-        valid = F.pad(self.key_valid.cumsum(-1), (1, 0))
-        batch = max(valid.shape[0], low.shape[0])
-        valid, low, high = (x.expand(batch, *x.shape[1:]) for x in (valid, low, high))
-        counts = [
-            valid.gather(1, at.clamp(max=valid.shape[1] - 1).flatten(1)) for at in (low, high)
-        ]
-        return (counts[1] > counts[0]).view(low.shape)
+        before = self.key_valid.cumsum(-1)
+        batch = max(before.shape[0], low.shape[0])
+        before, low, high = (x.expand(batch, *x.shape[1:]) for x in (before, low, high))
+
+        def count(position: Tensor) -> Tensor:
+            """Valid keys before a position."""
+            index = (position - 1).clamp(0, before.shape[1] - 1)
+            found = before.gather(1, index.flatten(1)).view(index.shape)
+            return found.masked_fill(position <= 0, 0)
+
+        return count(high) > count(low)
+
+    def padded(self, rows: int) -> RowSpans:
+        """The same for ``rows`` query rows; those behind the last one see nothing."""
+        row = torch.arange(rows, device=self.first.device)
+        index = row.clamp(max=self.first.shape[1] - 1)
+        last = self.last[:, index].masked_fill(row >= self.first.shape[1], -1)
+        return replace(self, first=self.first[:, index], last=last)
 
 
 def row_spans(program: MaskProgram, causal_offset: int | None, device: torch.device) -> RowSpans:

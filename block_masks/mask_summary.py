@@ -133,24 +133,23 @@ def summarize_program(
     may_cells, _ = geometry.mask_bounds(c_q, c_k, device)
     may_blocks, _ = geometry.mask_bounds(size, size, device)
 
+    rows = geometry.num_q_blocks * size
+    padded = spans.padded(rows)
     start = torch.zeros(1, dtype=torch.int64, device=device)
-    query_valid = spans.seen_between(start, start + geometry.kv_len)[..., 0]
-    (query_valid,) = pin([query_valid])
+    (sees,) = pin([padded.seen_between(start, start + geometry.kv_len)[..., 0]])
     row_blocks = row_sees = None
     if not geometry.sees_own_position():
         first = torch.arange(kv_blocks, device=device) * size
-        row_blocks = spans.seen_between(first, first + size)
+        row_blocks = padded.seen_between(first, first + size)
         if spans.rest is not None:
-            tiles = Tiles(1, geometry.q_len, size, kv_blocks)
+            tiles = Tiles(1, rows, size, kv_blocks)
             row_blocks = row_blocks & tile_bounds(spans.rest, tiles, device)[1][:, 0]
-        rows = geometry.num_q_blocks * size - geometry.q_len
-        row_blocks = F.pad(row_blocks, (0, 0, 0, rows))[:, None]
-        row_sees = F.pad(query_valid, (0, rows))[:, None]
+        row_blocks, row_sees = row_blocks[:, None], sees[:, None]
     return MaskSummary(
         cell_bias=share[:, None, None, :].masked_fill(~may_cells, -math.inf),
         visible_blocks=may_blocks,
         key_valid=spans.key_valid,
-        query_valid=query_valid,
+        query_valid=sees[:, : geometry.q_len],
         row_blocks=row_blocks,
         row_sees=row_sees,
     )
