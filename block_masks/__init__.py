@@ -4,6 +4,7 @@ from .block_mask import causal_mask_mod, create_block_mask, selection_mask_mod, 
 from .block_selection import BlockSelection
 from .geometry import BlockGeometry
 from .granularity import Pooled, pool_heads, pool_tokens
+from .mask_program import MaskProgram
 from .mask_summary import MaskSummary, summarize_mask
 from .scoring import compute_block_scores
 from .selection import Guards, SelectionRule, TopK, TopP, select_blocks
@@ -13,6 +14,7 @@ __all__ = [
     "BlockGeometry",
     "BlockSelection",
     "Guards",
+    "MaskProgram",
     "MaskSummary",
     "Pooled",
     "SelectionRule",

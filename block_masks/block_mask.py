@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from .block_selection import BlockSelection
 from .geometry import BlockGeometry
 from .mask_summary import expand_mask
+from .pinning import pin
 
 if TYPE_CHECKING:
     from .selectors import Selector
@@ -31,9 +31,6 @@ BLOCK_LISTS = (
     "full_q_num_blocks",
     "full_q_indices",
 )
-
-_library = torch.library.Library("unisparse", "FRAGMENT")
-_library.define("contiguous(Tensor[] tensors) -> Tensor[]")
 
 
 def create_block_mask(
@@ -107,30 +104,20 @@ def to_block_mask(
         compute_q_blocks=compute_q_blocks,
     )
     names = [name for name in BLOCK_LISTS if getattr(mask, name) is not None]
-    pinned = torch.ops.unisparse.contiguous([getattr(mask, name) for name in names])
-    for name, tensor in zip(names, pinned, strict=True):
+    for name, tensor in zip(names, pin([getattr(mask, name) for name in names]), strict=True):
         setattr(mask, name, tensor)
     return mask
 
 
-def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies whose strides Inductor keeps.
-
-    It pads the strides of what it computes itself, and the Triton flex kernels step from batch to
-    batch by heads times the stride of a head.
-    """
-    return [tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors]
-
-
-_library.impl("contiguous", _contiguous, "CompositeExplicitAutograd")
-
-
 def causal_mask_mod(geometry: BlockGeometry) -> MaskMod:
-    """What partial blocks need beside the block lists: causality, and the end of the keys."""
-    offset, kv_len = geometry.causal_offset, geometry.kv_len
-    if offset is None:
-        return lambda b, h, q_idx, kv_idx: kv_idx < kv_len
-    return lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + offset
+    """What partial blocks need beside the block lists: causality, `mask`, the end of the keys."""
+    offset, kv_len, mask = geometry.causal_offset, geometry.kv_len, geometry.mask
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        allowed = kv_idx < kv_len if offset is None else kv_idx <= q_idx + offset
+        return allowed if mask is None else allowed & mask.evaluate(b, q_idx, kv_idx)
+
+    return mask_mod
 
 
 def selection_mask_mod(selection: BlockSelection) -> MaskMod:

@@ -37,7 +37,7 @@ class BlockSelection:
         return keep.sum() / visible.sum().clamp_min(1)
 
     def token_mask(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
-        """Expands the kept blocks to tokens, causality applied.
+        """Expands the kept blocks to tokens; causality and the geometry's `mask` applied.
 
         Args:
             rows: Query rows to expand; all by default.
@@ -51,6 +51,8 @@ class BlockSelection:
         key = torch.arange(geometry.kv_len, device=device)[keys]
         size = geometry.block_size
         mask = self.keep[:, :, query // size][..., key // size]
+        if geometry.mask is not None:
+            mask = mask & geometry.mask.pairs(query, key)
         if geometry.causal_offset is None:
             return mask
         return mask & (key[None, :] <= query[:, None] + geometry.causal_offset)

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .mask_bounds import Tiles, tile_bounds
+from .mask_program import MaskProgram, is_known
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockGeometry:
@@ -24,12 +27,14 @@ class BlockGeometry:
         block_size: Tokens per block, for queries and keys alike.
         causal_offset: Key position of query row 0, at least 0; ``None`` where nothing is causal.
             ``kv_len - q_len`` is bottom-right alignment, 0 is top-left.
+        mask: What else hides keys from rows, where that is known as a formula.
     """
 
     q_len: int
     kv_len: int
     block_size: int
     causal_offset: int | None = None
+    mask: MaskProgram | None = None
 
     @property
     def num_q_blocks(self) -> int:
@@ -83,22 +88,58 @@ class BlockGeometry:
         return exists[None, :] & (first_key[None, :] <= last[:, None])
 
     def visible_blocks(self, device: torch.device) -> Tensor:
-        """Blocks that hold at least one visible (query, key) pair: bool [Nq, Nk]."""
-        return self.visible(self.block_size, self.block_size, device)
+        """Blocks that may hold a visible (query, key) pair: bool [Nq, Nk].
+
+        Exact without a `mask`; with one, what some batch element may see.
+        """
+        visible = self.visible(self.block_size, self.block_size, device)
+        if self.mask is None:
+            return visible
+        may, _ = self.mask_bounds(self.block_size, self.block_size, device)
+        return visible & may.any(0)[0]
+
+    def block_bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`visible_blocks` and `interior_blocks` by batch element: bool [1 or B, 1, Nq, Nk]."""
+        visible = self.visible(self.block_size, self.block_size, device)[None, None]
+        if self.mask is None:
+            return visible, self.interior_blocks(device)[None, None]
+        may, _ = self.mask_bounds(self.block_size, self.block_size, device)
+        return visible & may, self.interior_blocks(device)
+
+    def mask_bounds(
+        self, q_group: int, kv_group: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """`tile_bounds` of `mask`: bool [1 or B, 1, groups, groups] each, causality left out."""
+        assert self.mask is not None
+        q_groups, kv_groups = self.num_groups(q_group, kv_group)
+        return tile_bounds(self.mask, Tiles(q_group, q_groups, kv_group, kv_groups), device)
 
     def interior_blocks(self, device: torch.device) -> Tensor:
         """Blocks whose keys all exist and are visible to every row: bool [Nq, Nk].
 
-        These need no ``mask_mod``: FlexAttention calls them full. A block on the causal diagonal
-        or over the ragged end of the keys is not interior.
+        With a `mask`, bool [1 or B, 1, Nq, Nk], and those for which that is known. These need no
+        ``mask_mod``: FlexAttention calls them full. A block on the causal diagonal or over the
+        ragged end of the keys is not interior.
         """
         last_key = (torch.arange(self.num_kv_blocks, device=device) + 1) * self.block_size - 1
-        whole = last_key < self.kv_len
+        whole = last_key[None, :] < self.kv_len
+        if self.mask is not None:
+            whole = whole & self.mask_bounds(self.block_size, self.block_size, device)[1]
         if self.causal_offset is None:
-            return whole[None, :].expand(self.num_q_blocks, self.num_kv_blocks)
+            return whole.expand(*whole.shape[:-2], self.num_q_blocks, self.num_kv_blocks)
         first_row = torch.arange(self.num_q_blocks, device=device) * self.block_size
         first_position = first_row + self.causal_offset
-        return whole[None, :] & (last_key[None, :] <= first_position[:, None])
+        return whole & (last_key[None, :] <= first_position[:, None])
+
+    def sees_own_position(self) -> bool:
+        """Whether it is known that every row sees a key in its own `local_blocks`."""
+        offset = self.causal_offset
+        if offset is None:
+            if not is_known(self.q_len == self.kv_len):
+                return False
+            offset = 0
+        within = is_known(self.q_len + offset <= self.kv_len)
+        return within and (self.mask is None or self.mask.holds_at(offset))
 
     def local_blocks(self, count: int, device: torch.device) -> Tensor:
         """The blocks of the rows' own positions and the ``count - 1`` blocks before them.

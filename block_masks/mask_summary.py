@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
+from .mask_bounds import Tiles, row_spans, tile_bounds
+from .pinning import pin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -22,20 +24,20 @@ class MaskSummary:
     Attributes:
         cell_bias: float64 [Bm, Hm, Cq, Ck], log of the mean of ``exp(mask)`` over the visible
             pairs of a cell (0 for a bool mask); -inf where nothing is visible.
-        row_blocks: bool [Bm, Hm, Nq * block_size, Nk], which key blocks each query row sees.
+        visible_blocks: bool [Bm, Hm, Nq, Nk], blocks that hold a visible pair.
         key_valid: bool [Bm, Skv], keys that some query sees.
         query_valid: bool [Bm, Sq], queries that see some key.
+        row_blocks: bool [Bm, Hm, Nq * block_size, Nk], which key blocks each query row sees;
+            ``None`` where every row sees its own position.
+        row_sees: bool [Bm, Hm, Nq * block_size], rows that see some key.
     """
 
     cell_bias: Tensor
-    row_blocks: Tensor
+    visible_blocks: Tensor
     key_valid: Tensor
     query_valid: Tensor
-
-    def visible_blocks(self, block_size: int) -> Tensor:
-        """Blocks that hold at least one visible pair: bool [Bm, Hm, Nq, Nk]."""
-        batch, heads, rows, blocks = self.row_blocks.shape
-        return self.row_blocks.view(batch, heads, rows // block_size, block_size, blocks).any(-2)
+    row_blocks: Tensor | None
+    row_sees: Tensor | None
 
 
 def visible_tokens(attn_mask: Tensor) -> Tensor:
@@ -92,10 +94,60 @@ def summarize_mask(
         bias = mask.to(accumulate).masked_fill(~visible, -math.inf)
         log_sum = F.pad(bias, padding, value=-math.inf).view(cells).logsumexp((3, 5))
         log_mean = log_sum - pairs.clamp_min(1).log()
+    row_blocks = padded.view(batch, heads, rows, geometry.num_kv_blocks, size).any(-1)
     return MaskSummary(
         # A cell in part visible counts whole, as one on the causal diagonal does.
         cell_bias=log_mean.masked_fill(pairs == 0, -math.inf),
-        row_blocks=padded.view(batch, heads, rows, geometry.num_kv_blocks, size).any(-1),
+        visible_blocks=row_blocks.view(
+            batch, heads, rows // size, size, geometry.num_kv_blocks
+        ).any(-2),
         key_valid=visible.any((1, 2)),
         query_valid=visible.any(3).any(1),
+        row_blocks=row_blocks,
+        row_sees=row_blocks.any(-1),
+    )
+
+
+def summarize_program(
+    geometry: BlockGeometry, *, c_q: int, c_k: int, device: torch.device
+) -> MaskSummary:
+    """What the geometry's `mask` says about composite cells and blocks, without any pairs.
+
+    Args:
+        geometry: The block grid; its ``mask`` is given.
+        c_q: Query rows per composite query.
+        c_k: Keys per composite key.
+        device: Where the result lives.
+
+    Returns:
+        The summary, with Hm = 1. Where the mask is more than spans of keys (see `row_spans`), a
+        block, key or query may be called visible that is not, and a row's block may not.
+    """
+    assert geometry.mask is not None
+    size, kv_blocks = geometry.block_size, geometry.num_kv_blocks
+    spans = row_spans(geometry.mask, geometry.causal_offset, device)
+    may_cells, _ = geometry.mask_bounds(c_q, c_k, device)
+    may_blocks, _ = geometry.mask_bounds(size, size, device)
+
+    rows = geometry.num_q_blocks * size
+    padded = spans.padded(rows)
+    start = torch.zeros(1, dtype=torch.int64, device=device)
+    (sees,) = pin([padded.seen_between(start, start + geometry.kv_len)[..., 0]])
+    row_blocks = row_sees = None
+    if not geometry.sees_own_position():
+        first = torch.arange(kv_blocks, device=device) * size
+        row_blocks = padded.seen_between(first, first + size)
+        if spans.rest is not None:
+            tiles = Tiles(1, rows, size, kv_blocks)
+            row_blocks = row_blocks & tile_bounds(spans.rest, tiles, device)[1][:, 0]
+        row_blocks, row_sees = row_blocks[:, None], sees[:, None]
+    return MaskSummary(
+        cell_bias=torch.zeros_like(may_cells, dtype=torch.float64).masked_fill(
+            ~may_cells, -math.inf
+        ),
+        visible_blocks=may_blocks,
+        key_valid=spans.key_valid,
+        query_valid=sees[:, : geometry.q_len],
+        row_blocks=row_blocks,
+        row_sees=row_sees,
     )

@@ -146,23 +146,27 @@ def select_blocks(
     visible = geometry.visible_blocks(scores.device)[None, None]
     rule_visible = visible
     if mask is not None:
-        visible = visible & mask.visible_blocks(geometry.block_size)
+        visible = visible & mask.visible_blocks
         rule_visible = _group_heads(visible, scores.shape[1])
     forced = guards.forced_blocks(geometry, scores.device, mask) & rule_visible
     unjudged = scores.isnan().any(-1, keepdim=True)
     judged = scores.masked_fill(unjudged, 0.0)
     keep = rule.select(judged, forced, rule_visible) | (unjudged & rule_visible)
-    if mask is not None:
-        keep = keep | (_uncovered_rows(keep, mask, geometry) & rule_visible)
+    if mask is not None and mask.row_blocks is not None and mask.row_sees is not None:
+        uncovered = _uncovered_rows(keep, mask.row_blocks, mask.row_sees, geometry)
+        keep = keep | (uncovered & rule_visible)
     return keep, visible
 
 
-def _uncovered_rows(keep: Tensor, mask: MaskSummary, geometry: BlockGeometry) -> Tensor:
+def _uncovered_rows(
+    keep: Tensor, row_blocks: Tensor, row_sees: Tensor, geometry: BlockGeometry
+) -> Tensor:
     """Query blocks with a row that sees keys but none of the kept ones: bool [B, H, Nq, 1]."""
-    rows = _split_group(mask.row_blocks, keep.shape[1])
-    rows = rows.unflatten(-2, (geometry.num_q_blocks, geometry.block_size)).float()
+    tiles = (geometry.num_q_blocks, geometry.block_size)
+    rows = _split_group(row_blocks, keep.shape[1]).unflatten(-2, tiles).float()
+    sees = _split_group(row_sees, keep.shape[1]).unflatten(-1, tiles)
     kept = torch.einsum("bhgirj,bhij->bhgir", rows, keep.to(rows.dtype))
-    return ((kept == 0) & (rows.sum(-1) > 0)).any(-1).any(2)[..., None]
+    return ((kept == 0) & sees).any(-1).any(2)[..., None]
 
 
 def _split_group(per_head: Tensor, heads: int) -> Tensor:

@@ -7,7 +7,7 @@ pass runs (eager, another backend, an exported module) its kernel does the same 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -43,7 +43,8 @@ _library = torch.library.Library("unisparse", "DEF")
 _library.define(
     "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
     "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
-    "bool causal_lower_right=False, str config='') -> Tensor"
+    "bool causal_lower_right=False, str mask='', Tensor[]? mask_tensors=None, "
+    "SymInt[]? mask_numbers=None, str config='') -> Tensor"
 )
 
 
@@ -138,6 +139,7 @@ def _run_compiled(call: SdpaCall, config: SparseConfig) -> Tensor:
         None if call.scale is None else repr(float(call.scale)),
         call.enable_gqa,
         call.causal_lower_right,
+        call.mask,
         None if mask is None else mask.dtype,
         call.query.dtype,
         needs_grad(call),
@@ -145,7 +147,7 @@ def _run_compiled(call: SdpaCall, config: SparseConfig) -> Tensor:
     )
     _compiling.active = True
     try:
-        return run(call.query, call.key, call.value, mask)
+        return run(call.query, call.key, call.value, mask, call.mask_tensors, call.mask_numbers)
     finally:
         _compiling.active = False
 
@@ -157,11 +159,19 @@ def _compiled_sdpa(
     scale: str | None,
     enable_gqa: bool,
     causal_lower_right: bool,
+    mask: str,
     *_distinct: object,
 ) -> Callable[..., Tensor]:
     """The marker operator behind torch.compile, where the pass lowers it; one per kind of call."""
 
-    def run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        mask_tensors: Sequence[Tensor] | None,
+        mask_numbers: Sequence[int] | None,
+    ) -> Tensor:
         return torch.ops.unisparse.sdpa(
             query,
             key,
@@ -172,6 +182,9 @@ def _compiled_sdpa(
             scale=None if scale is None else float(scale),
             enable_gqa=enable_gqa,
             causal_lower_right=causal_lower_right,
+            mask=mask,
+            mask_tensors=mask_tensors,
+            mask_numbers=mask_numbers,
             config=config,
         )
 

@@ -31,23 +31,38 @@ def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
     tensors = [call.query, call.key, call.value]
     if call.attn_mask is not None:
         tensors.append(call.attn_mask)
-    flags = (*sorted(call.keywords().items()), ("is_causal", call.is_causal))
-    layouts = [f"{tuple(t.shape)} {t.stride()} {t.dtype} {t.device}" for t in tensors]
+    keywords = call.keywords()
+    mask_tensors = keywords.pop("mask_tensors") or ()
+    mask_numbers = keywords.pop("mask_numbers") or ()
+    flags = (
+        *sorted(keywords.items()),
+        ("is_causal", call.is_causal),
+        ("captured", (len(mask_tensors), len(mask_numbers))),
+    )
+    operands = [*tensors, *mask_tensors, *mask_numbers]
+    layouts = [
+        f"{tuple(t.shape)} {t.stride()} {t.dtype} {t.device}" if isinstance(t, Tensor) else str(t)
+        for t in operands
+    ]
     text = " ".join([config.encode(), repr(flags), *layouts])
     name = f"unisparse_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     # Annotated for a GraphModule, traces any callable.
     run: Any = _region(config, flags)
-    return invoke_subgraph(run, name, *tensors)[0]
+    return invoke_subgraph(run, name, *operands)[0]
 
 
 @lru_cache(maxsize=256)
 def _region(
     config: SparseConfig, flags: tuple[tuple[str, Any], ...]
 ) -> Callable[..., tuple[Tensor]]:
-    """The computation as a function of tensors alone; the same object for the same settings."""
+    """The computation as a function of what differs; the same object for the same settings."""
+    keywords: dict[str, Any] = dict(flags)
+    tensors, numbers = keywords.pop("captured")
 
-    def run(*tensors: Tensor) -> tuple[Tensor]:
-        call = SdpaCall.bind(tensors, dict(flags))
+    def run(*operands: Any) -> tuple[Tensor]:
+        first, last = len(operands) - tensors - numbers, len(operands) - numbers
+        captured = {"mask_tensors": operands[first:last], "mask_numbers": operands[last:]}
+        call = SdpaCall.bind(operands[:first], {**keywords, **captured})
         return (attend_flex(call, select(call, config)),)
 
     return run

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from .decision import Reason
+from .masks import Unproved
 
 
 @dataclass(slots=True)
@@ -15,10 +16,14 @@ class RewriteReport:
     Attributes:
         rewritten: Names of the nodes that now run sparse (where their lengths allow it).
         left: Names of the nodes that stay dense, each with its reason.
+        masks: Names of the rewritten nodes whose mask became a formula, each with what it is.
+        unproved: Names of the rewritten nodes whose mask stays a tensor, each with the reason.
     """
 
     rewritten: list[str] = field(default_factory=list)
     left: dict[str, Reason] = field(default_factory=dict)
+    masks: dict[str, str] = field(default_factory=dict)
+    unproved: dict[str, Unproved] = field(default_factory=dict)
 
     @property
     def skipped(self) -> dict[Reason, int]:
@@ -28,4 +33,7 @@ class RewriteReport:
     def __str__(self) -> str:
         lines = [f"{len(self.rewritten)} attention calls rewritten, {len(self.left)} left dense"]
         lines += [f"  {count} x {reason}" for reason, count in self.skipped.items()]
+        proved, unproved = Counter(self.masks.values()), Counter(self.unproved.values())
+        lines += [f"  {count} x mask proved: {kind}" for kind, count in proved.items()]
+        lines += [f"  {count} x mask kept as a tensor: {why}" for why, count in unproved.items()]
         return "\n".join(lines)

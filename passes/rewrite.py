@@ -8,17 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from ..block_masks.mask_program import is_known
 from .config import SparseConfig
 from .decision import Reason, refuse
 from .marker import lowered_sdpa
+from .masks import LiftedMask, MaskCache, Unproved
 from .multihead import (
     MULTIHEAD_TARGETS,
     lowered_multihead,
     marked_multihead,
     refuse_multihead,
 )
+from .nodes import recorded, recorded_value
 from .report import RewriteReport
 from .sdpa import SdpaCall, is_sdpa
 
@@ -80,13 +83,15 @@ def _rewrite_graph(
     report: RewriteReport,
     prefix: str,
 ) -> None:
+    masks = MaskCache()
     for node in graph.nodes:
         found = _bind(node, config)
         name = prefix + node.name
         if found is not None:
-            _rewrite_node(node, *found, lower=lower, report=report, name=name)
+            _rewrite_node(node, *found, masks=masks, lower=lower, report=report, name=name)
         elif config is not None and node.target in MULTIHEAD_TARGETS.values():
             _rewrite_multihead(node, config, lower=lower, report=report, name=name)
+    masks.erase_unused()
     graph.lint()
     # Bodies of checkpointed regions, branches and loops are graphs of their own.
     children = graph.owning_module.named_children() if graph.owning_module is not None else ()
@@ -114,6 +119,7 @@ def _rewrite_node(
     call: SdpaCall,
     config: SparseConfig,
     *,
+    masks: MaskCache,
     lower: bool,
     report: RewriteReport,
     name: str,
@@ -123,6 +129,14 @@ def _rewrite_node(
         report.left[name] = reason
         logger.debug("%s stays dense: %s", name, reason)
         return
+    if isinstance(call.attn_mask, fx.Node) and not call.is_causal:
+        lifted = masks.lift(call.attn_mask, _shape(call))
+        if isinstance(lifted, Unproved):
+            report.unproved[name] = lifted
+            logger.debug("%s keeps its mask as a tensor: %s", name, lifted)
+        else:
+            call = _with_mask(call, lifted)
+            report.masks[name] = lifted.kind
     node.target = lowered_sdpa if lower else torch.ops.unisparse.sdpa.default
     node.args = call.positional()
     node.kwargs = {**call.keywords(), "config": config.encode()}
@@ -150,19 +164,42 @@ def _refuse_node(call: SdpaCall, config: SparseConfig) -> Reason | None:
     tensors = [call.query, call.key, call.value]
     if call.attn_mask is not None:
         tensors.append(call.attn_mask)
-    if any(_recorded(tensor) is None for tensor in tensors):
+    if any(recorded(tensor) is None for tensor in tensors):
         return Reason.EXCLUDED if config.dense else None
     numbers = {name: _number(getattr(call, name)) for name in ("dropout_p", "scale", "is_causal")}
-    return refuse(replace(call.map_tensors(_recorded), **numbers), config)
+    return refuse(replace(call.map_tensors(recorded), **numbers), config)
+
+
+def _shape(call: SdpaCall) -> tuple[Any, ...] | None:
+    """[B, Hq, Sq, Skv] of a call in a graph, where that is recorded."""
+    query, key = recorded(call.query), recorded(call.key)
+    if query is None or key is None:
+        return None
+    return (*query.shape[:3], key.shape[2])
+
+
+def _with_mask(call: SdpaCall, mask: LiftedMask) -> SdpaCall:
+    """The call with what its mask was proved to be in place of the tensor."""
+    query, key = recorded(call.query), recorded(call.key)
+    assert query is not None
+    assert key is not None
+    if mask.is_everything():
+        return replace(call, attn_mask=None)
+    offset = mask.causal_offset()
+    if offset is not None:
+        behind = key.shape[2] - query.shape[2]
+        lower_right = is_known(offset == behind) and is_known(behind >= 0)
+        if lower_right or is_known(offset == 0):
+            return replace(call, attn_mask=None, is_causal=True, causal_lower_right=lower_right)
+    return replace(
+        call,
+        attn_mask=None,
+        mask=mask.text,
+        mask_tensors=list(mask.tensors),
+        mask_numbers=list(mask.numbers),
+    )
 
 
 def _number(argument: Any) -> Any:
     """A scalar argument, or what tracing recorded where the graph computes it."""
-    return argument.meta.get("example_value") if isinstance(argument, fx.Node) else argument
-
-
-def _recorded(node: Any) -> Tensor | None:
-    """The (fake) tensor that tracing recorded for a node."""
-    meta = getattr(node, "meta", {})
-    value = meta.get("val", meta.get("example_value"))
-    return value if isinstance(value, Tensor) else None
+    return recorded_value(argument) if isinstance(argument, fx.Node) else argument

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from ..block_masks import MaskProgram
+
 POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 SDPA_TARGETS: frozenset[Callable[..., Any]] = frozenset(
     {
@@ -35,6 +37,9 @@ class SdpaCall:
         scale: Factor on the logits; 1 / sqrt(D) by default.
         enable_gqa: Allows Hkv < Hq.
         causal_lower_right: With ``is_causal``, aligns the last row with the last key.
+        mask: A mask proved from the graph, as `MaskProgram.parse` reads it; empty for none.
+        mask_tensors: What the mask's ``t0, t1, ...`` stand for.
+        mask_numbers: What the mask's ``n0, n1, ...`` stand for.
     """
 
     query: Any
@@ -46,6 +51,9 @@ class SdpaCall:
     scale: float | None = None
     enable_gqa: bool = False
     causal_lower_right: bool = False
+    mask: str = ""
+    mask_tensors: Sequence[Any] | None = None
+    mask_numbers: Sequence[Any] | None = None
 
     @classmethod
     def bind(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> SdpaCall:
@@ -62,13 +70,14 @@ class SdpaCall:
         return cls(**dict(zip(POSITIONAL, args, strict=False)), **kwargs)
 
     def map_tensors(self, of: Callable[[Any], Any]) -> SdpaCall:
-        """The same call with ``of`` applied to query, key, value and attn_mask."""
+        """The same call with ``of`` applied to every tensor."""
         return replace(
             self,
             query=of(self.query),
             key=of(self.key),
             value=of(self.value),
             attn_mask=None if self.attn_mask is None else of(self.attn_mask),
+            mask_tensors=[of(tensor) for tensor in self.mask_tensors or ()],
         )
 
     def with_constants(self) -> SdpaCall:
@@ -96,7 +105,23 @@ class SdpaCall:
             "scale": self.scale,
             "enable_gqa": self.enable_gqa,
             "causal_lower_right": self.causal_lower_right,
+            "mask": self.mask,
+            "mask_tensors": self.mask_tensors,
+            "mask_numbers": self.mask_numbers,
         }
+
+    def mask_program(self) -> MaskProgram | None:
+        """The proved mask of a call that holds tensors."""
+        if not self.mask:
+            return None
+        return MaskProgram.parse(
+            self.mask,
+            tensors=self.mask_tensors or (),
+            numbers=self.mask_numbers or (),
+            batch=self.query.shape[0],
+            q_len=self.query.shape[2],
+            kv_len=self.key.shape[2],
+        )
 
     def run_dense(self) -> torch.Tensor:
         """Runs the call as it stands, through PyTorch's own kernels."""
@@ -106,6 +131,10 @@ class SdpaCall:
             row = torch.arange(q_len, device=self.query.device)
             key = torch.arange(kv_len, device=self.query.device)
             mask, is_causal = key <= row[:, None] + (kv_len - q_len), False
+        program = self.mask_program()
+        if program is not None:
+            row = torch.arange(q_len, device=self.query.device)
+            mask = program.pairs(row, torch.arange(kv_len, device=self.query.device))
         return F.scaled_dot_product_attention(
             self.query,
             self.key,

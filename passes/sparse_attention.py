@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
 
 from ..block_masks import BlockGeometry, BlockSelection, to_block_mask
+from ..block_masks.mask_program import is_known
 from ..block_masks.mask_summary import visible_tokens
 from ..block_masks.scoring import default_scale
 from .config import SparseConfig
@@ -21,6 +22,9 @@ from .sdpa import SdpaCall
 
 # Bytes of expanded mask per step where blocks are applied as a token mask.
 MASK_CHUNK_BYTES = 256 * 2**20
+# Scores are made for every pair of composite tokens, 1/64 of all pairs by default, whatever the
+# window. A window of so few blocks costs about as much to attend to as to score and sort.
+WINDOW_BLOCKS = 16
 
 
 def apply_autocast(call: SdpaCall) -> SdpaCall:
@@ -39,15 +43,12 @@ def apply_autocast(call: SdpaCall) -> SdpaCall:
 
 def select(call: SdpaCall, config: SparseConfig) -> BlockSelection:
     """Selects the blocks of a call that `decision.refuse` let through."""
-    q_len, kv_len = call.query.shape[2], call.key.shape[2]
-    offset = (kv_len - q_len if call.causal_lower_right else 0) if call.is_causal else None
-    geometry = BlockGeometry(
-        q_len=q_len,
-        kv_len=kv_len,
-        block_size=config.selector.block_size,
-        causal_offset=offset,
-    )
+    geometry = _geometry(call, config)
     with torch.no_grad():
+        if keeps_window(geometry):
+            visible = geometry.block_bounds(call.query.device)[0]
+            keep = visible.expand(call.query.shape[0], -1, -1, -1)
+            return BlockSelection(keep=keep, visible=visible, geometry=geometry)
         return config.selector.compute_selection(
             call.query.detach(),
             call.key.detach(),
@@ -57,12 +58,39 @@ def select(call: SdpaCall, config: SparseConfig) -> BlockSelection:
         )
 
 
+def _geometry(call: SdpaCall, config: SparseConfig) -> BlockGeometry:
+    """The block grid, with the mask where it was proved from the graph."""
+    q_len, kv_len = call.query.shape[2], call.key.shape[2]
+    offset: int | None = None
+    mask = call.mask_program()
+    if call.is_causal:
+        offset = kv_len - q_len if call.causal_lower_right else 0
+    elif mask is not None:
+        offset, mask = mask.split_causal()
+    return BlockGeometry(
+        q_len=q_len,
+        kv_len=kv_len,
+        block_size=config.selector.block_size,
+        causal_offset=offset,
+        mask=mask,
+    )
+
+
+def keeps_window(geometry: BlockGeometry) -> bool:
+    """Whether a sliding window leaves a row so few blocks that all of them are kept.
+
+    They are then found without any scores: ``window / block_size + 2`` blocks a row at most.
+    """
+    window = None if geometry.mask is None else geometry.mask.window(geometry.causal_offset)
+    return window is not None and is_known(window <= (WINDOW_BLOCKS - 2) * geometry.block_size)
+
+
 def flex_lowers(call: SdpaCall) -> bool:
     """Whether Inductor lowers the flex operator for these tensors to a block-sparse kernel."""
     if call.query.device.type == "cuda":
         return flex_takes(call.query, call.value)
     # The CPU kernel has no backward and cannot read captured tensors at dynamic lengths.
-    capture_free = call.attn_mask is None and not needs_grad(call)
+    capture_free = call.attn_mask is None and not call.mask_tensors and not needs_grad(call)
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     return capture_free and call.query.dtype in dtypes and torch.cpu._is_avx2_supported()
 
@@ -189,6 +217,9 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
     kept_heads = keep.shape[1] > 1
     # A tracer of the inner graph knows no symbolic difference: there it travels as a tensor.
     given = isinstance(offset, torch.SymInt) and call.query.device.type == "cuda"
+    program = selection.geometry.mask
+    numbers, tensors = ([], []) if program is None else (program.numbers, program.tensors)
+    numbers_given = call.query.device.type == "cuda"
     mask = None if call.attn_mask is None else _mask_4d(call.attn_mask)
     additive = mask is not None and mask.dtype is not torch.bool
     at = _broadcast_index(mask) if mask is not None else None
@@ -204,6 +235,12 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
             kept = buffers.pop(0)
             head = h if kept_heads else h * 0
             allowed = allowed & kept[b, head, q_idx // size, kv_idx // size]
+        if program is not None:
+            entries = [buffers.pop(0) for _ in tensors]
+            given_numbers = [buffers.pop(0) for _ in numbers] if numbers_given else numbers
+            allowed = allowed & program.evaluate(
+                b, q_idx, kv_idx, tensors=entries, numbers=given_numbers
+            )
         if buffers:
             assert at is not None
             allowed = allowed & buffers[0][at(b, h, q_idx, kv_idx)]
@@ -223,6 +260,11 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
         mask_buffers += (torch.full((), offset, dtype=torch.int32, device=keep.device),)
     if look_up:
         mask_buffers += (keep,)
+    mask_buffers += tuple(tensors)
+    if numbers_given:
+        mask_buffers += tuple(
+            torch.full((), number, dtype=torch.int64, device=keep.device) for number in numbers
+        )
     score_buffers: tuple[Tensor, ...] = ()
     if mask is not None:
         # An additive mask also says what takes no part: -inf scores alone would leave NaN rows.

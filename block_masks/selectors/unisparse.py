@@ -12,7 +12,7 @@ from torch import Tensor
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
 from ..granularity import Pooled
-from ..mask_summary import summarize_mask
+from ..mask_summary import summarize_mask, summarize_program
 from ..scoring import compute_block_scores
 from ..selection import Guards, SelectionRule, TopK, TopP, select_blocks
 from ..validation import validate_block_size, validate_int
@@ -104,6 +104,8 @@ class UniSparse(Selector):
         mask = None
         if attn_mask is not None:
             mask = summarize_mask(attn_mask, geometry, c_q=self.c_q, c_k=self.c_k)
+        elif geometry.mask is not None:
+            mask = summarize_program(geometry, c_q=self.c_q, c_k=self.c_k, device=query.device)
         scores = compute_block_scores(
             query,
             key,

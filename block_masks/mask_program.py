@@ -1,0 +1,272 @@
+"""MaskProgram: an attention mask as a formula over positions instead of a tensor of pairs.
+
+Symbols: B batch, Sq/Skv tokens, Tq/Tk tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from .mask_expr import (
+    KV,
+    TRUE,
+    Affine,
+    And,
+    Bool,
+    Compare,
+    Constant,
+    FloorDiv,
+    Load,
+    Not,
+    Or,
+    Q,
+    Symbol,
+    Truth,
+    all_of,
+    atoms,
+    conjuncts,
+    coordinates,
+    replace_atoms,
+    variable,
+)
+from .mask_text import format_mask, parse_mask
+
+Position = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MaskProgram:
+    """Which keys each query row sees, the same for every head.
+
+    Written as text such as ``(kv <= q + n0) & (t0[b, kv])``: coordinates ``b``, ``q`` and ``kv``,
+    integers ``n0, n1, ...`` and entries of tensors ``t0, t1, ...``; ``+ - * //``, ``< <= ==`` and
+    ``& | ~``. Every tensor is read at one token at most, never at a query and a key together.
+
+    Attributes:
+        expr: The formula.
+        tensors: What ``t0, t1, ...`` stand for: bool or int64, any rank.
+        numbers: What ``n0, n1, ...`` stand for; symbolic while a graph is traced.
+        batch: Batch elements B.
+        q_len: Query rows Sq.
+        kv_len: Keys Skv.
+    """
+
+    expr: Bool
+    tensors: tuple[Tensor, ...] = ()
+    numbers: tuple[int, ...] = ()
+    batch: int
+    q_len: int
+    kv_len: int
+
+    @classmethod
+    def parse(
+        cls,
+        text: str,
+        *,
+        tensors: Sequence[Tensor] = (),
+        numbers: Sequence[int] = (),
+        batch: int,
+        q_len: int,
+        kv_len: int,
+    ) -> MaskProgram:
+        """Reads a formula; see the class for its language.
+
+        Raises:
+            ValueError: The text is no mask expression, or names what is not given.
+        """
+        expr = parse_mask(text)
+        for atom in atoms(expr):
+            given = {Load: len(tensors), Symbol: len(numbers)}.get(type(atom))
+            if given is not None and int(atom.source[1:]) >= given:  # type: ignore[union-attr]
+                raise ValueError(
+                    f"mask must name tensors and numbers that are given, got {atom.source!r} "  # type: ignore[union-attr]
+                    f"with {len(tensors)} tensors and {len(numbers)} numbers"
+                )
+        return cls(
+            expr=expr,
+            tensors=tuple(tensors),
+            numbers=tuple(numbers),
+            batch=batch,
+            q_len=q_len,
+            kv_len=kv_len,
+        )
+
+    @property
+    def text(self) -> str:
+        """The formula as text."""
+        return format_mask(self.expr)
+
+    @property
+    def varies_in_batch(self) -> bool:
+        """Whether batch elements may differ."""
+        return "b" in coordinates(self.expr)
+
+    def evaluate(
+        self,
+        b: Tensor,
+        q_idx: Tensor,
+        kv_idx: Tensor,
+        *,
+        tensors: Sequence[Tensor] | None = None,
+        numbers: Sequence[Tensor | int] | None = None,
+    ) -> Tensor:
+        """Whether rows see keys, position by position.
+
+        Args:
+            b: Batch elements, integers; broadcastable with the others.
+            q_idx: Query rows.
+            kv_idx: Keys.
+            tensors: In place of `tensors`, as a kernel captures them.
+            numbers: In place of `numbers`.
+
+        Returns:
+            bool, the positions' broadcast shape.
+        """
+        run = Evaluation(
+            {"b": b, "q": q_idx, "kv": kv_idx},
+            self.tensors if tensors is None else tensors,
+            self.numbers if numbers is None else numbers,
+        )
+        return run.truth(self.expr)
+
+    def pairs(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """Which of ``rows`` sees which of ``keys``: bool [1 or B, 1, rows, keys]."""
+        b = torch.arange(self.batch if self.varies_in_batch else 1, device=rows.device)
+        seen = self.evaluate(b[:, None, None], rows[:, None], keys[None, :])
+        return seen.expand(b.shape[0], rows.shape[0], keys.shape[0])[:, None]
+
+    def number(self, value: Affine) -> int:
+        """The value of an expression of numbers alone; symbolic where they are."""
+        total = value.const
+        for atom, factor in value.terms:
+            assert isinstance(atom, Symbol)
+            total = total + factor * self.numbers[int(atom.source[1:])]
+        return total
+
+    def split_causal(self) -> tuple[int | None, MaskProgram | None]:
+        """Takes causality out: its offset or ``None``, and what else the mask says.
+
+        Only an offset that leaves the last row within the keys, or 0, is one: then row ``r``
+        stands at key ``r + offset``. ``None`` for the rest where nothing is left.
+        """
+        offset, rest = None, []
+        for part in conjuncts(self.expr):
+            bound = _causal_offset(part)
+            if bound is not None and offset is None:
+                number = self.number(bound)
+                behind = self.kv_len - self.q_len
+                if is_known(number == 0) or (is_known(number >= 0) and is_known(number <= behind)):
+                    offset = number
+                    continue
+            rest.append(part)
+        left = replace(self, expr=all_of(rest)) if rest else None
+        return offset, left
+
+    def holds_at(self, offset: int) -> bool:
+        """Whether every row ``r`` is known to see key ``r + offset``."""
+        if isinstance(offset, int):
+            shift = Affine(const=offset)
+        else:
+            known = (i for i, number in enumerate(self.numbers) if is_known(number == offset))
+            shift = next((variable(Symbol(f"n{i}")) for i in known), None)
+            if shift is None:
+                return False
+        own = variable(Q) + shift
+        at_own = replace_atoms(self.expr, lambda atom: own if atom == KV else None)
+        return at_own == TRUE
+
+    def window(self, causal_offset: int | None) -> int | None:
+        """Keys that a row sees up to its own position, where a sliding window bounds them."""
+        if causal_offset is None:
+            return None
+        for part in conjuncts(self.expr):
+            if isinstance(part, Compare) and part.op != "==":
+                difference = part.difference
+                rest = difference - Affine(((Q, 1), (KV, -1)))
+                if rest.only(Symbol):
+                    return causal_offset - self.number(rest) + 1
+        return None
+
+
+def _causal_offset(part: Bool) -> Affine | None:
+    """``c`` of ``kv <= q + c``."""
+    if not isinstance(part, Compare) or part.op == "==":
+        return None
+    rest = Affine(((KV, 1), (Q, -1))) - part.difference
+    return rest if rest.only(Symbol) else None
+
+
+def is_known(condition: object) -> bool:
+    """Whether a comparison of lengths holds; becomes a guard of the graph that is traced."""
+    return condition if isinstance(condition, bool) else guard_or_false(condition)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One evaluation of expressions at given positions.
+
+    Attributes:
+        position: Integers ``b``, ``q`` and ``kv``, broadcastable with one another.
+        tensors: What ``t0, t1, ...`` stand for.
+        numbers: What ``n0, n1, ...`` stand for.
+    """
+
+    position: Position
+    tensors: Sequence[Tensor]
+    numbers: Sequence[Tensor | int]
+
+    def truth(self, value: Bool) -> Tensor:
+        """A truth at every position: bool, broadcastable with the positions."""
+        match value:
+            case Constant():
+                return torch.full_like(self.position["q"], value.value, dtype=torch.bool)
+            case Truth():
+                return self.load(value.load)
+            case Compare():
+                left, right = self.integer(value.left), self.integer(value.right)
+                if value.op == "==":
+                    return torch.eq(left, right)
+                return left <= right if value.op == "<=" else left < right
+            case Not():
+                return ~self.truth(value.of)
+            case And() | Or():
+                result = self.truth(value.parts[0])
+                for part in value.parts[1:]:
+                    other = self.truth(part)
+                    result = result & other if isinstance(value, And) else result | other
+                return result
+
+    def integer(self, value: Affine) -> Tensor:
+        """An integer at every position."""
+        total = None
+        for atom, factor in value.terms:
+            match atom:
+                case Load():
+                    entry = self.load(atom)
+                case FloorDiv():
+                    entry = self.integer(atom.numerator) // atom.divisor
+                case Symbol():
+                    entry = self.numbers[int(atom.source[1:])]  # type: ignore[assignment]
+                case _:
+                    entry = self.position[atom.name]
+            entry = entry if factor == 1 else entry * factor
+            total = entry if total is None else total + entry
+        if total is None:
+            return torch.full_like(self.position["q"], value.const)
+        total = total + value.const if value.const else total
+        # Numbers alone stay plain: they must still compare as a tensor.
+        return total if isinstance(total, Tensor) else self.position["q"] * 0 + total
+
+    def load(self, load: Load) -> Tensor:
+        """A tensor's entry at every position, in the tensor's dtype."""
+        tensor = self.tensors[int(load.source[1:])]
+        if not load.index:
+            return tensor
+        zero = torch.zeros_like(self.position["q"])
+        index = tuple(zero if not i.terms and not i.const else self.integer(i) for i in load.index)
+        return tensor[index]
