@@ -35,7 +35,7 @@ from ..block_masks.mask_expr import (
 )
 from ..block_masks.mask_text import format_mask
 from . import mask_shape_ops, mask_value_ops  # noqa: F401  (they register their readers)
-from .mask_aliases import mutated_origins, origins
+from .aliases import mutated_origins, origins
 from .mask_kinds import describe_mask
 from .mask_lifter import HANDLERS, Lifter
 from .mask_values import Absolute, Choice
@@ -137,7 +137,7 @@ def lift_mask(
         value = _visible(value, mask.dtype)
     if value is None or isinstance(value, (Affine, Absolute)):
         return Unproved.BIAS if mask.dtype.is_floating_point else Unproved.PAIRS
-    if not mutated_origins(node.graph).isdisjoint(
+    if not mutated_origins(node.graph.nodes).isdisjoint(
         origin for visited in lifter.visited for origin in origins(visited)
     ):
         return Unproved.MUTATED

@@ -18,12 +18,15 @@ class RewriteReport:
         left: Names of the nodes that stay dense, each with its reason.
         masks: Names of the rewritten nodes whose mask became a formula, each with what it is.
         unproved: Names of the rewritten nodes whose mask stays a tensor, each with the reason.
+        ungrouped: Names of the rewritten nodes whose keys and values are no longer repeated for
+            their query heads, each with the bytes of the copies that nothing else needs.
     """
 
     rewritten: list[str] = field(default_factory=list)
     left: dict[str, Reason] = field(default_factory=dict)
     masks: dict[str, str] = field(default_factory=dict)
     unproved: dict[str, Unproved] = field(default_factory=dict)
+    ungrouped: dict[str, int] = field(default_factory=dict)
 
     @property
     def skipped(self) -> dict[Reason, int]:
@@ -36,4 +39,7 @@ class RewriteReport:
         proved, unproved = Counter(self.masks.values()), Counter(self.unproved.values())
         lines += [f"  {count} x mask proved: {kind}" for kind, count in proved.items()]
         lines += [f"  {count} x mask kept as a tensor: {why}" for why, count in unproved.items()]
+        if self.ungrouped:
+            saved = sum(self.ungrouped.values()) / 2**20
+            lines.append(f"  {len(self.ungrouped)} x repeated key heads removed: {saved:.1f} MiB")
         return "\n".join(lines)

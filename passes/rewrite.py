@@ -22,6 +22,7 @@ from .multihead import (
     refuse_multihead,
 )
 from .nodes import recorded, recorded_value
+from .repeat_kv import erase_unused, recover_gqa
 from .report import RewriteReport
 from .sdpa import SdpaCall, is_sdpa
 
@@ -129,6 +130,10 @@ def _rewrite_node(
         report.left[name] = reason
         logger.debug("%s stays dense: %s", name, reason)
         return
+    repeated = [call.key, call.value]
+    call, saved = recover_gqa(node, call)
+    if call.key is not repeated[0]:
+        report.ungrouped[name] = saved
     if isinstance(call.attn_mask, fx.Node) and not call.is_causal:
         lifted = masks.lift(call.attn_mask, _shape(call))
         if isinstance(lifted, Unproved):
@@ -140,6 +145,8 @@ def _rewrite_node(
     node.target = lowered_sdpa if lower else torch.ops.unisparse.sdpa.default
     node.args = call.positional()
     node.kwargs = {**call.keywords(), "config": config.encode()}
+    if name in report.ungrouped:
+        erase_unused(repeated)
     report.rewritten.append(name)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -37,11 +37,18 @@ def origins(node: fx.Node) -> Iterator[fx.Node]:
                 pending.append(source)
 
 
-def mutated_origins(graph: fx.Graph) -> set[fx.Node]:
-    """The memory that some node of the graph writes to."""
-    return {
-        origin for node in graph.nodes for written in _written(node) for origin in origins(written)
-    }
+def mutated_origins(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The memory that some of the nodes write to."""
+    return {origin for node in nodes for written in _written(node) for origin in origins(written)}
+
+
+def is_changed_between(node: fx.Node, first: fx.Node, last: fx.Node) -> bool:
+    """Whether a node behind ``first`` and in front of ``last`` may write to ``node``'s memory."""
+    between, current = [], first.next
+    while current is not last and current.op != "root":
+        between.append(current)
+        current = current.next
+    return not mutated_origins(between).isdisjoint(origins(node))
 
 
 def _written(node: fx.Node) -> Iterator[fx.Node]:
