@@ -7,6 +7,7 @@ from .granularity import Pooled, pool_heads, pool_tokens
 from .mask_summary import MaskSummary, summarize_mask
 from .scoring import compute_block_scores
 from .selection import Guards, SelectionRule, TopK, TopP, select_blocks
+from .selection_cost import SelectionCost
 from .selectors import Selector, UniSparse
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Guards",
     "MaskSummary",
     "Pooled",
+    "SelectionCost",
     "SelectionRule",
     "Selector",
     "TopK",
