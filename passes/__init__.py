@@ -4,11 +4,13 @@ from .config import SparseConfig
 from .decision import Reason
 from .inductor import SparseAttentionPass, install
 from .marker import lowered_sdpa, marked_sdpa, observe_calls
+from .predicted_call import CallPrediction, predict_call
 from .report import RewriteReport
 from .rewrite import rewrite_sdpa
 from .sdpa import SdpaCall
 
 __all__ = [
+    "CallPrediction",
     "Reason",
     "RewriteReport",
     "SdpaCall",
@@ -18,5 +20,6 @@ __all__ = [
     "lowered_sdpa",
     "marked_sdpa",
     "observe_calls",
+    "predict_call",
     "rewrite_sdpa",
 ]

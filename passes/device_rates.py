@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import torch
@@ -11,6 +11,8 @@ import torch
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceRates:
     """Rates of one kind of device in one dtype; each is a symbol of `cost_model.attention_stages`.
+
+    Those of the CPU are for one thread.
 
     Attributes:
         device: ``"cpu"``, or ``"cuda sm90"`` and the like.
@@ -43,6 +45,71 @@ class DeviceRates:
     sparse_flop_rate: float
     sparse_exp_rate: float
     block_seconds: float
+
+    def on_threads(self, threads: int) -> DeviceRates:
+        """The same device with its work spread evenly over ``threads``."""
+        if threads == 1:
+            return self
+        names = [f.name for f in fields(self) if f.name.endswith("rate") or f.name == "bandwidth"]
+        faster = {name: getattr(self, name) * threads for name in names}
+        return replace(self, block_seconds=self.block_seconds / threads, **faster)
+
+
+# Fitted rates are copied from their source by hand; a test compares the two.
+RATES = (
+    DeviceRates(
+        device="cuda sm90",
+        dtype="bfloat16",
+        source="estimate: dense and flex kernel timed at 16384 and 32768 tokens, selection guessed "
+        "from its bytes and FLOPs",
+        dense_launch=2e-5,
+        dense_flop_rate=6.15e14,
+        dense_exp_rate=1e18,
+        select_launch=2e-4,
+        scoring_flop_rate=4e13,
+        bandwidth=1.9e12,
+        sort_rate=5e10,
+        sparse_launch=3e-4,
+        sparse_flop_rate=4.57e14,
+        sparse_exp_rate=1e18,
+        block_seconds=0.0,
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundRates:
+    """Rates for a device and dtype, and what they stand in for.
+
+    Attributes:
+        rates: The rates.
+        note: Empty, or that there are none for this device and dtype and which are used.
+    """
+
+    rates: DeviceRates
+    note: str = ""
+
+
+def find_rates(device: torch.device, dtype: torch.dtype) -> FoundRates:
+    """Rates of this machine's device; those of another dtype or device where there are none."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return _find_rates(device_name(device.type, device.index), dtype, threads)
+
+
+@lru_cache(maxsize=256)
+def _find_rates(name: str, dtype: torch.dtype, threads: int) -> FoundRates:
+    def distance(rates: DeviceRates) -> tuple[bool, bool, int]:
+        other_kind = rates.device.split()[0] != name.split()[0]
+        known = getattr(torch, rates.dtype)
+        return other_kind, rates.device != name, abs(known.itemsize - dtype.itemsize)
+
+    wanted = str(dtype).removeprefix("torch.")
+    exact = [rates for rates in RATES if (rates.device, rates.dtype) == (name, wanted)]
+    nearest = exact[0] if exact else min(RATES, key=distance)
+    note = ""
+    if not exact:
+        note = f"no rates for {wanted} on {name}, using {nearest.dtype} on {nearest.device}"
+    return FoundRates(rates=nearest.on_threads(threads), note=note)
 
 
 @lru_cache

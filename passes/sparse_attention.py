@@ -16,7 +16,7 @@ from ..block_masks import BlockGeometry, BlockSelection, to_block_mask
 from ..block_masks.mask_summary import visible_tokens
 from ..block_masks.scoring import default_scale
 from .config import SparseConfig
-from .decision import flex_takes, needs_grad
+from .decision import needs_grad
 from .sdpa import SdpaCall
 
 # Bytes of expanded mask per step where blocks are applied as a token mask.
@@ -57,21 +57,11 @@ def select(call: SdpaCall, config: SparseConfig) -> BlockSelection:
         )
 
 
-def flex_lowers(call: SdpaCall) -> bool:
-    """Whether Inductor lowers the flex operator for these tensors to a block-sparse kernel."""
-    if call.query.device.type == "cuda":
-        return flex_takes(call.query, call.value)
-    # The CPU kernel has no backward and cannot read captured tensors at dynamic lengths.
-    capture_free = call.attn_mask is None and not needs_grad(call)
-    dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    return capture_free and call.query.dtype in dtypes and torch.cpu._is_avx2_supported()
-
-
 def attend_flex(call: SdpaCall, selection: BlockSelection, *, look_up: bool = False) -> Tensor:
     """Attends to the kept blocks through the flex_attention operator.
 
     Args:
-        call: The call; its shapes and dtypes are ones that `flex_lowers` accepts.
+        call: The call; its shapes and dtypes are ones that `decision.flex_lowers` accepts.
         selection: The kept blocks.
         look_up: Repeats the selection inside ``mask_mod``, for backends that interpret the
             operator and so ignore block lists.
