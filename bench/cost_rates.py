@@ -23,10 +23,11 @@ from .stages import SELECTOR, Heads, Plan, measure_all
 
 PLANS = {
     "cpu": Plan(
-        lengths=(512, 1024, 2048, 4096, 8192),
+        lengths=(256, 512, 1024, 2048, 4096, 8192),
         densities=(0.15, 0.5),
         heads=(Heads(query=9, key=3, head_dim=64), Heads(query=4, key=1, head_dim=128)),
         dtypes=(torch.float32, torch.bfloat16),
+        tile=512,
         least=2,
         budget=1.0,
     ),
@@ -35,6 +36,7 @@ PLANS = {
         densities=(0.05, 0.15, 0.3, 0.7),
         heads=(Heads(query=32, key=8, head_dim=128), Heads(query=9, key=3, head_dim=64)),
         dtypes=(torch.bfloat16,),
+        tile=128,
         least=5,
         budget=0.1,
     ),
@@ -52,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Rates of the CPU are those of one thread: cores that others use cannot stall it.
     torch.set_num_threads(1)
-    name = device_name(options.device)
+    plan, name = PLANS[options.device], device_name(options.device)
     output = options.output or Path(f"bench/results/rates-{name.replace(' ', '-')}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
@@ -69,7 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     }
     start = time.perf_counter()
     try:
-        for row in measure_all(PLANS[options.device], options.device):
+        for row in measure_all(plan, options.device):
+            row["tile"] = plan.tile
             result["rows"].append(row)
             print(json.dumps(row), flush=True)
             if time.perf_counter() - start > options.max_seconds:
@@ -99,7 +102,7 @@ def fit_all(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]
         table = rate_fit.to_rows(fitted)
         shapes = [(row["q_heads"], row["head_dim"], row["length"]) for row in fitted]
         costs = rate_fit.fit(table)
-        rates[dtype] = rate_fit.to_rates(costs)
+        rates[dtype] = {"tile": own[0]["tile"], **rate_fit.to_rates(costs)}
         errors[dtype] = {
             "fit": rate_fit.summarize(rate_fit.errors(table, costs)),
             **_errors_by_stage(fitted, rate_fit.errors(table, costs)),

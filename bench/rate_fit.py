@@ -53,10 +53,11 @@ def _work(row: dict[str, Any]) -> Tensor:
 def _shape(row: dict[str, Any]) -> dict[sympy.Symbol, float]:
     length, cost = row["length"], SELECTOR.cost
     itemsize = getattr(torch, row["dtype"]).itemsize
-    values = (1, row["q_heads"], row["kv_heads"], length, length, row["head_dim"], row["head_dim"])
+    sizes = (1, row["q_heads"], row["kv_heads"], length, length, row["head_dim"], row["head_dim"])
     composite = (cost.c_q, cost.c_k, cost.c_h)
-    rest = (0, SELECTOR.block_size, *composite, row.get("density", 1.0), itemsize, 0)
-    return dict(zip(cm.SHAPE, (*values, *rest), strict=True))
+    shape = (*sizes, 0, 0, itemsize)
+    settings = (SELECTOR.block_size, *composite, row.get("density", 1.0), row["tile"])
+    return dict(zip((*cm.SHAPE, *cm.SETTINGS), (*shape, *settings), strict=True))
 
 
 def predict(work: Tensor, costs: Tensor, form: str) -> Tensor:

@@ -40,6 +40,7 @@ class Plan:
         densities: Forced densities of the attention stage.
         heads: Head shapes; the whole call is timed for the first alone.
         dtypes: Dtypes.
+        tile: Keys that the dense kernel reads at a time.
         least: Fewest repeats of a timing.
         budget: Seconds up to which a timing is repeated further.
     """
@@ -48,6 +49,7 @@ class Plan:
     densities: tuple[float, ...]
     heads: tuple[Heads, ...]
     dtypes: tuple[torch.dtype, ...]
+    tile: int
     least: int
     budget: float
 
@@ -119,11 +121,12 @@ def block_mask_of(selection: BlockSelection) -> Any:
 
 
 def measure(function: Callable[[], Any], device: str, *, least: int, budget: float) -> list[float]:
-    """Seconds of each call, after warming up: ``least`` calls, more while ``budget`` lasts.
+    """Seconds of each call, sorted, after warming up: ``least``, more while ``budget`` lasts.
 
     On CUDA between events; on the CPU those that the process computed, whatever else runs there.
     """
     clock = _time_cuda if device == "cuda" else _time_cpu
+    function()
     warm_up = [clock(function) for _ in range(3 if device == "cuda" else 1)]
     affordable = int(budget / max(min(warm_up), 1e-6))
     return sorted(clock(function) for _ in range(max(least, min(affordable, MOST_REPEATS))))

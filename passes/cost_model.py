@@ -1,7 +1,7 @@
 """What attention costs, dense and block-sparse: symbolic work, bytes and seconds.
 
 >>> work = attention_work(is_causal=True)
->>> work.dense_flops.subs({B: 1, Hq: 1, Sq: 128, Skv: 128, offset: 0, D: 64, Dv: 64})
+>>> work.dense_flops.subs({B: 1, Hq: 1, Sq: 128, Skv: 128, offset: 0, tile: 1, D: 64, Dv: 64})
 2113536
 
 Work is counted as today's reference does it (`block_masks.scoring`, `block_masks.selection`);
@@ -15,18 +15,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import sympy
-from sympy import Max, Min, Rational, Symbol, ceiling
+from sympy import Max, Min, Symbol, ceiling, floor
 
 B, Hq, Hkv, Sq, Skv, D, Dv = sympy.symbols("B Hq Hkv Sq Skv D Dv", integer=True, positive=True)
 # Key position of query row 0; tokens per block; query rows, keys and heads per composite token.
 offset = Symbol("offset", integer=True, nonnegative=True)
 block, c_q, c_k, c_h = sympy.symbols("block c_q c_k c_h", integer=True, positive=True)
+# Keys that a dense kernel reads at a time, computed whole on the diagonal.
+tile = Symbol("tile", integer=True, positive=True)
 # Kept over visible blocks; bytes per element; 1 under an attn_mask, else 0.
 density, itemsize, masked = sympy.symbols("density itemsize masked", nonnegative=True)
 
 # float32 composite logits: written once, read for the peak, the row sum and the sum of a block.
 LOGIT_BYTES = 4 * 4
-SHAPE = (B, Hq, Hkv, Sq, Skv, D, Dv, offset, block, c_q, c_k, c_h, density, itemsize, masked)
+SHAPE = (B, Hq, Hkv, Sq, Skv, D, Dv, offset, masked, itemsize)
+SETTINGS = (block, c_q, c_k, c_h, density, tile)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +39,8 @@ class AttentionWork:
     FLOPs count a multiplication and an addition as two.
 
     Attributes:
-        dense_flops: Both matrix products over the visible (query, key) pairs.
+        dense_flops: Both matrix products over the visible (query, key) pairs and what else lies
+            in their tiles; visible pairs alone at ``tile`` 1.
         dense_exps: Exponentials of dense attention, one a pair.
         dense_bytes: Query, key, value and mask read once, output written once.
         pooling_bytes: Query and key read, composite tokens written.
@@ -44,8 +48,8 @@ class AttentionWork:
         scoring_bytes: Passes over the composite logits and, under a mask, over the mask.
         sort_steps: Comparisons of one sort of block scores and two of block lists, Nk log2 Nk a
             row.
-        sparse_flops: Both matrix products over the kept pairs.
-        sparse_exps: Exponentials of sparse attention.
+        sparse_flops: Both matrix products over the kept blocks, each computed whole.
+        sparse_exps: Exponentials of sparse attention, one a pair of these.
         sparse_blocks: Kept blocks of all heads.
     """
 
@@ -66,33 +70,44 @@ def attention_work(*, is_causal: bool) -> AttentionWork:
     """The work of one call; with ``is_causal``, row r sees the keys up to ``r + offset``."""
     blocks_q, blocks_k = ceiling(Sq / block), ceiling(Skv / block)
     if is_causal:
-        pairs = _staircase(Sq, Skv, offset)
+        rising = _rising(Sq, Skv, offset)
+        pairs = _tiled(offset + rising) - _tiled(offset) + (Sq - rising) * Skv
         visible_blocks = _staircase(blocks_q, blocks_k, ceiling(offset / block))
     else:
         pairs, visible_blocks = Sq * Skv, blocks_q * blocks_k
     rows, columns = blocks_q * block / c_q, blocks_k * block / c_k
     composite_heads = Hq / c_h
+    kept_blocks = density * B * Hq * visible_blocks
     cells = B * composite_heads * rows * columns
-    dense_flops = 2 * B * Hq * pairs * (D + Dv)
-    dense_exps = B * Hq * pairs
     return AttentionWork(
-        dense_flops=dense_flops,
-        dense_exps=dense_exps,
+        dense_flops=2 * B * Hq * pairs * (D + Dv),
+        dense_exps=B * Hq * pairs,
         dense_bytes=itemsize * B * ((Hq * Sq + Hkv * Skv) * (D + Dv) + masked * Sq * Skv),
         pooling_bytes=B * D * (itemsize * (Hq * Sq + Hkv * Skv) + 4 * (Hq * rows + Hkv * columns)),
         scoring_flops=2 * cells * D,
         scoring_bytes=LOGIT_BYTES * cells + masked * B * Sq * Skv,
         sort_steps=B * (composite_heads + 2 * Hq) * blocks_q * blocks_k * sympy.log(blocks_k, 2),
-        sparse_flops=density * dense_flops,
-        sparse_exps=density * dense_exps,
-        sparse_blocks=density * B * Hq * visible_blocks,
+        sparse_flops=2 * kept_blocks * block**2 * (D + Dv),
+        sparse_exps=kept_blocks * block**2,
+        sparse_blocks=kept_blocks,
     )
+
+
+def _rising(rows: sympy.Expr, columns: sympy.Expr, start: sympy.Expr) -> sympy.Expr:
+    """How many rows r have ``start + r + 1 <= columns``."""
+    return Max(0, Min(rows, columns - start))
 
 
 def _staircase(rows: sympy.Expr, columns: sympy.Expr, start: sympy.Expr) -> sympy.Expr:
     """Sum over r < rows of min(columns, start + r + 1)."""
-    rising = Max(0, Min(rows, columns - start))
-    return rising * start + rising * (rising + 1) * Rational(1, 2) + (rows - rising) * columns
+    rising = _rising(rows, columns, start)
+    return rising * start + rising * (rising + 1) / 2 + (rows - rising) * columns
+
+
+def _tiled(rows: sympy.Expr) -> sympy.Expr:
+    """Sum over r < rows of r + 1 rounded up to whole tiles, at most Skv."""
+    whole = floor(rows / tile)
+    return tile**2 * whole * (whole + 1) / 2 + (rows - whole * tile) * Min((whole + 1) * tile, Skv)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

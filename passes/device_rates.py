@@ -18,6 +18,7 @@ class DeviceRates:
         device: ``"cpu"``, or ``"cuda sm90"`` and the like.
         dtype: Such as ``"bfloat16"``.
         source: The file they were fitted from, or what they are an estimate from.
+        tile: Keys that dense attention reads at a time.
         dense_launch: Seconds a dense call takes beside its work.
         dense_flop_rate: FLOP/s of dense attention.
         dense_exp_rate: Exponentials a second of dense attention.
@@ -34,6 +35,7 @@ class DeviceRates:
     device: str
     dtype: str
     source: str
+    tile: int
     dense_launch: float
     dense_flop_rate: float
     dense_exp_rate: float
@@ -62,6 +64,7 @@ RATES = (
         dtype="bfloat16",
         source="estimate: dense and flex kernel timed at 16384 and 32768 tokens, selection guessed "
         "from its bytes and FLOPs",
+        tile=128,
         dense_launch=2e-5,
         dense_flop_rate=6.15e14,
         dense_exp_rate=1e18,

@@ -124,24 +124,10 @@ def _forecast(shape: CallShape, selector: Selector, rates: DeviceRates) -> Forec
         is_causal=shape.is_causal,
     )
     offset = max(shape.kv_len - shape.q_len, 0) if shape.lower_right else 0
-    dense, select, attend = _seconds(shape.is_causal)(
-        shape.batch,
-        shape.q_heads,
-        shape.kv_heads,
-        shape.q_len,
-        shape.kv_len,
-        shape.head_dim,
-        shape.value_dim,
-        offset,
-        block_size,
-        cost.c_q,
-        cost.c_k,
-        cost.c_h,
-        density,
-        shape.dtype.itemsize,
-        int(shape.masked),
-        *(getattr(rates, name) for name in _rate_names()),
-    )
+    sizes = (*shape[:7], offset, int(shape.masked), shape.dtype.itemsize)
+    settings = (block_size, cost.c_q, cost.c_k, cost.c_h, density, rates.tile)
+    values = (getattr(rates, name) for name in _rate_names())
+    dense, select, attend = _seconds(shape.is_causal)(*sizes, *settings, *values)
     return Forecast(
         dense_seconds=dense, select_seconds=select, attend_seconds=attend, density=density
     )
@@ -156,12 +142,15 @@ def _rate_names() -> tuple[str, ...]:
 def _seconds(is_causal: bool) -> Callable[..., tuple[float, float, float]]:
     """The model's three stages as one function of plain numbers."""
     stages = cost_model.attention_stages(is_causal=is_causal).values()
-    arguments = [*cost_model.SHAPE, *(sympy.Symbol(name) for name in _rate_names())]
+    arguments = [
+        *cost_model.SHAPE,
+        *cost_model.SETTINGS,
+        *(sympy.Symbol(name) for name in _rate_names()),
+    ]
     expressions = [stage.seconds for stage in stages]
     return sympy.lambdify(arguments, expressions, modules="math", cse=True)
 
 
-@lru_cache(maxsize=4096)
 def break_even_length(shape: CallShape, selector: Selector, *, self_attention: bool) -> int | None:
     """The fewest keys from which sparse is predicted faster, or ``None`` where it never is.
 
@@ -174,6 +163,12 @@ def break_even_length(shape: CallShape, selector: Selector, *, self_attention: b
     Returns:
         A multiple of the block size, from which sparse is faster at every length.
     """
+    q_len = 0 if self_attention else shape.q_len
+    return _break_even_length(shape._replace(q_len=q_len, kv_len=0), selector, self_attention)
+
+
+@lru_cache(maxsize=1024)
+def _break_even_length(shape: CallShape, selector: Selector, self_attention: bool) -> int | None:
     rates, size = find_rates(shape.device, shape.dtype).rates, selector.block_size
 
     def is_faster(blocks: int) -> bool:
