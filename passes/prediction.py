@@ -177,16 +177,15 @@ def _break_even_length(shape: CallShape, selector: Selector, self_attention: boo
         found = _forecast(shape._replace(q_len=q_len, kv_len=length), selector, rates)
         return found.sparse_seconds < found.dense_seconds
 
-    first = 1
-    if not self_attention and shape.is_causal and shape.lower_right:
-        first = -(-shape.q_len // size)
-    faster = max(LONGEST // size, first)
-    if not is_faster(faster):
+    aligned = not self_attention and shape.is_causal and shape.lower_right
+    first = -(-shape.q_len // size) if aligned else 1
+    high = max(LONGEST // size, first)
+    if not is_faster(high):
         return None
-    slower = faster
-    while slower >= first and is_faster(slower):
-        faster, slower = slower, slower * 7 // 8
-    while faster - slower > 1 and slower >= first:
-        middle = (faster + slower) // 2
-        faster, slower = (middle, slower) if is_faster(middle) else (faster, middle)
-    return faster * size
+    low = high
+    while low >= first and is_faster(low):
+        high, low = low, max(low * 7 // 8, first - 1)
+    while high - low > 1:
+        middle = (high + low) // 2
+        high, low = (middle, low) if is_faster(middle) else (high, middle)
+    return high * size

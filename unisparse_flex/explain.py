@@ -21,7 +21,7 @@ COLUMNS = (
     *("layer", "queries", "keys", "heads", "runs", "density"),
     *("dense ms", "sparse ms", "break-even", "reason"),
 )
-TABLE_WIDTH, LEAST_REASON_WIDTH = 118, 24
+TABLE_WIDTH, LEAST_REASON_WIDTH = 118, 19
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
