@@ -83,10 +83,8 @@ class Forecast:
 
 def call_shape(call: SdpaCall) -> CallShape:
     """The shape of a call; symbolic sizes as they were first seen (they steer speed alone)."""
-    query, key, device = call.query, call.key, call.query.device
-    dtype = query.dtype
-    if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
+    # Not autocast's dtype: tracing, the pass and lowering must see the same call.
+    query, key = call.query, call.key
     batch, q_heads, q_len, head_dim = query.shape
     return CallShape(
         batch=_size(batch),
@@ -99,8 +97,8 @@ def call_shape(call: SdpaCall) -> CallShape:
         is_causal=bool(call.is_causal),
         lower_right=call.causal_lower_right,
         masked=call.attn_mask is not None,
-        dtype=dtype,
-        device=device,
+        dtype=query.dtype,
+        device=query.device,
     )
 
 

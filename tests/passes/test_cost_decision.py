@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -44,7 +45,7 @@ CACHES = (device_rates._find_rates, prediction.forecast, prediction._break_even_
 def simple_rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Break-evens that do not depend on a machine, short enough to run."""
     monkeypatch.setattr(device_rates, "RATES", (SIMPLE,))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(device_rates.DeviceRates, "on_threads", lambda rates, _: rates)
     clear_caches()
     yield
     clear_caches()
@@ -117,9 +118,12 @@ def test_a_shape_is_predicted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clear_caches()
     evaluated: list[Any] = []
     original = prediction._forecast
-    monkeypatch.setattr(
-        prediction, "_forecast", lambda *args: evaluated.append(args) or original(*args)
-    )
+
+    def count(*args: Any) -> Any:
+        evaluated.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(prediction, "_forecast", count)
     for _ in range(5):
         refuse(causal_call(2048), AUTOMATIC)
     assert len(evaluated) == 1
@@ -150,7 +154,7 @@ def test_a_chunk_of_a_long_prompt_is_judged_by_its_own_rows() -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_symbolic_lengths_compile_one_graph_on_each_side_of_the_break_even(
-    backend: str, simple_rates: None
+    backend: str, simple_rates: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch._dynamo.reset()
     model = create(Attention)
@@ -161,10 +165,14 @@ def test_symbolic_lengths_compile_one_graph_on_each_side_of_the_break_even(
     count = GraphCount()
     lengths = (length + 100, length - 20, length, length + 333, length - 1, length - 64)
     for tokens in lengths:
-        with torch.no_grad():
+        with torch.no_grad(), caplog.at_level(logging.INFO, "unisparse_flex"):
             output = run(embeddings(tokens))
         assert_computes(output, model, SELECTOR if tokens >= length else None, embeddings(tokens))
     assert int(count) == 2
+    if backend == "inductor":
+        reports = [record.message.splitlines()[0] for record in caplog.records]
+        assert reports[0] == "1 attention calls rewritten, 0 left dense"
+        assert reports[-1] == "0 attention calls rewritten, 1 left dense"
 
 
 def break_even_of(model: Any) -> int:
@@ -198,11 +206,13 @@ def test_growing_keys_under_fixed_queries_are_guarded_by_their_own_break_even(
     assert int(count) == 2
 
 
-def test_where_sparse_never_pays_symbolic_lengths_compile_one_graph(simple_rates: None) -> None:
+def test_where_sparse_never_pays_symbolic_lengths_compile_one_graph(
+    simple_rates: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch._dynamo.reset()
     everything = UniSparse(block_size=32, top_p=1.0)
     never = replace(SIMPLE, sparse_flop_rate=1e8)
-    device_rates.RATES = (never,)
+    monkeypatch.setattr(device_rates, "RATES", (never,))
     clear_caches()
     model = optimize(create(Attention), everything)
     run = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
