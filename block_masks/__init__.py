@@ -8,6 +8,7 @@ from .mask_program import MaskProgram
 from .mask_summary import MaskSummary, summarize_mask
 from .scoring import compute_block_scores
 from .selection import Guards, SelectionRule, TopK, TopP, select_blocks
+from .selection_cost import SelectionCost
 from .selectors import Selector, UniSparse
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "MaskProgram",
     "MaskSummary",
     "Pooled",
+    "SelectionCost",
     "SelectionRule",
     "Selector",
     "TopK",

@@ -5,12 +5,14 @@ from .decision import Reason
 from .inductor import SparseAttentionPass, install
 from .marker import lowered_sdpa, marked_sdpa, observe_calls
 from .multihead import MULTIHEAD_TARGETS, marked_multihead, refuse_multihead
+from .predicted_call import CallPrediction, predict_call
 from .report import RewriteReport
 from .rewrite import rewrite_sdpa
 from .sdpa import SdpaCall
 
 __all__ = [
     "MULTIHEAD_TARGETS",
+    "CallPrediction",
     "Reason",
     "RewriteReport",
     "SdpaCall",
@@ -22,5 +24,6 @@ __all__ = [
     "marked_sdpa",
     "observe_calls",
     "refuse_multihead",
+    "predict_call",
     "rewrite_sdpa",
 ]

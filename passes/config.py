@@ -21,8 +21,8 @@ class SparseConfig:
 
     Attributes:
         selector: Which blocks are kept.
-        min_length: Fewest keys for which sparse attention is used; ``None`` for the device's
-            measured break-even, `decision.BREAK_EVEN_LENGTH`.
+        min_length: Fewest keys for which sparse attention is used; ``None`` asks the cost model
+            (`prediction`), call by call.
         min_queries: Fewest queries for which it is used; fewer are decoding and stay dense.
         dense: Keeps the call dense (a layer that was excluded by name).
         strict: Raises where the call would stay dense (it was asked for by name).

@@ -6,17 +6,16 @@ from enum import StrEnum
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_or_false
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from ..block_masks.scoring import supports_dtype
 from .config import SparseConfig
+from .prediction import break_even_length, call_shape, forecast
 from .sdpa import SdpaCall
 
 # Hopper's flex backward tiles queries and keys by 128: sparse blocks must be multiples of it.
 BACKWARD_BLOCK_MULTIPLE = 128
 MIN_CUDA_HEAD_DIM = 16
-# Keys from which the whole, selection included, has been measured to be no slower than dense.
-BREAK_EVEN_LENGTH = {"cpu": 4096, "cuda": 32768}
 
 
 class Reason(StrEnum):
@@ -26,7 +25,9 @@ class Reason(StrEnum):
     DROPOUT = "dropout_p > 0: no sparse kernel drops attention weights"
     NOT_4D = "query, key and value are not [batch, heads, tokens, head_dim]"
     FEW_QUERIES = "few queries (decoding): dense is faster"
-    SHORT = "fewer keys than min_length (or than the device's break-even): dense is faster"
+    SHORT = "fewer keys than min_length"
+    SLOWER = "the cost model predicts that dense is faster"
+    NO_KERNEL = "only masked SDPA could apply the blocks: never faster than dense"
     HEADS = "heads, batch or lengths do not go together: left to SDPA's own error"
     DTYPE = "dtypes differ or are not floating"
     DEVICE = "not on CPU or CUDA, or on several devices"
@@ -45,7 +46,8 @@ def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:
     """Why this call must or should stay dense, or ``None`` where it runs sparse.
 
     Comparisons of symbolic lengths become guards of the traced graph; lengths that nothing is
-    known about stay dense.
+    known about stay dense. Where ``min_length`` is ``None`` the cost model decides last: exactly
+    for known lengths, by one guard on the keys for symbolic ones.
     """
     if config.dense:
         return Reason.EXCLUDED
@@ -54,14 +56,14 @@ def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:
         return Reason.NOT_4D
     if not guard_or_false(query.shape[2] >= max(config.min_queries, 1)):
         return Reason.FEW_QUERIES
-    min_length = config.min_length
-    if min_length is None:
-        min_length = BREAK_EVEN_LENGTH.get(query.device.type, 0)
-    if not guard_or_false(key.shape[2] >= max(min_length, 1)):
+    if not guard_or_false(key.shape[2] >= max(config.min_length or 0, 1)):
         return Reason.SHORT
     if call.dropout_p > 0.0:
         return Reason.DROPOUT
-    return _refuse_tensors(call) or _refuse_mask(call) or _refuse_kernel(call, config)
+    reason = _refuse_tensors(call) or _refuse_mask(call) or _refuse_kernel(call, config)
+    if reason is None and config.min_length is None:
+        reason = _refuse_slow(call, config)
+    return reason
 
 
 def needs_grad(call: SdpaCall) -> bool:
@@ -75,6 +77,16 @@ def flex_takes(query: Tensor, value: Tensor) -> bool:
     """Whether FlexAttention's CUDA kernel takes these tensors."""
     narrow = min(query.shape[-1], value.shape[-1]) >= MIN_CUDA_HEAD_DIM
     return narrow and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def flex_lowers(call: SdpaCall) -> bool:
+    """Whether Inductor lowers the flex operator for these tensors to a block-sparse kernel."""
+    if call.query.device.type == "cuda":
+        return flex_takes(call.query, call.value)
+    # The CPU kernel has no backward and cannot read captured tensors at dynamic lengths.
+    capture_free = call.attn_mask is None and not call.mask_tensors and not needs_grad(call)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    return capture_free and call.query.dtype in dtypes and torch.cpu._is_avx2_supported()
 
 
 def _refuse_tensors(call: SdpaCall) -> Reason | None:
@@ -132,3 +144,18 @@ def _refuse_kernel(call: SdpaCall, config: SparseConfig) -> Reason | None:
     if needs_grad(call) and config.selector.block_size % BACKWARD_BLOCK_MULTIPLE:
         return Reason.BACKWARD_BLOCK
     return None
+
+
+def _refuse_slow(call: SdpaCall, config: SparseConfig) -> Reason | None:
+    if not flex_lowers(call):
+        return Reason.NO_KERNEL
+    q_len, kv_len = call.query.shape[2], call.key.shape[2]
+    shape = call_shape(call)
+    if isinstance(kv_len, torch.SymInt):
+        self_attention = statically_known_true(q_len == kv_len)
+        length = break_even_length(shape, config.selector, self_attention=self_attention)
+        faster = length is not None and guard_or_false(kv_len >= length)
+    else:
+        found = forecast(shape, config.selector)
+        faster = found.sparse_seconds < found.dense_seconds
+    return None if faster else Reason.SLOWER

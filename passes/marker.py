@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .config import SparseConfig
-from .decision import Reason, needs_grad, refuse
+from .decision import Reason, flex_lowers, needs_grad, refuse
 from .region import compiled_once
 from .sdpa import SdpaCall
 from .sparse_attention import (
@@ -26,7 +26,6 @@ from .sparse_attention import (
     attend_flex,
     attend_masked,
     attend_masked_in_chunks,
-    flex_lowers,
     select,
 )
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     from ..block_masks import BlockSelection
 
-Observer = Callable[[SdpaCall, "BlockSelection | None", "Reason | None"], None]
+Observer = Callable[[SdpaCall, SparseConfig, "BlockSelection | None", "Reason | None"], None]
 _observer: ContextVar[Observer | None] = ContextVar("unisparse_observer", default=None)
 _compiling = threading.local()
 
@@ -64,7 +63,7 @@ def lowered_sdpa(*args: Any, config: str = "", **kwargs: Any) -> Tensor:
 
 @contextmanager
 def observe_calls(observer: Observer) -> Iterator[None]:
-    """Calls ``observer(call, selection, reason)`` for every marker that runs eagerly inside.
+    """Calls ``observer(call, config, selection, reason)`` for every marker run eagerly inside.
 
     The observer sees real tensors; ``selection`` is ``None`` where the call stays dense, and
     ``reason`` then says why.
@@ -90,7 +89,7 @@ def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Ten
     observer = None if tracing else _observer.get()
     if reason is not None:
         if observer is not None:
-            observer(call, None, reason)
+            observer(call, config, None, reason)
         if config.strict:
             raise NotImplementedError(
                 f"sparse attention cannot run this call: {reason} (query {_describe(call.query)}, "
@@ -104,7 +103,7 @@ def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Ten
         return compiled_once(call, config)
     selection = select(call, config)
     if observer is not None:
-        observer(call, selection, None)
+        observer(call, config, selection, None)
     if not tracing:
         return attend_masked_in_chunks(call, selection)
     if call.query.device.type == "cuda" and flex_lowers(call):

@@ -125,23 +125,28 @@ def _rewrite_node(
     report: RewriteReport,
     name: str,
 ) -> None:
-    reason = _refuse_node(call, config)
+    # Whether it is slower is asked once the mask is known: a formula has faster kernels.
+    reason = _refuse_node(call, replace(config, min_length=config.min_length or 0))
+    lifted: LiftedMask | Unproved | None = None
+    if reason is None and isinstance(call.attn_mask, fx.Node) and not call.is_causal:
+        lifted = masks.lift(call.attn_mask, _shape(call))
+        if isinstance(lifted, LiftedMask):
+            call = _with_mask(call, lifted)
+    if reason is None and config.min_length is None:
+        reason = _refuse_node(call, config)
     if reason is not None:
         report.left[name] = reason
         logger.debug("%s stays dense: %s", name, reason)
         return
+    if isinstance(lifted, Unproved):
+        report.unproved[name] = lifted
+        logger.debug("%s keeps its mask as a tensor: %s", name, lifted)
+    elif lifted is not None:
+        report.masks[name] = lifted.kind
     repeated = [call.key, call.value]
     call, saved = recover_gqa(node, call)
     if call.key is not repeated[0]:
         report.ungrouped[name] = saved
-    if isinstance(call.attn_mask, fx.Node) and not call.is_causal:
-        lifted = masks.lift(call.attn_mask, _shape(call))
-        if isinstance(lifted, Unproved):
-            report.unproved[name] = lifted
-            logger.debug("%s keeps its mask as a tensor: %s", name, lifted)
-        else:
-            call = _with_mask(call, lifted)
-            report.masks[name] = lifted.kind
     node.target = lowered_sdpa if lower else torch.ops.unisparse.sdpa.default
     node.args = call.positional()
     node.kwargs = {**call.keywords(), "config": config.encode()}

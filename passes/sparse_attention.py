@@ -5,6 +5,7 @@ Symbols: B batch, Hq/Hkv heads, Sq/Skv tokens, D head_dim.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..block_masks.mask_program import is_known
 from ..block_masks.mask_summary import visible_tokens
 from ..block_masks.scoring import default_scale
 from .config import SparseConfig
-from .decision import flex_takes, needs_grad
+from .decision import needs_grad
 from .sdpa import SdpaCall
 
 # Bytes of expanded mask per step where blocks are applied as a token mask.
@@ -38,7 +39,8 @@ def apply_autocast(call: SdpaCall) -> SdpaCall:
         lower = tensor.is_floating_point() and tensor.dtype is not torch.float64
         return tensor.to(dtype) if lower else tensor
 
-    return call.map_tensors(cast)
+    # Not what a proved mask reads: ids that differ may round to one.
+    return replace(call.map_tensors(cast), mask_tensors=call.mask_tensors)
 
 
 def select(call: SdpaCall, config: SparseConfig) -> BlockSelection:
@@ -85,21 +87,11 @@ def keeps_window(geometry: BlockGeometry) -> bool:
     return window is not None and is_known(window <= (WINDOW_BLOCKS - 2) * geometry.block_size)
 
 
-def flex_lowers(call: SdpaCall) -> bool:
-    """Whether Inductor lowers the flex operator for these tensors to a block-sparse kernel."""
-    if call.query.device.type == "cuda":
-        return flex_takes(call.query, call.value)
-    # The CPU kernel has no backward and cannot read captured tensors at dynamic lengths.
-    capture_free = call.attn_mask is None and not call.mask_tensors and not needs_grad(call)
-    dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    return capture_free and call.query.dtype in dtypes and torch.cpu._is_avx2_supported()
-
-
 def attend_flex(call: SdpaCall, selection: BlockSelection, *, look_up: bool = False) -> Tensor:
     """Attends to the kept blocks through the flex_attention operator.
 
     Args:
-        call: The call; its shapes and dtypes are ones that `flex_lowers` accepts.
+        call: The call; its shapes and dtypes are ones that `decision.flex_lowers` accepts.
         selection: The kept blocks.
         look_up: Repeats the selection inside ``mask_mod``, for backends that interpret the
             operator and so ignore block lists.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,13 +17,20 @@ from .block_masks import BlockSelection
 from .interception import original_module
 from .passes import (
     MULTIHEAD_TARGETS,
+    CallPrediction,
     Reason,
     SdpaCall,
+    SparseConfig,
     observe_calls,
+    predict_call,
     refuse_multihead,
 )
 
-COLUMNS = ("layer", "queries", "keys", "heads", "runs", "density", "reason")
+COLUMNS = (
+    *("layer", "queries", "keys", "heads", "runs", "density"),
+    *("dense ms", "sparse ms", "break-even", "reason"),
+)
+TABLE_WIDTH, LEAST_REASON_WIDTH = 118, 19
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +45,8 @@ class AttentionRecord:
         decision: ``"sparse"`` or ``"dense"``.
         reason: Why it stays dense; ``None`` where it runs sparse.
         density: Kept over visible blocks in [0, 1]; ``None`` where it stays dense.
+        prediction: Milliseconds and break-even length by the cost model; ``None`` where it says
+            nothing: no settings, or no block-sparse kernel for the call.
     """
 
     layer: str
@@ -46,17 +56,27 @@ class AttentionRecord:
     decision: str
     reason: Reason | None = None
     density: float | None = None
+    prediction: CallPrediction | None = None
 
     def cells(self) -> tuple[str, ...]:
         """The record as a row of the table."""
         density = "" if self.density is None else f"{self.density:.3f}"
         lengths = tuple(str(n) if n else "" for n in (self.q_len, self.kv_len))
-        return (self.layer, *lengths, self.heads, self.decision, density, self.reason or "")
+        predicted: tuple[str, ...] = ("", "", "")
+        if self.prediction is not None:
+            milliseconds = self.prediction.dense_ms, self.prediction.sparse_ms
+            break_even = str(self.prediction.break_even or "never")
+            predicted = (*(_three_digits(ms) for ms in milliseconds), break_even)
+        head = (self.layer, *lengths, self.heads, self.decision, density)
+        return (*head, *predicted, self.reason or "")
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """The attention calls of one forward pass, in order; prints as a table.
+
+    Its milliseconds are predictions of the cost model, and so is its break-even: the fewest keys
+    from which a call of that shape is predicted to be faster sparse.
 
     Attributes:
         calls: One record per call.
@@ -88,10 +108,14 @@ class Explanation:
             )
         rows = [COLUMNS, *(call.cells() for call in self.calls)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        before = sum(widths[:-1]) + 2 * len(widths[:-1])
+        widths[-1] = min(widths[-1], max(TABLE_WIDTH - before, LEAST_REASON_WIDTH))
+        lines = [line for row in rows for line in _lines(row, widths)]
         lines.insert(1, "  ".join("-" * width for width in widths))
         mean = "" if self.density is None else f", mean density {self.density:.3f}"
         lines.append(f"{len(self.sparse)} sparse{mean}, {len(self.dense)} dense")
+        predictions = [call.prediction for call in self.calls if call.prediction]
+        lines += dict.fromkeys(found.note for found in predictions if found.note)
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -128,8 +152,13 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
     calls: list[AttentionRecord] = []
     path: list[str] = []
 
-    def record(call: SdpaCall, selection: BlockSelection | None, reason: Reason | None) -> None:
-        calls.append(_record(path[-1] if path else "", call, selection, reason))
+    def record(
+        call: SdpaCall,
+        config: SparseConfig | None,
+        selection: BlockSelection | None,
+        reason: Reason | None,
+    ) -> None:
+        calls.append(_record(path[-1] if path else "", call, config, selection, reason))
 
     with ExitStack() as stack:
         for name, submodule in module.named_modules():
@@ -156,7 +185,7 @@ class _LeftAlone(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.record(SdpaCall.bind(args, kwargs), None, Reason.NOT_OPTIMIZED)
+            self.record(SdpaCall.bind(args, kwargs), None, None, Reason.NOT_OPTIMIZED)
         elif func in MULTIHEAD_TARGETS.values():
             reason = refuse_multihead(func, args, kwargs) or Reason.NOT_OPTIMIZED
             layer = self.path[-1] if self.path else ""
@@ -177,8 +206,25 @@ def _track(stack: ExitStack, module: nn.Module, name: str, path: list[str]) -> N
     stack.callback(module.register_forward_hook(leave, always_call=True).remove)
 
 
+def _lines(row: tuple[str, ...], widths: list[int]) -> list[str]:
+    """A row of the table, its last cell wrapped."""
+    *cells, last = row
+    first, *more = textwrap.wrap(last, widths[-1]) or [""]
+    line = "  ".join(c.ljust(w) for c, w in zip([*cells, first], widths, strict=True))
+    indent = " " * (sum(widths[:-1]) + 2 * len(cells))
+    return [line, *(indent + rest for rest in more)]
+
+
+def _three_digits(milliseconds: float) -> str:
+    return f"{milliseconds:.{max(0, 2 - len(str(int(milliseconds))) + 1)}f}"
+
+
 def _record(
-    layer: str, call: SdpaCall, selection: BlockSelection | None, reason: Reason | None
+    layer: str,
+    call: SdpaCall,
+    config: SparseConfig | None,
+    selection: BlockSelection | None,
+    reason: Reason | None,
 ) -> AttentionRecord:
     query: Tensor = call.query
     four = query.dim() == 4
@@ -190,4 +236,5 @@ def _record(
         decision="dense" if selection is None else "sparse",
         reason=reason,
         density=None if selection is None else selection.density(),
+        prediction=None if config is None else predict_call(call, config.selector),
     )

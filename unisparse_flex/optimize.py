@@ -43,8 +43,9 @@ def optimize(
         model: Any module whose attention goes through these.
         selector: Which blocks are kept; ``UniSparse()`` by default.
         min_length: Fewest keys for which attention is sparse; shorter calls stay dense, as do
-            calls of fewer queries than a block (decoding). By default the length from which
-            sparse attention has been measured to be no slower: 4096 on a CPU, 32768 on CUDA.
+            calls of fewer queries than a block (decoding). By default a cost model decides for
+            each call, from its shape and dtype and the device's rates; `explain` shows what it
+            predicts. 0 makes every call sparse that can be.
         dense_layers: Indices into the model's layer stacks (``nn.ModuleList``) that stay dense,
             negative ones from the end.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
 from ..scoring import default_scale
+from ..selection_cost import SelectionCost
 from ..validation import (
     validate_attn_mask,
     validate_causal_lengths,
@@ -69,6 +70,11 @@ class Selector(ABC):
                 f"{type(self).__name__}.__post_init__ must end with Selector.__post_init__(self)"
             )
         return text
+
+    @property
+    def cost(self) -> SelectionCost:
+        """What the cost model takes the selector to do; a subclass that knows better says so."""
+        return SelectionCost()
 
     def _expression(self) -> str:
         arguments = [f"{name}={value!r}" for name, value in self._values().items()]

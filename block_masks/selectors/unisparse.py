@@ -15,6 +15,7 @@ from ..granularity import Pooled
 from ..mask_summary import summarize_mask, summarize_program
 from ..scoring import compute_block_scores
 from ..selection import Guards, SelectionRule, TopK, TopP, select_blocks
+from ..selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ..validation import validate_block_size, validate_int
 from .base import Selector
 
@@ -90,6 +91,20 @@ class UniSparse(Selector):
     def granularity(self) -> Pooled:
         """How queries, keys and heads are pooled."""
         return Pooled(q=self.c_q, k=self.c_k, heads=self.c_h)
+
+    @property
+    def cost(self) -> SelectionCost:
+        """Composite sizes and the density to expect; densities are those of SmolLM2-135M."""
+        forced = self.sink_blocks + self.local_blocks
+        return SelectionCost(
+            c_q=self.c_q,
+            c_k=self.c_k,
+            c_h=self.c_h,
+            row_blocks=forced if self.top_k is None else max(forced, self.top_k),
+            last_query_blocks=self.last_query_blocks,
+            share=0.0 if self.top_p is None else top_p_share(self.top_p),
+            share_power=LENGTH_POWER,
+        )
 
     def compute_selection(
         self,

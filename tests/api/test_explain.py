@@ -9,8 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unisparse_flex import explain, optimize, record_attention
-from unisparse_flex.passes import Reason
+from unisparse_flex import (
+    AttentionRecord,
+    Explanation,
+    explain,
+    optimize,
+    record_attention,
+)
+from unisparse_flex.passes import CallPrediction, Reason
 
 from .capture import captured
 from .models import SELECTOR, WIDTH, Transformer, create, embeddings, split_heads
@@ -109,13 +115,67 @@ def test_the_table_holds_every_call_and_the_totals() -> None:
     model = optimize(create(), SELECTOR, min_length=0, dense_layers=(1,))
     explanation = explain(model, X)
     lines = str(explanation).splitlines()
-    assert lines[0].split() == ["layer", "queries", "keys", "heads", "runs", "density", "reason"]
+    assert " ".join(lines[0].split()) == (
+        "layer queries keys heads runs density dense ms sparse ms break-even reason"
+    )
     assert set(lines[1]) == {"-", " "}
     density = f"{densities()[0]:.3f}"
-    assert lines[2].split() == ["layers.0.attention", "300", "300", "4/2", "sparse", density]
+    predicted = list(explanation.calls[0].cells()[6:9])
+    assert lines[2].split() == [
+        *("layers.0.attention", "300", "300", "4/2", "sparse", density),
+        *predicted,
+    ]
     assert lines[3].split()[:5] == ["layers.1.attention", "300", "300", "4/2", "dense"]
-    assert lines[3].endswith(Reason.EXCLUDED)
-    assert lines[4] == f"1 sparse, mean density {density}, 1 dense"
+    assert " ".join(lines[3].split()[8:] + lines[4].split()) == Reason.EXCLUDED
+    assert lines[5] == f"1 sparse, mean density {density}, 1 dense"
+    assert len(lines) == 6
+
+
+def test_calls_carry_what_the_cost_model_predicts() -> None:
+    explanation = explain(optimize(create(layers=1), SELECTOR), X)
+    (call,) = explanation.calls
+    assert (call.decision, call.reason) == ("dense", Reason.SLOWER)
+    assert call.prediction is not None
+    assert 0 < call.prediction.dense_ms < call.prediction.sparse_ms < 1000
+    assert call.prediction.note == ""
+    assert call.cells()[8] == str(call.prediction.break_even or "never")
+    assert call.cells()[6:8] == tuple(
+        f"{ms:.2f}" for ms in (call.prediction.dense_ms, call.prediction.sparse_ms)
+    )
+
+
+def test_calls_that_no_sparse_kernel_takes_have_no_prediction() -> None:
+    double = optimize(create(layers=1).double(), SELECTOR)
+    (call,) = explain(double, X.double()).calls
+    assert (call.reason, call.prediction) == (Reason.NO_KERNEL, None)
+    assert call.cells()[6:9] == ("", "", "")
+    (plain,) = explain(create(layers=1), X).calls
+    assert plain.prediction is None
+
+
+def test_the_table_says_whose_rates_stand_in() -> None:
+    model = optimize(create(layers=1).half(), SELECTOR)
+    assert str(explain(model, X.half())).splitlines()[-1] == (
+        "no rates for float16 on cpu, using bfloat16 on cpu"
+    )
+
+
+def test_the_table_stays_readable() -> None:
+    prediction = CallPrediction(
+        dense_ms=12345.6, sparse_ms=99.96, density=0.3, break_even=131072, note=""
+    )
+    shared: Any = {"q_len": 131072, "kv_len": 131072, "heads": "32/8", "prediction": prediction}
+    calls = tuple(
+        AttentionRecord(
+            layer=f"model.layers.{i}.self_attn", decision="dense", reason=reason, **shared
+        )
+        for i, reason in enumerate(Reason)
+    )
+    text = str(Explanation(calls))
+    assert max(map(len, text.splitlines())) <= 120
+    cells = "".join(line[-19:] for line in text.splitlines())
+    assert all("".join(reason.split()) in "".join(cells.split()) for reason in Reason)
+    assert "  12346     100.0      131072  " in text
 
 
 @pytest.mark.parametrize("fails", [False, True])

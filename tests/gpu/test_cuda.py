@@ -183,8 +183,8 @@ def test_training_with_blocks_that_the_backward_cannot_tile_is_dense() -> None:
 
 
 def test_short_prompts_stay_dense_by_default() -> None:
-    model, tensors = optimize(Sdpa()), on_cuda(4096, batch=1)
-    assert [call.reason for call in explain(model, *tensors).calls] == [Reason.SHORT]
+    model, tensors = optimize(Sdpa()), on_cuda(1024, batch=1)
+    assert [call.reason for call in explain(model, *tensors).calls] == [Reason.SLOWER]
     assert model(*tensors).equal(Sdpa()(*tensors))
 
 

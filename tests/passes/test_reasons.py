@@ -28,8 +28,10 @@ def tensor(*shape: int, **options: Any) -> torch.Tensor:
     return torch.zeros(shape or (2, 4, 64, 16), **options)
 
 
-def on(device: str, dtype: torch.dtype = torch.float32, head_dim: int = 64) -> dict[str, Any]:
-    shape = (2, 4, 64, head_dim)
+def on(
+    device: str, dtype: torch.dtype = torch.float32, head_dim: int = 64, length: int = 64
+) -> dict[str, Any]:
+    shape = (2, 4, length, head_dim)
     return {n: tensor(*shape, device=device, dtype=dtype) for n in ("query", "key", "value")}
 
 
@@ -75,6 +77,8 @@ REFUSED: list[tuple[Reason, dict[str, Any], dict[str, Any]]] = [
         {"query": tensor(2, 4, 65, 16), "is_causal": True, "causal_lower_right": True},
         {},
     ),
+    (Reason.SLOWER, {}, {"min_length": None}),
+    (Reason.NO_KERNEL, {"attn_mask": BOOL}, {"min_length": None}),
     (Reason.KERNEL, on_cuda(dtype=torch.float64), {}),
     (Reason.KERNEL, on_cuda(head_dim=8), {}),
     (Reason.BACKWARD_BLOCK, on_cuda(requires_grad=True), {}),
@@ -82,6 +86,7 @@ REFUSED: list[tuple[Reason, dict[str, Any], dict[str, Any]]] = [
 
 ALLOWED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"min_length": 64, "min_queries": 64}),
+    (on("cpu", length=8192), {"min_length": None, "selector": UniSparse()}),
     ({"query": tensor(2, 8, 64, 16), "enable_gqa": True}, {}),
     ({"value": tensor(2, 4, 64, 8)}, {}),
     ({"query": tensor(2, 4, 65, 16), "is_causal": True}, {}),

@@ -1,0 +1,106 @@
+"""Rates: copied from measurements, found by device and dtype, spread over threads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from unisparse_flex import UniSparse
+from unisparse_flex.passes.device_rates import RATES, DeviceRates, device_name, find_rates
+from unisparse_flex.passes.prediction import break_even_length, forecast
+
+from .test_cost_model import shape
+
+ROOT = Path(__file__).parents[2]
+MEASURED = sorted((ROOT / "bench/results").glob("rates-*.json"))
+LABELS = ("device", "dtype", "source")
+
+
+def fitted() -> list[Any]:
+    """Every dtype of every result file. An estimate in RATES gives way to a file of its device."""
+    written = [(path, json.loads(path.read_text())) for path in MEASURED]
+    return [
+        pytest.param(path, result, dtype, id=f"{path.stem} {dtype}")
+        for path, result in written
+        for dtype in result["rates"]
+    ]
+
+
+@pytest.mark.parametrize(("path", "result", "dtype"), fitted())
+def test_built_in_rates_are_those_that_were_measured(path: Path, result: Any, dtype: str) -> None:
+    source = path.relative_to(ROOT).as_posix()
+    expected = DeviceRates(
+        device=result["device"], dtype=dtype, source=source, **result["rates"][dtype]
+    )
+    assert expected in RATES
+
+
+@pytest.mark.parametrize("rates", RATES, ids=lambda rates: f"{rates.device} {rates.dtype}")
+def test_rates_name_a_file_or_say_that_they_are_an_estimate(rates: DeviceRates) -> None:
+    measured = [path.relative_to(ROOT).as_posix() for path in MEASURED]
+    assert rates.source in measured or rates.source.startswith("estimate: ")
+
+
+@pytest.mark.parametrize(("path", "result", "dtype"), fitted())
+def test_measurements_passed_their_gate_and_predict_shapes_that_were_left_out(
+    path: Path, result: Any, dtype: str
+) -> None:
+    rows = [row for row in result["rows"] if row["dtype"] == dtype]
+    assert all("relative_error" in row for row in rows if row["stage"] == "gate")
+    assert result["errors"][dtype]["held_out_shapes"]["sum"]["median"] < 0.15
+
+
+def test_each_device_and_dtype_has_one_entry() -> None:
+    keys = [(rates.device, rates.dtype) for rates in RATES]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_known_devices_use_their_own_rates(dtype: torch.dtype) -> None:
+    found = find_rates(torch.device("cpu"), dtype)
+    assert (found.rates.device, found.note) == ("cpu", "")
+    assert found.rates.dtype == str(dtype).removeprefix("torch.")
+
+
+def test_what_has_no_rates_says_whose_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find_rates(torch.device("cpu"), torch.float16)
+    assert found.rates.dtype == "bfloat16"
+    assert found.note == "no rates for float16 on cpu, using bfloat16 on cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (12, 0))
+    device_name.cache_clear()
+    try:
+        note = find_rates(torch.device("cuda", 0), torch.bfloat16).note
+    finally:
+        device_name.cache_clear()
+    assert note == "no rates for bfloat16 on cuda sm120, using bfloat16 on cuda sm90"
+
+
+def test_more_threads_are_faster_but_no_different_at_length(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = next(rates for rates in RATES if rates.device == "cpu")
+    four = one.on_threads(4)
+    assert four.dense_flop_rate == 4 * one.dense_flop_rate
+    assert four.block_seconds == one.block_seconds / 4
+    assert four.dense_launch == one.dense_launch
+    assert one.on_threads(1) is one
+
+
+def test_the_readme_names_the_break_even_on_an_h100() -> None:
+    llama = shape(0, q_heads=32, kv_heads=8, head_dim=128, value_dim=128, dtype=torch.bfloat16)
+    cuda = llama._replace(device=torch.device("cuda"))
+    length = break_even_length(cuda, UniSparse(), self_attention=True)
+    assert length is not None
+    named = f"shorter than about {round(length, -3)} tokens"
+    assert named in (ROOT / "README.md").read_text()
+
+
+def test_predictions_are_milliseconds_not_microseconds() -> None:
+    # 4 * 64 FLOPs a pair at 1 to 10 TFLOP/s a core would be a mistake of units.
+    found = forecast(shape(4096), UniSparse())
+    assert 0.001 < found.dense_seconds * torch.get_num_threads() < 10
