@@ -23,7 +23,7 @@ __all__ = [
     "marked_multihead",
     "marked_sdpa",
     "observe_calls",
-    "refuse_multihead",
     "predict_call",
+    "refuse_multihead",
     "rewrite_sdpa",
 ]

@@ -1,0 +1,90 @@
+"""On CUDA: masks proved from the graph, repeated heads and multi-head modules, compiled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.api.models import tokens
+from tests.api.reference import attend, rmse
+from tests.gpu.test_cuda import BF16, BLOCKS, assert_attends, on_cuda
+from unisparse_flex import UniSparse, optimize
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings(r"ignore:\s*Online softmax"),
+]
+
+Mask = Callable[[Tensor, Tensor], Tensor]
+
+
+def position(ids: Tensor) -> Tensor:
+    return torch.arange(ids.shape[-1], device=ids.device)
+
+
+def causal(ids: Tensor) -> Tensor:
+    return position(ids) <= position(ids)[:, None]
+
+
+MASKS: dict[str, Mask] = {
+    "causal": lambda ids, _: causal(ids),
+    "padded": lambda ids, valid: (causal(ids) & valid[:, None, :])[:, None],
+    "sliding": lambda ids, _: causal(ids) & (position(ids) > position(ids)[:, None] - 400),
+    "narrow": lambda ids, _: causal(ids) & (position(ids) > position(ids)[:, None] - 100),
+    "documents": lambda ids, _: (causal(ids) & (ids[:, :, None] == ids[:, None, :]))[:, None],
+}
+
+
+class Masked(nn.Module):
+    """Grouped heads repeated, and a mask made inside the graph."""
+
+    def __init__(self, mask: Mask) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, valid: Tensor) -> Tensor:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(ids, valid))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_a_proved_mask_is_exact(name: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    selector = UniSparse(block_size=128, top_p=0.6) if name != "narrow" else BLOCKS
+    model = optimize(Masked(MASKS[name]), selector, min_length=0)
+    run = torch.compile(model, fullgraph=True, dynamic=dynamic)
+    for length in (1111, 1408) if dynamic else (1111,):
+        query, key, value = on_cuda(length)
+        ids = (torch.arange(length, device="cuda") // 300).expand(2, -1)
+        first = torch.tensor([0, 333], device="cuda")[:, None]
+        valid = torch.arange(length, device="cuda") >= first
+        with torch.no_grad():
+            output = run(query, key, value, ids, valid)
+        mask = MASKS[name](ids, valid)
+        if name == "narrow":
+            # A window of few blocks is kept whole.
+            exact = attend(query, key, value, attn_mask=mask)
+            plain = attend(query, key, value, attn_mask=mask, dtype=BF16)
+            assert rmse(output, exact) <= 2 * rmse(plain, exact)
+        else:
+            assert_attends(output, (query, key, value), selector, attn_mask=mask)
+
+
+def test_an_encoder_is_rewritten() -> None:
+    torch._dynamo.reset()
+    layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval().cuda().to(BF16)
+    x = tokens(2, 1000, 128, dtype=BF16).cuda()
+    everything = UniSparse(top_p=1.0)
+    optimized = optimize(copy.deepcopy(model), everything, min_length=0)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        output = torch.compile(optimized, fullgraph=True)(x)
+        assert rmse(output, exact) <= 2 * rmse(model(x), exact)
