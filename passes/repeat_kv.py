@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from .aliases import is_changed_between
-from .nodes import operation, recorded
+from .nodes import operation, recorded, recorded_value
 from .sdpa import SdpaCall
 
 HEAD_DIM = 1  # of [B, H, S, D]
@@ -122,6 +122,8 @@ def _interleaved(node: fx.Node, head: int) -> tuple[fx.Node, int, fx.Node] | Non
     """``x.repeat_interleave(G, dim=head)``."""
     source = node.args[0]
     group, dim = _argument(node, 1, "repeats"), _argument(node, 2, "dim")
+    if isinstance(group, fx.Node):
+        group = _constant(recorded_value(group))
     if not isinstance(source, fx.Node) or not isinstance(group, int) or not isinstance(dim, int):
         return None
     before = recorded(source)
@@ -145,10 +147,10 @@ def _expanded(node: fx.Node, head: int) -> tuple[fx.Node, int, fx.Node] | None:
     narrow = None if source is None else recorded(source)
     if source is None or narrow is None or narrow.dim() != 4:
         return None
-    group = wide.shape[head + 1]
+    group = _constant(wide.shape[head + 1])
     # Nothing else may have been expanded.
     others = [size for axis, size in enumerate(wide.shape) if axis != head + 1]
-    if not isinstance(group, int) or not _same(others, narrow.shape):
+    if group is None or not _same(others, narrow.shape):
         return None
     return _checked(source, node, head, group, since=expanded)
 
@@ -209,6 +211,14 @@ def _same(sizes: Sequence[Any], others: Sequence[Any]) -> bool:
     return len(sizes) == len(others) and all(
         str(size) == str(other) for size, other in zip(sizes, others, strict=True)
     )
+
+
+def _constant(size: Any) -> int | None:
+    """A size that is no longer symbolic, if only its type is."""
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    return int(expr) if expr.is_number else None
 
 
 def _bytes(node: fx.Node) -> int:

@@ -143,6 +143,8 @@ def _rewrite_node(
         logger.debug("%s keeps its mask as a tensor: %s", name, lifted)
     elif lifted is not None:
         report.masks[name] = lifted.kind
+    if recorded(call.query) is not None:
+        call.map_tensors(recorded).with_constants()
     repeated = [call.key, call.value]
     call, saved = recover_gqa(node, call)
     if call.key is not repeated[0]:

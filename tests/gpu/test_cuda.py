@@ -177,7 +177,8 @@ def test_training_with_blocks_that_the_backward_cannot_tile_is_dense() -> None:
     with record_attention(model) as calls:
         output = model(*tensors)
     assert [call.reason for call in calls] == [Reason.BACKWARD_BLOCK]
-    assert rmse(output, attend(*tensors, offset=0)) < 2.0**-7
+    with torch.no_grad():
+        assert rmse(output.detach(), attend(*tensors, offset=0)) < 2.0**-7
     with pytest.raises(NotImplementedError, match="multiple of 128"):
         attention(*tensors, is_causal=True, enable_gqa=True, selector=selector)
 
@@ -216,6 +217,7 @@ def test_long_prompts_allocate_no_token_mask(compiled: bool) -> None:
     assert torch.cuda.max_memory_allocated() - before < LONG * LONG
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("masked", [False, True])
 def test_selection_never_waits_for_the_device(masked: bool) -> None:
     query, key, _ = on_cuda(1000)
@@ -226,8 +228,8 @@ def test_selection_never_waits_for_the_device(masked: bool) -> None:
     options: dict[str, Any] = {"geometry": geometry, "scale": 0.125, "attn_mask": mask}
     BLOCKS.compute_selection(query, key, **options)
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         selection = BLOCKS.compute_selection(query, key, **options)
         selection.block_lists()
     finally:

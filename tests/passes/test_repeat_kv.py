@@ -163,16 +163,19 @@ def test_calls_of_unknown_shapes_are_left() -> None:
     torch.testing.assert_close(output, exact)
 
 
-def test_dynamic_lengths_are_taken_out_too() -> None:
+@pytest.mark.parametrize("name", ["hugging face", "unsqueeze", "repeat_interleave"])
+def test_symbolic_sizes_are_taken_out_too(name: str) -> None:
     found: list[RewriteReport] = []
+    function = Repeats(PROVED[name])
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
         found.append(rewrite_sdpa(graph, ALL))
         return graph.forward
 
     torch._dynamo.reset()
-    run = torch.compile(Calls(Repeats(hugging_face)), backend=backend, dynamic=True, fullgraph=True)
+    run = torch.compile(Calls(function), backend=backend, dynamic=True, fullgraph=True)
     for length in (LENGTH, LENGTH + 33):
-        tensors = qkv(length, heads=HEADS)
-        torch.testing.assert_close(run(*tensors), Repeats(hugging_face)(*tensors))
-    assert [list(report.ungrouped.values()) for report in found] == [[BYTES]]
+        # As many elements as key heads: one symbol stands for both.
+        tensors = qkv(length, heads=HEADS, batch=HEADS[1])
+        torch.testing.assert_close(run(*tensors), function(*tensors))
+    assert [list(report.ungrouped.values()) for report in found] == [[HEADS[1] * BYTES]]
