@@ -58,13 +58,14 @@ def create_inputs(
     heads: Heads, length: int, dtype: torch.dtype, device: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clustered queries, keys and values, [1, H, S, D]: pieces of 32 tokens around a centre."""
-    generator = torch.Generator().manual_seed(length)
+    generator = torch.Generator(device).manual_seed(length)
+    options: dict[str, Any] = {"generator": generator, "device": device}
 
     def draw(count: int) -> Tensor:
-        centres = torch.randn(count, -(-length // 32), heads.head_dim, generator=generator)
-        noise = torch.randn(count, length, heads.head_dim, generator=generator)
+        centres = torch.randn(count, -(-length // 32), heads.head_dim, **options)
+        noise = torch.randn(count, length, heads.head_dim, **options)
         drift = centres.repeat_interleave(32, dim=1)[:, :length]
-        return (noise + 1.5 * drift)[None].to(device, dtype)
+        return (noise + 1.5 * drift)[None].to(dtype)
 
     return draw(heads.query), draw(heads.key), draw(heads.key)
 
@@ -148,62 +149,91 @@ def _time_cuda(function: Callable[[], Any]) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def measure_all(plan: Plan, device: str) -> Iterator[dict[str, Any]]:
-    """One row per stage, shape and density; a row that fails holds its error instead of times."""
-    for dtype in plan.dtypes:
-        for heads in plan.heads:
-            torch._dynamo.reset()
-            compiled = {
-                run: torch.compile(run, dynamic=True, fullgraph=True)
-                for run in (attend, select, whole)
-            }
-            yield _row("gate", heads, dtype, GATE_LENGTH) | _guarded(
-                lambda: {"relative_error": check(heads, dtype, device, compiled[attend])}  # noqa: B023
-            )
-            for length in plan.lengths:
-                yield from _measure_length(plan, heads, dtype, length, device, compiled)
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """The timings of one head shape and dtype.
 
+    A row that fails holds its error instead of times.
+    """
 
-def _measure_length(
-    plan: Plan, heads: Heads, dtype: torch.dtype, length: int, device: str, compiled: Any
-) -> Iterator[dict[str, Any]]:
-    def timed(stage: str, function: Callable[[], Any], **more: Any) -> dict[str, Any]:
+    plan: Plan
+    heads: Heads
+    dtype: torch.dtype
+    device: str
+
+    def stages(self) -> Iterator[dict[str, Any]]:
+        """The gate, then dense, select and attend at every length and density."""
+        torch._dynamo.reset()
+        run = {run: torch.compile(run, dynamic=True, fullgraph=True) for run in (attend, select)}
+        gate = _guarded(
+            lambda: {"relative_error": check(self.heads, self.dtype, self.device, run[attend])}
+        )
+        yield self._row("gate", GATE_LENGTH, gate)
+        for length in self.plan.lengths:
+            yield self._timed("dense", length, lambda q, k, v: dense(q, k, v))
+            yield self._timed("select", length, lambda q, k, v: run[select](q, k))
+            for density in self.plan.densities:
+                yield self._attend(run[attend], length, density)
+
+    def whole_calls(self) -> Iterator[dict[str, Any]]:
+        """The call as a user makes it, at the density that comes of itself."""
+        torch._dynamo.reset()
+        run = torch.compile(whole, dynamic=True, fullgraph=True)
+        for length in self.plan.lengths:
+            row = self._timed("whole", length, lambda q, k, v: run(q, k, v))
+
+            def natural(length: int = length) -> dict[str, Any]:
+                query, key, _ = self._inputs(length)
+                return {"density": SELECTOR.select(query, key, is_causal=True).density()}
+
+            yield row | _guarded(natural)
+
+    def _inputs(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        return create_inputs(self.heads, length, self.dtype, self.device)
+
+    def _attend(self, run: Any, length: int, density: float) -> dict[str, Any]:
+        def forced() -> dict[str, Any]:
+            selection = force_density(self.heads.query, length, density, self.device)
+            mask = block_mask_of(selection)
+            row = self._timed("attend", length, lambda q, k, v: run(q, k, v, mask))
+            return row | {"density": selection.density()}
+
+        return self._row("attend", length, _guarded(forced))
+
+    def _timed(self, stage: str, length: int, function: Callable[..., Any]) -> dict[str, Any]:
         def run() -> dict[str, Any]:
+            inputs, plan = self._inputs(length), self.plan
             with torch.no_grad():
-                times = measure(function, device, least=plan.least, budget=plan.budget)
+                times = measure(
+                    lambda: function(*inputs), self.device, least=plan.least, budget=plan.budget
+                )
             p20, p50, p80 = (times[int(len(times) * part)] for part in (0.2, 0.5, 0.8))
             return {"p20": p20, "p50": p50, "p80": p80, "repeats": len(times)}
 
-        return _row(stage, heads, dtype, length) | more | _guarded(run)
+        return self._row(stage, length, _guarded(run))
 
-    try:
-        tensors = create_inputs(heads, length, dtype, device)
-    except torch.OutOfMemoryError as error:
-        yield _row("inputs", heads, dtype, length) | {"error": _describe(error)}
-        return
-    query, key, value = tensors
-    yield timed("dense", lambda: dense(query, key, value))
-    yield timed("select", lambda: compiled[select](query, key))
-    for density in plan.densities:
-        selection = force_density(heads.query, length, density, device)
-        mask = block_mask_of(selection)
-        kept = selection.density()
-        yield timed("attend", lambda: compiled[attend](query, key, value, mask), density=kept)  # noqa: B023
-    if heads is not plan.heads[0]:
-        return
-    natural = _guarded(lambda: {"density": SELECTOR.select(query, key, is_causal=True).density()})
-    yield timed("whole", lambda: compiled[whole](query, key, value), **natural)
+    def _row(self, stage: str, length: int, more: dict[str, Any]) -> dict[str, Any]:
+        heads = self.heads
+        return {
+            "stage": stage,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "q_heads": heads.query,
+            "kv_heads": heads.key,
+            "head_dim": heads.head_dim,
+            "length": length,
+            **more,
+        }
 
 
-def _row(stage: str, heads: Heads, dtype: torch.dtype, length: int) -> dict[str, Any]:
-    return {
-        "stage": stage,
-        "dtype": str(dtype).removeprefix("torch."),
-        "q_heads": heads.query,
-        "kv_heads": heads.key,
-        "head_dim": heads.head_dim,
-        "length": length,
-    }
+def measure_all(plan: Plan, device: str) -> Iterator[dict[str, Any]]:
+    """One row per stage, shape and density; whole calls, which nothing is fitted to, come last."""
+    kinds = [(heads, dtype) for dtype in plan.dtypes for heads in plan.heads]
+    series = [Series(plan=plan, heads=h, dtype=t, device=device) for h, t in kinds]
+    for one in series:
+        yield from one.stages()
+    for one in series:
+        if one.heads is plan.heads[0]:
+            yield from one.whole_calls()
 
 
 def _guarded(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
