@@ -19,7 +19,8 @@ from unisparse_flex.demo.model import describe_device
 from unisparse_flex.passes.device_rates import DeviceRates, device_name
 
 from . import rate_fit
-from .stages import SELECTOR, Heads, Plan, measure_all
+from .stages import SELECTOR, Heads
+from .timing import Plan, measure_all
 
 PLANS = {
     "cpu": Plan(
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(result["errors"], indent=1))
     print(f"written to {output}; for passes/device_rates.py:")
     for dtype, rates in result["rates"].items():
-        print(DeviceRates(device=name, dtype=dtype, source=output.as_posix(), **rates))
+        print(DeviceRates(device=name, dtype=dtype, source=f"bench/results/{output.name}", **rates))
 
 
 def fit_all(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
