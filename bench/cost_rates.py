@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from unisparse_flex.demo.model import describe_device
-from unisparse_flex.passes.device_rates import device_name
+from unisparse_flex.passes.device_rates import DeviceRates, device_name
 
 from . import rate_fit
-from .stages import SELECTOR, Heads, Plan, measure_all
+from .stages import SELECTOR, Heads
+from .timing import Plan, measure_all
 
 PLANS = {
     "cpu": Plan(
@@ -41,6 +42,7 @@ PLANS = {
         budget=0.1,
     ),
 }
+MAX_SECONDS = {"cpu": 900.0, "cuda": 220.0}
 FORMS = ("sum", "max")
 
 
@@ -49,11 +51,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cost_rates", description=__doc__)
     parser.add_argument("--device", choices=tuple(PLANS), default=default)
     parser.add_argument("--output", type=Path, help="bench/results/rates-<device>.json by default")
-    parser.add_argument("--max-seconds", type=float, default=360.0, help="then stops measuring")
+    parser.add_argument("--max-seconds", type=float, help="stops measuring: cpu 900, cuda 220")
     options = parser.parse_args(arguments)
 
-    # Rates of the CPU are those of one thread: cores that others use cannot stall it.
-    torch.set_num_threads(1)
+    if options.device == "cpu":
+        # Rates are those of one thread: cores that others use cannot stall it.
+        torch.set_num_threads(1)
+    limit = options.max_seconds or MAX_SECONDS[options.device]
     plan, name = PLANS[options.device], device_name(options.device)
     output = options.output or Path(f"bench/results/rates-{name.replace(' ', '-')}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -75,16 +79,19 @@ def main(arguments: list[str] | None = None) -> None:
             row["tile"] = plan.tile
             result["rows"].append(row)
             print(json.dumps(row), flush=True)
-            if time.perf_counter() - start > options.max_seconds:
-                result["stopped"] = f"after {options.max_seconds:g} seconds"
+            result["measured_seconds"] = round(time.perf_counter() - start, 1)
+            output.write_text(json.dumps(result, indent=1) + "\n")
+            if result["measured_seconds"] > limit:
+                result["stopped"] = f"after {limit:g} seconds"
                 break
-    finally:
-        result["measured_seconds"] = round(time.perf_counter() - start, 1)
-        output.write_text(json.dumps(result, indent=1) + "\n")
+    except KeyboardInterrupt:
+        result["stopped"] = "by hand"
     result["rates"], result["errors"] = fit_all(result["rows"])
     output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({"rates": result["rates"], "errors": result["errors"]}, indent=1))
-    print(f"written to {output}; copy the rates into passes/device_rates.py")
+    print(json.dumps(result["errors"], indent=1))
+    print(f"written to {output}; for passes/device_rates.py:")
+    for dtype, rates in result["rates"].items():
+        print(DeviceRates(device=name, dtype=dtype, source=f"bench/results/{output.name}", **rates))
 
 
 def fit_all(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,7 +19,7 @@ from .stages import SELECTOR
 FITTED = ("dense", "select", "attend")
 RATES = tuple(f.name for f in fields(DeviceRates) if f.type == "float")
 IS_SECONDS = tuple(name.endswith(("_launch", "_seconds")) for name in RATES)
-DIGITS = 4
+DIGITS, LEAST_SHAPES = 4, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,14 +99,18 @@ def errors(rows: Rows, costs: Tensor, form: str = "sum") -> Tensor:
     return (predict(rows.work, costs, form).log() - rows.seconds.log()).abs().exp() - 1
 
 
-def summarize(error: Tensor) -> dict[str, float]:
-    """Median and worst."""
+def summarize(error: Tensor) -> dict[str, float | None]:
+    """Median and worst; ``None`` where nothing could be judged."""
+    if error.isnan().any():
+        return {"median": None, "worst": None}
     return {"median": round(float(error.median()), 3), "worst": round(float(error.max()), 3)}
 
 
 def held_out_errors(rows: Rows, shapes: Sequence[object], form: str) -> Tensor:
     """Errors of every row by rates fitted without the rows of its shape."""
-    found = torch.zeros_like(rows.seconds)
+    found = torch.full_like(rows.seconds, math.nan)
+    if len(set(shapes)) < LEAST_SHAPES:
+        return found
     for shape in dict.fromkeys(shapes):
         out = [i for i, other in enumerate(shapes) if other == shape]
         rest = [i for i in range(len(shapes)) if i not in out]

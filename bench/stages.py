@@ -1,10 +1,8 @@
-"""The stages of an attention call, timed one by one on one device."""
+"""The stages of an attention call, their inputs, and the gate that they pass first."""
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,6 @@ from unisparse_flex.block_masks import BlockGeometry, BlockSelection, causal_mas
 
 SELECTOR = UniSparse()
 GATE_LENGTH, GATE_DENSITY = 640, 0.5
-MOST_REPEATS = 60
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
@@ -31,40 +28,18 @@ class Heads:
     head_dim: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What is measured on a device.
-
-    Attributes:
-        lengths: Tokens, for queries and keys alike.
-        densities: Forced densities of the attention stage.
-        heads: Head shapes; the whole call is timed for the first alone.
-        dtypes: Dtypes.
-        tile: Keys that the dense kernel reads at a time.
-        least: Fewest repeats of a timing.
-        budget: Seconds up to which a timing is repeated further.
-    """
-
-    lengths: tuple[int, ...]
-    densities: tuple[float, ...]
-    heads: tuple[Heads, ...]
-    dtypes: tuple[torch.dtype, ...]
-    tile: int
-    least: int
-    budget: float
-
-
 def create_inputs(
     heads: Heads, length: int, dtype: torch.dtype, device: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clustered queries, keys and values, [1, H, S, D]: pieces of 32 tokens around a centre."""
-    generator = torch.Generator().manual_seed(length)
+    generator = torch.Generator(device).manual_seed(length)
+    options: dict[str, Any] = {"generator": generator, "device": device}
 
     def draw(count: int) -> Tensor:
-        centres = torch.randn(count, -(-length // 32), heads.head_dim, generator=generator)
-        noise = torch.randn(count, length, heads.head_dim, generator=generator)
+        centres = torch.randn(count, -(-length // 32), heads.head_dim, **options)
+        noise = torch.randn(count, length, heads.head_dim, **options)
         drift = centres.repeat_interleave(32, dim=1)[:, :length]
-        return (noise + 1.5 * drift)[None].to(device, dtype)
+        return (noise + 1.5 * drift)[None].to(dtype)
 
     return draw(heads.query), draw(heads.key), draw(heads.key)
 
@@ -118,106 +93,3 @@ def check(heads: Heads, dtype: torch.dtype, device: str, run: Callable[..., Tens
 
 def block_mask_of(selection: BlockSelection) -> Any:
     return to_block_mask(selection, causal_mask_mod(selection.geometry), compute_q_blocks=False)
-
-
-def measure(function: Callable[[], Any], device: str, *, least: int, budget: float) -> list[float]:
-    """Seconds of each call, sorted, after warming up: ``least``, more while ``budget`` lasts.
-
-    On CUDA between events; on the CPU those that the process computed, whatever else runs there.
-    """
-    clock = _time_cuda if device == "cuda" else _time_cpu
-    function()
-    warm_up = [clock(function) for _ in range(3 if device == "cuda" else 1)]
-    affordable = int(budget / max(min(warm_up), 1e-6))
-    return sorted(clock(function) for _ in range(max(least, min(affordable, MOST_REPEATS))))
-
-
-def _time_cpu(function: Callable[[], Any]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
-def _time_cuda(function: Callable[[], Any]) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    function()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
-
-
-def measure_all(plan: Plan, device: str) -> Iterator[dict[str, Any]]:
-    """One row per stage, shape and density; a row that fails holds its error instead of times."""
-    for dtype in plan.dtypes:
-        for heads in plan.heads:
-            torch._dynamo.reset()
-            compiled = {
-                run: torch.compile(run, dynamic=True, fullgraph=True)
-                for run in (attend, select, whole)
-            }
-            yield _row("gate", heads, dtype, GATE_LENGTH) | _guarded(
-                lambda: {"relative_error": check(heads, dtype, device, compiled[attend])}  # noqa: B023
-            )
-            for length in plan.lengths:
-                yield from _measure_length(plan, heads, dtype, length, device, compiled)
-
-
-def _measure_length(
-    plan: Plan, heads: Heads, dtype: torch.dtype, length: int, device: str, compiled: Any
-) -> Iterator[dict[str, Any]]:
-    def timed(stage: str, function: Callable[[], Any], **more: Any) -> dict[str, Any]:
-        def run() -> dict[str, Any]:
-            with torch.no_grad():
-                times = measure(function, device, least=plan.least, budget=plan.budget)
-            p20, p50, p80 = (times[int(len(times) * part)] for part in (0.2, 0.5, 0.8))
-            return {"p20": p20, "p50": p50, "p80": p80, "repeats": len(times)}
-
-        return _row(stage, heads, dtype, length) | more | _guarded(run)
-
-    try:
-        tensors = create_inputs(heads, length, dtype, device)
-    except torch.OutOfMemoryError as error:
-        yield _row("inputs", heads, dtype, length) | {"error": _describe(error)}
-        return
-    query, key, value = tensors
-    yield timed("dense", lambda: dense(query, key, value))
-    yield timed("select", lambda: compiled[select](query, key))
-    for density in plan.densities:
-        selection = force_density(heads.query, length, density, device)
-        mask = block_mask_of(selection)
-        kept = selection.density()
-        yield timed("attend", lambda: compiled[attend](query, key, value, mask), density=kept)  # noqa: B023
-    if heads is not plan.heads[0]:
-        return
-    natural = _guarded(lambda: {"density": SELECTOR.select(query, key, is_causal=True).density()})
-    yield timed("whole", lambda: compiled[whole](query, key, value), **natural)
-
-
-def _row(stage: str, heads: Heads, dtype: torch.dtype, length: int) -> dict[str, Any]:
-    return {
-        "stage": stage,
-        "dtype": str(dtype).removeprefix("torch."),
-        "q_heads": heads.query,
-        "kv_heads": heads.key,
-        "head_dim": heads.head_dim,
-        "length": length,
-    }
-
-
-def _guarded(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``run`` returns, or the error it raised; memory is given back after one."""
-    try:
-        return run()
-    except Exception as error:
-        result = {"error": _describe(error)}
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return result
-
-
-def _describe(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"

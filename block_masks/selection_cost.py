@@ -9,9 +9,10 @@ from dataclasses import dataclass
 REFERENCE_BLOCK = 128
 # Longest length, in reference blocks, from which densities were fitted (8192 tokens).
 LONGEST_FITTED = 64
-# The share that top-p keeps beside the forced blocks, fitted to SmolLM2-135M on prose and code at
-# 1024 to 8192 tokens and top_p .7 to .99: TOP_P_SCALE * (-log(1 - top_p)) ** TOP_P_POWER *
-# blocks ** -LENGTH_POWER.
+# The share that top-p keeps beside the forced blocks is
+#   TOP_P_SCALE * (-log(1 - top_p)) ** TOP_P_POWER * blocks ** -LENGTH_POWER,
+# fitted to bench/results/density-smollm2.json: prose and code at 1024 to 8192 tokens, top_p .7
+# to .99. Models with more diffuse attention keep more.
 TOP_P_SCALE, TOP_P_POWER, LENGTH_POWER = 0.235, 1.6, 0.44
 
 

@@ -200,6 +200,12 @@ def test_expected_densities_are_near_those_of_the_demo(name: str) -> None:
     assert forecast(shape(tokens), selector).density == pytest.approx(measured, rel=0.1)
 
 
+def test_expected_densities_are_near_those_that_were_measured() -> None:
+    rows = json.loads((RESULTS / "density-smollm2.json").read_text())["rows"]
+    expected = [forecast(shape(r["tokens"]), UniSparse(top_p=r["top_p"])).density for r in rows]
+    assert expected == pytest.approx([row["density"] for row in rows], rel=0.12)
+
+
 def test_expected_densities_follow_the_settings() -> None:
     def density(**settings: Any) -> float:
         return forecast(shape(4096), UniSparse(**settings)).density

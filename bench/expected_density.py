@@ -1,0 +1,78 @@
+"""Measures what UniSparse keeps of SmolLM2's attention: the densities that its `cost` is fitted to.
+
+python -m bench.expected_density [--output FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from unisparse_flex import UniSparse
+from unisparse_flex.demo.model import MODEL_NAME, load_smollm2
+from unisparse_flex.demo.prompt import build_prompt
+
+TEXTS = ("prose", "code")
+LENGTHS = (1024, 2048, 4096, 8192)
+TOP_P = (0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
+
+
+class Densities(TorchFunctionMode):
+    """Selects blocks for every attention call inside, at every top_p, and leaves it dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[list[float]] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, key = args[:2]
+            selections = (UniSparse(top_p=p).select(query, key, is_causal=True) for p in TOP_P)
+            self.calls.append([selection.density() for selection in selections])
+        return func(*args, **(kwargs or {}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.expected_density", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("bench/results/density-smollm2.json"))
+    options = parser.parse_args()
+    loaded, rows = load_smollm2(), []
+    for text in TEXTS:
+        for tokens in LENGTHS:
+            prompt = build_prompt(loaded.tokenizer, text=text, tokens=tokens, depth=0.35, seed=0)
+            densities = Densities()
+            with torch.inference_mode(), densities:
+                ids = prompt.input_ids.to(loaded.device)
+                loaded.model(ids, use_cache=False, logits_to_keep=1)
+            means = torch.tensor(densities.calls).mean(0).tolist()
+            for top_p, density in zip(TOP_P, means, strict=True):
+                rows.append({"text": text, "tokens": tokens, "top_p": top_p, "density": density})
+                print(json.dumps(rows[-1]), flush=True)
+    result = {
+        "schema": 1,
+        "model": MODEL_NAME,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "command": ["python", "-m", "bench.expected_density", *sys.argv[1:]],
+        "selector": repr(UniSparse()),
+        "rows": rows,
+    }
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
