@@ -18,7 +18,6 @@ from .graphs import build_graph, count_markers
 from .lifting import Graph, Masked, assert_lifts, lift, mask_of
 
 arange = torch.arange
-LOWEST = torch.finfo(torch.float32).min
 LENGTH = 50
 
 
@@ -70,22 +69,30 @@ PROVED: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
     "where": ("causal", lambda q, k, i: torch.where(causal(q, k), 0.0, -torch.inf)),
     "masked_fill": (
         "causal",
-        lambda q, k, i: torch.zeros(LENGTH, LENGTH).masked_fill(~causal(q, k), LOWEST),
+        lambda q, k, i: torch.zeros(LENGTH, LENGTH).masked_fill(
+            ~causal(q, k), torch.finfo(q.dtype).min
+        ),
     ),
-    "full triu": ("causal", lambda q, k, i: torch.full((LENGTH, LENGTH), LOWEST).triu(1)),
-    "one minus": ("causal", lambda q, k, i: (1.0 - causal(q, k).float()) * LOWEST),
+    "full triu": (
+        "causal",
+        lambda q, k, i: torch.full((LENGTH, LENGTH), torch.finfo(q.dtype).min).triu(1),
+    ),
+    "one minus": (
+        "causal",
+        lambda q, k, i: (1.0 - causal(q, k).float()) * torch.finfo(q.dtype).min,
+    ),
     "sum of additive": (
         "causal, sliding window 8",
         lambda q, k, i: (
-            torch.where(causal(q, k), 0.0, LOWEST)
-            + torch.where(rows(q) - columns(k) < 8, 0.0, LOWEST)
+            torch.where(causal(q, k), 0.0, torch.finfo(q.dtype).min)
+            + torch.where(rows(q) - columns(k) < 8, 0.0, torch.finfo(q.dtype).min)
         ),
     ),
     "key padding": ("key padding", lambda q, k, i: i[:, None, None, :] > 0),
     "key padding as ints": ("key padding", lambda q, k, i: (i != 0)[:, None, None].to(torch.bool)),
     "additive key padding": (
         "key padding",
-        lambda q, k, i: (1.0 - (i > 0)[:, None, None, :].to(q.dtype)) * LOWEST,
+        lambda q, k, i: (1.0 - (i > 0)[:, None, None, :].to(q.dtype)) * torch.finfo(q.dtype).min,
     ),
     "causal and padded": (
         "causal, key padding",
@@ -130,6 +137,14 @@ PROVED: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
         "query padding",
         lambda q, k, i: (i > 0)[:, None, :, None].expand(-1, 1, -1, LENGTH),
     ),
+    "integers that overflow": (
+        "causal by position",
+        lambda q, k, i: columns(k) * 2**60 <= rows(q) * 2**60,
+    ),
+    "wraps": (
+        "other",
+        lambda q, k, i: columns(k)[(columns(k) - 3)[:, None]] <= columns(k),
+    ),
     "rows unlike": ("other", lambda q, k, i: (rows(q) + columns(k)) <= 60),
 }
 
@@ -143,10 +158,6 @@ UNPROVED: dict[str, tuple[Unproved, Callable[[Tensor, Tensor, Tensor], Tensor]]]
     "narrow integers": (
         Unproved.PAIRS,
         lambda q, k, i: arange(LENGTH, dtype=torch.int8) * 3 <= rows(q).to(torch.int8) * 3,
-    ),
-    "integers that overflow": (
-        Unproved.PAIRS,
-        lambda q, k, i: columns(k) * 2**60 <= rows(q) * 2**60,
     ),
     "bits of integers": (Unproved.PAIRS, lambda q, k, i: (columns(k) & rows(q)) > 0),
     "a bias beside hiding": (
@@ -162,10 +173,6 @@ UNPROVED: dict[str, tuple[Unproved, Callable[[Tensor, Tensor, Tensor], Tensor]]]
         lambda q, k, i: rows(q) - columns(k) < arange(4)[:, None, None] * 8,
     ),
     "heads by data": (Unproved.HEADS, lambda q, k, i: torch.rand(4, 1, LENGTH) < 0.5),
-    "wraps": (
-        Unproved.PAIRS,
-        lambda q, k, i: columns(k)[(columns(k) - 3)[:, None]] <= columns(k),
-    ),
 }
 
 
