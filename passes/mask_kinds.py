@@ -48,6 +48,10 @@ def _describe(part: Bool, offsets: list[Affine]) -> str:
         return "query padding"
     if isinstance(part, Compare) and part.op == "==":
         return _describe_equality(part)
+    if isinstance(part, Compare) and all(
+        isinstance(atom, Load) for atom, _ in part.difference.terms
+    ):
+        return "causal by position"
     if isinstance(part, Or):
         causal = [p for p in part.parts if _bound(p, KV, Q) is not None]
         if causal and all("q" not in coordinates(p) for p in part.parts if p not in causal):

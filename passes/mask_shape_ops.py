@@ -46,6 +46,16 @@ def _transpose(lifter: Lifter, node: fx.Node) -> Any:
     return _moved(lifter, node, places)
 
 
+@handles("getattr")
+def _attribute(lifter: Lifter, node: fx.Node) -> Any:
+    rank = tensor_of(node).dim()
+    if node.args[1] not in ("T", "mT", "H", "mH") or rank < 2:
+        raise NotUnderstood
+    whole = node.args[1] in ("T", "H")
+    last_two = [*range(rank - 2), rank - 1, rank - 2]
+    return _moved(lifter, node, list(range(rank))[::-1] if whole else last_two)
+
+
 @handles("view", "reshape", "squeeze", "view_as", "_unsafe_view")
 def _view(lifter: Lifter, node: fx.Node) -> Any:
     before, after = tensor_of(node.args[0]).shape, tensor_of(node).shape

@@ -19,7 +19,7 @@ def operation(node: fx.Node) -> str:
     elif node.op != "call_function":
         return ""
     elif isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.partition("::")[2]
+        name = target._schema.name.partition("::")[2]
     else:
         name = getattr(target, "__name__", "")
         if getattr(target, "__module__", "") == "_operator":

@@ -34,12 +34,14 @@ def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
     keywords = call.keywords()
     mask_tensors = keywords.pop("mask_tensors") or ()
     mask_numbers = keywords.pop("mask_numbers") or ()
+    symbols = [number for number in mask_numbers if not isinstance(number, int)]
     flags = (
         *sorted(keywords.items()),
         ("is_causal", call.is_causal),
-        ("captured", (len(mask_tensors), len(mask_numbers))),
+        ("tensors", len(mask_tensors)),
+        ("numbers", tuple(n if isinstance(n, int) else None for n in mask_numbers)),
     )
-    operands = [*tensors, *mask_tensors, *mask_numbers]
+    operands = [*tensors, *mask_tensors, *symbols]
     layouts = [
         f"{tuple(t.shape)} {t.stride()} {t.dtype} {t.device}" if isinstance(t, Tensor) else str(t)
         for t in operands
@@ -57,12 +59,16 @@ def _region(
 ) -> Callable[..., tuple[Tensor]]:
     """The computation as a function of what differs; the same object for the same settings."""
     keywords: dict[str, Any] = dict(flags)
-    tensors, numbers = keywords.pop("captured")
+    tensors, numbers = keywords.pop("tensors"), keywords.pop("numbers")
 
     def run(*operands: Any) -> tuple[Tensor]:
-        first, last = len(operands) - tensors - numbers, len(operands) - numbers
-        captured = {"mask_tensors": operands[first:last], "mask_numbers": operands[last:]}
-        call = SdpaCall.bind(operands[:first], {**keywords, **captured})
+        last = len(operands) - numbers.count(None)
+        symbols = iter(operands[last:])
+        captured = {
+            "mask_tensors": operands[last - tensors : last],
+            "mask_numbers": [next(symbols) if n is None else n for n in numbers],
+        }
+        call = SdpaCall.bind(operands[: last - tensors], {**keywords, **captured})
         return (attend_flex(call, select(call, config)),)
 
     return run

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..block_masks.mask_program import is_known
 from .config import SparseConfig
@@ -202,8 +203,10 @@ def _with_mask(call: SdpaCall, mask: LiftedMask) -> SdpaCall:
     offset = mask.causal_offset()
     if offset is not None:
         behind = key.shape[2] - query.shape[2]
-        lower_right = is_known(offset == behind) and is_known(behind >= 0)
-        if lower_right or is_known(offset == 0):
+        upper_left = statically_known_true(offset == 0)
+        aligned = not upper_left and statically_known_true(offset == behind)
+        lower_right = aligned and is_known(behind >= 0)
+        if upper_left or lower_right:
             return replace(call, attn_mask=None, is_causal=True, causal_lower_right=lower_right)
     return replace(
         call,
