@@ -101,7 +101,8 @@ def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with SparseAttentionMode(self.__dict__[CONFIG_ATTRIBUTE]):
-            return cls.forward(self, *args, **kwargs)
+            # Dynamo cannot trace ``cls.forward`` of a class that a library allows in graphs.
+            return super(subclass, self).forward(*args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (cls,), self.__getstate__()
@@ -115,7 +116,8 @@ def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
             __doc__=cls.__doc__,
         )
 
-    return types.new_class(cls.__name__, (cls, _Intercepted), exec_body=fill)
+    subclass: Any = types.new_class(cls.__name__, (cls, _Intercepted), exec_body=fill)
+    return subclass
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
