@@ -130,10 +130,14 @@ MODES: dict[str, Mode] = {
     "forward, left padding": Mode(forward_padded("left")),
     "compiled forward": Mode(forward, "compile"),
     "compiled forward, right padding": Mode(forward_padded("right"), "compile"),
+    "compiled forward, left padding": Mode(forward_padded("left"), "compile"),
     "generate, DynamicCache": Mode(generate_with()),
     "generate, StaticCache": Mode(generate_with(cache_implementation="static")),
     "generate, padded batch": Mode(generate_padded),
-    "generate, compiled": Mode(generate_with(), "module.compile"),
+    "compiled generate, DynamicCache": Mode(generate_with(), "module.compile"),
+    "compiled generate, StaticCache": Mode(
+        generate_with(cache_implementation="static"), "module.compile"
+    ),
     "beam search": Mode(generate_with(num_beams=3)),
     "chunked prefill": Mode(chunked),
     "export": Mode(forward_without_cache, "export"),
