@@ -80,20 +80,20 @@ def resolve_causal_bias(call: SdpaCall) -> SdpaCall:
 def intercept(module: nn.Module, config: str) -> None:
     """Makes ``module`` run its forward under the mode; again only changes the settings."""
     module.__dict__[CONFIG_ATTRIBUTE] = config
-    if not is_intercepted(module):
+    if not isinstance(module, _Intercepted):
         module.__class__ = _subclass(type(module))
 
 
 def release(module: nn.Module) -> None:
     """Undoes `intercept`."""
-    if is_intercepted(module):
+    if isinstance(module, _Intercepted):
         module.__class__ = type(module).__bases__[0]
     module.__dict__.pop(CONFIG_ATTRIBUTE, None)
 
 
 def is_intercepted(module: nn.Module) -> bool:
     """Whether `intercept` was called on ``module`` (or on what it was copied from)."""
-    return issubclass(type(module), _Intercepted)
+    return isinstance(module, _Intercepted) and CONFIG_ATTRIBUTE in module.__dict__
 
 
 def split_fused_layers(model: nn.Module) -> None:
@@ -129,8 +129,13 @@ def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
 def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with SparseAttentionMode(self.__dict__[CONFIG_ATTRIBUTE]):
-            return cls.forward(self, *args, **kwargs)
+        config = self.__dict__.get(CONFIG_ATTRIBUTE)
+        if config is None:
+            # Made by calling the class of an optimized module: a plain one.
+            return super(subclass, self).forward(*args, **kwargs)
+        with SparseAttentionMode(config):
+            # Dynamo cannot trace ``cls.forward`` of a class that a library allows in graphs.
+            return super(subclass, self).forward(*args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (cls,), self.__getstate__()
@@ -144,7 +149,8 @@ def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
             __doc__=cls.__doc__,
         )
 
-    return types.new_class(cls.__name__, (cls, _Intercepted), exec_body=fill)
+    subclass: Any = types.new_class(cls.__name__, (cls, _Intercepted), exec_body=fill)
+    return subclass
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:

@@ -126,6 +126,15 @@ def test_a_captured_graph_holds_one_marked_call_per_layer() -> None:
     assert [(c.selector, c.min_length) for c in configs] == [(SELECTOR, MIN_LENGTH)] * 2
 
 
+def test_a_class_that_its_library_allows_in_graphs_is_traced() -> None:
+    @torch._dynamo.allow_in_graph
+    class Allowed(Attention):
+        pass
+
+    model = optimize(create(Allowed), SELECTOR, min_length=MIN_LENGTH)
+    assert captured(torch.nn.Sequential(model), embeddings(200)).marked() == [1]
+
+
 def test_settings_stay_constants_where_several_models_are_compiled() -> None:
     torch._dynamo.reset()
     for block_size in (16, 32, 64):

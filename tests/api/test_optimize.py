@@ -75,6 +75,14 @@ def test_parameters_and_state_dict_stay() -> None:
     original.load_state_dict(model.state_dict(), strict=True)
 
 
+def test_a_module_made_by_the_class_of_an_optimized_one_is_plain() -> None:
+    model = create(type(sparse_model()))
+    assert not is_optimized(model)
+    assert_computes(output(model), create(), None, X)
+    assert_is_sparse(output(optimize(model, SELECTOR, min_length=0)), create(), SELECTOR, X)
+    assert type(restore(model)) is Transformer
+
+
 def test_hooks_registered_before_and_after_run_once() -> None:
     seen: list[str] = []
     model = create()

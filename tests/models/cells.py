@@ -1,0 +1,156 @@
+"""One cell of the coverage table: a family run in a mode, counted and measured."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from tests.api.capture import MARKERS
+from tests.api.reference import rmse
+from unisparse_flex import optimize, record_attention
+from unisparse_flex.passes import Reason, SparseConfig, rewrite_sdpa
+
+from .family import EVERYTHING, SELECTOR, Family
+from .modes import MODES, Inputs, Mode, Run, forward, without_cache
+from .replay import recorded, replayed
+
+# In a graph of an optimized model only nn.MultiheadAttention's own calls bear no mark.
+UNMARKED = {
+    F.multi_head_attention_forward,
+    torch._transformer_encoder_layer_fwd,
+    F.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """What was found.
+
+    Attributes:
+        sparse: Attention calls (of a compiled or exported model: nodes) that are sparse.
+        dense: How many stay dense, for each reason.
+        graphs: Graphs captured, 0 where nothing was traced.
+        error: Relative error against the float64 oracle over the same blocks.
+        plain_error: That of the same blocks computed plainly in float32.
+        full_error: With ``top_p=1``, relative error against the untouched model.
+        change: How far the output is from the untouched model's.
+    """
+
+    sparse: int
+    dense: dict[Reason, int]
+    graphs: int
+    error: float
+    plain_error: float
+    full_error: float
+    change: float
+
+
+@dataclass
+class Traced:
+    """A backend that runs graphs as they were captured, and holds them."""
+
+    graphs: list[fx.GraphModule] = field(default_factory=list)
+
+    def __call__(self, gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        self.graphs.append(gm)
+        return lambda *args: gm(*args)
+
+    def decisions(self) -> tuple[int, dict[Reason, int]]:
+        """How many marked nodes the pass makes sparse, and why it leaves the others."""
+        reports = [rewrite_sdpa(copy.deepcopy(gm), None) for gm in self.graphs]
+        dense = sum((Counter(report.skipped) for report in reports), Counter[Reason]())
+        dense[Reason.MULTIHEAD] += sum(node.target in UNMARKED for node in self.nodes())
+        return sum(len(report.rewritten) for report in reports), dict(+dense)
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """The nodes of every graph, inner graphs included."""
+        for gm in self.graphs:
+            for module in gm.modules():
+                if isinstance(module, fx.GraphModule):
+                    yield from module.graph.nodes
+
+    def keep_everything(self) -> None:
+        """Makes every marked node keep every block from now on."""
+        for node in self.nodes():
+            if node.target in MARKERS:
+                own = SparseConfig.decode(str(node.kwargs["config"]))
+                config = SparseConfig(selector=EVERYTHING, min_queries=own.min_queries)
+                node.kwargs = {**node.kwargs, "config": config.encode()}
+        for gm in self.graphs:
+            for module in gm.modules():
+                if isinstance(module, fx.GraphModule):
+                    module.recompile()
+
+
+def in_float64(model: Any) -> Any:
+    """A float64 copy."""
+    exact = copy.deepcopy(model).double()
+    if hasattr(exact, "set_experts_implementation"):
+        # The grouped kernel of the default takes no float64.
+        exact.set_experts_implementation("eager")
+    return exact
+
+
+@torch.no_grad()
+def compute_cell(family: Family, mode_name: str) -> Cell:
+    """Runs ``family`` in a mode: optimized, untouched, and by definition."""
+    mode = MODES[mode_name]
+    untouched, inputs = family.create(), family.inputs()
+    optimized = optimize(copy.deepcopy(untouched), SELECTOR, min_length=0)
+    dense = mode.run(untouched, inputs)
+    graphs = 0
+    if mode.through == "eager":
+        with record_attention(optimized) as records:
+            mode.run(optimized, inputs)
+        sparse = sum(record.decision == "sparse" for record in records)
+        reasons = dict(Counter(r.reason for r in records if r.reason is not None))
+        output, calls = recorded(lambda: mode.run(optimized, inputs))
+        full = mode.run(optimize(optimized, EVERYTHING, min_length=0), inputs)
+    else:
+        torch._dynamo.reset()
+        traced = Traced()
+        run, model = _trace(optimized, mode, inputs, traced)
+        output, calls = recorded(lambda: run(model, inputs))
+        sparse, reasons = traced.decisions()
+        graphs = len(traced.graphs)
+        traced.keep_everything()
+        full = run(model, inputs)
+        assert len(traced.graphs) == graphs
+        torch._dynamo.reset()
+
+    exact_model = in_float64(untouched)
+    exact_inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    exact = replayed(lambda: mode.run(exact_model, exact_inputs), calls, SELECTOR)
+    plain = replayed(lambda: mode.run(untouched, inputs), calls, SELECTOR)
+    return Cell(
+        sparse=sparse,
+        dense=reasons,
+        graphs=graphs,
+        error=rmse(output, exact),
+        plain_error=rmse(plain, exact),
+        full_error=rmse(full, dense),
+        change=rmse(output, dense),
+    )
+
+
+def _trace(model: Any, mode: Mode, inputs: Inputs, traced: Traced) -> tuple[Run, Any]:
+    """What to run in place of ``mode.run`` and ``model``."""
+    if mode.through == "compile":
+        return mode.run, torch.compile(model, backend=traced, fullgraph=True)
+    if mode.through == "module.compile":
+        model.compile(backend=traced, fullgraph=True)
+        return mode.run, model
+    options = without_cache(model)
+    program = torch.export.export(model, (), {**inputs, **options}, strict=False)
+    exported = program.module()
+    traced.graphs.append(exported)
+    return partial(forward, **options), exported
