@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -87,10 +88,12 @@ def fit(rows: Rows, form: str = "sum") -> Tensor:
         optimizer.zero_grad()
         predicted = predict(rows.work, logs.clamp(min=low).exp(), form)
         value = (predicted.log() - rows.seconds.log()).square().mean()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    # torch's line search raises it where it finds no further descent; `logs` is the last point.
+    with contextlib.suppress(IndexError):
+        optimizer.step(loss)
     return logs.detach().clamp(min=low).exp()
 
 
