@@ -19,8 +19,9 @@ from torch.overrides import TorchFunctionMode
 from unisparse_flex import UniSparse
 from unisparse_flex.demo.model import MODEL_NAME, load_smollm2
 from unisparse_flex.demo.prompt import build_prompt
+from unisparse_flex.demo.texts import TextName
 
-TEXTS = ("prose", "code")
+TEXTS: tuple[TextName, ...] = ("prose", "code")
 LENGTHS = (1024, 2048, 4096, 8192)
 TOP_P = (0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 

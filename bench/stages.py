@@ -83,8 +83,9 @@ def check(heads: Heads, dtype: torch.dtype, device: str, run: Callable[..., Tens
     selection = force_density(heads.query, GATE_LENGTH, GATE_DENSITY, device)
     output = run(query, key, value, block_mask_of(selection)).double()
     mask = selection.token_mask()
-    wide = (tensor.double() for tensor in (query, key, value))
-    exact = F.scaled_dot_product_attention(*wide, attn_mask=mask, enable_gqa=True)
+    exact = F.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), attn_mask=mask, enable_gqa=True
+    )
     error = float((output - exact).norm() / exact.norm())
     if error > TOLERANCE[dtype]:
         raise RuntimeError(f"sparse output errs by {error:.1e}, more than {TOLERANCE[dtype]:.0e}")

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from tests.api.reference import attend, select, visible
 from unisparse_flex import BlockSelection, Selector
-from unisparse_flex.passes import Reason, SdpaCall, observe_calls
+from unisparse_flex.passes import SdpaCall, SparseConfig, observe_calls
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +32,9 @@ def recorded(run: Callable[[], Tensor]) -> tuple[Tensor, list[Attended]]:
     """What ``run`` returns, and the attention calls that an optimized model made in it."""
     calls: list[Attended] = []
 
-    def observe(call: SdpaCall, selection: BlockSelection | None, _: Reason | None) -> None:
+    def observe(
+        call: SdpaCall, _: SparseConfig | None, selection: BlockSelection | None, *_reason: Any
+    ) -> None:
         calls.append(Attended(call=call, selection=selection))
 
     with observe_calls(observe):
