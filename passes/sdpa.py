@@ -123,6 +123,14 @@ class SdpaCall:
             kv_len=self.key.shape[2],
         )
 
+    def has_plain_numbers(self) -> bool:
+        """Whether the mask's numbers are constants or single symbols, not computed from several.
+
+        The tracer of a `mask_mod` knows no others.
+        """
+        symbols = [n for n in self.mask_numbers or () if isinstance(n, torch.SymInt)]
+        return all(symbol.node.expr.is_Symbol for symbol in symbols)
+
     def run_dense(self) -> torch.Tensor:
         """Runs the call as it stands, through PyTorch's own kernels."""
         mask, is_causal = self.attn_mask, self.is_causal

@@ -91,6 +91,7 @@ def flex_lowers(call: SdpaCall) -> bool:
         return flex_takes(call.query, call.value)
     # The CPU kernel has no backward and cannot read captured tensors at dynamic lengths.
     capture_free = call.attn_mask is None and not call.mask_tensors and not needs_grad(call)
+    capture_free = capture_free and call.has_plain_numbers()
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     return capture_free and call.query.dtype in dtypes and torch.cpu._is_avx2_supported()
 
@@ -215,9 +216,11 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
     size = selection.geometry.block_size
     keep = selection.keep
     kept_heads = keep.shape[1] > 1
+    program = call.mask_program()
     # A tracer of the inner graph knows no symbolic difference: there it travels as a tensor.
-    given = isinstance(offset, torch.SymInt) and call.query.device.type == "cuda"
-    program = selection.geometry.mask
+    symbolic = isinstance(offset, torch.SymInt) and program is None
+    given = symbolic and call.query.device.type == "cuda"
+    q_len, kv_len = selection.geometry.q_len, selection.geometry.kv_len
     numbers, tensors = ([], []) if program is None else (program.numbers, program.tensors)
     numbers_given = call.query.device.type == "cuda"
     mask = None if call.attn_mask is None else _mask_4d(call.attn_mask)
@@ -226,21 +229,21 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, *captured: Tensor) -> Tensor:
         buffers = list(captured)
-        if offset is None:
+        if program is not None:
+            entries = [buffers.pop(0) for _ in tensors]
+            given_numbers = [buffers.pop(0) for _ in numbers] if numbers_given else numbers
+            allowed = program.evaluate(b, q_idx, kv_idx, tensors=entries, numbers=given_numbers)
+        elif offset is None:
             # Never trivially true: a backend may drop the block lists of a trivial mask_mod.
             allowed = kv_idx >= 0
+        elif symbolic and not given:
+            allowed = kv_idx + q_len <= q_idx + kv_len
         else:
             allowed = kv_idx <= q_idx + (buffers.pop(0) if given else offset)
         if look_up:
             kept = buffers.pop(0)
             head = h if kept_heads else h * 0
             allowed = allowed & kept[b, head, q_idx // size, kv_idx // size]
-        if program is not None:
-            entries = [buffers.pop(0) for _ in tensors]
-            given_numbers = [buffers.pop(0) for _ in numbers] if numbers_given else numbers
-            allowed = allowed & program.evaluate(
-                b, q_idx, kv_idx, tensors=entries, numbers=given_numbers
-            )
         if buffers:
             assert at is not None
             allowed = allowed & buffers[0][at(b, h, q_idx, kv_idx)]
@@ -258,13 +261,13 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
     if given:
         assert offset is not None
         mask_buffers += (torch.full((), offset, dtype=torch.int32, device=keep.device),)
-    if look_up:
-        mask_buffers += (keep,)
     mask_buffers += tuple(tensors)
     if numbers_given:
         mask_buffers += tuple(
             torch.full((), number, dtype=torch.int64, device=keep.device) for number in numbers
         )
+    if look_up:
+        mask_buffers += (keep,)
     score_buffers: tuple[Tensor, ...] = ()
     if mask is not None:
         # An additive mask also says what takes no part: -inf scores alone would leave NaN rows.
