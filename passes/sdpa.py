@@ -126,10 +126,9 @@ class SdpaCall:
     def has_plain_numbers(self) -> bool:
         """Whether the mask's numbers are constants or single symbols, not computed from several.
 
-        The tracer of a `mask_mod` knows no others.
+        Only these can be handed to a region that is compiled on its own.
         """
-        symbols = [n for n in self.mask_numbers or () if isinstance(n, torch.SymInt)]
-        return all(symbol.node.expr.is_Symbol for symbol in symbols)
+        return all(is_plain(number) for number in self.mask_numbers or ())
 
     def run_dense(self) -> torch.Tensor:
         """Runs the call as it stands, through PyTorch's own kernels."""
@@ -153,6 +152,13 @@ class SdpaCall:
             scale=self.scale,
             enable_gqa=self.enable_gqa,
         )
+
+
+def is_plain(number: Any) -> bool:
+    """Whether a number of a call is a constant or a single symbol."""
+    if not isinstance(number, torch.SymInt):
+        return True
+    return bool(number.node.expr.is_Symbol or number.node.expr.is_number)
 
 
 def is_sdpa(node: fx.Node) -> bool:

@@ -18,7 +18,7 @@ from ..block_masks.mask_summary import visible_tokens
 from ..block_masks.scoring import default_scale
 from .config import SparseConfig
 from .decision import flex_takes, needs_grad
-from .sdpa import SdpaCall
+from .sdpa import SdpaCall, is_plain
 
 # Bytes of expanded mask per step where blocks are applied as a token mask.
 MASK_CHUNK_BYTES = 256 * 2**20
@@ -61,11 +61,9 @@ def select(call: SdpaCall, config: SparseConfig) -> BlockSelection:
 def _geometry(call: SdpaCall, config: SparseConfig) -> BlockGeometry:
     """The block grid, with the mask where it was proved from the graph."""
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
-    offset: int | None = None
+    offset = _causal_offset(call)
     mask = call.mask_program()
-    if call.is_causal:
-        offset = kv_len - q_len if call.causal_lower_right else 0
-    elif mask is not None:
+    if offset is None and mask is not None:
         offset, mask = mask.split_causal()
     return BlockGeometry(
         q_len=q_len,
@@ -74,6 +72,12 @@ def _geometry(call: SdpaCall, config: SparseConfig) -> BlockGeometry:
         causal_offset=offset,
         mask=mask,
     )
+
+
+def _causal_offset(call: SdpaCall) -> int | None:
+    if not call.is_causal:
+        return None
+    return call.key.shape[2] - call.query.shape[2] if call.causal_lower_right else 0
 
 
 def keeps_window(geometry: BlockGeometry) -> bool:
@@ -91,7 +95,8 @@ def flex_lowers(call: SdpaCall) -> bool:
         return flex_takes(call.query, call.value)
     # The CPU kernel has no backward and cannot read captured tensors at dynamic lengths.
     capture_free = call.attn_mask is None and not call.mask_tensors and not needs_grad(call)
-    capture_free = capture_free and call.has_plain_numbers()
+    # Nor integers that are computed from several symbols.
+    capture_free = capture_free and call.has_plain_numbers() and is_plain(_causal_offset(call))
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     return capture_free and call.query.dtype in dtypes and torch.cpu._is_avx2_supported()
 
@@ -217,12 +222,14 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
     keep = selection.keep
     kept_heads = keep.shape[1] > 1
     program = call.mask_program()
-    # A tracer of the inner graph knows no symbolic difference: there it travels as a tensor.
-    symbolic = isinstance(offset, torch.SymInt) and program is None
-    given = symbolic and call.query.device.type == "cuda"
-    q_len, kv_len = selection.geometry.q_len, selection.geometry.kv_len
+    # The tracer of the inner graph knows no symbolic integers but those that it is given, and the
+    # Triton kernels no symbolic differences: there they travel as tensors.
+    on_cuda = call.query.device.type == "cuda"
+    if isinstance(offset, torch.SymInt) and offset.node.expr.is_number:
+        offset = int(offset)
+    given = isinstance(offset, torch.SymInt) and program is None
     numbers, tensors = ([], []) if program is None else (program.numbers, program.tensors)
-    numbers_given = call.query.device.type == "cuda"
+    numbers_given = any(not isinstance(n, int) for n in numbers)
     mask = None if call.attn_mask is None else _mask_4d(call.attn_mask)
     additive = mask is not None and mask.dtype is not torch.bool
     at = _broadcast_index(mask) if mask is not None else None
@@ -236,8 +243,6 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
         elif offset is None:
             # Never trivially true: a backend may drop the block lists of a trivial mask_mod.
             allowed = kv_idx >= 0
-        elif symbolic and not given:
-            allowed = kv_idx + q_len <= q_idx + kv_len
         else:
             allowed = kv_idx <= q_idx + (buffers.pop(0) if given else offset)
         if look_up:
@@ -257,14 +262,16 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
         assert at is not None
         return score + captured[0][at(b, h, q_idx, kv_idx)]
 
-    mask_buffers: tuple[Tensor, ...] = ()
+    mask_buffers: tuple[Any, ...] = ()
     if given:
         assert offset is not None
-        mask_buffers += (torch.full((), offset, dtype=torch.int32, device=keep.device),)
+        full = torch.full((), offset, dtype=torch.int32, device=keep.device) if on_cuda else offset
+        mask_buffers += (full,)
     mask_buffers += tuple(tensors)
     if numbers_given:
         mask_buffers += tuple(
-            torch.full((), number, dtype=torch.int64, device=keep.device) for number in numbers
+            torch.full((), number, dtype=torch.int64, device=keep.device) if on_cuda else number
+            for number in numbers
         )
     if look_up:
         mask_buffers += (keep,)
