@@ -201,7 +201,7 @@ class RowSpans:
         high = torch.minimum(self.last[..., None] + 1, stop)
         high = torch.maximum(low, high)
         before = self.key_valid.cumsum(-1)
-        batch = max(before.shape[0], low.shape[0])
+        batch = max(before.shape[0], low.shape[0], high.shape[0])
         before, low, high = (x.expand(batch, *x.shape[1:]) for x in (before, low, high))
 
         def count(position: Tensor) -> Tensor:

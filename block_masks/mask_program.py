@@ -50,7 +50,8 @@ class MaskProgram:
     Attributes:
         expr: The formula.
         tensors: What ``t0, t1, ...`` stand for: bool or int64, any rank.
-        numbers: What ``n0, n1, ...`` stand for; symbolic while a graph is traced.
+        numbers: What ``n0, n1, ...`` stand for while a graph is traced; plain integers are part
+            of the formula.
         batch: Batch elements B.
         q_len: Query rows Sq.
         kv_len: Keys Skv.
@@ -87,8 +88,13 @@ class MaskProgram:
                     f"mask must name tensors and numbers that are given, got {atom.source!r} "  # type: ignore[union-attr]
                     f"with {len(tensors)} tensors and {len(numbers)} numbers"
                 )
+        known = {
+            Symbol(f"n{i}"): Affine(const=number)
+            for i, number in enumerate(numbers)
+            if isinstance(number, int)
+        }
         return cls(
-            expr=expr,
+            expr=replace_atoms(expr, known.get) if known else expr,  # type: ignore[arg-type]
             tensors=tuple(tensors),
             numbers=tuple(numbers),
             batch=batch,

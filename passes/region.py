@@ -24,9 +24,10 @@ from .sparse_attention import attend_flex, select
 def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
     """Selects and attends; calls of equal settings, shapes and strides share one compilation.
 
-    A call that needs a gradient is inlined: its backward is the flex operator's own.
+    A call that needs a gradient is inlined: its backward is the flex operator's own. So is one
+    whose mask has a computed symbolic number: only plain symbols can be handed to a region.
     """
-    if needs_grad(call):
+    if needs_grad(call) or not call.has_plain_numbers():
         return attend_flex(call, select(call, config))
     tensors = [call.query, call.key, call.value]
     if call.attn_mask is not None:

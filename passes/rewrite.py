@@ -204,7 +204,9 @@ def _with_mask(call: SdpaCall, mask: LiftedMask) -> SdpaCall:
     if offset is not None:
         behind = key.shape[2] - query.shape[2]
         upper_left = statically_known_true(offset == 0)
-        aligned = not upper_left and statically_known_true(offset == behind)
+        aligned = (
+            isinstance(offset, int) and not upper_left and statically_known_true(offset == behind)
+        )
         lower_right = aligned and is_known(behind >= 0)
         if upper_left or lower_right:
             return replace(call, attn_mask=None, is_causal=True, causal_lower_right=lower_right)

@@ -123,6 +123,19 @@ class SdpaCall:
             kv_len=self.key.shape[2],
         )
 
+    def causal_offset(self) -> int | None:
+        """Key position of the first query row by the flags; ``None`` where they say nothing."""
+        if not self.is_causal:
+            return None
+        return self.key.shape[2] - self.query.shape[2] if self.causal_lower_right else 0
+
+    def has_plain_numbers(self) -> bool:
+        """Whether the mask's numbers are constants or single symbols, not computed from several.
+
+        Only these can be handed to a region that is compiled on its own.
+        """
+        return all(is_plain(number) for number in self.mask_numbers or ())
+
     def run_dense(self) -> torch.Tensor:
         """Runs the call as it stands, through PyTorch's own kernels."""
         mask, is_causal = self.attn_mask, self.is_causal
@@ -145,6 +158,13 @@ class SdpaCall:
             scale=self.scale,
             enable_gqa=self.enable_gqa,
         )
+
+
+def is_plain(number: Any) -> bool:
+    """Whether a number of a call is a constant or a single symbol."""
+    if not isinstance(number, torch.SymInt):
+        return True
+    return bool(number.node.expr.is_Symbol or number.node.expr.is_number)
 
 
 def is_sdpa(node: fx.Node) -> bool:

@@ -63,11 +63,9 @@ def select(call: SdpaCall, config: SparseConfig) -> BlockSelection:
 def _geometry(call: SdpaCall, config: SparseConfig) -> BlockGeometry:
     """The block grid, with the mask where it was proved from the graph."""
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
-    offset: int | None = None
+    offset = call.causal_offset()
     mask = call.mask_program()
-    if call.is_causal:
-        offset = kv_len - q_len if call.causal_lower_right else 0
-    elif mask is not None:
+    if offset is None and mask is not None:
         offset, mask = mask.split_causal()
     return BlockGeometry(
         q_len=q_len,
@@ -207,18 +205,26 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
     size = selection.geometry.block_size
     keep = selection.keep
     kept_heads = keep.shape[1] > 1
-    # A tracer of the inner graph knows no symbolic difference: there it travels as a tensor.
-    given = isinstance(offset, torch.SymInt) and call.query.device.type == "cuda"
-    program = selection.geometry.mask
+    program = call.mask_program()
+    # The tracer of the inner graph knows no symbolic integers but those that it is given, and the
+    # Triton kernels no symbolic differences: there they travel as tensors.
+    on_cuda = call.query.device.type == "cuda"
+    if isinstance(offset, torch.SymInt) and offset.node.expr.is_number:
+        offset = int(offset)
+    given = isinstance(offset, torch.SymInt) and program is None
     numbers, tensors = ([], []) if program is None else (program.numbers, program.tensors)
-    numbers_given = call.query.device.type == "cuda"
+    numbers_given = any(not isinstance(n, int) for n in numbers)
     mask = None if call.attn_mask is None else _mask_4d(call.attn_mask)
     additive = mask is not None and mask.dtype is not torch.bool
     at = _broadcast_index(mask) if mask is not None else None
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, *captured: Tensor) -> Tensor:
         buffers = list(captured)
-        if offset is None:
+        if program is not None:
+            entries = [buffers.pop(0) for _ in tensors]
+            given_numbers = [buffers.pop(0) for _ in numbers] if numbers_given else numbers
+            allowed = program.evaluate(b, q_idx, kv_idx, tensors=entries, numbers=given_numbers)
+        elif offset is None:
             # Never trivially true: a backend may drop the block lists of a trivial mask_mod.
             allowed = kv_idx >= 0
         else:
@@ -227,12 +233,6 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
             kept = buffers.pop(0)
             head = h if kept_heads else h * 0
             allowed = allowed & kept[b, head, q_idx // size, kv_idx // size]
-        if program is not None:
-            entries = [buffers.pop(0) for _ in tensors]
-            given_numbers = [buffers.pop(0) for _ in numbers] if numbers_given else numbers
-            allowed = allowed & program.evaluate(
-                b, q_idx, kv_idx, tensors=entries, numbers=given_numbers
-            )
         if buffers:
             assert at is not None
             allowed = allowed & buffers[0][at(b, h, q_idx, kv_idx)]
@@ -246,17 +246,19 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
         assert at is not None
         return score + captured[0][at(b, h, q_idx, kv_idx)]
 
-    mask_buffers: tuple[Tensor, ...] = ()
+    mask_buffers: tuple[Any, ...] = ()
     if given:
         assert offset is not None
-        mask_buffers += (torch.full((), offset, dtype=torch.int32, device=keep.device),)
-    if look_up:
-        mask_buffers += (keep,)
+        full = torch.full((), offset, dtype=torch.int32, device=keep.device) if on_cuda else offset
+        mask_buffers += (full,)
     mask_buffers += tuple(tensors)
     if numbers_given:
         mask_buffers += tuple(
-            torch.full((), number, dtype=torch.int64, device=keep.device) for number in numbers
+            torch.full((), number, dtype=torch.int64, device=keep.device) if on_cuda else number
+            for number in numbers
         )
+    if look_up:
+        mask_buffers += (keep,)
     score_buffers: tuple[Tensor, ...] = ()
     if mask is not None:
         # An additive mask also says what takes no part: -inf scores alone would leave NaN rows.

@@ -111,14 +111,14 @@ def test_the_markers_own_kernel_is_right_at_symbolic_lengths(name: str) -> None:
 def test_a_formula_without_tensors_runs_in_the_cpu_kernel(name: str, dynamic: bool) -> None:
     call, config = masked_call(name), SparseConfig(selector=FINE)
 
-    def marked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def marked(query: Tensor, key: Tensor, value: Tensor, past: Tensor) -> Tensor:
         return torch.ops.unisparse.sdpa(
             query,
             key,
             value,
             enable_gqa=True,
             mask=call.mask,
-            mask_numbers=[key.shape[2] - query.shape[2]],
+            mask_numbers=[past.shape[0]],
             config=text,
         )
 
