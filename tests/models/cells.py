@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from tests.api.capture import MARKERS
 from tests.api.reference import rmse
 from unisparse_flex import optimize, record_attention
-from unisparse_flex.passes import Reason, SparseConfig, rewrite_sdpa
+from unisparse_flex.passes import Reason, RewriteReport, SparseConfig, rewrite_sdpa
 
 from .family import EVERYTHING, SELECTOR, Family
 from .modes import MODES, Inputs, Mode, Run, forward, without_cache
@@ -56,21 +56,22 @@ class Cell:
 
 @dataclass
 class Traced:
-    """A backend that runs graphs as they were captured, and holds them."""
+    """A backend that applies the pass to graphs, runs them uncompiled, and holds them."""
 
     graphs: list[fx.GraphModule] = field(default_factory=list)
+    reports: list[RewriteReport] = field(default_factory=list)
 
-    def __call__(self, gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+    def __call__(self, gm: fx.GraphModule, _: list[Tensor] | None = None) -> Callable[..., Any]:
         self.graphs.append(gm)
+        self.reports.append(rewrite_sdpa(gm, None))
         return lambda *args: gm(*args)
 
     def decisions(self) -> tuple[int, dict[Reason, int]]:
         """How many marked nodes the pass makes sparse, and why it leaves the others."""
-        reports = [rewrite_sdpa(copy.deepcopy(gm), None) for gm in self.graphs]
-        dense = sum((Counter(report.skipped) for report in reports), Counter[Reason]())
+        dense = sum((Counter(report.skipped) for report in self.reports), Counter[Reason]())
         unmarked = sum(node.target in UNMARKED for node in self.nodes())
         dense[Reason.NOT_OPTIMIZED] += unmarked
-        return sum(len(report.rewritten) for report in reports), dict(+dense)
+        return sum(len(report.rewritten) for report in self.reports), dict(+dense)
 
     def nodes(self) -> Iterator[fx.Node]:
         """The nodes of every graph, inner graphs included."""
@@ -153,5 +154,5 @@ def _trace(model: Any, mode: Mode, inputs: Inputs, traced: Traced) -> tuple[Run,
     options = without_cache(model)
     program = torch.export.export(model, (), {**inputs, **options}, strict=False)
     exported = program.module()
-    traced.graphs.append(exported)
+    traced(exported)
     return partial(forward, **options), exported

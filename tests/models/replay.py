@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -56,23 +57,32 @@ class Replay(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func is F.multi_head_attention_forward:
+            # Inside it no mode sees the attention call.
+            with mock.patch.object(F, "scaled_dot_product_attention", self._sdpa):
+                return func(*args, **(kwargs or {}))
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        return self._attend(SdpaCall.bind(args, kwargs or {}), self.left.pop())
+        return self._sdpa(*args, **(kwargs or {}))
+
+    def _sdpa(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._attend(SdpaCall.bind(args, kwargs), self.left.pop())
 
     def _attend(self, call: SdpaCall, seen: Attended) -> Tensor:
         mask, seen_mask = call.attn_mask, seen.call.attn_mask
         if seen.selection is not None:
             assert sees(call).equal(sees(seen.call))
-            selection = select(
-                self.selector,
-                seen.call.query,
-                seen.call.key,
-                offset=_offset(seen.call),
-                attn_mask=seen_mask,
-                scale=call.scale,
-            )
-            assert selection.keep.equal(seen.selection.keep)
+            selection = seen.selection
+            if not seen.call.mask:
+                selection = select(
+                    self.selector,
+                    seen.call.query,
+                    seen.call.key,
+                    offset=seen.call.causal_offset(),
+                    attn_mask=seen_mask,
+                    scale=call.scale,
+                )
+                assert selection.keep.equal(seen.selection.keep)
             kept = selection.token_mask()
             if mask is None or mask.dtype is torch.bool:
                 mask = kept if mask is None else mask & kept
@@ -82,7 +92,7 @@ class Replay(TorchFunctionMode):
             call.query,
             call.key,
             call.value,
-            offset=_offset(call),
+            offset=call.causal_offset(),
             attn_mask=mask,
             scale=call.scale,
             dtype=call.query.dtype,
@@ -93,15 +103,13 @@ def sees(call: SdpaCall) -> Tensor:
     """Which keys each query may see, however the call says it: bool [B, Hq, Sq, Skv]."""
     batch, heads, q_len = call.query.shape[:3]
     kv_len = call.key.shape[2]
-    pairs = visible(q_len, kv_len, _offset(call)).expand(batch, heads, q_len, kv_len)
-    mask = call.attn_mask
+    pairs = visible(q_len, kv_len, call.causal_offset()).expand(batch, heads, q_len, kv_len)
+    mask, program = call.attn_mask, call.mask_program()
+    if program is not None:
+        mask = program.pairs(torch.arange(q_len), torch.arange(kv_len))
     if mask is None:
         return pairs
     return pairs & (mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min)
-
-
-def _offset(call: SdpaCall) -> int | None:
-    return 0 if call.is_causal else None
 
 
 def replayed(run: Callable[[], Tensor], calls: list[Attended], selector: Selector) -> Tensor:

@@ -1,4 +1,4 @@
-"""Families behind Inductor: one graph, and the numbers of eager over the same blocks."""
+"""Families behind Inductor: one graph, and the numbers of float64 over the same blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.api.capture import GraphCount
 from tests.api.reference import rmse
 from unisparse_flex import optimize
 
-from .cells import in_float64
+from .cells import Traced, in_float64
 from .families import BY_NAME
 from .family import SELECTOR
 from .modes import forward, forward_padded
@@ -39,7 +39,9 @@ def test_a_compiled_family_is_one_graph_and_right_over_its_blocks(case: str) -> 
     family, run = BY_NAME[case.partition(",")[0]], CASES[case]
     untouched, inputs = family.create(), family.inputs()
     optimized: Any = optimize(copy.deepcopy(untouched), SELECTOR, min_length=0)
-    _, calls = recorded(lambda: run(optimized, inputs))
+    traced = torch.compile(optimized, backend=Traced(), fullgraph=True)
+    _, calls = recorded(lambda: run(traced, inputs))
+    torch._dynamo.reset()
     count = GraphCount()
     output = run(torch.compile(optimized, fullgraph=True), inputs)
     assert int(count) == 1
