@@ -4,6 +4,7 @@ from .config import SparseConfig
 from .decision import Reason
 from .inductor import SparseAttentionPass, install
 from .marker import lowered_sdpa, marked_sdpa, observe_calls
+from .masks import Unproved
 from .report import RewriteReport
 from .rewrite import rewrite_sdpa
 from .sdpa import SdpaCall
@@ -14,6 +15,7 @@ __all__ = [
     "SdpaCall",
     "SparseAttentionPass",
     "SparseConfig",
+    "Unproved",
     "install",
     "lowered_sdpa",
     "marked_sdpa",

@@ -19,6 +19,7 @@ from .masks import LiftedMask, MaskCache, Unproved
 from .nodes import recorded, recorded_value
 from .report import RewriteReport
 from .sdpa import SdpaCall, is_sdpa
+from .sparse_attention import call_geometry, keeps_window
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,8 @@ def _rewrite_node(
         else:
             call = _with_mask(call, lifted)
             report.masks[name] = lifted.kind
+            if keeps_window(call_geometry(_as_recorded(call), config)):
+                report.windows.append(name)
     node.target = lowered_sdpa if lower else torch.ops.unisparse.sdpa.default
     node.args = call.positional()
     node.kwargs = {**call.keywords(), "config": config.encode()}
@@ -143,8 +146,14 @@ def _refuse_node(call: SdpaCall, config: SparseConfig) -> Reason | None:
         tensors.append(call.attn_mask)
     if any(recorded(tensor) is None for tensor in tensors):
         return Reason.EXCLUDED if config.dense else None
+    return refuse(_as_recorded(call), config)
+
+
+def _as_recorded(call: SdpaCall) -> SdpaCall:
+    """The call with what tracing recorded in place of the graph's nodes."""
     numbers = {name: _number(getattr(call, name)) for name in ("dropout_p", "scale", "is_causal")}
-    return refuse(replace(call.map_tensors(recorded), **numbers), config)
+    mask_numbers = [_number(number) for number in call.mask_numbers or ()]
+    return replace(call.map_tensors(recorded), mask_numbers=mask_numbers, **numbers)
 
 
 def _shape(call: SdpaCall) -> tuple[Any, ...] | None:

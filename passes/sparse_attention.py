@@ -18,7 +18,7 @@ from ..block_masks.mask_summary import visible_tokens
 from ..block_masks.scoring import default_scale
 from .config import SparseConfig
 from .decision import flex_takes, needs_grad
-from .sdpa import SdpaCall, is_plain
+from .sdpa import SdpaCall, is_symbolic
 
 # Bytes of expanded mask per step where blocks are applied as a token mask.
 MASK_CHUNK_BYTES = 256 * 2**20
@@ -43,7 +43,7 @@ def apply_autocast(call: SdpaCall) -> SdpaCall:
 
 def select(call: SdpaCall, config: SparseConfig) -> BlockSelection:
     """Selects the blocks of a call that `decision.refuse` let through."""
-    geometry = _geometry(call, config)
+    geometry = call_geometry(call, config)
     with torch.no_grad():
         if keeps_window(geometry):
             visible = geometry.block_bounds(call.query.device)[0]
@@ -58,7 +58,7 @@ def select(call: SdpaCall, config: SparseConfig) -> BlockSelection:
         )
 
 
-def _geometry(call: SdpaCall, config: SparseConfig) -> BlockGeometry:
+def call_geometry(call: SdpaCall, config: SparseConfig) -> BlockGeometry:
     """The block grid, with the mask where it was proved from the graph."""
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
     offset = _causal_offset(call)
@@ -95,8 +95,9 @@ def flex_lowers(call: SdpaCall) -> bool:
         return flex_takes(call.query, call.value)
     # The CPU kernel has no backward and cannot read captured tensors at dynamic lengths.
     capture_free = call.attn_mask is None and not call.mask_tensors and not needs_grad(call)
-    # Nor integers that are computed from several symbols.
-    capture_free = capture_free and call.has_plain_numbers() and is_plain(_causal_offset(call))
+    # Nor symbolic integers: its template takes one for a size of its own where the names collide.
+    numbers = (*(call.mask_numbers or ()), _causal_offset(call))
+    capture_free = capture_free and not any(is_symbolic(number) for number in numbers)
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     return capture_free and call.query.dtype in dtypes and torch.cpu._is_avx2_supported()
 
@@ -222,14 +223,10 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
     keep = selection.keep
     kept_heads = keep.shape[1] > 1
     program = call.mask_program()
-    # The tracer of the inner graph knows no symbolic integers but those that it is given, and the
-    # Triton kernels no symbolic differences: there they travel as tensors.
-    on_cuda = call.query.device.type == "cuda"
-    if isinstance(offset, torch.SymInt) and offset.node.expr.is_number:
-        offset = int(offset)
-    given = isinstance(offset, torch.SymInt) and program is None
+    # The tracer of the inner graph knows no symbolic integers: they travel as tensors.
+    given = is_symbolic(offset) and program is None
     numbers, tensors = ([], []) if program is None else (program.numbers, program.tensors)
-    numbers_given = any(not isinstance(n, int) for n in numbers)
+    numbers_given = any(is_symbolic(number) for number in numbers)
     mask = None if call.attn_mask is None else _mask_4d(call.attn_mask)
     additive = mask is not None and mask.dtype is not torch.bool
     at = _broadcast_index(mask) if mask is not None else None
@@ -262,16 +259,14 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
         assert at is not None
         return score + captured[0][at(b, h, q_idx, kv_idx)]
 
-    mask_buffers: tuple[Any, ...] = ()
+    mask_buffers: tuple[Tensor, ...] = ()
     if given:
         assert offset is not None
-        full = torch.full((), offset, dtype=torch.int32, device=keep.device) if on_cuda else offset
-        mask_buffers += (full,)
+        mask_buffers += (torch.full((), offset, dtype=torch.int32, device=keep.device),)
     mask_buffers += tuple(tensors)
     if numbers_given:
         mask_buffers += tuple(
-            torch.full((), number, dtype=torch.int64, device=keep.device) if on_cuda else number
-            for number in numbers
+            torch.full((), number, dtype=torch.int64, device=keep.device) for number in numbers
         )
     if look_up:
         mask_buffers += (keep,)
