@@ -4,6 +4,7 @@ from .config import SparseConfig
 from .decision import Reason
 from .inductor import SparseAttentionPass, install
 from .marker import lowered_sdpa, marked_sdpa, observe_calls
+from .masks import Unproved
 from .multihead import MULTIHEAD_TARGETS, marked_multihead, refuse_multihead
 from .predicted_call import CallPrediction, predict_call
 from .report import RewriteReport
@@ -18,6 +19,7 @@ __all__ = [
     "SdpaCall",
     "SparseAttentionPass",
     "SparseConfig",
+    "Unproved",
     "install",
     "lowered_sdpa",
     "marked_multihead",

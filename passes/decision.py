@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_kno
 from ..block_masks.scoring import supports_dtype
 from .config import SparseConfig
 from .prediction import break_even_length, call_shape, forecast
-from .sdpa import SdpaCall, is_plain
+from .sdpa import SdpaCall, is_symbolic
 
 # Hopper's flex backward tiles queries and keys by 128: sparse blocks must be multiples of it.
 BACKWARD_BLOCK_MULTIPLE = 128
@@ -85,8 +85,9 @@ def flex_lowers(call: SdpaCall) -> bool:
         return flex_takes(call.query, call.value)
     # The CPU kernel has no backward and cannot read captured tensors at dynamic lengths.
     capture_free = call.attn_mask is None and not call.mask_tensors and not needs_grad(call)
-    # Nor integers that are computed from several symbols.
-    capture_free = capture_free and call.has_plain_numbers() and is_plain(call.causal_offset())
+    # Nor symbolic integers: its template takes one for a size of its own where the names collide.
+    numbers = (*(call.mask_numbers or ()), call.causal_offset())
+    capture_free = capture_free and not any(is_symbolic(number) for number in numbers)
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     return capture_free and call.query.dtype in dtypes and torch.cpu._is_avx2_supported()
 

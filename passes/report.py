@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from .decision import Reason
 from .masks import Unproved
 
+WINDOW_KEPT = "sliding window of few blocks: kept whole, nothing to select"
+
 
 @dataclass(slots=True)
 class RewriteReport:
@@ -17,6 +19,7 @@ class RewriteReport:
         rewritten: Names of the nodes that now run sparse (where their lengths allow it).
         left: Names of the nodes that stay dense, each with its reason.
         masks: Names of the rewritten nodes whose mask became a formula, each with what it is.
+        windows: Names of the rewritten nodes whose sliding window is kept whole, with no scores.
         unproved: Names of the rewritten nodes whose mask stays a tensor, each with the reason.
         ungrouped: Names of the rewritten nodes whose keys and values are no longer repeated for
             their query heads, each with the bytes of the copies that nothing else needs.
@@ -25,6 +28,7 @@ class RewriteReport:
     rewritten: list[str] = field(default_factory=list)
     left: dict[str, Reason] = field(default_factory=dict)
     masks: dict[str, str] = field(default_factory=dict)
+    windows: list[str] = field(default_factory=list)
     unproved: dict[str, Unproved] = field(default_factory=dict)
     ungrouped: dict[str, int] = field(default_factory=dict)
 
@@ -38,6 +42,8 @@ class RewriteReport:
         lines += [f"  {count} x {reason}" for reason, count in self.skipped.items()]
         proved, unproved = Counter(self.masks.values()), Counter(self.unproved.values())
         lines += [f"  {count} x mask proved: {kind}" for kind, count in proved.items()]
+        if self.windows:
+            lines.append(f"  {len(self.windows)} x {WINDOW_KEPT}")
         lines += [f"  {count} x mask kept as a tensor: {why}" for why, count in unproved.items()]
         if self.ungrouped:
             saved = sum(self.ungrouped.values()) / 2**20

@@ -26,6 +26,7 @@ from .nodes import recorded, recorded_value
 from .repeat_kv import erase_unused, recover_gqa
 from .report import RewriteReport
 from .sdpa import SdpaCall, is_sdpa
+from .sparse_attention import call_geometry, keeps_window
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,8 @@ def _rewrite_node(
         logger.debug("%s keeps its mask as a tensor: %s", name, lifted)
     elif lifted is not None:
         report.masks[name] = lifted.kind
+        if keeps_window(call_geometry(_as_recorded(call), config)):
+            report.windows.append(name)
     if recorded(call.query) is not None:
         call.map_tensors(recorded).with_constants()
     repeated = [call.key, call.value]
@@ -181,8 +184,14 @@ def _refuse_node(call: SdpaCall, config: SparseConfig) -> Reason | None:
         tensors.append(call.attn_mask)
     if any(recorded(tensor) is None for tensor in tensors):
         return Reason.EXCLUDED if config.dense else None
+    return refuse(_as_recorded(call), config)
+
+
+def _as_recorded(call: SdpaCall) -> SdpaCall:
+    """The call with what tracing recorded in place of the graph's nodes."""
     numbers = {name: _number(getattr(call, name)) for name in ("dropout_p", "scale", "is_causal")}
-    return refuse(replace(call.map_tensors(recorded), **numbers), config)
+    mask_numbers = [_number(number) for number in call.mask_numbers or ()]
+    return replace(call.map_tensors(recorded), mask_numbers=mask_numbers, **numbers)
 
 
 def _shape(call: SdpaCall) -> tuple[Any, ...] | None:

@@ -134,7 +134,8 @@ class SdpaCall:
 
         Only these can be handed to a region that is compiled on its own.
         """
-        return all(is_plain(number) for number in self.mask_numbers or ())
+        symbols = [n for n in self.mask_numbers or () if isinstance(n, torch.SymInt)]
+        return all(symbol.node.expr.is_Symbol for symbol in symbols)
 
     def run_dense(self) -> torch.Tensor:
         """Runs the call as it stands, through PyTorch's own kernels."""
@@ -160,11 +161,9 @@ class SdpaCall:
         )
 
 
-def is_plain(number: Any) -> bool:
-    """Whether a number of a call is a constant or a single symbol."""
-    if not isinstance(number, torch.SymInt):
-        return True
-    return bool(number.node.expr.is_Symbol or number.node.expr.is_number)
+def is_symbolic(number: Any) -> bool:
+    """Whether a number of a call is not known while its graph is traced."""
+    return isinstance(number, torch.SymInt) and not number.node.expr.is_number
 
 
 def is_sdpa(node: fx.Node) -> bool:

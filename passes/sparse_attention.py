@@ -19,7 +19,7 @@ from ..block_masks.mask_summary import visible_tokens
 from ..block_masks.scoring import default_scale
 from .config import SparseConfig
 from .decision import needs_grad
-from .sdpa import SdpaCall
+from .sdpa import SdpaCall, is_symbolic
 
 # Bytes of expanded mask per step where blocks are applied as a token mask.
 MASK_CHUNK_BYTES = 256 * 2**20
@@ -45,7 +45,7 @@ def apply_autocast(call: SdpaCall) -> SdpaCall:
 
 def select(call: SdpaCall, config: SparseConfig) -> BlockSelection:
     """Selects the blocks of a call that `decision.refuse` let through."""
-    geometry = _geometry(call, config)
+    geometry = call_geometry(call, config)
     with torch.no_grad():
         if keeps_window(geometry):
             visible = geometry.block_bounds(call.query.device)[0]
@@ -60,7 +60,7 @@ def select(call: SdpaCall, config: SparseConfig) -> BlockSelection:
         )
 
 
-def _geometry(call: SdpaCall, config: SparseConfig) -> BlockGeometry:
+def call_geometry(call: SdpaCall, config: SparseConfig) -> BlockGeometry:
     """The block grid, with the mask where it was proved from the graph."""
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
     offset = call.causal_offset()
@@ -206,14 +206,10 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
     keep = selection.keep
     kept_heads = keep.shape[1] > 1
     program = call.mask_program()
-    # The tracer of the inner graph knows no symbolic integers but those that it is given, and the
-    # Triton kernels no symbolic differences: there they travel as tensors.
-    on_cuda = call.query.device.type == "cuda"
-    if isinstance(offset, torch.SymInt) and offset.node.expr.is_number:
-        offset = int(offset)
-    given = isinstance(offset, torch.SymInt) and program is None
+    # The tracer of the inner graph knows no symbolic integers: they travel as tensors.
+    given = is_symbolic(offset) and program is None
     numbers, tensors = ([], []) if program is None else (program.numbers, program.tensors)
-    numbers_given = any(not isinstance(n, int) for n in numbers)
+    numbers_given = any(is_symbolic(number) for number in numbers)
     mask = None if call.attn_mask is None else _mask_4d(call.attn_mask)
     additive = mask is not None and mask.dtype is not torch.bool
     at = _broadcast_index(mask) if mask is not None else None
@@ -246,16 +242,14 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
         assert at is not None
         return score + captured[0][at(b, h, q_idx, kv_idx)]
 
-    mask_buffers: tuple[Any, ...] = ()
+    mask_buffers: tuple[Tensor, ...] = ()
     if given:
         assert offset is not None
-        full = torch.full((), offset, dtype=torch.int32, device=keep.device) if on_cuda else offset
-        mask_buffers += (full,)
+        mask_buffers += (torch.full((), offset, dtype=torch.int32, device=keep.device),)
     mask_buffers += tuple(tensors)
     if numbers_given:
         mask_buffers += tuple(
-            torch.full((), number, dtype=torch.int64, device=keep.device) if on_cuda else number
-            for number in numbers
+            torch.full((), number, dtype=torch.int64, device=keep.device) for number in numbers
         )
     if look_up:
         mask_buffers += (keep,)

@@ -39,6 +39,7 @@ class Cell:
         sparse: Attention calls (of a compiled or exported model: nodes) that are sparse.
         dense: How many stay dense, for each reason.
         graphs: Graphs captured, 0 where nothing was traced.
+        windows: Sparse nodes whose sliding window is kept whole: nothing is left out.
         error: Relative error against the float64 oracle over the same blocks.
         plain_error: That of the same blocks computed plainly in float32.
         full_error: With ``top_p=1``, relative error against the untouched model.
@@ -48,6 +49,7 @@ class Cell:
     sparse: int
     dense: dict[Reason, int]
     graphs: int
+    windows: int
     error: float
     plain_error: float
     full_error: float
@@ -109,7 +111,7 @@ def compute_cell(family: Family, mode_name: str) -> Cell:
     untouched, inputs = family.create(), family.inputs()
     optimized = optimize(copy.deepcopy(untouched), SELECTOR, min_length=0)
     dense = mode.run(untouched, inputs)
-    graphs = 0
+    graphs = windows = 0
     if mode.through == "eager":
         with record_attention(optimized) as records:
             mode.run(optimized, inputs)
@@ -124,6 +126,7 @@ def compute_cell(family: Family, mode_name: str) -> Cell:
         output, calls = recorded(lambda: run(model, inputs))
         sparse, reasons = traced.decisions()
         graphs = len(traced.graphs)
+        windows = sum(len(report.windows) for report in traced.reports)
         traced.keep_everything()
         full = run(model, inputs)
         assert len(traced.graphs) == graphs
@@ -137,6 +140,7 @@ def compute_cell(family: Family, mode_name: str) -> Cell:
         sparse=sparse,
         dense=reasons,
         graphs=graphs,
+        windows=windows,
         error=rmse(output, exact),
         plain_error=rmse(plain, exact),
         full_error=rmse(full, dense),

@@ -36,7 +36,8 @@ def recorded(run: Callable[[], Tensor]) -> tuple[Tensor, list[Attended]]:
     def observe(
         call: SdpaCall, _: SparseConfig | None, selection: BlockSelection | None, *_reason: Any
     ) -> None:
-        calls.append(Attended(call=call, selection=selection))
+        # A cache may change in place afterwards.
+        calls.append(Attended(call=call.map_tensors(Tensor.clone), selection=selection))
 
     with observe_calls(observe):
         return run(), calls

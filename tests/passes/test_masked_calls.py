@@ -108,7 +108,9 @@ def test_the_markers_own_kernel_is_right_at_symbolic_lengths(name: str) -> None:
     ("name", "dynamic"),
     [("causal at an offset", False), ("window", False), ("window", True), ("chunks", False)],
 )
-def test_a_formula_without_tensors_runs_in_the_cpu_kernel(name: str, dynamic: bool) -> None:
+def test_a_formula_without_tensors_compiles_at_fixed_and_symbolic_numbers(
+    name: str, dynamic: bool
+) -> None:
     call, config = masked_call(name), SparseConfig(selector=FINE)
 
     def marked(query: Tensor, key: Tensor, value: Tensor, past: Tensor) -> Tensor:
@@ -127,7 +129,7 @@ def test_a_formula_without_tensors_runs_in_the_cpu_kernel(name: str, dynamic: bo
     torch._dynamo.reset()
     with torch.no_grad():
         output = torch.compile(marked, fullgraph=True, dynamic=dynamic)(
-            call.query, call.key, call.value
+            call.query, call.key, call.value, torch.empty(BEHIND)
         )
     assert rmse(output, defined(call, config)) < 1e-6
 

@@ -25,6 +25,7 @@ from tests.api.reference import attend, rmse
 from unisparse_flex import Selector, UniSparse, optimize
 from unisparse_flex.block_masks import BlockGeometry, MaskProgram
 from unisparse_flex.passes import SparseConfig, rewrite_sdpa
+from unisparse_flex.passes.report import WINDOW_KEPT
 from unisparse_flex.passes.sparse_attention import keeps_window
 
 from .lifting import Graph, assert_lifts, mask_of
@@ -124,6 +125,8 @@ def test_masks_of_a_model_are_proved(
     report = rewrite_sdpa(graph.modules[-1], SparseConfig(selector=SELECTOR))
     assert list(report.masks.values()) == kinds
     assert report.unproved == {}
+    assert len(report.windows) == sum("sliding" in kind for kind in kinds)
+    assert (WINDOW_KEPT in str(report)) is bool(report.windows)
     assert [mask_of(node) for node in graph.calls] == [None, None]
     if call in (plain, chunked) and name == "llama":
         assert all(node.args[5] is True for node in graph.calls)
