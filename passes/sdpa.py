@@ -86,8 +86,13 @@ class SdpaCall:
         No kernel takes them symbolic; a graph that did would recompile for each anyway.
         """
         for tensor in (self.query, self.key, self.value):
-            for dim in (1, 3) if tensor.dim() == 4 else ():
+            if tensor.dim() != 4:
+                continue
+            for dim in (1, 3):
                 int(tensor.shape[dim])
+                if is_symbolic(tensor.shape[dim]):
+                    # Heads counted in batches, where one symbol stands for both.
+                    int(tensor.shape[0])
         if not isinstance(self.scale, torch.SymFloat) and not isinstance(
             self.dropout_p, torch.SymFloat
         ):

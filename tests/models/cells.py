@@ -16,19 +16,33 @@ from torch import Tensor, fx
 from tests.api.capture import MARKERS
 from tests.api.reference import rmse
 from unisparse_flex import optimize, record_attention
-from unisparse_flex.passes import Reason, RewriteReport, SparseConfig, rewrite_sdpa
+from unisparse_flex.passes import (
+    MULTIHEAD_TARGETS,
+    Reason,
+    RewriteReport,
+    SparseConfig,
+    refuse_multihead,
+    rewrite_sdpa,
+)
 
 from .family import EVERYTHING, SELECTOR, Family
 from .modes import MODES, Inputs, Mode, Run, forward, without_cache
 from .replay import recorded, replayed
 
-# In a graph of an optimized model none of these may be left.
-UNMARKED = {
-    F.multi_head_attention_forward,
-    torch._transformer_encoder_layer_fwd,
+# What bears no mark in a graph: multi-head calls that are refused; of the rest none may be left.
+UNMARKED: set[Any] = {
+    *MULTIHEAD_TARGETS.values(),
     F.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 }
+
+
+def _reason(node: fx.Node) -> Reason:
+    """Why a node bears no mark."""
+    target: Any = node.target
+    if target not in MULTIHEAD_TARGETS.values():
+        return Reason.NOT_OPTIMIZED
+    return refuse_multihead(target, node.args, node.kwargs) or Reason.NOT_OPTIMIZED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +85,9 @@ class Traced:
     def decisions(self) -> tuple[int, dict[Reason, int]]:
         """How many marked nodes the pass makes sparse, and why it leaves the others."""
         dense = sum((Counter(report.skipped) for report in self.reports), Counter[Reason]())
-        unmarked = sum(node.target in UNMARKED for node in self.nodes())
-        dense[Reason.NOT_OPTIMIZED] += unmarked
+        for node in self.nodes():
+            if node.target in UNMARKED:
+                dense[_reason(node)] += 1
         return sum(len(report.rewritten) for report in self.reports), dict(+dense)
 
     def nodes(self) -> Iterator[fx.Node]:
