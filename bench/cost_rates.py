@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        "command": ["python", "-m", "bench.cost_rates", *(arguments or sys.argv[1:])],
+        "command": ["python", "-m", "bench.cost_rates", "--device", options.device],
         "selector": repr(SELECTOR),
         "statistic": "p20 of the repeats; CUDA events, or CPU seconds of the process",
         "rows": [],
