@@ -12,8 +12,10 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+from torch._inductor import config as inductor_config
 
 from .config import SparseConfig
 from .decision import needs_grad
@@ -25,9 +27,12 @@ def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
     """Selects and attends; calls of equal settings, shapes and strides share one compilation.
 
     A call that needs a gradient is inlined: its backward is the flex operator's own. So is one
-    whose mask has a computed symbolic number: only plain symbols can be handed to a region.
+    whose mask has a computed symbolic number: only plain symbols can be handed to a region. So is
+    every call of a program that AOTInductor packages: its C++ wrapper knows no regions.
     """
-    if needs_grad(call) or not call.has_plain_numbers():
+    if needs_grad(call) or not call.has_plain_numbers() or inductor_config.cpp_wrapper:
+        if call.query.device.type == "cpu":
+            call = call.map_tensors(_apart)
         return attend_flex(call, select(call, config))
     tensors = [call.query, call.key, call.value]
     if call.attn_mask is not None:
@@ -52,6 +57,11 @@ def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
     # Annotated for a GraphModule, traces any callable.
     run: Any = _region(config, flags)
     return invoke_subgraph(run, name, *operands)[0]
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """A copy: the CPU flex template of torch 2.13 takes no view of what Inductor computes."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 @lru_cache(maxsize=256)
