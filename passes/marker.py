@@ -6,11 +6,12 @@ pass runs (eager, another backend, an exported module) its kernel does the same 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..block_masks import BlockSelection
+
+logger = logging.getLogger(__name__)
 
 Observer = Callable[[SdpaCall, SparseConfig, "BlockSelection | None", "Reason | None"], None]
 _observer: ContextVar[Observer | None] = ContextVar("unisparse_observer", default=None)
@@ -104,12 +107,24 @@ def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Ten
     selection = select(call, config)
     if observer is not None:
         observer(call, config, selection, None)
+    elif not tracing:
+        _say_uncompiled()
     if not tracing:
         return attend_masked_in_chunks(call, selection)
     if call.query.device.type == "cuda" and flex_lowers(call):
         # Which backend will compile this is unknown here: one may interpret the flex operator.
         return attend_flex(call, selection, look_up=True)
     return attend_masked(call, selection)
+
+
+@cache
+def _say_uncompiled() -> None:
+    """Logs once that an eager call gains nothing."""
+    logger.warning(
+        "sparse attention runs uncompiled: the same blocks, applied as a mask inside dense "
+        "attention and so no faster; torch.compile the model, or its forward where generate() is "
+        "called"
+    )
 
 
 def _describe(tensor: Tensor) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from unisparse_flex import UniSparse, attention
+from unisparse_flex.passes import marker
 
 from .models import qkv
 from .reference import attend, rmse
@@ -190,3 +191,14 @@ def test_a_call_changes_neither_its_inputs_nor_the_next_call() -> None:
     first = attention(*tensors, **options, selector=FEW)
     assert attention(*tensors, **options, selector=FEW).equal(first)
     assert all(a.equal(b) for a, b in zip(tensors, copies, strict=True))
+
+
+def test_an_uncompiled_call_says_once_that_it_gains_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    marker._say_uncompiled.cache_clear()
+    query, key, value = qkv(LENGTH)
+    for _ in range(2):
+        attention(query, key, value, is_causal=True, enable_gqa=True, selector=FEW)
+    said = [record for record in caplog.records if "runs uncompiled" in record.getMessage()]
+    assert [record.levelname for record in said] == ["WARNING"]
