@@ -28,7 +28,8 @@ from .passes import (
 )
 
 CONFIG_ATTRIBUTE = "_unisparse_config"
-MULTIHEADS = tuple(MULTIHEAD_TARGETS.values())
+UNFLATTEN = torch.Tensor.unflatten
+HANDLED = (F.scaled_dot_product_attention, *MULTIHEAD_TARGETS.values(), UNFLATTEN)
 
 
 class SparseAttentionMode(TorchFunctionMode):
@@ -50,16 +51,19 @@ class SparseAttentionMode(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Passes every other function on."""
+        # Every operation of an eager model comes through here: the common case goes first.
+        if func not in HANDLED:
+            return func(*args) if kwargs is None else func(*args, **kwargs)
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             call = resolve_causal_bias(SdpaCall.bind(args, kwargs))
             if not isinstance(call.attn_mask, CausalBias):
                 return marked_sdpa(call, self.config)
-        if func in MULTIHEADS and refuse_multihead(func, args, kwargs) is None:
-            return marked_multihead(func.__name__, *args, **kwargs, config=self.config)
-        if func is torch.Tensor.unflatten:
+        elif func is UNFLATTEN:
             # Dynamo cannot trace the method through a function mode, the function it can.
-            func = torch.unflatten
+            return torch.unflatten(*args, **kwargs)
+        elif refuse_multihead(func, args, kwargs) is None:
+            return marked_multihead(func.__name__, *args, **kwargs, config=self.config)
         return func(*args, **kwargs)
 
 
@@ -130,8 +134,8 @@ def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         config = self.__dict__.get(CONFIG_ATTRIBUTE)
-        if config is None:
-            # Made by calling the class of an optimized module: a plain one.
+        # A module without settings was made by calling the class of an optimized one: it is plain.
+        if config is None or _is_in_force(config):
             return super(subclass, self).forward(*args, **kwargs)
         with SparseAttentionMode(config):
             # Dynamo cannot trace ``cls.forward`` of a class that a library allows in graphs.
@@ -151,6 +155,18 @@ def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
 
     subclass: Any = types.new_class(cls.__name__, (cls, _Intercepted), exec_body=fill)
     return subclass
+
+
+def _is_in_force(config: str) -> bool:
+    """Whether the innermost mode of an eager call has these settings already.
+
+    A mode inside another costs every operation its detour once more.
+    """
+    depth = 0 if torch.compiler.is_compiling() else torch._C._len_torch_function_stack()
+    if depth == 0:
+        return False
+    mode = torch._C._get_function_stack_at(depth - 1)
+    return isinstance(mode, SparseAttentionMode) and mode.config == config
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:

@@ -226,3 +226,16 @@ def test_autocast_computes_in_its_dtype() -> None:
         out = model(X)
     assert out.dtype is torch.bfloat16
     assert rmse(out, exact) < 0.1
+
+
+def test_an_eager_model_enters_one_mode_for_each_of_its_settings() -> None:
+    model = optimize(create(), SELECTOR, min_length=0, dense_layers=(1,))
+    depths: list[int] = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda *_: depths.append(torch._C._len_torch_function_stack())
+            )
+    model(X)
+    # The second layer has settings of its own inside those of the model.
+    assert set(depths) == {1, 2}
