@@ -152,9 +152,19 @@ def test_a_chunk_of_a_long_prompt_is_judged_by_its_own_rows() -> None:
     assert [refuse(call, AUTOMATIC) for call in lower_right] == [Reason.SLOWER, None]
 
 
+@pytest.fixture
+def uncached() -> Iterator[None]:
+    """The pass does not see a graph that comes out of a cache."""
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_symbolic_lengths_compile_one_graph_on_each_side_of_the_break_even(
-    backend: str, simple_rates: None, caplog: pytest.LogCaptureFixture
+    backend: str, simple_rates: None, caplog: pytest.LogCaptureFixture, uncached: None
 ) -> None:
     torch._dynamo.reset()
     model = create(Attention)

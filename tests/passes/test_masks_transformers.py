@@ -128,7 +128,8 @@ def test_masks_of_a_model_are_proved(
     assert len(report.windows) == sum("sliding" in kind for kind in kinds)
     assert (WINDOW_KEPT in str(report)) is bool(report.windows)
     assert [mask_of(node) for node in graph.calls] == [None, None]
-    if call in (plain, chunked) and name == "llama":
+    if name == "llama" and (call is plain or (call is chunked and not dynamic)):
+        # At a symbolic offset causality stays a formula.
         assert all(node.args[5] is True for node in graph.calls)
 
 
