@@ -3,7 +3,7 @@
 from .config import SparseConfig
 from .decision import Reason
 from .inductor import SparseAttentionPass, install
-from .marker import lowered_sdpa, marked_sdpa, observe_calls
+from .marker import is_traced, is_watched, lowered_sdpa, marked_sdpa, observe_calls
 from .masks import Unproved
 from .multihead import MULTIHEAD_TARGETS, marked_multihead, refuse_multihead
 from .predicted_call import CallPrediction, predict_call
@@ -21,6 +21,8 @@ __all__ = [
     "SparseConfig",
     "Unproved",
     "install",
+    "is_traced",
+    "is_watched",
     "lowered_sdpa",
     "marked_multihead",
     "marked_sdpa",

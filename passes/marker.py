@@ -78,6 +78,11 @@ def observe_calls(observer: Observer) -> Iterator[None]:
         _observer.reset(token)
 
 
+def is_watched() -> bool:
+    """Whether `observe_calls` wants to know of calls made here."""
+    return _observer.get() is not None
+
+
 def _marker_kernel(*args: Any, config: str = "", **kwargs: Any) -> Tensor:
     return _compute(SdpaCall.bind(args, kwargs), SparseConfig.decode(config), for_inductor=False)
 
@@ -87,7 +92,7 @@ _library.impl("sdpa", _marker_kernel, "CompositeImplicitAutograd")
 
 def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Tensor:
     call = call.with_constants()
-    tracing = for_inductor or _is_traced(call)
+    tracing = for_inductor or is_traced(call)
     reason = refuse(call, config)
     observer = None if tracing else _observer.get()
     if reason is not None:
@@ -131,7 +136,7 @@ def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
 
-def _is_traced(call: SdpaCall) -> bool:
+def is_traced(call: SdpaCall) -> bool:
     """Whether the call is being recorded into a graph rather than run."""
     if torch.compiler.is_compiling() or get_proxy_mode() is not None:
         return True

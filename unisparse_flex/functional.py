@@ -7,7 +7,7 @@ from torch.nn.attention.bias import CausalBias
 
 from .block_masks import Selector, UniSparse
 from .block_masks.validation import validate_attn_mask, validate_query_key, validate_value
-from .interception import resolve_causal_bias
+from .causal_bias import resolve_causal_bias
 from .passes import SdpaCall, SparseConfig, marked_sdpa
 
 DEFAULT_SELECTOR = UniSparse()

@@ -1,8 +1,10 @@
-"""How a model's attention calls are caught: its modules' forwards enter a function mode.
+"""How a model's attention calls are caught: its modules' forwards say that they run.
 
 The class of a module is replaced by a subclass made on the fly, so ``isinstance``, ``state_dict``
-keys, hooks, signatures, pickling and ``generate`` stay as they were. Dynamo traces through the
-mode, so a compiled graph holds marker operators and no trace of the mode itself.
+keys, hooks, signatures, pickling and ``generate`` stay as they were. A traced forward enters a
+function mode: Dynamo traces through it, so a compiled graph holds marker operators and no trace of
+the mode itself. An eager one turns a dispatch key on (`dispatch`), as each operation would make a
+detour through the mode.
 """
 
 from __future__ import annotations
@@ -10,15 +12,22 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import CausalBias, CausalVariant
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 
+from .causal_bias import resolve_causal_bias
+from .dispatch import (
+    can_catch_attention,
+    catch_attention,
+    caught_config,
+    leave_attention,
+    set_up_key,
+)
 from .passes import (
     MULTIHEAD_TARGETS,
     SdpaCall,
@@ -28,6 +37,8 @@ from .passes import (
 )
 
 CONFIG_ATTRIBUTE = "_unisparse_config"
+# True where only a function mode catches all attention of an eager forward.
+MODE_ATTRIBUTE = "_unisparse_mode"
 UNFLATTEN = torch.Tensor.unflatten
 HANDLED = (F.scaled_dot_product_attention, *MULTIHEAD_TARGETS.values(), UNFLATTEN)
 
@@ -67,23 +78,13 @@ class SparseAttentionMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def resolve_causal_bias(call: SdpaCall) -> SdpaCall:
-    """Replaces a `CausalBias` mask by the flags that say the same.
-
-    One made for other lengths stays as it is.
-    """
-    bias = call.attn_mask
-    if not isinstance(bias, CausalBias) or call.is_causal:
-        return call
-    if (bias.seq_len_q, bias.seq_len_kv) != (call.query.shape[-2], call.key.shape[-2]):
-        return call
-    lower_right = bias.variant is CausalVariant.LOWER_RIGHT
-    return replace(call, attn_mask=None, is_causal=True, causal_lower_right=lower_right)
-
-
 def intercept(module: nn.Module, config: str) -> None:
-    """Makes ``module`` run its forward under the mode; again only changes the settings."""
+    """Makes attention inside ``module``'s forward sparse; again only changes the settings."""
     module.__dict__[CONFIG_ATTRIBUTE] = config
+    # Its fused kernels compute attention themselves.
+    module.__dict__[MODE_ATTRIBUTE] = any(
+        isinstance(inner, nn.MultiheadAttention) for inner in module.modules()
+    )
     if not isinstance(module, _Intercepted):
         module.__class__ = _subclass(type(module))
 
@@ -93,6 +94,7 @@ def release(module: nn.Module) -> None:
     if isinstance(module, _Intercepted):
         module.__class__ = type(module).__bases__[0]
     module.__dict__.pop(CONFIG_ATTRIBUTE, None)
+    module.__dict__.pop(MODE_ATTRIBUTE, None)
 
 
 def is_intercepted(module: nn.Module) -> bool:
@@ -137,9 +139,18 @@ def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
         # A module without settings was made by calling the class of an optimized one: it is plain.
         if config is None or _is_in_force(config):
             return super(subclass, self).forward(*args, **kwargs)
-        with SparseAttentionMode(config):
-            # Dynamo cannot trace ``cls.forward`` of a class that a library allows in graphs.
-            return super(subclass, self).forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            with SparseAttentionMode(config):
+                # Dynamo cannot trace ``cls.forward`` of a class that a library allows in graphs.
+                return super(subclass, self).forward(*args, **kwargs)
+        if self.__dict__.get(MODE_ATTRIBUTE) or not can_catch_attention():
+            with leave_attention(), SparseAttentionMode(config):
+                return super(subclass, self).forward(*args, **kwargs)
+        with catch_attention(config) as scope:
+            output = super(subclass, self).forward(*args, **kwargs)
+        if scope.compiles_attention:
+            self.__dict__[MODE_ATTRIBUTE] = True
+        return output
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (cls,), self.__getstate__()
@@ -153,18 +164,18 @@ def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
             __doc__=cls.__doc__,
         )
 
+    set_up_key()
     subclass: Any = types.new_class(cls.__name__, (cls, _Intercepted), exec_body=fill)
     return subclass
 
 
 def _is_in_force(config: str) -> bool:
-    """Whether the innermost mode of an eager call has these settings already.
-
-    A mode inside another costs every operation its detour once more.
-    """
-    depth = 0 if torch.compiler.is_compiling() else torch._C._len_torch_function_stack()
-    if depth == 0:
+    """Whether eager calls are caught with these settings already."""
+    if torch.compiler.is_compiling():
         return False
+    depth = torch._C._len_torch_function_stack()
+    if depth == 0:
+        return caught_config() == config
     mode = torch._C._get_function_stack_at(depth - 1)
     return isinstance(mode, SparseAttentionMode) and mode.config == config
 
@@ -187,6 +198,5 @@ __all__ = [
     "is_intercepted",
     "original_module",
     "release",
-    "resolve_causal_bias",
     "split_fused_layers",
 ]

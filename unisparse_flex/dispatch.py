@@ -1,0 +1,209 @@
+"""How an eager model's attention calls are caught: by a dispatch key that only they know.
+
+Inside `catch_attention` the key is on in this thread. Every operator falls through it at no cost
+but ``aten::scaled_dot_product_attention`` and the marker, which have kernels there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.attention.bias import CausalBias
+
+from .causal_bias import resolve_causal_bias
+from .passes import SdpaCall, SparseConfig, is_traced, is_watched, marked_sdpa
+
+KEY_NAME = "TESTING_ONLY_GenericMode"
+# Kept beside the key, so that a thread that inherits the one (backward's) inherits the other.
+SCOPE_NAME = "unisparse_flex_scope"
+
+
+@dataclass(slots=True, eq=False)
+class Scope:
+    """One `catch_attention`.
+
+    Attributes:
+        config: The settings in force inside.
+        min_queries: Calls of fewer stay dense, whatever else they are.
+        compiles_attention: Whether a function that the model compiles for itself calls attention.
+            Its graph cannot hold what the key does: the call stayed dense.
+    """
+
+    config: str
+    min_queries: float
+    compiles_attention: bool = False
+
+    @classmethod
+    def create(cls, config: str) -> Scope:
+        settings = SparseConfig.decode(config)
+        return cls(config, math.inf if settings.dense else settings.min_queries)
+
+
+class _Key:
+    """The dispatch key and what is registered for it."""
+
+    def __init__(self) -> None:
+        self.key: Any = torch._C._parse_dispatch_key(KEY_NAME)
+        if self.key is None or torch._C._dispatch_has_backend_fallback(self.key):
+            raise RuntimeError(f"the dispatch key {KEY_NAME} is missing or taken")
+        self.keys = torch._C.DispatchKeySet(self.key)
+        self._pass_higher_order_operators()
+        self.libraries = [torch.library.Library(name, "IMPL", KEY_NAME) for name in _KERNELS]
+        for library, (operator, kernel) in zip(self.libraries, _KERNELS.values(), strict=True):
+            library.impl(operator, kernel)
+        self.rest = torch.library.Library("_", "IMPL", KEY_NAME)
+        self.rest.fallback(torch.library.fallthrough_kernel)
+
+    def _pass_higher_order_operators(self) -> None:
+        """They dispatch in Python, where the fallback is not seen."""
+        by_default: Any = torch._ops._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS
+        by_default.append(self.key)
+        for operator in torch._ops._higher_order_ops.values():
+            operator.fallthrough(self.key)
+
+    def scope(self) -> Scope | None:
+        """What the key does in this thread now."""
+        if not torch._C._dispatch_tls_is_dispatch_key_included(self.key):
+            return None
+        scope: Scope | None = torch._C._get_obj_in_tls(SCOPE_NAME)
+        return scope
+
+    def off(self) -> AbstractContextManager[None]:
+        return torch._C._ExcludeDispatchKeyGuard(self.keys)
+
+
+@cache
+def _find_key() -> _Key | None:
+    """The key, set up at the first call; ``None`` where this torch has none to spare."""
+    try:
+        key = _Key()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return None
+    _catch_causal_bias(key)
+    return key
+
+
+_key: _Key | None = None
+
+
+def set_up_key() -> None:
+    """Registers the kernels; again changes nothing."""
+    global _key
+    _key = _find_key()
+
+
+def can_catch_attention() -> bool:
+    """Whether `catch_attention` sees what a function mode would see here.
+
+    Not where calls are traced, nor where a mode that somebody else entered watches them.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or _key is None
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.jit.is_tracing()
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+        or get_proxy_mode() is not None
+    )
+
+
+@contextmanager
+def catch_attention(config: str) -> Iterator[Scope]:
+    """Turns the attention calls of this thread into the marker operator with these settings.
+
+    Yields:
+        The scope, which says at its end what happened inside.
+    """
+    assert _key is not None
+    outer, scope = _key.scope(), Scope.create(config)
+    torch._C._stash_obj_in_tls(SCOPE_NAME, scope)
+    try:
+        with torch._C._IncludeDispatchKeyGuard(_key.key):
+            yield scope
+    finally:
+        torch._C._stash_obj_in_tls(SCOPE_NAME, outer)
+
+
+def leave_attention() -> AbstractContextManager[None]:
+    """Inside, no outer `catch_attention` catches."""
+    return nullcontext() if _key is None else _key.off()
+
+
+def caught_config() -> str | None:
+    """The settings with which calls of this thread are caught now."""
+    scope = None if _key is None else _key.scope()
+    return None if scope is None else scope.config
+
+
+def _sdpa(*args: Any, **kwargs: Any) -> Tensor:
+    """`F.scaled_dot_product_attention` where the key is on."""
+    assert _key is not None
+    scope = _key.scope()
+    with _key.off():
+        # Decoding pays for what is done up to here.
+        if scope is None or (_rows(args[0]) < scope.min_queries and not is_watched()):
+            return F.scaled_dot_product_attention(*args, **kwargs)
+        call = SdpaCall.bind(args, kwargs)
+        if is_traced(call):
+            scope.compiles_attention = True
+            return F.scaled_dot_product_attention(*args, **kwargs)
+        return marked_sdpa(call, scope.config)
+
+
+def _rows(query: Tensor) -> float:
+    """Query rows of a call that is neither traced nor odd; infinity of any other."""
+    if type(query) is not Tensor or query.dim() != 4 or torch._C._len_torch_dispatch_stack():
+        return math.inf
+    return query.shape[2]
+
+
+def _marker(*args: Any, **kwargs: Any) -> Tensor:
+    """`torch.ops.unisparse.sdpa` where the key is on: what it calls is not caught again."""
+    assert _key is not None
+    with _key.off():
+        output: Tensor = torch.ops.unisparse.sdpa(*args, **kwargs)
+        return output
+
+
+_KERNELS = {
+    "aten": ("scaled_dot_product_attention", _sdpa),
+    "unisparse": ("sdpa", _marker),
+}
+
+
+def _catch_causal_bias(key: _Key) -> None:
+    """Catches calls with a `CausalBias`: it calls CUDA's kernels itself, past SDPA."""
+    dispatch = CausalBias._dispatch
+
+    @wraps(dispatch)
+    def caught(*args: Any, **kwargs: Any) -> Tensor:
+        scope = None if torch.compiler.is_compiling() else key.scope()
+        if scope is None:
+            return dispatch(*args, **kwargs)
+        with key.off():
+            call = resolve_causal_bias(SdpaCall.bind(args, kwargs))
+            if isinstance(call.attn_mask, CausalBias):
+                return dispatch(*args, **kwargs)
+            return marked_sdpa(call, scope.config)
+
+    CausalBias._dispatch = staticmethod(caught)  # type: ignore[method-assign]
+
+
+__all__ = [
+    "Scope",
+    "can_catch_attention",
+    "catch_attention",
+    "caught_config",
+    "leave_attention",
+    "set_up_key",
+]
