@@ -7,6 +7,7 @@ but ``aten::scaled_dot_product_attention`` and the marker, which have kernels th
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -44,8 +45,18 @@ class Scope:
 
     @classmethod
     def create(cls, config: str) -> Scope:
+        """The scope of encoded settings."""
         settings = SparseConfig.decode(config)
         return cls(config, math.inf if settings.dense else settings.min_queries)
+
+
+class InForce(threading.local):
+    """The settings of this thread's innermost `catch_attention`: every module's forward asks."""
+
+    config: str | None = None
+
+
+in_force = InForce()
 
 
 class _Key:
@@ -125,13 +136,16 @@ def catch_attention(config: str) -> Iterator[Scope]:
         The scope, which says at its end what happened inside.
     """
     assert _key is not None
-    outer, scope = _key.scope(), Scope.create(config)
+    outer, outer_config = _key.scope(), in_force.config
+    scope = Scope.create(config)
     torch._C._stash_obj_in_tls(SCOPE_NAME, scope)
+    in_force.config = config
     try:
         with torch._C._IncludeDispatchKeyGuard(_key.key):
             yield scope
     finally:
         torch._C._stash_obj_in_tls(SCOPE_NAME, outer)
+        in_force.config = outer_config
 
 
 def leave_attention() -> AbstractContextManager[None]:
@@ -139,32 +153,25 @@ def leave_attention() -> AbstractContextManager[None]:
     return nullcontext() if _key is None else _key.off()
 
 
-def caught_config() -> str | None:
-    """The settings with which calls of this thread are caught now."""
-    scope = None if _key is None else _key.scope()
-    return None if scope is None else scope.config
-
-
-def _sdpa(*args: Any, **kwargs: Any) -> Tensor:
+def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`F.scaled_dot_product_attention` where the key is on."""
     assert _key is not None
-    scope = _key.scope()
-    with _key.off():
+    scope: Scope = torch._C._get_obj_in_tls(SCOPE_NAME)
+    with torch._C._ExcludeDispatchKeyGuard(_key.keys):
         # Decoding pays for what is done up to here.
-        if scope is None or (_rows(args[0]) < scope.min_queries and not is_watched()):
-            return F.scaled_dot_product_attention(*args, **kwargs)
-        call = SdpaCall.bind(args, kwargs)
+        if (
+            type(query) is Tensor
+            and query.dim() == 4
+            and query.shape[2] < scope.min_queries
+            and not torch._C._len_torch_dispatch_stack()
+            and not is_watched()
+        ):
+            return F.scaled_dot_product_attention(query, *args, **kwargs)
+        call = SdpaCall.bind((query, *args), kwargs)
         if is_traced(call):
             scope.compiles_attention = True
-            return F.scaled_dot_product_attention(*args, **kwargs)
+            return F.scaled_dot_product_attention(query, *args, **kwargs)
         return marked_sdpa(call, scope.config)
-
-
-def _rows(query: Tensor) -> float:
-    """Query rows of a call that is neither traced nor odd; infinity of any other."""
-    if type(query) is not Tensor or query.dim() != 4 or torch._C._len_torch_dispatch_stack():
-        return math.inf
-    return query.shape[2]
 
 
 def _marker(*args: Any, **kwargs: Any) -> Tensor:
@@ -203,7 +210,7 @@ __all__ = [
     "Scope",
     "can_catch_attention",
     "catch_attention",
-    "caught_config",
+    "in_force",
     "leave_attention",
     "set_up_key",
 ]

@@ -24,7 +24,7 @@ from .causal_bias import resolve_causal_bias
 from .dispatch import (
     can_catch_attention,
     catch_attention,
-    caught_config,
+    in_force,
     leave_attention,
     set_up_key,
 )
@@ -175,7 +175,7 @@ def _is_in_force(config: str) -> bool:
         return False
     depth = torch._C._len_torch_function_stack()
     if depth == 0:
-        return caught_config() == config
+        return in_force.config == config
     mode = torch._C._get_function_stack_at(depth - 1)
     return isinstance(mode, SparseAttentionMode) and mode.config == config
 
