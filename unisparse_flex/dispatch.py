@@ -35,13 +35,10 @@ class Scope:
     Attributes:
         config: The settings in force inside.
         min_queries: Calls of fewer stay dense, whatever else they are.
-        compiles_attention: Whether a function that the model compiles for itself calls attention.
-            Its graph cannot hold what the key does: the call stayed dense.
     """
 
     config: str
     min_queries: float
-    compiles_attention: bool = False
 
     @classmethod
     def create(cls, config: str) -> Scope:
@@ -104,6 +101,7 @@ def _find_key() -> _Key | None:
 
 
 _key: _Key | None = None
+_compiled_attention_found = False
 
 
 def set_up_key() -> None:
@@ -120,6 +118,7 @@ def can_catch_attention() -> bool:
     return not (
         torch.compiler.is_compiling()
         or _key is None
+        or _compiled_attention_found
         or torch._C._len_torch_function_stack()
         or torch._C._len_torch_dispatch_stack()
         or torch.jit.is_tracing()
@@ -129,12 +128,8 @@ def can_catch_attention() -> bool:
 
 
 @contextmanager
-def catch_attention(config: str) -> Iterator[Scope]:
-    """Turns the attention calls of this thread into the marker operator with these settings.
-
-    Yields:
-        The scope, which says at its end what happened inside.
-    """
+def catch_attention(config: str) -> Iterator[None]:
+    """Turns the attention calls of this thread into the marker operator with these settings."""
     assert _key is not None
     outer, outer_config = _key.scope(), in_force.config
     scope = Scope.create(config)
@@ -142,7 +137,7 @@ def catch_attention(config: str) -> Iterator[Scope]:
     in_force.config = config
     try:
         with torch._C._IncludeDispatchKeyGuard(_key.key):
-            yield scope
+            yield
     finally:
         torch._C._stash_obj_in_tls(SCOPE_NAME, outer)
         in_force.config = outer_config
@@ -153,12 +148,23 @@ def leave_attention() -> AbstractContextManager[None]:
     return nullcontext() if _key is None else _key.off()
 
 
+def _find_compiled_attention() -> None:
+    """Ends the use of the key: a model calls attention in a function that it compiles itself.
+
+    No graph holds what the key does, so the call stays dense, in every later call of that graph
+    too. Dynamo sees a function mode, and compiles anew for it.
+    """
+    global _compiled_attention_found
+    _compiled_attention_found = True
+
+
 def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`F.scaled_dot_product_attention` where the key is on."""
     assert _key is not None
     scope: Scope = torch._C._get_obj_in_tls(SCOPE_NAME)
-    with torch._C._ExcludeDispatchKeyGuard(_key.keys):
-        # Decoding pays for what is done up to here.
+    # Cheaper than a guard: decoding pays for what stands here.
+    torch._C._dispatch_tls_set_dispatch_key_excluded(_key.key, True)
+    try:
         if (
             type(query) is Tensor
             and query.dim() == 4
@@ -169,9 +175,11 @@ def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return F.scaled_dot_product_attention(query, *args, **kwargs)
         call = SdpaCall.bind((query, *args), kwargs)
         if is_traced(call):
-            scope.compiles_attention = True
+            _find_compiled_attention()
             return F.scaled_dot_product_attention(query, *args, **kwargs)
         return marked_sdpa(call, scope.config)
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(_key.key, False)
 
 
 def _marker(*args: Any, **kwargs: Any) -> Tensor:
@@ -207,7 +215,6 @@ def _catch_causal_bias(key: _Key) -> None:
 
 
 __all__ = [
-    "Scope",
     "can_catch_attention",
     "catch_attention",
     "in_force",

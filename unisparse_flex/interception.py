@@ -146,11 +146,8 @@ def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
         if self.__dict__.get(MODE_ATTRIBUTE) or not can_catch_attention():
             with leave_attention(), SparseAttentionMode(config):
                 return super(subclass, self).forward(*args, **kwargs)
-        with catch_attention(config) as scope:
-            output = super(subclass, self).forward(*args, **kwargs)
-        if scope.compiles_attention:
-            self.__dict__[MODE_ATTRIBUTE] = True
-        return output
+        with catch_attention(config):
+            return super(subclass, self).forward(*args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (cls,), self.__getstate__()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unisparse_flex import UniSparse, explain, is_optimized, optimize, restore
+from unisparse_flex import UniSparse, dispatch, explain, is_optimized, optimize, restore
 from unisparse_flex.passes import Reason
 
 from .capture import captured
@@ -228,8 +228,12 @@ def test_autocast_computes_in_its_dtype() -> None:
     assert rmse(out, exact) < 0.1
 
 
-def test_an_eager_model_enters_one_mode_for_each_of_its_settings() -> None:
+@pytest.mark.parametrize("catch", ["key", "mode"])
+def test_an_eager_model_enters_one_mode_for_each_of_its_settings(
+    catch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = optimize(create(), SELECTOR, min_length=0, dense_layers=(1,))
+    monkeypatch.setattr(dispatch, "_compiled_attention_found", catch == "mode")
     depths: list[int] = []
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -238,4 +242,4 @@ def test_an_eager_model_enters_one_mode_for_each_of_its_settings() -> None:
             )
     model(X)
     # The second layer has settings of its own inside those of the model.
-    assert set(depths) == {1, 2}
+    assert set(depths) == ({0} if catch == "key" else {1, 2})
