@@ -121,7 +121,7 @@ def can_catch_attention() -> bool:
         or _compiled_attention_found
         or torch._C._len_torch_function_stack()
         or torch._C._len_torch_dispatch_stack()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
         or get_proxy_mode() is not None
     )

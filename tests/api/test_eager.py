@@ -154,7 +154,7 @@ def test_inner_settings_hold_inside_and_the_outer_ones_again_after() -> None:
     model = optimized(create(layers=3))
     optimized(model.layers[1], FINE)
     found: list[UniSparse] = []
-    with observe_calls(lambda call, config, *_: found.append(config.selector)):  # type: ignore[arg-type]
+    with observe_calls(lambda call, config, *_: found.append(config.selector)):
         run(model)
     assert found == [SELECTOR, FINE, SELECTOR]
 
@@ -293,7 +293,7 @@ def test_threads_with_other_models_keep_their_settings() -> None:
 
 def test_a_stance_of_eager_runs_a_compiled_model_at_the_key() -> None:
     depths = Depths()
-    model = torch.compile(optimized(Between(depths)), backend="eager")
+    model: Any = torch.compile(optimized(Between(depths)), backend="eager")
     with torch.compiler.set_stance("force_eager"):
         assert_is_sparse(run(model), Between(nn.Identity()), SELECTOR, X)
     assert depths.seen == [0]
@@ -326,7 +326,7 @@ def test_a_function_that_a_model_compiles_itself_is_sparse_from_the_second_call(
 
 def test_what_is_compiled_while_a_call_is_caught_does_not_see_the_key() -> None:
     torch._dynamo.reset()
-    assert dispatch._key is not None or dispatch.set_up_key() is None
+    dispatch.set_up_key()
     key = dispatch._key
     assert key is not None
     inside: list[bool] = []
