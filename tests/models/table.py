@@ -43,6 +43,8 @@ proved becomes a formula, the rest stays a *tensor*, with the reason.
 
 - *everything*: the mask hides nothing. *is_causal*, *none*: the call carries no mask.
 - *kept whole*: a sliding window of so few blocks that there is nothing to select.
+- *causal* is any bound on how far ahead a row sees: a two-sided window (ModernBERT: 32 keys to \
+either side) is one too, and is not kept whole.
 
 | family | mode | sparse nodes |
 |---|---|---|"""
