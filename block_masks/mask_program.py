@@ -12,31 +12,22 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from .mask_evaluation import Evaluation
 from .mask_expr import (
     KV,
     TRUE,
     Affine,
-    And,
     Bool,
     Compare,
-    Constant,
-    FloorDiv,
     Load,
-    Not,
-    Or,
     Q,
     Symbol,
-    Truth,
     all_of,
-    atoms,
     conjuncts,
-    coordinates,
-    replace_atoms,
     variable,
 )
 from .mask_text import format_mask, parse_mask
-
-Position = dict[str, Tensor]
+from .mask_walk import atoms, coordinates, replace_atoms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -210,69 +201,3 @@ def _causal_offset(part: Bool) -> Affine | None:
 def is_known(condition: object) -> bool:
     """Whether a comparison of lengths holds; becomes a guard of the graph that is traced."""
     return condition if isinstance(condition, bool) else guard_or_false(condition)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """One evaluation of expressions at given positions.
-
-    Attributes:
-        position: Integers ``b``, ``q`` and ``kv``, broadcastable with one another.
-        tensors: What ``t0, t1, ...`` stand for.
-        numbers: What ``n0, n1, ...`` stand for.
-    """
-
-    position: Position
-    tensors: Sequence[Tensor]
-    numbers: Sequence[Tensor | int]
-
-    def truth(self, value: Bool) -> Tensor:
-        """A truth at every position: bool, broadcastable with the positions."""
-        match value:
-            case Constant():
-                return torch.full_like(self.position["q"], value.value, dtype=torch.bool)
-            case Truth():
-                return self.load(value.load)
-            case Compare():
-                left, right = self.integer(value.left), self.integer(value.right)
-                if value.op == "==":
-                    return torch.eq(left, right)
-                return left <= right if value.op == "<=" else left < right
-            case Not():
-                return ~self.truth(value.of)
-            case And() | Or():
-                result = self.truth(value.parts[0])
-                for part in value.parts[1:]:
-                    other = self.truth(part)
-                    result = result & other if isinstance(value, And) else result | other
-                return result
-
-    def integer(self, value: Affine) -> Tensor:
-        """An integer at every position."""
-        total = None
-        for atom, factor in value.terms:
-            match atom:
-                case Load():
-                    entry = self.load(atom)
-                case FloorDiv():
-                    entry = self.integer(atom.numerator) // atom.divisor
-                case Symbol():
-                    entry = self.numbers[int(atom.source[1:])]  # type: ignore[assignment]
-                case _:
-                    entry = self.position[atom.name]
-            entry = entry if factor == 1 else entry * factor
-            total = entry if total is None else total + entry
-        if total is None:
-            return torch.full_like(self.position["q"], value.const)
-        total = total + value.const if value.const else total
-        # Numbers alone stay plain: they must still compare as a tensor.
-        return total if isinstance(total, Tensor) else self.position["q"] * 0 + total
-
-    def load(self, load: Load) -> Tensor:
-        """A tensor's entry at every position, in the tensor's dtype."""
-        tensor = self.tensors[int(load.source[1:])]
-        if not load.index:
-            return tensor
-        zero = torch.zeros_like(self.position["q"])
-        index = tuple(zero if not i.terms and not i.const else self.integer(i) for i in load.index)
-        return tensor[index]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
-from .mask_bounds import Tiles, row_spans, tile_bounds
+from .mask_bounds import Tiles, tile_bounds
+from .mask_spans import row_spans
 from .pinning import pin
 
 

@@ -14,10 +14,9 @@ from ..block_masks.mask_expr import (
     Q,
     Symbol,
     conjuncts,
-    coordinates,
-    replace_atoms,
     variable,
 )
+from ..block_masks.mask_walk import coordinates, replace_atoms
 
 
 def describe_mask(expr: Bool) -> str:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, fx
 
 from ..block_masks.mask_expr import TRUE, Affine, Coordinate, Symbol, variable
-from .mask_values import Choice, NotUnderstood, Value, aligned, is_one, opaque, substitute
+from .mask_values import (
+    Choice,
+    NotUnderstood,
+    Value,
+    aligned,
+    apply_to_choices,
+    is_one,
+    opaque,
+    substitute,
+)
 from .nodes import operation, recorded, recorded_value
 
 Handler = Callable[["Lifter", fx.Node], Any]
@@ -140,3 +149,24 @@ def tensor_of(node: Any) -> Tensor:
     if tensor is None:
         raise NotUnderstood
     return tensor
+
+
+def operands(lifter: Lifter, node: fx.Node) -> list[Any]:
+    """The first two arguments, broadcast to the rank of the result."""
+    rank = tensor_of(node).dim()
+    return [lifter.broadcast(argument, rank) for argument in node.args[:2]]
+
+
+def elementwise(lifter: Lifter, node: fx.Node) -> Choice:
+    """The operation on every combination of its operands' values."""
+    rank = tensor_of(node).dim()
+    values: list[Any] = []
+    tensors = [recorded(argument) for argument in node.args]
+    for argument, tensor in zip(node.args, tensors, strict=True):
+        if tensor is not None:
+            values.append(lifter.broadcast(argument, rank))
+        elif isinstance(argument, fx.Node):
+            raise NotUnderstood
+        else:
+            values.append(argument)
+    return apply_to_choices(node, values, tensors)

@@ -1,4 +1,4 @@
-"""Readers of operations that make or compute the entries of a mask."""
+"""Readers of operations that make, choose or compute the entries of a mask."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ from ..block_masks.mask_expr import (
     all_of,
     any_of,
     at_most,
-    equal,
     floor_div,
     negate,
 )
-from .mask_lifter import Lifter, handles, tensor_of
+from .mask_lifter import Lifter, elementwise, handles, operands, tensor_of
 from .mask_values import (
     Absolute,
     Choice,
     NotUnderstood,
     aligned,
-    apply_to_choices,
     as_affine,
     as_bool,
     as_choice,
@@ -37,7 +35,7 @@ from .mask_values import (
     substitute,
     where,
 )
-from .nodes import operation, recorded
+from .nodes import operation
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -102,52 +100,23 @@ def _convert(lifter: Lifter, node: fx.Node) -> Any:
     return Choice(rounded)
 
 
-@handles("le", "lt", "ge", "gt", "eq", "ne")
-def _compare(lifter: Lifter, node: fx.Node) -> Any:
-    try:
-        left, right = _operands(lifter, node)
-        return _comparison(operation(node), left, right)
-    except NotUnderstood:
-        return as_bool(_elementwise(lifter, node))
-
-
-@handles("and", "bitwise_and", "logical_and", "or", "bitwise_or", "logical_or")
-def _join(lifter: Lifter, node: fx.Node) -> Any:
-    _require_bool(node, *node.args[:2], logical="logical" in operation(node))
-    parts = [as_bool(operand) for operand in _operands(lifter, node)]
-    return all_of(parts) if "and" in operation(node) else any_of(parts)
-
-
-@handles("xor", "bitwise_xor", "logical_xor")
-def _xor(lifter: Lifter, node: fx.Node) -> Any:
-    _require_bool(node, *node.args[:2], logical="logical" in operation(node))
-    left, right = (as_bool(operand) for operand in _operands(lifter, node))
-    return _differ(left, right)
-
-
-@handles("not", "invert", "bitwise_not", "logical_not")
-def _not(lifter: Lifter, node: fx.Node) -> Any:
-    _require_bool(node, node.args[0], logical="logical" in operation(node))
-    return negate(as_bool(lifter.read(node.args[0])))
-
-
 @handles("add", "sub", "rsub", "mul")
 def _arithmetic(lifter: Lifter, node: fx.Node) -> Any:
     if tensor_of(node).dtype is torch.bool:
         # A product of truths is their conjunction, a sum their disjunction.
-        parts = [as_bool(operand) for operand in _operands(lifter, node)]
+        parts = [as_bool(operand) for operand in operands(lifter, node)]
         return {"mul": all_of, "add": any_of}[operation(node)](parts)
     try:
         return _integer_arithmetic(lifter, node)
     except NotUnderstood:
-        return _elementwise(lifter, node)
+        return elementwise(lifter, node)
 
 
 @handles("neg", "abs")
 def _unary(lifter: Lifter, node: fx.Node) -> Any:
     value = lifter.read(node.args[0])
     if not isinstance(value, Affine) or tensor_of(node).dtype not in INTEGERS:
-        return _elementwise(lifter, node)
+        return elementwise(lifter, node)
     return checked(-value) if operation(node) == "neg" else Absolute(checked(value))
 
 
@@ -227,62 +196,10 @@ def _diff(lifter: Lifter, node: fx.Node) -> Any:
     return Affine(const=step)
 
 
-def _operands(lifter: Lifter, node: fx.Node) -> list[Any]:
-    rank = tensor_of(node).dim()
-    return [lifter.broadcast(argument, rank) for argument in node.args[:2]]
-
-
-def _require_bool(node: fx.Node, *arguments: Any, logical: bool) -> None:
-    """Raises NotUnderstood where an operation works on bits."""
-    if not logical and tensor_of(node).dtype is not torch.bool:
-        raise NotUnderstood
-
-
-def _comparison(name: str, left: Any, right: Any) -> Bool:
-    if name in ("ge", "gt"):
-        return _comparison({"ge": "le", "gt": "lt"}[name], right, left)
-    if name == "ne":
-        return negate(_comparison("eq", left, right))
-    if isinstance(left, Absolute) or isinstance(right, Absolute):
-        return _compare_absolute(name, left, right)
-    if isinstance(left, Affine) and isinstance(right, Affine):
-        for side in (left, right):
-            if not _is_entry(side):
-                checked(side)
-        if name == "eq":
-            return equal(left, right)
-        return at_most(left, right) if name == "le" else negate(at_most(right, left))
-    if name == "eq" and _is_bool(left) and _is_bool(right):
-        return negate(_differ(left, right))
-    raise NotUnderstood
-
-
-def _compare_absolute(name: str, left: Any, right: Any) -> Bool:
-    """``|x| <= y`` as ``x <= y and -x <= y``; ``|x| >= y`` as its opposite."""
-    if name == "eq" or (isinstance(left, Absolute) and isinstance(right, Absolute)):
-        raise NotUnderstood
-    if isinstance(right, Absolute):
-        return negate(_compare_absolute("lt" if name == "le" else "le", right, left))
-    limit = checked(as_affine(right))
-    return all_of(_comparison(name, side, limit) for side in (left.of, -left.of))
-
-
-def _is_entry(value: Affine) -> bool:
-    return len(value.terms) == 1 and value.terms[0][1] == 1 and value.const == 0
-
-
-def _is_bool(value: Any) -> bool:
-    return value is not None and not isinstance(value, (Affine, Absolute, Choice))
-
-
-def _differ(left: Bool, right: Bool) -> Bool:
-    return any_of((all_of((left, negate(right))), all_of((negate(left), right))))
-
-
 def _integer_arithmetic(lifter: Lifter, node: fx.Node) -> Affine:
     if tensor_of(node).dtype not in INTEGERS or "alpha" in node.kwargs:
         raise NotUnderstood
-    left, right = (checked(as_affine(operand)) for operand in _operands(lifter, node))
+    left, right = (checked(as_affine(operand)) for operand in operands(lifter, node))
     match operation(node):
         case "add":
             return checked(left + right)
@@ -293,20 +210,6 @@ def _integer_arithmetic(lifter: Lifter, node: fx.Node) -> Affine:
     if left.terms and right.terms:
         raise NotUnderstood
     return checked(left * right.const if left.terms else right * left.const)
-
-
-def _elementwise(lifter: Lifter, node: fx.Node) -> Choice:
-    rank = tensor_of(node).dim()
-    operands: list[Any] = []
-    tensors = [recorded(argument) for argument in node.args]
-    for argument, tensor in zip(node.args, tensors, strict=True):
-        if tensor is not None:
-            operands.append(lifter.broadcast(argument, rank))
-        elif isinstance(argument, fx.Node):
-            raise NotUnderstood
-        else:
-            operands.append(argument)
-    return apply_to_choices(node, operands, tensors)
 
 
 def _constant(node: fx.Node, number: Any) -> Any:

@@ -24,13 +24,11 @@ from ..block_masks.mask_expr import (
     Truth,
     all_of,
     any_of,
-    atoms,
     equal,
     negate,
-    replace_atoms,
-    replace_in,
     variable,
 )
+from ..block_masks.mask_walk import atoms, replace_atoms, replace_in
 
 MAX_CHOICES = 4
 # Sums of coordinates and constants within these stay exact in a kernel's 32 bits.

@@ -25,16 +25,12 @@ from ..block_masks.mask_expr import (
     Load,
     Q,
     Symbol,
-    atoms,
-    coordinates,
-    map_parts,
-    replace_atoms,
-    replace_in,
     upper_bound,
     variable,
 )
 from ..block_masks.mask_text import format_mask
-from . import mask_shape_ops, mask_value_ops  # noqa: F401  (they register their readers)
+from ..block_masks.mask_walk import atoms, coordinates, map_parts, replace_atoms, replace_in
+from . import mask_shape_ops, mask_truth_ops, mask_value_ops  # noqa: F401  (they register readers)
 from .aliases import mutated_origins, origins
 from .mask_kinds import describe_mask
 from .mask_lifter import HANDLERS, Lifter

@@ -31,6 +31,10 @@ COLUMNS = (
     *("dense ms", "sparse ms", "break-even", "reason"),
 )
 TABLE_WIDTH, LEAST_REASON_WIDTH = 118, 19
+MASK_NOTE = (
+    "where torch.compile proves what an attn_mask is, it keeps small windows whole: "
+    "runs and density can differ"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +46,7 @@ class AttentionRecord:
         q_len: Query rows, or 0 where the call does not say.
         kv_len: Keys, or 0.
         heads: Query and key heads, such as ``"9/3"``.
+        masked: Whether the call carries a mask, a tensor as the model runs uncompiled.
         decision: ``"sparse"`` or ``"dense"``.
         reason: Why it stays dense; ``None`` where it runs sparse.
         density: Kept over visible blocks in [0, 1]; ``None`` where it stays dense.
@@ -53,10 +58,16 @@ class AttentionRecord:
     q_len: int = 0
     kv_len: int = 0
     heads: str = ""
+    masked: bool = False
     decision: str
     reason: Reason | None = None
     density: float | None = None
     prediction: CallPrediction | None = None
+
+    @property
+    def may_differ_compiled(self) -> bool:
+        """Whether proving what the mask is could change the decision or the density."""
+        return self.masked and self.reason in (None, Reason.SLOWER, Reason.NO_KERNEL)
 
     def cells(self) -> tuple[str, ...]:
         """The record as a row of the table."""
@@ -116,6 +127,8 @@ class Explanation:
         lines.append(f"{len(self.sparse)} sparse{mean}, {len(self.dense)} dense")
         predictions = [call.prediction for call in self.calls if call.prediction]
         lines += dict.fromkeys(found.note for found in predictions if found.note)
+        if any(call.may_differ_compiled for call in self.calls):
+            lines.append(MASK_NOTE)
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -123,7 +136,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Runs ``model(*args, **kwargs)`` once, uncompiled, and says what each attention call does.
 
     A compiled model is explained through the module that was compiled: it makes the same
-    decisions and selects the same blocks.
+    decisions and selects the same blocks, but where a call carries an ``attn_mask``. That is a
+    tensor here; compiled, it may be proved to be a formula, which has faster kernels and whose
+    small sliding windows are kept whole.
 
     Args:
         model: An optimized model, compiled or not; any other is explained as all dense.
@@ -233,6 +248,7 @@ def _record(
         q_len=query.shape[-2],
         kv_len=call.key.shape[-2],
         heads=f"{query.shape[1]}/{call.key.shape[1]}" if four else "",
+        masked=call.attn_mask is not None,
         decision="dense" if selection is None else "sparse",
         reason=reason,
         density=None if selection is None else selection.density(),

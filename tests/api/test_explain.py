@@ -16,11 +16,12 @@ from unisparse_flex import (
     optimize,
     record_attention,
 )
+from unisparse_flex.explain import MASK_NOTE
 from unisparse_flex.passes import CallPrediction, Reason
 
 from .capture import captured
 from .models import SELECTOR, WIDTH, Transformer, create, embeddings, split_heads
-from .reference import ByDefinition, assert_is_sparse
+from .reference import ByDefinition, assert_is_sparse, rmse
 
 X = embeddings(300)
 
@@ -176,6 +177,50 @@ def test_the_table_stays_readable() -> None:
     cells = "".join(line[-19:] for line in text.splitlines())
     assert all("".join(reason.split()) in "".join(cells.split()) for reason in Reason)
     assert "  12346     100.0      131072  " in text
+
+
+class Windowed(nn.Module):
+    """A sliding window as a mask that the model computes, or causality by flag."""
+
+    def __init__(self, *, masked: bool) -> None:
+        super().__init__()
+        self.masked = masked
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads, position = split_heads(x), torch.arange(x.shape[1])
+        behind = position[:, None] - position[None, :]
+        mask = (behind >= 0) & (behind < 64) if self.masked else None
+        return F.scaled_dot_product_attention(
+            heads, heads, heads, attn_mask=mask, is_causal=not self.masked
+        )
+
+
+@pytest.mark.parametrize("min_length", [0, None])
+def test_the_table_says_that_a_compiled_model_may_prove_its_masks(min_length: int | None) -> None:
+    masked = optimize(Windowed(masked=True), SELECTOR, min_length=min_length)
+    (call,) = explain(masked, X).calls
+    assert call.reason is (None if min_length == 0 else Reason.NO_KERNEL)
+    assert call.masked
+    assert str(explain(masked, X)).splitlines()[-1] == MASK_NOTE
+    by_flag = optimize(Windowed(masked=False), SELECTOR, min_length=min_length)
+    assert MASK_NOTE not in str(explain(by_flag, X))
+
+
+def test_the_table_is_silent_about_masks_of_calls_that_stay_dense_anyway() -> None:
+    model = optimize(Windowed(masked=True), SELECTOR, min_length=301)
+    assert MASK_NOTE not in str(explain(model, X))
+
+
+def test_a_compiled_window_is_kept_whole_where_explain_says_that_it_may_be() -> None:
+    model = optimize(Windowed(masked=True), SELECTOR, min_length=0)
+    compiled: Any = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        dense, output = Windowed(masked=True)(X), compiled(X)
+    density = explain(model, X).density
+    assert density is not None
+    assert density < 1
+    assert rmse(model(X), dense) > 1e-2
+    assert rmse(output, dense) < 1e-6
 
 
 @pytest.mark.parametrize("fails", [False, True])

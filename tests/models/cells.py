@@ -20,6 +20,7 @@ from unisparse_flex.passes import (
     MULTIHEAD_TARGETS,
     Reason,
     RewriteReport,
+    SdpaCall,
     SparseConfig,
     refuse_multihead,
     rewrite_sdpa,
@@ -45,6 +46,26 @@ def _reason(node: fx.Node) -> Reason:
     return refuse_multihead(target, node.args, node.kwargs) or Reason.NOT_OPTIMIZED
 
 
+def _named_nodes(gm: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
+    """The nodes of a graph and of its inner graphs, named as a report names them."""
+    for path, module in gm.named_modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                yield f"{path}.{node.name}" if path else node.name, node
+
+
+def _mask(name: str, node: fx.Node, report: RewriteReport) -> str:
+    """What the report, or else the rewritten node, says of its mask."""
+    if name in report.unproved:
+        return f"tensor: {report.unproved[name]}"
+    if name in report.masks:
+        return report.masks[name] + (" (kept whole)" if name in report.windows else "")
+    own = {key: value for key, value in node.kwargs.items() if key != "config"}
+    call = SdpaCall.bind(node.args, own)
+    assert call.attn_mask is None
+    return "is_causal" if call.is_causal else "none"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
     """What was found.
@@ -54,6 +75,7 @@ class Cell:
         dense: How many stay dense, for each reason.
         graphs: Graphs captured, 0 where nothing was traced.
         windows: Sparse nodes whose sliding window is kept whole: nothing is left out.
+        masks: What the masks of sparse nodes were proved to be, and of how many.
         error: Relative error against the float64 oracle over the same blocks.
         plain_error: That of the same blocks computed plainly in float32.
         full_error: With ``top_p=1``, relative error against the untouched model.
@@ -64,6 +86,7 @@ class Cell:
     dense: dict[Reason, int]
     graphs: int
     windows: int
+    masks: dict[str, int]
     error: float
     plain_error: float
     full_error: float
@@ -90,12 +113,19 @@ class Traced:
                 dense[_reason(node)] += 1
         return sum(len(report.rewritten) for report in self.reports), dict(+dense)
 
+    def masks(self) -> dict[str, int]:
+        """What the mask of each rewritten node was proved to be."""
+        found: Counter[str] = Counter()
+        for gm, report in zip(self.graphs, self.reports, strict=True):
+            named = dict(_named_nodes(gm))
+            found.update(_mask(name, named[name], report) for name in report.rewritten)
+        return dict(found)
+
     def nodes(self) -> Iterator[fx.Node]:
         """The nodes of every graph, inner graphs included."""
         for gm in self.graphs:
-            for module in gm.modules():
-                if isinstance(module, fx.GraphModule):
-                    yield from module.graph.nodes
+            for _, node in _named_nodes(gm):
+                yield node
 
     def keep_everything(self) -> None:
         """Makes every marked node keep every block from now on."""
@@ -127,6 +157,7 @@ def compute_cell(family: Family, mode_name: str) -> Cell:
     optimized = optimize(copy.deepcopy(untouched), SELECTOR, min_length=0)
     dense = mode.run(untouched, inputs)
     graphs = windows = 0
+    masks: dict[str, int] = {}
     if mode.through == "eager":
         with record_attention(optimized) as records:
             mode.run(optimized, inputs)
@@ -142,6 +173,7 @@ def compute_cell(family: Family, mode_name: str) -> Cell:
         sparse, reasons = traced.decisions()
         graphs = len(traced.graphs)
         windows = sum(len(report.windows) for report in traced.reports)
+        masks = traced.masks()
         traced.keep_everything()
         full = run(model, inputs)
         assert len(traced.graphs) == graphs
@@ -156,6 +188,7 @@ def compute_cell(family: Family, mode_name: str) -> Cell:
         dense=reasons,
         graphs=graphs,
         windows=windows,
+        masks=masks,
         error=rmse(output, exact),
         plain_error=rmse(plain, exact),
         full_error=rmse(full, dense),

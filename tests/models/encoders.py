@@ -1,4 +1,4 @@
-"""Encoders, vision models, encoder-decoders and a diffusion transformer."""
+"""Encoders, vision models, encoder-decoders and diffusion transformers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .family import HEADS, HIDDEN, PADDING_TOKEN, VOCABULARY, Family, smooth, token_ids
 
 IMAGE, PATCH = 56, 4
+VIDEO_FRAMES = 4
 FRAMES = 200
 SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -110,6 +111,31 @@ def _flux_inputs() -> dict[str, Tensor]:
     }
 
 
+def _build_wan() -> nn.Module:
+    import diffusers
+
+    return diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=HEADS,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=HIDDEN,
+        freq_dim=HIDDEN,
+        ffn_dim=HIDDEN,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+
+
+def _wan_inputs() -> dict[str, Tensor]:
+    return {
+        "hidden_states": smooth(1, 4, VIDEO_FRAMES, 14, 14),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": smooth(1, 101, HIDDEN, seed=1),
+    }
+
+
 ENCODERS = (
     Family(
         name="BERT",
@@ -202,5 +228,13 @@ ENCODERS = (
         inputs=_flux_inputs,
         modes=IMAGE_MODES,
         note="diffusers; one joint text and image block, one single block",
+    ),
+    Family(
+        name="Wan",
+        build=_build_wan,
+        inputs=_wan_inputs,
+        modes=IMAGE_MODES,
+        note="diffusers; self attention over a video of 196 patches, cross attention to 101 tokens "
+        "of text; its norms compute in float32, in the oracle too",
     ),
 )

@@ -35,6 +35,20 @@ float32 attention written out plainly.
 - Compiled and exported models have no graph break: `fullgraph=True`.
 """
 
+MASKS = """\
+## Masks
+
+What the masks of the sparse nodes were proved to be in compiled and exported models. What is \
+proved becomes a formula, the rest stays a *tensor*, with the reason.
+
+- *everything*: the mask hides nothing. *is_causal*, *none*: the call carries no mask.
+- *kept whole*: a sliding window of so few blocks that there is nothing to select.
+- *causal* is any bound on how far ahead a row sees: a two-sided window (ModernBERT: 32 keys to \
+either side) is one too, and is not kept whole.
+
+| family | mode | sparse nodes |
+|---|---|---|"""
+
 
 def render(cells: Cells) -> str:
     """The whole document."""
@@ -42,6 +56,7 @@ def render(cells: Cells) -> str:
         INTRODUCTION.format(length=LENGTH, selector=SELECTOR),
         _without_sparse_calls(cells),
         _table(cells),
+        _masks(cells),
         _reasons(cells),
         _notes(),
     ]
@@ -77,6 +92,20 @@ def _table(cells: Cells) -> str:
                 _power_of_ten(cell.full_error),
             )
             lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _masks(cells: Cells) -> str:
+    lines = [MASKS]
+    for family in FAMILIES:
+        modes: dict[str, list[str]] = {}
+        for mode in family.modes:
+            cell = cells[family.name, mode]
+            if cell.graphs:
+                kinds = "; ".join(f"{count} {kind}" for kind, count in cell.masks.items())
+                modes.setdefault(kinds or "0", []).append(mode)
+        for index, (kinds, same) in enumerate(modes.items()):
+            lines.append(f"| {'' if index else family.name} | {'; '.join(same)} | {kinds} |")
     return "\n".join(lines) + "\n"
 
 
