@@ -55,7 +55,7 @@ def _shape(row: dict[str, Any]) -> dict[sympy.Symbol, float]:
     length, cost = row["length"], SELECTOR.cost
     itemsize = getattr(torch, row["dtype"]).itemsize
     sizes = (1, row["q_heads"], row["kv_heads"], length, length, row["head_dim"], row["head_dim"])
-    composite = (cost.c_q, cost.c_k, cost.c_h)
+    composite = (cost.c_q, cost.c_k, cost.c_h, cost.sampled_queries)
     shape = (*sizes, 0, 0, itemsize)
     settings = (SELECTOR.block_size, *composite, row.get("density", 1.0), row["tile"])
     return dict(zip((*cm.SHAPE, *cm.SETTINGS), (*shape, *settings), strict=True))

@@ -103,7 +103,11 @@ def to_block_mask(
         seq_lengths=(geometry.q_len, geometry.kv_len),
         compute_q_blocks=compute_q_blocks,
     )
-    names = [name for name in BLOCK_LISTS if getattr(mask, name) is not None]
+    # What a kernel listed needs no copy: Inductor keeps the strides of what it does not compute.
+    computed = BLOCK_LISTS[4:] if selection.lists is not None and not partial_only else BLOCK_LISTS
+    names = [name for name in computed if getattr(mask, name) is not None]
+    if not names:
+        return mask
     for name, tensor in zip(names, pin([getattr(mask, name) for name in names]), strict=True):
         setattr(mask, name, tensor)
     return mask

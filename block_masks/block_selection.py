@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .block_lists import BlockLists
 from .geometry import BlockGeometry
 
 
@@ -21,11 +22,13 @@ class BlockSelection:
         keep: bool [B, Hq, Nq, Nk], or [B, 1, Nq, Nk] where all heads share one selection.
         visible: bool, broadcastable to [B, Hq, Nq, Nk]: blocks that dense attention reads.
         geometry: Lengths, block size and causal alignment.
+        lists: The same blocks as lists, where a kernel made them.
     """
 
     keep: Tensor
     visible: Tensor
     geometry: BlockGeometry
+    lists: BlockLists | None = None
 
     def density(self) -> float:
         """Kept blocks over visible blocks, in [0, 1]; waits for the device."""
@@ -67,8 +70,11 @@ class BlockSelection:
         Returns:
             ``kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices``: int32 counts
             [B, Hq or 1, Nq] and indices [B, Hq or 1, Nq, Nk], kept blocks first in ascending
-            order. Full blocks need no ``mask_mod``; those on the diagonal or a ragged edge do.
+            order, and behind them anything. Full blocks need no ``mask_mod``; those on the
+            diagonal or a ragged edge do.
         """
+        if self.lists is not None and not partial_only:
+            return self.lists.tensors()
         interior = self.geometry.interior_blocks(self.keep.device) & (not partial_only)
         return (*_compact(self.keep & ~interior), *_compact(self.keep & interior))
 

@@ -33,6 +33,25 @@ class Pooled:
             validate_int(getattr(self, name), name, minimum=1)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampled:
+    """Single query rows that meet every key exactly: of every group of rows, the last.
+
+    What pooled keys cannot see, they do: a mean of logits hides the one key that stands out.
+
+    Attributes:
+        queries: Sampled rows per block; divides the block size.
+        heads: Consecutive query heads of one GQA group that are averaged; divides the group.
+    """
+
+    queries: int = 4
+    heads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "heads"):
+            validate_int(getattr(self, name), name, minimum=1)
+
+
 def pool_tokens(
     tokens: Tensor, group: int, *, groups: int, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -82,11 +101,18 @@ def pool_heads(composites: Tensor, kv_heads: int, heads: int) -> Tensor:
         ValueError: ``heads`` does not divide the group.
     """
     batch, q_heads, length, head_dim = composites.shape
+    validate_merged_heads(q_heads, kv_heads, heads)
+    split = composites.reshape(
+        batch, kv_heads, q_heads // kv_heads // heads, heads, length, head_dim
+    )
+    return split.mean(3)
+
+
+def validate_merged_heads(q_heads: int, kv_heads: int, heads: int) -> None:
+    """Raises ValueError unless ``heads`` divides the GQA group of these heads."""
     group = q_heads // kv_heads
     if group % heads:
         raise ValueError(
             f"c_h must divide the GQA group of {group} heads ({q_heads} query heads over "
             f"{kv_heads} key heads), got {heads}; use 1 or {group}"
         )
-    split = composites.reshape(batch, kv_heads, group // heads, heads, length, head_dim)
-    return split.mean(3)

@@ -1,4 +1,4 @@
-"""Block scores from composite tokens: the reference that kernels are judged by.
+"""Block scores from composite tokens and sampled rows: the reference that kernels are judged by.
 
 Symbols: B batch, Hq/Hkv heads, Hs composite heads, Cq/Ck composite tokens, Nq/Nk blocks.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
-from .granularity import Pooled, pool_heads, pool_tokens
-from .mask_summary import MaskSummary
+from .granularity import Pooled, Sampled, pool_heads, pool_tokens
+from .mask_summary import MaskSummary, expand_mask, visible_tokens
 
 
 def compute_block_scores(
@@ -61,20 +62,90 @@ def compute_block_scores(
     # After the addition: what is hidden stays hidden, a NaN too.
     logits = (logits + bias).masked_fill(~visible | (bias == -math.inf), -math.inf)
 
+    return _block_shares(logits, q_counts, geometry, (size // granularity.q, size // granularity.k))
+
+
+def compute_sampled_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    geometry: BlockGeometry,
+    granularity: Sampled,
+    scale: float,
+    attn_mask: Tensor | None = None,
+) -> Tensor:
+    """Estimates the share of attention mass that each block holds, from a few rows of each block.
+
+    Softmax attention of the sampled rows over all keys, summed over the keys of each block and
+    averaged over the rows, each weighted by the rows of its group that exist and see something.
+
+    Args:
+        query: [B, Hq, Sq, D].
+        key: [B, Hkv, Skv, D].
+        geometry: The block grid.
+        granularity: Which rows are sampled.
+        scale: Factor on the logits, as in SDPA.
+        attn_mask: bool or float, broadcastable to [B, Hq, Sq, Skv].
+
+    Returns:
+        [B, Hs, Nq, Nk] with Hs = Hq / granularity.heads, float32 (float64 for float64 inputs), as
+        `compute_block_scores`.
+    """
+    size, samples = geometry.block_size, granularity.queries
+    step, rows = size // samples, geometry.num_q_blocks * samples
+    kv_heads = key.shape[1]
+    accumulate = torch.float64 if query.dtype == torch.float64 else torch.float32
+    first = torch.arange(rows, device=query.device) * step
+    position = (first + step).clamp(max=geometry.q_len) - 1
+    counts = (geometry.q_len - first).clamp(0, step).to(accumulate)[None]
+    sampled = pool_heads(query[:, :, position].to(accumulate), kv_heads, granularity.heads)
+    batch, _, group, _, head_dim = sampled.shape
+    stacked = sampled.reshape(batch, kv_heads, group * rows, head_dim) * scale
+    logits = (stacked @ key.to(accumulate).transpose(-1, -2)).unflatten(2, (group, rows))
+
+    column = torch.arange(geometry.kv_len, device=query.device)
+    if geometry.causal_offset is not None:
+        seen = column[None, :] <= position[:, None] + geometry.causal_offset
+        logits = logits.masked_fill(~seen, -math.inf)
+    if geometry.mask is not None:
+        seen = geometry.mask.pairs(position, column)[:, :, None]
+        logits = logits.masked_fill(~seen, -math.inf)
+    if attn_mask is not None:
+        mask = expand_mask(attn_mask, geometry)[:, :, position]
+        bias = torch.zeros_like(mask, dtype=accumulate) if mask.dtype is torch.bool else mask
+        bias = bias.to(accumulate).masked_fill(~visible_tokens(mask), -math.inf)
+        bias = _merge_heads(bias, kv_heads, granularity.heads)
+        logits = (logits + bias).masked_fill(bias == -math.inf, -math.inf)
+    padding = geometry.num_kv_blocks * size - geometry.kv_len
+    if not isinstance(padding, int) or padding:
+        logits = F.pad(logits, (0, padding), value=-math.inf)
+    return _block_shares(logits, counts, geometry, (samples, size))
+
+
+def _block_shares(
+    logits: Tensor, counts: Tensor, geometry: BlockGeometry, groups: tuple[int, int]
+) -> Tensor:
+    """Softmax over columns, summed over a block's and averaged over its rows by their counts.
+
+    Args:
+        logits: [B, Hkv, G, Nq * groups[0], Nk * groups[1]], -inf where hidden.
+        counts: [1 or B, Nq * groups[0]], query rows that each row stands for.
+        geometry: The block grid.
+        groups: Rows and columns of a block.
+
+    Returns:
+        [B, Hkv * G, Nq, Nk].
+    """
     peak = logits.amax(-1, keepdim=True)
     weights = (logits - peak.masked_fill(peak == -math.inf, 0.0)).exp()
     total = weights.sum(-1, keepdim=True)
-    row_weight = q_counts[:, None, None, :, None] * (total != 0)
-    tiles = (
-        geometry.num_q_blocks,
-        size // granularity.q,
-        geometry.num_kv_blocks,
-        size // granularity.k,
-    )
-    mass = weights.view(batch, kv_heads, group, *tiles).sum(-1)
-    row_weight = row_weight.view(batch, kv_heads, group, *tiles[:2], 1)
+    row_weight = counts[:, None, None, :, None] * (total != 0)
+    rows = (geometry.num_q_blocks, groups[0])
+    leading = logits.shape[:3]
+    mass = weights.view(*leading, *rows, geometry.num_kv_blocks, groups[1]).sum(-1)
+    row_weight = row_weight.view(*leading, *rows, 1)
     share = row_weight / row_weight.sum(-2, keepdim=True).clamp_min(1)
-    total = total.masked_fill(total == 0, 1.0).view(batch, kv_heads, group, *tiles[:2], 1)
+    total = total.masked_fill(total == 0, 1.0).view(*leading, *rows, 1)
     return (mass * (share / total)).sum(-2).flatten(1, 2)
 
 
@@ -85,11 +156,15 @@ def _cell_bias(
     exists = (k_counts / granularity.k).log()[:, None, None, None, :]
     if mask is None:
         return exists
-    bias = mask.cell_bias
+    return exists + _merge_heads(mask.cell_bias, kv_heads, granularity.heads)
+
+
+def _merge_heads(bias: Tensor, kv_heads: int, heads: int) -> Tensor:
+    """A bias [Bm, Hm, rows, columns] as [Bm, 1 or Hkv, 1 or G / heads, rows, columns]."""
     if bias.shape[1] == 1:
-        return exists + bias[:, :, None]
-    per_head = bias.unflatten(1, (kv_heads, -1, granularity.heads))
-    return exists + per_head.logsumexp(3) - math.log(granularity.heads)
+        return bias[:, :, None]
+    per_head = bias.unflatten(1, (kv_heads, -1, heads))
+    return per_head.logsumexp(3) - math.log(heads)
 
 
 def default_scale(head_dim: int) -> float:

@@ -80,6 +80,24 @@ class TopK(SelectionRule):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Threshold(SelectionRule):
+    """Keeps the blocks whose estimated share of the row's mass reaches ``threshold``.
+
+    Attributes:
+        threshold: Share of the mass in (0, 1].
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        validate_fraction(self.threshold, "threshold")
+
+    def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        """See `SelectionRule.select`."""
+        return (forced | (scores >= self.threshold)) & visible
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Guards:
     """Blocks that are kept whatever the scores say.
 

@@ -27,6 +27,8 @@ class SelectionCost:
         c_q: Query rows per composite query.
         c_k: Keys per composite key.
         c_h: Query heads per composite head.
+        sampled_queries: Rows of a block that meet every key.
+        has_kernels: Whether GPU kernels score and select where no mask hides keys.
         row_blocks: Blocks kept in every row in any case.
         last_query_blocks: Last query blocks that keep everything.
         share: Share kept of the remaining blocks of a call of one reference block (128 tokens).
@@ -37,6 +39,8 @@ class SelectionCost:
     c_q: int = 8
     c_k: int = 8
     c_h: int = 1
+    sampled_queries: int = 0
+    has_kernels: bool = False
     row_blocks: int = 0
     last_query_blocks: int = 0
     share: float = 0.5
@@ -67,3 +71,8 @@ def top_p_share(top_p: float) -> float:
     if top_p >= 1.0:
         return math.inf
     return TOP_P_SCALE * (-math.log1p(-top_p)) ** TOP_P_POWER
+
+
+def threshold_share(threshold: float) -> float:
+    """`SelectionCost.share` of a threshold, the same at every length: a rough guess."""
+    return min(1.0, 0.3 * (0.008 / threshold) ** 0.45)

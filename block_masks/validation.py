@@ -34,7 +34,7 @@ def validate_fraction(value: float, name: str) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not 0.0 < value <= 1.0:
-        raise ValueError(f"{name} must be in (0, 1], got {value}; {name}=1.0 keeps every block")
+        raise ValueError(f"{name} must be in (0, 1], got {value}")
 
 
 def validate_literal(value: object, name: str) -> None:

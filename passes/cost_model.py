@@ -21,6 +21,8 @@ B, Hq, Hkv, Sq, Skv, D, Dv = sympy.symbols("B Hq Hkv Sq Skv D Dv", integer=True,
 # Key position of query row 0; tokens per block; query rows, keys and heads per composite token.
 offset = Symbol("offset", integer=True, nonnegative=True)
 block, c_q, c_k, c_h = sympy.symbols("block c_q c_k c_h", integer=True, positive=True)
+# Query rows of a block that meet every key.
+samples = Symbol("samples", integer=True, nonnegative=True)
 # Keys that a dense kernel reads at a time, computed whole on the diagonal.
 tile = Symbol("tile", integer=True, positive=True)
 # Kept over visible blocks; bytes per element; 1 under an attn_mask, else 0.
@@ -29,7 +31,7 @@ density, itemsize, masked = sympy.symbols("density itemsize masked", nonnegative
 # float32 composite logits: written once, read for the peak, the row sum and the sum of a block.
 LOGIT_BYTES = 4 * 4
 SHAPE = (B, Hq, Hkv, Sq, Skv, D, Dv, offset, masked, itemsize)
-SETTINGS = (block, c_q, c_k, c_h, density, tile)
+SETTINGS = (block, c_q, c_k, c_h, samples, density, tile)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +46,8 @@ class AttentionWork:
         dense_exps: Exponentials of dense attention, one a pair.
         dense_bytes: Query, key, value and mask read once, output written once.
         pooling_bytes: Query and key read, composite tokens written.
-        scoring_flops: Composite logits; all of them, causal or not.
-        scoring_bytes: Passes over the composite logits and, under a mask, over the mask.
+        scoring_flops: Logits of composite tokens and sampled rows; all of them, causal or not.
+        scoring_bytes: Passes over these logits and, under a mask, over the mask.
         sort_steps: Comparisons of one sort of block scores and two of block lists, Nk log2 Nk a
             row.
         sparse_flops: Both matrix products over the kept blocks, each computed whole.
@@ -78,7 +80,7 @@ def attention_work(*, is_causal: bool) -> AttentionWork:
     rows, columns = blocks_q * block / c_q, blocks_k * block / c_k
     composite_heads = Hq / c_h
     kept_blocks = density * B * Hq * visible_blocks
-    cells = B * composite_heads * rows * columns
+    cells = B * composite_heads * (rows * columns + blocks_q * samples * Skv)
     return AttentionWork(
         dense_flops=2 * B * Hq * pairs * (D + Dv),
         dense_exps=B * Hq * pairs,

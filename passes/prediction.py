@@ -123,7 +123,8 @@ def _forecast(shape: CallShape, selector: Selector, rates: DeviceRates) -> Forec
     )
     offset = max(shape.kv_len - shape.q_len, 0) if shape.lower_right else 0
     sizes = (*shape[:7], offset, int(shape.masked), shape.dtype.itemsize)
-    settings = (block_size, cost.c_q, cost.c_k, cost.c_h, density, rates.tile)
+    composite = (cost.c_q, cost.c_k, cost.c_h, cost.sampled_queries)
+    settings = (block_size, *composite, density, rates.tile)
     values = (getattr(rates, name) for name in _rate_names())
     dense, select, attend = _seconds(shape.is_causal)(*sizes, *settings, *values)
     return Forecast(

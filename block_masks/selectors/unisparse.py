@@ -1,6 +1,7 @@
 """UniSparse: composite tokens, block scores, top-p (arXiv 2512.14082).
 
 The paper publishes the policy, not its constants: the defaults here are a reconstruction.
+``sampled_queries`` and ``threshold`` go beyond it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
-from ..granularity import Pooled
+from ..granularity import Pooled, Sampled, validate_merged_heads
+from ..kernels import operator as kernels
 from ..mask_summary import summarize_mask, summarize_program
-from ..scoring import compute_block_scores
-from ..selection import Guards, SelectionRule, TopK, TopP, select_blocks
-from ..selection_cost import LENGTH_POWER, SelectionCost, top_p_share
+from ..scoring import compute_block_scores, compute_sampled_scores
+from ..selection import Guards, SelectionRule, Threshold, TopK, TopP, select_blocks
+from ..selection_cost import LENGTH_POWER, SelectionCost, threshold_share, top_p_share
 from ..validation import validate_block_size, validate_int
 from .base import Selector
 
@@ -24,7 +26,7 @@ DEFAULT_TOP_P = 0.95
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UniSparse(Selector):
-    """Top-p (or top-k) blocks by attention among composite tokens.
+    """Top-p (or top-k, or a threshold) blocks by attention among composite tokens.
 
     Attributes:
         block_size: Tokens per block; a power of two of at least 16.
@@ -32,8 +34,12 @@ class UniSparse(Selector):
         c_k: Keys per composite key; divides ``block_size``.
         c_h: Consecutive query heads of one GQA group per composite head; divides the group.
         top_p: Share of a row's estimated attention mass to keep, in (0, 1]; 1.0 keeps all.
-            0.95 where neither ``top_p`` nor ``top_k`` is given.
+            0.95 where no rule is given.
         top_k: Blocks per row instead of ``top_p``, forced ones counted first.
+        threshold: Least share of a row's estimated mass, in (0, 1], instead of ``top_p``.
+        sampled_queries: Rows of a block that meet every key exactly, the last of them included;
+            their scores and those of the composite tokens are averaged. Divides ``block_size``; 0
+            for none.
         sink_blocks: First key blocks, kept for every row.
         local_blocks: Diagonal block and those before it, kept for every row.
         last_query_blocks: Last query blocks, which keep every block.
@@ -45,6 +51,8 @@ class UniSparse(Selector):
     c_h: int = 1
     top_p: float | None = None
     top_k: int | None = None
+    threshold: float | None = None
+    sampled_queries: int = 0
     sink_blocks: int = 1
     local_blocks: int = 1
     last_query_blocks: int = 1
@@ -59,12 +67,20 @@ class UniSparse(Selector):
                     f"{name} must divide block_size {self.block_size}, got {getattr(self, name)}; "
                     "use a power of two up to block_size"
                 )
-        if self.top_p is not None and self.top_k is not None:
+        validate_int(self.sampled_queries, "sampled_queries", minimum=0)
+        if self.sampled_queries and self.block_size % self.sampled_queries:
             raise ValueError(
-                f"top_p and top_k must not both be given, got {self.top_p} and {self.top_k}; "
-                "choose one rule (top_p=None leaves top_k)"
+                f"sampled_queries must divide block_size {self.block_size}, got "
+                f"{self.sampled_queries}; use 0 or a power of two up to block_size"
             )
-        if self.top_p is None and self.top_k is None:
+        rules = [n for n in ("top_p", "top_k", "threshold") if getattr(self, n) is not None]
+        if len(rules) > 1:
+            given = " and ".join(f"{name}={getattr(self, name)}" for name in rules)
+            raise ValueError(
+                f"top_p, top_k and threshold must not be given together, got {given}; choose one "
+                "rule and leave the others None"
+            )
+        if not rules:
             object.__setattr__(self, "top_p", DEFAULT_TOP_P)
         # Built here so that a wrong value is reported where it was given.
         _ = self.rule, self.guards
@@ -72,9 +88,11 @@ class UniSparse(Selector):
 
     @property
     def rule(self) -> SelectionRule:
-        """The rule that ``top_p`` or ``top_k`` asks for."""
+        """The rule that ``top_p``, ``top_k`` or ``threshold`` asks for."""
         if self.top_k is not None:
             return TopK(top_k=self.top_k)
+        if self.threshold is not None:
+            return Threshold(threshold=self.threshold)
         assert self.top_p is not None
         return TopP(top_p=self.top_p)
 
@@ -100,11 +118,18 @@ class UniSparse(Selector):
             c_q=self.c_q,
             c_k=self.c_k,
             c_h=self.c_h,
+            sampled_queries=self.sampled_queries,
+            has_kernels=True,
             row_blocks=forced if self.top_k is None else max(forced, self.top_k),
             last_query_blocks=self.last_query_blocks,
-            share=0.0 if self.top_p is None else top_p_share(self.top_p),
-            share_power=LENGTH_POWER,
+            share=self._expected_share(),
+            share_power=0.0 if self.threshold is not None else LENGTH_POWER,
         )
+
+    def _expected_share(self) -> float:
+        if self.threshold is not None:
+            return threshold_share(self.threshold)
+        return 0.0 if self.top_p is None else top_p_share(self.top_p)
 
     def compute_selection(
         self,
@@ -116,6 +141,24 @@ class UniSparse(Selector):
         attn_mask: Tensor | None,
     ) -> BlockSelection:
         """See `Selector.compute_selection`."""
+        validate_merged_heads(query.shape[1], key.shape[1], self.c_h)
+        if attn_mask is None and kernels.takes(query, key, geometry, scale):
+            lists = kernels.select_lists(
+                query,
+                key,
+                geometry=geometry,
+                c_q=self.c_q,
+                c_k=self.c_k,
+                c_h=self.c_h,
+                sampled_queries=self.sampled_queries,
+                rule=self.rule,
+                guards=self.guards,
+                scale=scale,
+            )
+            visible = geometry.visible_blocks(query.device)[None, None]
+            return BlockSelection(
+                keep=lists.kept(), visible=visible, geometry=geometry, lists=lists
+            )
         mask = None
         if attn_mask is not None:
             mask = summarize_mask(attn_mask, geometry, c_q=self.c_q, c_k=self.c_k)
@@ -129,6 +172,16 @@ class UniSparse(Selector):
             scale=scale,
             mask=mask,
         )
+        if self.sampled_queries:
+            sampled = compute_sampled_scores(
+                query,
+                key,
+                geometry=geometry,
+                granularity=Sampled(queries=self.sampled_queries, heads=self.c_h),
+                scale=scale,
+                attn_mask=attn_mask,
+            )
+            scores = (scores + sampled) / 2
         keep, visible = select_blocks(
             scores, rule=self.rule, guards=self.guards, geometry=geometry, mask=mask
         )

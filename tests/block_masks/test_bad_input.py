@@ -60,7 +60,11 @@ BAD_FIELDS = [
     *[({"top_p": p}, TypeError, "top_p must be a number") for p in (True, "0.9", [0.9])],
     *[({"top_k": k}, ValueError, "top_k must be at least 1") for k in (0, -1)],
     *[({"top_k": k}, TypeError, "top_k must be an int") for k in (True, 2.0, "2")],
-    ({"top_p": 0.9, "top_k": 2}, ValueError, "top_p and top_k must not both be given"),
+    (
+        {"top_p": 0.9, "top_k": 2},
+        ValueError,
+        "top_p, top_k and threshold must not be given together",
+    ),
     *[({name: 0}, ValueError, f"{name} must be at least 1") for name in ("c_q", "c_k", "c_h")],
     *[({name: 2.0}, TypeError, f"{name} must be an int") for name in ("c_q", "c_k", "c_h")],
     *[({name: 3}, ValueError, f"{name} must divide block_size 128") for name in ("c_q", "c_k")],

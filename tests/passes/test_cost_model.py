@@ -37,7 +37,7 @@ def sizes(**changes: float) -> dict[sympy.Symbol, float]:
     """Values of every symbol of the shape and the settings."""
     values: dict[str, float] = {"B": 2, "Hq": 4, "Hkv": 2, "Sq": 64, "Skv": 64, "D": 8, "Dv": 6}
     values |= {"offset": 0, "masked": 0, "itemsize": 2, "block": 16, "tile": 1, "density": 1}
-    values |= {"c_q": 4, "c_k": 8, "c_h": 2} | changes
+    values |= {"c_q": 4, "c_k": 8, "c_h": 2, "samples": 0} | changes
     return {symbol: values[symbol.name] for symbol in (*cm.SHAPE, *cm.SETTINGS)}
 
 
@@ -142,7 +142,7 @@ def test_numbers_are_those_of_the_expressions(changes: Any) -> None:
     found = forecast(call._replace(device=torch.device("cuda")), selector)
     cuda = next(r for r in RATES if r.device == "cuda sm90")
     at = dict(zip(cm.SHAPE, (*call[:7], 700 if call.lower_right else 0, 0, 2), strict=True))
-    at |= dict(zip(cm.SETTINGS, (128, 8, 8, 1, found.density, cuda.tile), strict=True))
+    at |= dict(zip(cm.SETTINGS, (128, 8, 8, 1, 0, found.density, cuda.tile), strict=True))
     stages = cm.attention_stages(is_causal=call.is_causal)
     names = {name for stage in stages.values() for name in (*stage.constants, *stage.divided)}
     at |= {sympy.Symbol(name): getattr(cuda, name) for name in names}

@@ -1,0 +1,154 @@
+"""Queries and keys to block lists: the kernels, one after the other, within bounded scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..block_lists import BlockLists
+from ..geometry import BlockGeometry
+from ..selection import Guards
+from .pool import pool
+from .score import held_blocks, score, takes_descriptor
+from .scratch import reach_of
+from .select import Rule, select
+
+# Scratch that scores may take at a time; more is computed in turns.
+SCRATCH_BYTES = 128 * 2**20
+# Blocks up to which a launch more costs more than it saves.
+LEAST_POWER = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Granularities:
+    """What is scored.
+
+    Attributes:
+        c_q: Query tokens to a composite query; 0 for no composite scores.
+        c_k: Keys to a composite key.
+        merged: Consecutive query heads to a composite head.
+        sampled: Single queries of a block that meet every key; 0 for none.
+    """
+
+    c_q: int
+    c_k: int
+    merged: int
+    sampled: int
+
+
+def compute_lists(
+    query: Tensor,
+    key: Tensor,
+    *,
+    geometry: BlockGeometry,
+    granularities: Granularities,
+    rule: Rule,
+    guards: Guards,
+    scale: float,
+) -> BlockLists:
+    """Chooses key blocks for every query block and head.
+
+    Args:
+        query: [B, Hq, Sq, D] on the GPU: float16, bfloat16 or float32.
+        key: [B, Hkv, Skv, D].
+        geometry: The block grid, without a mask.
+        granularities: What is scored.
+        rule: Which blocks are kept.
+        guards: Blocks kept in any case.
+        scale: Factor on the logits, above 0.
+
+    Returns:
+        The block lists.
+    """
+    batch, q_heads = query.shape[:2]
+    kv_heads = key.shape[1]
+    if not takes_descriptor(key):
+        key = key.contiguous()
+    size, g = geometry.block_size, granularities
+    q_blocks, kv_blocks = geometry.num_q_blocks, geometry.num_kv_blocks
+    step = size // g.sampled if g.sampled else 0
+    composites, samples = pool(
+        query,
+        kv_heads=kv_heads,
+        blocks=q_blocks,
+        block_size=size,
+        merged=g.merged,
+        group=g.c_q,
+        step=step,
+    )
+    composite_keys = None
+    if composites is not None:
+        held = held_blocks(key, size // g.c_k)
+        pooled, _ = pool(
+            key,
+            kv_heads=kv_heads,
+            blocks=-(-kv_blocks // held) * held,
+            block_size=size,
+            group=g.c_k,
+            held=held,
+        )
+        assert pooled is not None
+        composite_keys = pooled.tokens.unflatten(0, (batch, kv_heads))
+    counts = (batch, q_heads, q_blocks)
+    shapes = (counts, (*counts, kv_blocks)) * 2
+    lists = BlockLists(*(query.new_empty(shape, dtype=torch.int32) for shape in shapes))
+
+    composite_heads = q_heads // kv_heads // g.merged
+    rows = composite_heads * max(size // g.c_q if g.c_q else 0, g.sampled)
+    row_bytes = rows * (4 if query.dtype == torch.float32 else 2)
+    total = batch * kv_heads
+    for part in turns(geometry, row_bytes):
+        needed = row_bytes * (part.stop - part.start) * reach_of(geometry, part)
+        at_once = max(1, SCRATCH_BYTES // needed)
+        for head in range(0, total, at_once):
+            turn: dict[str, Any] = {
+                "geometry": geometry,
+                "heads": slice(head, min(head + at_once, total)),
+                "q_blocks": part,
+            }
+            coarse = fine = None
+            if composites is not None and composite_keys is not None:
+                columns = -(-geometry.kv_len // g.c_k)
+                coarse = score(composites, composite_keys, g.c_k, columns, scale=scale, **turn)
+            if samples is not None:
+                fine = score(samples, key, 1, geometry.kv_len, scale=scale, **turn)
+            select(
+                coarse,
+                fine,
+                lists,
+                rule=rule,
+                guards=guards,
+                composite_heads=composite_heads,
+                merged=g.merged,
+                **turn,
+            )
+    return lists
+
+
+def turns(geometry: BlockGeometry, row_bytes: int) -> Iterator[slice]:
+    """Query blocks that are done in one turn, for one head or more.
+
+    Args:
+        geometry: The block grid.
+        row_bytes: Scratch that a query block needs for each key block it may see.
+
+    Yields:
+        Ranges that need little more scratch than SCRATCH_BYTES and, where blocks are many, end
+        where the next row sees more of them than a power of two: the selection works on powers.
+    """
+    start = 0
+    while start < geometry.num_q_blocks:
+        stop = geometry.num_q_blocks
+        if geometry.causal_offset is not None:
+            seen = reach_of(geometry, slice(start, start + 1))
+            cap = max(LEAST_POWER, 1 << (seen - 1).bit_length())
+            end = cap - -(-geometry.causal_offset // geometry.block_size)
+            stop = max(start + 1, min(stop, end))
+        fits = SCRATCH_BYTES // (row_bytes * reach_of(geometry, slice(start, stop)))
+        stop = min(stop, start + max(1, fits))
+        yield slice(start, stop)
+        start = stop

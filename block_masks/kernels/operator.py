@@ -1,0 +1,179 @@
+"""`torch.ops.unisparse.select_blocks`: the kernels as one operator that graphs can hold.
+
+Inside a graph lengths may be symbolic; where the operator runs they are numbers, so that the
+kernels can take turns over heads and rows within bounded scratch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch._inductor import config as inductor_config
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from ..block_lists import BlockLists
+from ..geometry import BlockGeometry
+from ..selection import Guards, SelectionRule, Threshold, TopK, TopP
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+# The selection counts both lists of a row in one 32-bit integer.
+MAX_KEY_BLOCKS = 2**15 - 1
+# The scoring kernel reads keys through the tensor memory accelerator.
+LEAST_CAPABILITY = (9, 0)
+
+_library = torch.library.Library("unisparse", "FRAGMENT")
+_library.define(
+    "select_blocks(Tensor query, Tensor key, *, int block_size, SymInt? causal_offset, "
+    "float scale, int c_q, int c_k, int c_h, int sampled_queries, str rule, float value, "
+    "int sink_blocks, int local_blocks, int last_query_blocks) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def takes(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) -> bool:
+    """Whether the kernels can select for a call without an ``attn_mask``.
+
+    Args:
+        query: [B, Hq, Sq, D].
+        key: [B, Hkv, Skv, D].
+        geometry: The block grid; one with a mask is not for the kernels.
+        scale: Factor on the logits.
+    """
+    return (
+        query.device.type == "cuda"
+        and _is_built_for(query.device.index or 0)
+        and query.dtype in DTYPES
+        and key.dtype == query.dtype
+        and geometry.mask is None
+        and query.shape[3] <= MAX_HEAD_DIM
+        and scale > 0
+        # The C++ wrapper of an ahead-of-time package cannot run an operator written in Python.
+        and not inductor_config.cpp_wrapper
+        and guard_or_false(geometry.num_kv_blocks <= MAX_KEY_BLOCKS)
+    )
+
+
+def select_lists(
+    query: Tensor,
+    key: Tensor,
+    *,
+    geometry: BlockGeometry,
+    c_q: int,
+    c_k: int,
+    c_h: int,
+    sampled_queries: int,
+    rule: SelectionRule,
+    guards: Guards,
+    scale: float,
+) -> BlockLists:
+    """Scores and selects by the kernels, for a call that `takes` accepts.
+
+    Args:
+        query: [B, Hq, Sq, D].
+        key: [B, Hkv, Skv, D].
+        geometry: The block grid.
+        c_q: Query rows per composite query.
+        c_k: Keys per composite key.
+        c_h: Query heads per composite head.
+        sampled_queries: Rows of a block that meet every key; 0 for none.
+        rule: `TopP`, `TopK` or `Threshold`.
+        guards: Blocks kept in any case.
+        scale: Factor on the logits, above 0.
+
+    Returns:
+        Block lists of B batches and Hq heads.
+    """
+    name, value = _spell(rule)
+    return BlockLists(
+        *torch.ops.unisparse.select_blocks(
+            query,
+            key,
+            block_size=geometry.block_size,
+            causal_offset=geometry.causal_offset,
+            scale=scale,
+            c_q=c_q,
+            c_k=c_k,
+            c_h=c_h,
+            sampled_queries=sampled_queries,
+            rule=name,
+            value=value,
+            sink_blocks=guards.sink_blocks,
+            local_blocks=guards.local_blocks,
+            last_query_blocks=guards.last_query_blocks,
+        )
+    )
+
+
+def _spell(rule: SelectionRule) -> tuple[str, float]:
+    if isinstance(rule, TopP):
+        return "top_p", rule.top_p
+    if isinstance(rule, TopK):
+        return "top_k", float(rule.top_k)
+    if isinstance(rule, Threshold):
+        return "threshold", rule.threshold
+    raise TypeError(f"rule must be TopP, TopK or Threshold, got {type(rule).__name__}")
+
+
+@cache
+def _is_built_for(device: int) -> bool:
+    capable = torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    return capable and torch.version.hip is None and find_spec("triton") is not None
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    *,
+    block_size: int,
+    causal_offset: int | None,
+    scale: float,
+    c_q: int,
+    c_k: int,
+    c_h: int,
+    sampled_queries: int,
+    rule: str,
+    value: float,
+    sink_blocks: int,
+    local_blocks: int,
+    last_query_blocks: int,
+) -> tuple[Tensor, ...]:
+    # Triton need not be there for what runs on the CPU.
+    from .lists import Granularities, compute_lists
+    from .select import Rule
+
+    geometry = BlockGeometry(
+        q_len=query.shape[2],
+        kv_len=key.shape[2],
+        block_size=block_size,
+        causal_offset=causal_offset,
+    )
+    lists = compute_lists(
+        query,
+        key,
+        geometry=geometry,
+        granularities=Granularities(c_q, c_k, c_h, sampled_queries),
+        rule=Rule(rule, value),
+        guards=Guards(
+            sink_blocks=sink_blocks,
+            local_blocks=local_blocks,
+            last_query_blocks=last_query_blocks,
+        ),
+        scale=scale,
+    )
+    return lists.tensors()
+
+
+def _describe(query: Tensor, key: Tensor, *, block_size: int, **_: object) -> tuple[Tensor, ...]:
+    batch, heads, q_len = query.shape[:3]
+    geometry = BlockGeometry(q_len=q_len, kv_len=key.shape[2], block_size=block_size)
+    counts = (batch, heads, geometry.num_q_blocks)
+    shapes = (counts, (*counts, geometry.num_kv_blocks)) * 2
+    return tuple(query.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+_library.impl("select_blocks", _run, "CUDA")
+torch.library.register_fake("unisparse::select_blocks", _describe, lib=_library)

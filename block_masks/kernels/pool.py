@@ -1,0 +1,140 @@
+"""Composite tokens on the GPU: one streaming pass over queries or keys.
+
+Symbols: B batch, H composite heads, S tokens, D head_dim, N blocks, R groups of a block.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .scratch import Rows
+
+
+@triton.jit
+def _pool(
+    tokens,
+    means,
+    lasts,
+    stride_b,
+    stride_h,
+    stride_s,
+    stride_d,
+    length,
+    blocks,
+    kv_heads,
+    head_dim,
+    MERGED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HELD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Means of GROUP tokens and, of every STEP tokens, the last: 0 for none of either.
+
+    MERGED consecutive heads are averaged; HEADS composite heads share a key head. The means of
+    HELD blocks are interleaved: first those of their first groups.
+    """
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    column = tl.arange(0, WIDTH)
+    inside = column < head_dim
+    base = tokens + batch.to(tl.int64) * stride_b + head.to(tl.int64) * MERGED * stride_h
+    # Rows of a block lie together, those of the heads that share keys behind each other.
+    kv_head = head // HEADS
+    line = (batch * kv_heads + kv_head).to(tl.int64) * blocks
+    slot = (line + block) * HEADS + head % HEADS
+    if GROUP > 0:
+        groups: tl.constexpr = BLOCK // GROUP
+        first = block * BLOCK + tl.arange(0, groups) * GROUP
+        total = tl.zeros([groups, WIDTH], dtype=tl.float32)
+        for merged in tl.static_range(MERGED):
+            for i in tl.static_range(GROUP):
+                row = first + i
+                at = base + merged * stride_h + row[:, None].to(tl.int64) * stride_s
+                exists = (row < length)[:, None] & inside[None, :]
+                total += tl.load(at + column[None, :] * stride_d, mask=exists, other=0.0).to(
+                    tl.float32
+                )
+        count = tl.minimum(tl.maximum(length - first, 1), GROUP) * MERGED
+        mean = total / count[:, None].to(tl.float32)
+        # A NaN in the scores keeps a row whole; an infinity could vanish in a softmax.
+        mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
+        first_held = (line + block // HELD * HELD) * HEADS + head % HEADS
+        place = first_held * groups + tl.arange(0, groups) * HELD + block % HELD
+        at = means + place[:, None] * head_dim + column[None, :]
+        tl.store(at, mean.to(means.dtype.element_ty), mask=inside[None, :])
+    if STEP > 0:
+        steps: tl.constexpr = BLOCK // STEP
+        row = tl.minimum(block * BLOCK + (tl.arange(0, steps) + 1) * STEP, length) - 1
+        total = tl.zeros([steps, WIDTH], dtype=tl.float32)
+        for merged in tl.static_range(MERGED):
+            at = base + merged * stride_h + row[:, None].to(tl.int64) * stride_s
+            total += tl.load(at + column[None, :] * stride_d, mask=inside[None, :], other=0.0).to(
+                tl.float32
+            )
+        step = tl.arange(0, steps)
+        at = lasts + (slot * steps + step[:, None]) * head_dim + column[None, :]
+        tl.store(at, (total / MERGED).to(lasts.dtype.element_ty), mask=inside[None, :])
+
+
+def pool(
+    tokens: Tensor,
+    *,
+    kv_heads: int,
+    blocks: int,
+    block_size: int,
+    merged: int = 1,
+    group: int = 0,
+    step: int = 0,
+    held: int = 1,
+) -> tuple[Rows | None, Rows | None]:
+    """Averages groups of tokens and picks single ones, in one pass.
+
+    Args:
+        tokens: [B, H * merged, S, D].
+        kv_heads: Key heads that the heads are grouped by; divides H.
+        blocks: Blocks in the result, ``ceil(S / block_size)`` or more.
+        block_size: Tokens per block.
+        merged: Consecutive heads that are averaged into one.
+        group: Tokens per mean; 0 for no means.
+        step: Of every ``step`` tokens the last is picked; 0 for none.
+        held: Blocks whose means are interleaved, the first of each block first; divides
+            ``blocks``, and is 1 where several heads share a key head.
+
+    Returns:
+        The means and the picked tokens, in the dtype of ``tokens``; ``None`` where not asked for.
+    """
+    batch, heads, length, head_dim = tokens.shape
+    per_kv = heads // merged // kv_heads
+
+    def empty(size: int) -> Rows | None:
+        if not size:
+            return None
+        shape = (batch * kv_heads, blocks * per_kv * (block_size // size), head_dim)
+        return Rows(tokens.new_empty(shape), size)
+
+    means, lasts = empty(group), empty(step)
+    _pool[(blocks, heads // merged, batch)](
+        tokens,
+        tokens if means is None else means.tokens,
+        tokens if lasts is None else lasts.tokens,
+        *tokens.stride(),
+        length,
+        blocks,
+        kv_heads,
+        head_dim,
+        MERGED=merged,
+        HEADS=per_kv,
+        HELD=held,
+        BLOCK=block_size,
+        GROUP=group,
+        STEP=step,
+        WIDTH=triton.next_power_of_2(head_dim),
+        num_warps=4,
+    )
+    return means, lasts

@@ -1,0 +1,274 @@
+"""Block masses on the GPU: every row's summed exponentials over every block of keys.
+
+The logits of a tile live and die in registers. Symbols: R rows of a query block (its composite
+heads times its groups), C composite keys of a key block, Nk key blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..geometry import BlockGeometry
+from .scratch import Masses, Rows, reach_of
+
+
+@triton.jit
+def _logits(
+    query, keys, batch, head, tile, COLS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr
+):
+    key = keys.load([batch, head, tile * COLS, 0]).reshape(COLS, WIDTH)
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    return tl.dot(query, key.T, input_precision=precision)
+
+
+@triton.jit
+def _held(weights, ROWS: tl.constexpr, COLS: tl.constexpr, HELD: tl.constexpr):
+    """Sums over the columns of each of HELD blocks: the blocks' first columns come first."""
+    return tl.sum(tl.reshape(weights, [ROWS, COLS // HELD, HELD]), 1)
+
+
+@triton.jit
+def _score(
+    queries,
+    keys,
+    out,
+    totals,
+    stride_query,
+    first_head,
+    first_row,
+    rows,
+    columns,
+    blocks,
+    q_len,
+    kv_len,
+    offset,
+    kv_heads,
+    head_dim,
+    scale,
+    block_rows,
+    BLOCK: tl.constexpr,
+    ROW_GROUP: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Writes summed exponentials: out[head, key block, row].
+
+    ``block_rows`` rows of ``queries`` belong to a query block; ``ROW_GROUP`` query tokens to one
+    of them, ``KEY_GROUP`` keys to one of ``keys``. All are relative to the greatest logit of the
+    first tile: a row that outgrows it by 2 ** 127 becomes infinite, and is kept whole.
+    """
+    # The last rows see most: they go first.
+    tile_row = tl.num_programs(0) - 1 - tl.program_id(0)
+    split = tl.program_id(1)
+    slot = tl.program_id(2)
+    head = first_head + slot
+    row = tile_row * ROWS + tl.arange(0, ROWS)
+    width = tl.arange(0, WIDTH)
+    groups: tl.constexpr = BLOCK // ROW_GROUP
+    per_block: tl.constexpr = BLOCK // KEY_GROUP
+    # A step covers at least one key block, in tiles of COLS columns.
+    STEP: tl.constexpr = COLS if per_block < COLS else per_block
+    tiles_per_step: tl.constexpr = STEP // COLS
+    held: tl.constexpr = STEP // per_block
+    absolute = first_row + row
+    last = (absolute // block_rows) * BLOCK + (absolute % groups + 1) * ROW_GROUP - 1
+    position = tl.minimum(last, q_len - 1) + offset
+    at = queries + head.to(tl.int64) * stride_query + absolute[:, None].to(tl.int64) * head_dim
+    load = (row < rows)[:, None] & (width < head_dim)[None, :]
+    query = tl.load(at + width[None, :], mask=load, other=0.0)
+    batch = head // kv_heads
+    kv_head = head % kv_heads
+    out += slot.to(tl.int64) * blocks * rows
+    # The keys of a block lie ``held`` columns apart, and so in the registers of one thread.
+    column = tl.arange(0, COLS) % held * per_block + tl.arange(0, COLS) // held
+
+    # Tiles whose columns all exist and are seen whole by all rows, and tiles that some row sees.
+    whole = columns // STEP
+    if kv_len % KEY_GROUP != 0:
+        whole = (columns - 1) // STEP
+    steps = tl.cdiv(columns, STEP)
+    if CAUSAL:
+        # The rows of a tile stand in order of their query blocks.
+        lowest = (first_row + tile_row * ROWS) // block_rows * BLOCK + ROW_GROUP - 1
+        lowest = tl.minimum(lowest, q_len - 1) + offset
+        final = tl.minimum(tile_row * ROWS + ROWS, rows) - 1
+        highest = tl.minimum((first_row + final) // block_rows * BLOCK + BLOCK, q_len) - 1 + offset
+        whole = tl.minimum(whole, (lowest // KEY_GROUP + 1) // STEP)
+        steps = tl.minimum(steps, highest // KEY_GROUP // STEP + 1)
+    # Where no step is seen whole there are few of them, and the first split has them all.
+    share = tl.where(whole == 0, steps, tl.cdiv(steps, SPLITS))
+    begin = split * share
+    end = tl.minimum(begin + share, steps)
+    middle = tl.minimum(tl.maximum(whole, begin), end)
+
+    peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    if whole > 0:
+        logits = _logits(query, keys, batch, kv_head, 0, COLS, WIDTH, EXACT)
+        peak = tl.max(logits, 1) * scale
+    total = tl.zeros([ROWS, held], dtype=tl.float32)
+    in_rows = (row < rows)[:, None]
+    place = out + (begin * held + tl.arange(0, held))[None, :] * rows + row[:, None]
+    # Sums of a block whose tiles are not all done yet.
+    mass = tl.zeros([ROWS, held], dtype=tl.float32)
+    for tile in range(begin * tiles_per_step, middle * tiles_per_step):
+        logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT)
+        part = _held(tl.exp2(logits * scale - peak[:, None]), ROWS, COLS, held)
+        total += part
+        if tiles_per_step == 1:
+            tl.store(place, part.to(out.dtype.element_ty), mask=in_rows)
+            place += held * rows
+        else:
+            mass = tl.where(tile % tiles_per_step == 0, part, mass + part)
+            done = tile % tiles_per_step == tiles_per_step - 1
+            tl.store(place, mass.to(out.dtype.element_ty), mask=in_rows & done)
+            place += tl.where(done, held * rows, 0)
+    for tile in range(middle * tiles_per_step, end * tiles_per_step):
+        logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT) * scale
+        at_column = tile * COLS + column
+        seen = (at_column < columns)[None, :]
+        if KEY_GROUP > 1:
+            # The last composite key may stand for fewer keys.
+            count = tl.minimum(tl.maximum(kv_len - at_column * KEY_GROUP, 1), KEY_GROUP)
+            logits += tl.log2(count.to(tl.float32) / KEY_GROUP)[None, :]
+        if CAUSAL:
+            seen = seen & ((at_column * KEY_GROUP)[None, :] <= position[:, None])
+        logits = tl.where(seen, logits, float("-inf"))
+        # Column 0 is seen by every row.
+        peak = tl.where(peak == float("-inf"), tl.max(logits, 1), peak)
+        part = _held(tl.exp2(logits - peak[:, None]), ROWS, COLS, held)
+        total += part
+        mass = tl.where(tile % tiles_per_step == 0, part, mass + part)
+        block = tile // tiles_per_step * held + tl.arange(0, held)
+        stored = in_rows & (block < blocks)[None, :]
+        tl.store(place, mass.to(out.dtype.element_ty), mask=stored)
+        place += tl.where(tile % tiles_per_step == tiles_per_step - 1, held * rows, 0)
+    at_total = totals + (slot * SPLITS + split).to(tl.int64) * rows + row
+    tl.store(at_total, tl.sum(total, 1), mask=row < rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program computes at a time, and with what."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def tile_of(tokens: Tensor) -> Tile:
+    """The tile for tokens of this dtype and head_dim."""
+    width = triton.next_power_of_2(tokens.shape[-1])
+    if tokens.element_size() == 4:
+        return Tile(64, min(64, 4096 // width), 4, 1)
+    if width <= 128:
+        return Tile(128, 64, 8, 2, 80)
+    return Tile(128, 64, 8, 2, 128)
+
+
+def held_blocks(tokens: Tensor, per_block: int) -> int:
+    """Key blocks in a tile of composite keys, which `pool` must interleave."""
+    return max(1, tile_of(tokens).columns // per_block)
+
+
+def takes_descriptor(keys: Tensor) -> bool:
+    """Whether the tensor memory accelerator can address ``keys``."""
+    aligned = all(stride * keys.element_size() % 16 == 0 for stride in keys.stride()[:-1])
+    return keys.stride(-1) == 1 and aligned and keys.data_ptr() % 16 == 0
+
+
+# Enough programs to even out their differing lengths over the multiprocessors.
+PROGRAMS_WANTED = 512
+
+
+def splits_of(rows: int, heads: int, keys: Tensor, tile: Tile) -> int:
+    """Into how many ranges of keys a row's work is split."""
+    programs = triton.cdiv(rows, tile.rows) * heads
+    splits = triton.next_power_of_2(triton.cdiv(PROGRAMS_WANTED, programs))
+    return max(1, min(splits, triton.cdiv(keys.shape[2], 128) // 2, 16))
+
+
+def score(
+    queries: Rows,
+    keys: Tensor,
+    key_group: int,
+    columns: int,
+    *,
+    geometry: BlockGeometry,
+    heads: slice,
+    q_blocks: slice,
+    scale: float,
+) -> Masses:
+    """Computes each row's summed exponentials in each key block.
+
+    Args:
+        queries: Composite or picked query rows of every head and query block.
+        keys: [B, Hkv, C, D] keys, or composite keys, interleaved as `held_blocks` says; such as
+            `takes_descriptor` accepts.
+        key_group: Keys to a composite key; 1 for the keys themselves.
+        columns: Composite keys that exist.
+        geometry: The block grid, without a mask.
+        heads: Which of the B * Hkv key heads.
+        q_blocks: Which query blocks.
+        scale: Factor on the logits, above 0.
+
+    Returns:
+        The masses; what causality hides is left unset.
+    """
+    block_rows = queries.tokens.shape[1] // geometry.num_q_blocks
+    rows = block_rows * (q_blocks.stop - q_blocks.start)
+    count = heads.stop - heads.start
+    tile = tile_of(keys)
+    splits = splits_of(rows, count, keys, tile)
+    exact = keys.dtype == torch.float32
+    blocks = reach_of(geometry, q_blocks)
+    width = triton.next_power_of_2(keys.shape[3])
+    masses = Masses(
+        keys.new_empty((count, blocks, rows), dtype=torch.float32 if exact else torch.bfloat16),
+        keys.new_empty((count, splits, rows), dtype=torch.float32),
+    )
+    _score[(triton.cdiv(rows, tile.rows), splits, count)](
+        queries.tokens,
+        TensorDescriptor(keys, keys.shape, keys.stride(), [1, 1, tile.columns, width]),
+        masses.blocks,
+        masses.totals,
+        queries.tokens.stride(0),
+        heads.start,
+        q_blocks.start * block_rows,
+        rows,
+        columns,
+        blocks,
+        geometry.q_len,
+        geometry.kv_len,
+        geometry.causal_offset or 0,
+        keys.shape[1],
+        keys.shape[3],
+        scale * math.log2(math.e),
+        block_rows,
+        BLOCK=geometry.block_size,
+        ROW_GROUP=queries.size,
+        KEY_GROUP=key_group,
+        CAUSAL=geometry.causal_offset is not None,
+        EXACT=exact,
+        ROWS=tile.rows,
+        COLS=tile.columns,
+        WIDTH=width,
+        SPLITS=splits,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        maxnreg=tile.registers,
+    )
+    return masses

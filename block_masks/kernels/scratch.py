@@ -1,0 +1,48 @@
+"""What the kernels hand to each other.
+
+Symbols: B batch, Hkv key heads, Nq query blocks, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..geometry import BlockGeometry
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Tokens that stand for groups of tokens.
+
+    Attributes:
+        tokens: [B * Hkv, blocks * heads of the group * groups of a block, D], contiguous.
+        size: Tokens in a group.
+    """
+
+    tokens: Tensor
+    size: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Masses:
+    """Attention mass before normalisation; a row's all have one factor.
+
+    Attributes:
+        blocks: [heads, reach, rows], bfloat16 or float32: of each key block up to the last that
+            one of the rows sees.
+        totals: float32 [heads, splits, rows]: of all keys, in parts.
+    """
+
+    blocks: Tensor
+    totals: Tensor
+
+
+def reach_of(geometry: BlockGeometry, q_blocks: slice) -> int:
+    """Key blocks up to the last that some row of these query blocks sees."""
+    if geometry.causal_offset is None:
+        return geometry.num_kv_blocks
+    row = min(q_blocks.stop * geometry.block_size, geometry.q_len) - 1
+    seen = (row + geometry.causal_offset) // geometry.block_size + 1
+    return min(seen, geometry.num_kv_blocks)

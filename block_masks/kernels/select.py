@@ -1,0 +1,289 @@
+"""Block lists on the GPU: normalise, combine, choose, guard and compact, a query block a program.
+
+Symbols: R rows of a query block and head, Nq/Nk query and key blocks, P = Nk as a power of two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..block_lists import BlockLists
+from ..geometry import BlockGeometry
+from ..selection import Guards
+from .scratch import Masses, reach_of
+
+
+@triton.jit
+def _shares(
+    masses,
+    totals,
+    rows,
+    at,
+    key_block,
+    visible,
+    left,
+    R: tl.constexpr,
+    STEP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    P: tl.constexpr,
+):
+    """Each key block's share of a row's mass, averaged over rows by the tokens they stand for.
+
+    ``left`` query tokens exist from the block's first on; ``at`` is its first row of ``rows``.
+    """
+    result = tl.zeros([P], dtype=tl.float32)
+    tokens = tl.minimum(left, R * STEP).to(tl.float32)
+    for start in tl.static_range(0, R, CHUNK):
+        row = start + tl.arange(0, CHUNK)
+        total = tl.load(totals + at + row)
+        for split in tl.static_range(1, SPLITS):
+            total += tl.load(totals + split * rows + at + row)
+        # A row that stands for no token repeats the last one and weighs nothing.
+        count = tl.minimum(tl.maximum(left - row * STEP, 0), STEP).to(tl.float32)
+        place = masses + key_block[:, None] * rows + (at + row)[None, :]
+        mass = tl.load(place, mask=visible[:, None], other=0.0).to(tl.float32)
+        result += tl.sum(mass * (count / tokens / total)[None, :], 1)
+    return result
+
+
+@triton.jit
+def _reach(score, candidate, weight, need, low, STEPS: tl.constexpr):
+    """The best candidates until their weights sum to ``need``; among equals the first.
+
+    The search starts at ``low``, a score that enough candidates reach.
+    """
+    wanted = candidate & (tl.zeros_like(score) + need > 0)
+    # Scores are not negative: their bits are in their order.
+    bits = tl.where(wanted, score.to(tl.int32, bitcast=True), -1)
+    low = tl.maximum(low, 0.0).to(tl.int32, bitcast=True)
+    high = tl.maximum(tl.max(bits, 0), low) + 1
+    for _ in range(STEPS):
+        middle = low + (high - low) // 2
+        enough = tl.sum(tl.where(bits >= middle, weight, 0.0), 0) >= need
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    above = bits >= high
+    rest = need - tl.sum(tl.where(above, weight, 0.0), 0)
+    equal = (bits >= low) & (bits < high)
+    equals = tl.where(equal, weight, 0.0)
+    before = tl.cumsum(equals, 0) - equals
+    return wanted & (above | (equal & (before < rest)))
+
+
+@triton.jit
+def _write(counts, indices, at, blocks, key_block, chosen, place, count):
+    tl.store(indices + at * blocks + place, key_block, mask=chosen)
+    tl.store(counts + at, count)
+    # A kernel may read the first index of an empty list.
+    tl.store(indices + at * blocks + key_block, 0, mask=key_block + count == 0)
+
+
+@triton.jit
+def _select(
+    coarse,
+    coarse_totals,
+    fine,
+    fine_totals,
+    partial_counts,
+    partial_indices,
+    full_counts,
+    full_indices,
+    first_head,
+    first_block,
+    coarse_rows,
+    fine_rows,
+    q_blocks,
+    blocks,
+    reach,
+    q_len,
+    kv_len,
+    offset,
+    value,
+    sinks,
+    locals_,
+    last_rows,
+    RULE: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    MERGED: tl.constexpr,
+    COARSE: tl.constexpr,
+    COARSE_CHUNK: tl.constexpr,
+    COARSE_SPLITS: tl.constexpr,
+    FINE: tl.constexpr,
+    FINE_CHUNK: tl.constexpr,
+    FINE_SPLITS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SELF: tl.constexpr,
+    P: tl.constexpr,
+):
+    """COARSE and FINE are rows a query block and head have in either scratch, 0 for none."""
+    head = tl.program_id(0)
+    slot = tl.program_id(2)
+    local_block = tl.program_id(1)
+    block = first_block + local_block
+    key_block = tl.arange(0, P)
+    first = block * BLOCK + offset
+    last = tl.minimum(block * BLOCK + BLOCK, q_len) - 1 + offset
+    visible = key_block < reach
+    if CAUSAL:
+        visible = visible & (key_block * BLOCK <= last)
+
+    left = q_len - block * BLOCK
+    score = tl.zeros([P], dtype=tl.float32)
+    at = local_block * HEADS + head
+    if COARSE > 0:
+        score += _shares(
+            coarse + slot.to(tl.int64) * reach * coarse_rows,
+            coarse_totals + slot.to(tl.int64) * COARSE_SPLITS * coarse_rows,
+            coarse_rows, at * COARSE, key_block, visible, left,
+            COARSE, BLOCK // COARSE, COARSE_CHUNK, COARSE_SPLITS, P,
+        )  # fmt: skip
+    if FINE > 0:
+        score += _shares(
+            fine + slot.to(tl.int64) * reach * fine_rows,
+            fine_totals + slot.to(tl.int64) * FINE_SPLITS * fine_rows,
+            fine_rows, at * FINE, key_block, visible, left,
+            FINE, BLOCK // FINE, FINE_CHUNK, FINE_SPLITS, P,
+        )  # fmt: skip
+    if COARSE > 0 and FINE > 0:
+        score *= 0.5
+
+    forced = key_block < sinks
+    if CAUSAL or SELF:
+        behind = 0 if CAUSAL else locals_ - 1
+        lowest = tl.minimum(first // BLOCK, blocks - 1)
+        highest = tl.minimum(last // BLOCK, blocks - 1)
+        forced = forced | ((key_block > lowest - locals_) & (key_block <= highest + behind))
+    # Conditions on the whole row, one lane each: the interpreter joins no scalar with a vector.
+    lane = key_block * 0
+    forced = (forced | (lane + block >= q_blocks - last_rows)) & visible
+    judged = lane + tl.sum(tl.where(score != score, 1, 0), 0) == 0
+    score = tl.where(visible & judged, score, 0.0)
+    candidate = visible & (forced == 0)
+    if RULE == "threshold":
+        chosen = candidate & (score >= value)
+    elif RULE == "top_k":
+        one = tl.full([P], 1.0, dtype=tl.float32)
+        need = value - tl.sum(tl.where(forced, one, 0.0), 0)
+        chosen = _reach(score, candidate, one, need, 0.0 * need, STEPS)
+    else:
+        need = value - tl.sum(tl.where(forced, score, 0.0), 0)
+        # All that score less than this sum to less than may be dropped.
+        spare = tl.sum(tl.where(candidate, score, 0.0), 0) - need
+        chosen = _reach(score, candidate, score, need, 0.99 * spare / blocks, STEPS)
+    keep = forced | chosen | (visible & (judged == 0))
+    if RULE == "top_p":
+        # An estimate of zero is no proof of zero: all means all.
+        keep = keep | (visible & (lane + value >= 1.0))
+
+    final = key_block * BLOCK + BLOCK - 1
+    inside = final < kv_len
+    if CAUSAL:
+        inside = inside & (final <= first)
+    partial = keep & (inside == 0)
+    full = keep & inside
+    # Both lists' places in one scan: there are fewer than 2 ** 15 blocks.
+    packed = full.to(tl.int32) + partial.to(tl.int32) * 65536
+    ends = tl.cumsum(packed, 0)
+    total = tl.sum(packed, 0)
+    for merged in tl.static_range(MERGED):
+        out_head = ((first_head + slot) * HEADS + head) * MERGED + merged
+        line = out_head.to(tl.int64) * q_blocks + block
+        _write(
+            partial_counts, partial_indices, line, blocks, key_block, partial,
+            ends // 65536 - 1, total // 65536,
+        )  # fmt: skip
+        _write(
+            full_counts, full_indices, line, blocks, key_block, full,
+            ends % 65536 - 1, total % 65536,
+        )  # fmt: skip
+
+
+# Elements of scratch that one program holds at a time.
+PROGRAM_ELEMENTS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A selection rule by name (``top_p``, ``top_k`` or ``threshold``) and its number."""
+
+    name: str
+    value: float
+
+
+def select(
+    coarse: Masses | None,
+    fine: Masses | None,
+    lists: BlockLists,
+    *,
+    geometry: BlockGeometry,
+    rule: Rule,
+    guards: Guards,
+    heads: slice,
+    q_blocks: slice,
+    composite_heads: int,
+    merged: int,
+) -> None:
+    """Fills the lines of ``lists`` that belong to these heads and query blocks.
+
+    Args:
+        coarse: Masses of composite queries; ``None`` for none.
+        fine: Masses of picked queries; the scores of both are averaged.
+        lists: Block lists of all heads and query blocks.
+        geometry: The block grid, without a mask.
+        rule: Which blocks are kept.
+        guards: Blocks kept in any case.
+        heads: Which of the B * Hkv key heads.
+        q_blocks: Which query blocks.
+        composite_heads: Composite heads that share a key head.
+        merged: Query heads to a composite head.
+    """
+    blocks = geometry.num_kv_blocks
+    reach = reach_of(geometry, q_blocks)
+    count = q_blocks.stop - q_blocks.start
+    power = triton.next_power_of_2(reach)
+    given = coarse or fine
+    assert given is not None
+    parts = [(masses or given, masses is not None) for masses in (coarse, fine)]
+    rows = [m.blocks.shape[2] // count // composite_heads * there for m, there in parts]
+    chunks = [max(1, min(r, PROGRAM_ELEMENTS // power)) for r in rows]
+    exact = any(m.blocks.dtype == torch.float32 for m, _ in parts)
+    _select[(composite_heads, count, heads.stop - heads.start)](
+        *(tensor for m, _ in parts for tensor in (m.blocks, m.totals)),
+        *lists.tensors(),
+        heads.start,
+        q_blocks.start,
+        *(m.blocks.shape[2] for m, _ in parts),
+        geometry.num_q_blocks,
+        blocks,
+        reach,
+        geometry.q_len,
+        geometry.kv_len,
+        geometry.causal_offset or 0,
+        float(rule.value),
+        guards.sink_blocks,
+        guards.local_blocks,
+        guards.last_query_blocks,
+        RULE=rule.name,
+        # All bits of a score, or as many as make a difference.
+        STEPS=31 if exact or rule.name == "top_k" else 15,
+        BLOCK=geometry.block_size,
+        HEADS=composite_heads,
+        MERGED=merged,
+        COARSE=rows[0],
+        COARSE_CHUNK=chunks[0],
+        COARSE_SPLITS=parts[0][0].totals.shape[1],
+        FINE=rows[1],
+        FINE_CHUNK=chunks[1],
+        FINE_SPLITS=parts[1][0].totals.shape[1],
+        CAUSAL=geometry.causal_offset is not None,
+        SELF=geometry.q_len == geometry.kv_len,
+        P=power,
+        num_warps=max(1, min(4, power // 128)),
+    )
