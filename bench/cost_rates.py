@@ -1,6 +1,6 @@
 """Times the stages of attention on this device and fits the rates of the cost model.
 
-python -m bench.cost_rates [--device cuda] [--output FILE]
+python -m bench.cost_rates [--device cuda] [--plain-selection] [--output FILE]
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from unisparse_flex.block_masks.kernels import operator
 from unisparse_flex.demo.model import describe_device
-from unisparse_flex.passes.device_rates import DeviceRates, device_name
+from unisparse_flex.passes.device_rates import PLAIN, DeviceRates, device_name
 
 from . import rate_fit
 from .stages import SELECTOR, Heads
@@ -52,6 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=tuple(PLANS), default=default)
     parser.add_argument("--output", type=Path, help="bench/results/rates-<device>.json by default")
     parser.add_argument("--max-seconds", type=float, help="stops measuring: cpu 900, cuda 220")
+    parser.add_argument(
+        "--plain-selection", action="store_true", help="score and select without the GPU kernels"
+    )
     options = parser.parse_args(arguments)
 
     if options.device == "cpu":
@@ -59,6 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(1)
     limit = options.max_seconds or MAX_SECONDS[options.device]
     plan, name = PLANS[options.device], device_name(options.device)
+    command = ["python", "-m", "bench.cost_rates", "--device", options.device]
+    if options.plain_selection:
+        name += PLAIN
+        command.append("--plain-selection")
+        operator.takes = lambda *_: False
     output = options.output or Path(f"bench/results/rates-{name.replace(' ', '-')}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
@@ -68,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        "command": ["python", "-m", "bench.cost_rates", "--device", options.device],
+        "command": command,
         "selector": repr(SELECTOR),
         "statistic": "p20 of the repeats; CUDA events, or CPU seconds of the process",
         "rows": [],

@@ -14,6 +14,8 @@ from typing import Any
 from ..block_masks.selectors import Selector
 from ..block_masks.validation import validate_int
 
+BACKENDS = ("auto", "flash", "triton")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseConfig:
@@ -26,6 +28,7 @@ class SparseConfig:
         min_queries: Fewest queries for which it is used; fewer are decoding and stay dense.
         dense: Keeps the call dense (a layer that was excluded by name).
         strict: Raises where the call would stay dense (it was asked for by name).
+        backend: Which kernel attends on CUDA, one of ``BACKENDS``.
     """
 
     selector: Selector
@@ -33,12 +36,15 @@ class SparseConfig:
     min_queries: int = 0
     dense: bool = False
     strict: bool = False
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         validate_selector(self.selector)
         if self.min_length is not None:
             validate_int(self.min_length, "min_length", minimum=0)
         validate_int(self.min_queries, "min_queries", minimum=0)
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {list(BACKENDS)}, got {self.backend!r}")
 
     def encode(self) -> str:
         """The settings as the expression that makes them; equal settings give equal text.
@@ -47,7 +53,8 @@ class SparseConfig:
         """
         return (
             f"SparseConfig(selector={self.selector.text}, min_length={self.min_length}, "
-            f"min_queries={self.min_queries}, dense={self.dense}, strict={self.strict})"
+            f"min_queries={self.min_queries}, dense={self.dense}, strict={self.strict}, "
+            f"backend={self.backend!r})"
         )
 
     @staticmethod

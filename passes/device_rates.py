@@ -15,7 +15,8 @@ class DeviceRates:
     Those of the CPU are for one thread.
 
     Attributes:
-        device: ``"cpu"``, or ``"cuda sm90"`` and the like.
+        device: ``"cpu"``, or ``"cuda sm90"`` and the like; with ``" plain"`` behind it where the
+            GPU kernels do not score and select, but plain PyTorch does.
         dtype: Such as ``"bfloat16"``.
         source: The file they were fitted from, or what they are an estimate from.
         tile: Keys that dense attention reads at a time.
@@ -57,6 +58,8 @@ class DeviceRates:
         return replace(self, block_seconds=self.block_seconds / threads, **faster)
 
 
+PLAIN = " plain"
+
 # Fitted rates are copied from their source by hand; a test compares the two.
 RATES = (
     DeviceRates(
@@ -94,9 +97,9 @@ RATES = (
         block_seconds=1.947e-05,
     ),
     DeviceRates(
-        device="cuda sm90",
+        device="cuda sm90 plain",
         dtype="bfloat16",
-        source="bench/results/rates-cuda-sm90.json",
+        source="bench/results/rates-cuda-sm90-plain.json",
         tile=128,
         dense_launch=3.132e-05,
         dense_flop_rate=1089000000000000.0,
@@ -126,18 +129,26 @@ class FoundRates:
     note: str = ""
 
 
-def find_rates(device: torch.device, dtype: torch.dtype) -> FoundRates:
-    """Rates of this machine's device; those of another dtype or device where there are none."""
+def find_rates(device: torch.device, dtype: torch.dtype, *, plain: bool = False) -> FoundRates:
+    """Rates of this machine's device; those of another dtype or device where there are none.
+
+    Args:
+        device: Where the call runs.
+        dtype: Of its tensors.
+        plain: Whether plain PyTorch scores and selects, not the GPU kernels.
+    """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    return _find_rates(device_name(device.type, device.index), dtype, threads)
+    name = device_name(device.type, device.index)
+    return _find_rates(name + PLAIN if plain and name != device.type else name, dtype, threads)
 
 
 @lru_cache(maxsize=256)
 def _find_rates(name: str, dtype: torch.dtype, threads: int) -> FoundRates:
-    def distance(rates: DeviceRates) -> tuple[bool, bool, int]:
+    def distance(rates: DeviceRates) -> tuple[bool, bool, bool, int]:
         other_kind = rates.device.split()[0] != name.split()[0]
+        other_way = rates.device.endswith(PLAIN) != name.endswith(PLAIN)
         known = getattr(torch, rates.dtype)
-        return other_kind, rates.device != name, abs(known.itemsize - dtype.itemsize)
+        return other_kind, other_way, rates.device != name, abs(known.itemsize - dtype.itemsize)
 
     wanted = str(dtype).removeprefix("torch.")
     exact = [rates for rates in RATES if (rates.device, rates.dtype) == (name, wanted)]

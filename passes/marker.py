@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .config import SparseConfig
 from .decision import Reason, flex_lowers, needs_grad, refuse
+from .flex_backend import flex_backend
 from .region import compiled_once
 from .sdpa import SdpaCall
 from .sparse_attention import (
@@ -105,6 +106,9 @@ def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Ten
             )
         return call.run_dense()
     call = apply_autocast(call)
+    if config.backend == "flash":
+        # Also where no kernel is compiled: it was asked for by name.
+        flex_backend(call, config.selector.block_size, config.backend)
     if observer is None and not tracing and _runs_compiled(call):
         return _run_compiled(call, config)
     if for_inductor and flex_lowers(call):

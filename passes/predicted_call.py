@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from ..block_masks.selectors import Selector
 from .decision import flex_lowers
-from .device_rates import find_rates
-from .prediction import break_even_length, call_shape, forecast
+from .prediction import break_even_length, call_shape, forecast, rates_of
 from .sdpa import SdpaCall
 
 
@@ -46,5 +45,5 @@ def predict_call(call: SdpaCall, selector: Selector) -> CallPrediction | None:
         sparse_ms=found.sparse_seconds * 1e3,
         density=found.density,
         break_even=break_even_length(shape, selector, self_attention=self_attention),
-        note=find_rates(shape.device, shape.dtype).note,
+        note=rates_of(shape, selector).note,
     )

@@ -13,7 +13,7 @@ from torch.fx.experimental import symbolic_shapes
 
 from ..block_masks.selectors import Selector
 from . import cost_model
-from .device_rates import DeviceRates, find_rates
+from .device_rates import DeviceRates, FoundRates, find_rates
 from .sdpa import SdpaCall
 
 # Keys up to which a break-even is looked for.
@@ -109,8 +109,13 @@ def _size(size: Any) -> int:
 @lru_cache(maxsize=4096)
 def forecast(shape: CallShape, selector: Selector) -> Forecast:
     """Predicts a call that the flex kernel can run; cached."""
-    rates = find_rates(shape.device, shape.dtype).rates
-    return _forecast(shape, selector, rates)
+    return _forecast(shape, selector, rates_of(shape, selector).rates)
+
+
+def rates_of(shape: CallShape, selector: Selector) -> FoundRates:
+    """The rates of a call: its selection runs by GPU kernels, or by plain PyTorch."""
+    plain = shape.masked or not selector.cost.has_kernels
+    return find_rates(shape.device, shape.dtype, plain=plain)
 
 
 def _forecast(shape: CallShape, selector: Selector, rates: DeviceRates) -> Forecast:
@@ -168,7 +173,7 @@ def break_even_length(shape: CallShape, selector: Selector, *, self_attention: b
 
 @lru_cache(maxsize=1024)
 def _break_even_length(shape: CallShape, selector: Selector, self_attention: bool) -> int | None:
-    rates, size = find_rates(shape.device, shape.dtype).rates, selector.block_size
+    rates, size = rates_of(shape, selector).rates, selector.block_size
 
     def is_faster(blocks: int) -> bool:
         length = blocks * size

@@ -33,7 +33,7 @@ def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
     if needs_grad(call) or not call.has_plain_numbers() or inductor_config.cpp_wrapper:
         if call.query.device.type == "cpu":
             call = call.map_tensors(_apart)
-        return attend_flex(call, select(call, config))
+        return attend_flex(call, select(call, config), backend=config.backend)
     tensors = [call.query, call.key, call.value]
     if call.attn_mask is not None:
         tensors.append(call.attn_mask)
@@ -80,6 +80,6 @@ def _region(
             "mask_numbers": [next(symbols) if n is None else n for n in numbers],
         }
         call = SdpaCall.bind(operands[: last - tensors], {**keywords, **captured})
-        return (attend_flex(call, select(call, config)),)
+        return (attend_flex(call, select(call, config), backend=config.backend),)
 
     return run

@@ -19,6 +19,7 @@ from ..block_masks.mask_summary import visible_tokens
 from ..block_masks.scoring import default_scale
 from .config import SparseConfig
 from .decision import needs_grad
+from .flex_backend import flex_backend
 from .sdpa import SdpaCall, is_symbolic
 
 # Bytes of expanded mask per step where blocks are applied as a token mask.
@@ -85,12 +86,15 @@ def keeps_window(geometry: BlockGeometry) -> bool:
     return window is not None and is_known(window <= (WINDOW_BLOCKS - 2) * geometry.block_size)
 
 
-def attend_flex(call: SdpaCall, selection: BlockSelection, *, look_up: bool = False) -> Tensor:
+def attend_flex(
+    call: SdpaCall, selection: BlockSelection, *, backend: str = "triton", look_up: bool = False
+) -> Tensor:
     """Attends to the kept blocks through the flex_attention operator.
 
     Args:
         call: The call; its shapes and dtypes are ones that `decision.flex_lowers` accepts.
         selection: The kept blocks.
+        backend: See `flex_backend`.
         look_up: Repeats the selection inside ``mask_mod``, for backends that interpret the
             operator and so ignore block lists.
 
@@ -113,7 +117,11 @@ def attend_flex(call: SdpaCall, selection: BlockSelection, *, look_up: bool = Fa
         score_mod,
         (*block_mask.as_tuple()[:-1], mask_mod),
         _scale(call),
-        _kernel_options(selection.geometry.block_size, output_lse=output_lse),
+        _kernel_options(
+            selection.geometry.block_size,
+            backend=flex_backend(call, selection.geometry.block_size, backend),
+            output_lse=output_lse,
+        ),
         score_buffers,
         mask_buffers,
     )[0]
@@ -180,9 +188,9 @@ def _mask_4d(mask: Tensor) -> Tensor:
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
 
 
-def _kernel_options(block_size: int, *, output_lse: bool) -> dict[str, Any]:
+def _kernel_options(block_size: int, *, backend: str, output_lse: bool) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "BACKEND": "AUTO",
+        "BACKEND": backend,
         "PRESCALE_QK": False,
         "ROWS_GUARANTEED_SAFE": False,
         "BLOCKS_ARE_CONTIGUOUS": False,

@@ -24,6 +24,7 @@ def attention(
     enable_gqa: bool = False,
     *,
     selector: Selector | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Block-sparse attention with the signature of ``F.scaled_dot_product_attention``.
 
@@ -48,6 +49,8 @@ def attention(
         scale: Factor on the logits; 1 / sqrt(D) by default.
         enable_gqa: Allows Hkv < Hq; Hkv divides Hq.
         selector: Which blocks are kept; ``UniSparse()`` by default.
+        backend: The kernel on CUDA: ``"flash"`` (FlashAttention-4), ``"triton"``, or ``"auto"``,
+            which takes FlashAttention-4 where it is installed and can run the call.
 
     Returns:
         [B, Hq, Sq, Dv], query's dtype.
@@ -95,5 +98,5 @@ def attention(
                 f"{key.shape[2]}, got {bias.seq_len_q} and {bias.seq_len_kv}"
             )
         validate_attn_mask(call.attn_mask, query, key)
-    config = SparseConfig(selector=selector or DEFAULT_SELECTOR, strict=True)
+    config = SparseConfig(selector=selector or DEFAULT_SELECTOR, strict=True, backend=backend)
     return marked_sdpa(call, config.encode())

@@ -29,6 +29,7 @@ def optimize(
     *,
     min_length: int | None = None,
     dense_layers: Collection[int] = (),
+    backend: str = "auto",
 ) -> ModelT:
     """Makes the attention of ``model`` dynamically block-sparse; call it before `torch.compile`.
 
@@ -48,13 +49,17 @@ def optimize(
             predicts. 0 makes every call sparse that can be.
         dense_layers: Indices into the model's layer stacks (``nn.ModuleList``) that stay dense,
             negative ones from the end.
+        backend: The kernel on CUDA: ``"flash"`` (FlashAttention-4), ``"triton"``, or ``"auto"``,
+            which takes FlashAttention-4 where it is installed and can run the call: 16-bit,
+            head_dim up to 128, blocks of 128, static lengths, inference, no mask tensor.
 
     Returns:
         ``model``.
 
     Raises:
         TypeError: ``model`` is no module or already a graph, ``selector`` is no selector.
-        ValueError: ``model`` is compiled already, or a layer index is out of range.
+        ValueError: ``model`` is compiled already, ``backend`` is unknown, or a layer index is out
+            of range.
     """
     _validate_model(model)
     selector = UniSparse() if selector is None else selector
@@ -62,6 +67,7 @@ def optimize(
         selector=selector,
         min_length=min_length,
         min_queries=getattr(selector, "block_size", 0),
+        backend=backend,
     )
     dense = SparseConfig(selector=selector, dense=True)
     excluded = _excluded_prefixes(model, dense_layers)
