@@ -54,13 +54,19 @@ class Plan:
 def measure(function: Callable[[], Any], device: str, *, least: int, budget: float) -> list[float]:
     """Seconds of each call, sorted, after warming up: ``least``, more while ``budget`` lasts.
 
-    On CUDA between events; on the CPU those that the process computed, whatever else runs there.
+    On CUDA between events, calls queued one behind the other as a model queues its layers; on the
+    CPU those that the process computed, whatever else runs there.
     """
-    clock = _time_cuda if device == "cuda" else _time_cpu
     function()
-    warm_up = [clock(function) for _ in range(3 if device == "cuda" else 1)]
+    if device == "cuda":
+        warm_up = _time_cuda(function, 4)
+    else:
+        warm_up = [_time_cpu(function)]
     affordable = int(budget / max(min(warm_up), 1e-6))
-    return sorted(clock(function) for _ in range(max(least, min(affordable, MOST_REPEATS))))
+    repeats = max(least, min(affordable, MOST_REPEATS))
+    if device == "cuda":
+        return sorted(_time_cuda(function, repeats))
+    return sorted(_time_cpu(function) for _ in range(repeats))
 
 
 def _time_cpu(function: Callable[[], Any]) -> float:
@@ -69,14 +75,18 @@ def _time_cpu(function: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def _time_cuda(function: Callable[[], Any]) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def _time_cuda(function: Callable[[], Any], repeats: int) -> list[float]:
+    """Seconds from the end of one call to that of the next."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     torch.cuda.synchronize()
-    start.record()
     function()
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
+    events[0].record()
+    for event in events[1:]:
+        function()
+        event.record()
+    torch.cuda.synchronize()
+    pairs = zip(events[:-1], events[1:], strict=True)
+    return [start.elapsed_time(stop) / 1e3 for start, stop in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,14 +45,12 @@ def takes(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) -> 
     """
     return (
         query.device.type == "cuda"
-        and _is_built_for(query.device.index or 0)
+        and _runs_on(query.device.index or 0)
         and query.dtype in DTYPES
         and key.dtype == query.dtype
         and geometry.mask is None
         and query.shape[3] <= MAX_HEAD_DIM
         and scale > 0
-        # The C++ wrapper of an ahead-of-time package cannot run an operator written in Python.
-        and not inductor_config.cpp_wrapper
         and guard_or_false(geometry.num_kv_blocks <= MAX_KEY_BLOCKS)
     )
 
@@ -116,6 +114,12 @@ def _spell(rule: SelectionRule) -> tuple[str, float]:
     if isinstance(rule, Threshold):
         return "threshold", rule.threshold
     raise TypeError(f"rule must be TopP, TopK or Threshold, got {type(rule).__name__}")
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(device: int) -> bool:
+    # The C++ wrapper of an ahead-of-time package cannot run an operator written in Python.
+    return _is_built_for(device) and not inductor_config.cpp_wrapper
 
 
 @cache

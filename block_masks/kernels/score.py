@@ -175,7 +175,7 @@ def tile_of(tokens: Tensor) -> Tile:
     if tokens.element_size() == 4:
         return Tile(64, min(64, 4096 // width), 4, 1)
     if width <= 128:
-        return Tile(128, 64, 8, 2, 80)
+        return Tile(128, 64, 8, 3, 80)
     return Tile(128, 64, 8, 2, 128)
 
 
