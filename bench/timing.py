@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,10 +59,7 @@ def measure(function: Callable[[], Any], device: str, *, least: int, budget: flo
     CPU those that the process computed, whatever else runs there.
     """
     function()
-    if device == "cuda":
-        warm_up = _time_cuda(function, 4)
-    else:
-        warm_up = [_time_cpu(function)]
+    warm_up = _time_cuda(function, 4) if device == "cuda" else [_time_cpu(function)]
     affordable = int(budget / max(min(warm_up), 1e-6))
     repeats = max(least, min(affordable, MOST_REPEATS))
     if device == "cuda":
@@ -85,8 +83,7 @@ def _time_cuda(function: Callable[[], Any], repeats: int) -> list[float]:
         function()
         event.record()
     torch.cuda.synchronize()
-    pairs = zip(events[:-1], events[1:], strict=True)
-    return [start.elapsed_time(stop) / 1e3 for start, stop in pairs]
+    return [start.elapsed_time(stop) / 1e3 for start, stop in itertools.pairwise(events)]
 
 
 @dataclass(frozen=True, kw_only=True)
