@@ -56,7 +56,7 @@ def measure(function: Callable[[], Any], device: str, *, least: int, budget: flo
 
     On CUDA between events; on the CPU those that the process computed, whatever else runs there.
     """
-    clock = _time_cuda if device == "cuda" else _time_cpu
+    clock = time_cuda if device == "cuda" else _time_cpu
     function()
     warm_up = [clock(function) for _ in range(3 if device == "cuda" else 1)]
     affordable = int(budget / max(min(warm_up), 1e-6))
@@ -69,7 +69,8 @@ def _time_cpu(function: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def _time_cuda(function: Callable[[], Any]) -> float:
+def time_cuda(function: Callable[[], Any]) -> float:
+    """Seconds of one call between CUDA events, its launches included."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
