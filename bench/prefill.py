@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--compile", choices=("layers", "model"), default="layers", help="layers compiles one layer"
     )
-    parser.add_argument("--max-seconds", type=float, default=540.0, help="begins no row after it")
+    parser.add_argument("--max-seconds", type=float, default=500.0, help="begins no row after it")
     parser.add_argument("--output", type=Path, help="bench/results/prefill-<device>.json")
     parser.add_argument("--small", action="store_true", help="a tiny model, on the CPU if need be")
     options = parser.parse_args(arguments)
@@ -205,7 +205,7 @@ def prepare(model: Any, selector: UniSparse | None, compile_what: str) -> Any:
         return torch.compile(model, dynamic=False)
     if compile_what == "layers":
         for layer in model.model.layers:
-            layer.compile(dynamic=False, fullgraph=True)
+            layer.compile(dynamic=False)
     return model
 
 
