@@ -19,6 +19,7 @@ import torch
 from unisparse_flex.passes.device_rates import device_name
 
 from . import gate
+from .captured import capture_smollm2
 from .contenders import (
     SETTINGS,
     SHAPES,
@@ -43,6 +44,7 @@ FIRST_LENGTHS, FIRST_DENSITIES = 4, (0.1, 0.3)
 DENSITIES = (0.1, 0.3, 0.05, 0.2, 0.5)
 STAGES = ("pool", "score", "select")
 MILLION = 1048576
+CAPTURED, CAPTURED_TOKENS, CAPTURED_LAYERS = "smollm2", 8192, (3, 15, 27)
 # A density that the guards alone exceed by so much is not measured under its name.
 SLACK = 1.2
 
@@ -103,6 +105,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--million", action="store_true", help="adds 1048576 tokens of llama3-8b, sparse alone"
     )
+    parser.add_argument(
+        "--from-model", action="store_true", help="adds queries and keys of SmolLM2's layers"
+    )
     parser.add_argument("--max-seconds", type=float, default=500.0, help="begins no row after it")
     parser.add_argument("--output", type=Path, help="bench/results/attention-<device>.json")
     return parser.parse_args(arguments)
@@ -158,7 +163,7 @@ def run(options: argparse.Namespace, record: Record, backends: list[str]) -> Non
     if options.million:
         # Behind the steps that matter most, lest the time limit always cuts it.
         steps.insert(min(FIRST_LENGTHS, len(steps)), ("llama3-8b", MILLION, (0.05, 0.1)))
-    for shape, tokens, densities in steps:
+    for place, (shape, tokens, densities) in enumerate(steps, start=1):
         if record.is_over():
             record.stop(f"after {record.limit:g} seconds")
             return
@@ -174,6 +179,33 @@ def run(options: argparse.Namespace, record: Record, backends: list[str]) -> Non
         finally:
             case.close()
             torch.cuda.empty_cache()
+        if options.from_model and place == min(FIRST_LENGTHS, len(steps)):
+            if CAPTURED not in allowed:
+                check(CAPTURED)
+            measure_captured(record, usable[CAPTURED], allowed[CAPTURED], options.device)
+
+
+def measure_captured(
+    record: Record, selectors: Sequence[str], backends: list[str], device: str
+) -> None:
+    """Rows of some layers of SmolLM2 at a real prompt, under a shape name for each layer."""
+    head: dict[str, Any] = {"stage": "capture", "shape": CAPTURED, "tokens": CAPTURED_TOKENS}
+    shape = SHAPES[CAPTURED]
+    found = guarded(
+        head,
+        "capture",
+        lambda: capture_smollm2(CAPTURED_TOKENS, CAPTURED_LAYERS, shape.key, device),
+    )
+    if found is None:
+        record.add(head)
+        return
+    for layer, inputs in found.items():
+        case = Case(CAPTURED, CAPTURED_TOKENS, device, inputs[0].dtype)
+        case.use(inputs)
+        names = [name for name in selectors if name != FORCED]
+        for row in measure(case, (None, *FIRST_DENSITIES), names, (), backends):
+            record.add(row | {"shape": f"{CAPTURED}-layer-{layer}"})
+        case.close()
 
 
 def plan(shapes: Sequence[str], lengths: Sequence[int], densities: Sequence[float]) -> Plan:

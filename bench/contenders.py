@@ -6,7 +6,7 @@ import importlib.util
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ SETTINGS: dict[str, dict[str, int]] = {
 }
 OPTIONS: dict[str, dict[str, str]] = {"triton": {}, "flash": {"BACKEND": "FLASH"}}
 
-Lists = Sequence[Tensor]
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def find_backends() -> list[str]:
@@ -134,6 +134,10 @@ class Case:
     def attends(self) -> dict[str, Callable[..., Tensor]]:
         return {name: self._compile_attend(name) for name in OPTIONS}
 
+    def use(self, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Takes these inputs instead of drawing some."""
+        self.__dict__["inputs"] = inputs
+
     def close(self) -> None:
         """Gives the inputs back; what is compiled stays."""
         self.__dict__.pop("inputs", None)
@@ -195,10 +199,10 @@ class Case:
         lists = causal_lists(self.geometry, self.device)
         calls: dict[str, Callable[[], Tensor]] = {"sdpa": lambda: dense(*self.inputs)}
         for kind in ("FLASH", "CUDNN"):
-            calls[f"sdpa_{kind.lower()}"] = lambda kind=kind: self._dense_by(kind)
+            calls[f"sdpa_{kind.lower()}"] = partial(self._dense_by, kind)
         names = {"triton": "flex", "flash": "flash_attention_4"}
         for backend in backends:
-            calls[names[backend]] = lambda backend=backend: self.attend(backend, lists)
+            calls[names[backend]] = partial(self.attend, backend, lists)
         return calls
 
     def _dense_by(self, kind: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +32,13 @@ def check_shape(
     for backend in backends if on_gpu else ():
         own = Case(shape, WHOLE_BLOCKS.get(backend, length), device, case.dtype)
         row = _row(own, "forced", backend)
-        guarded(row, "attention", lambda c=own, b=backend, r=row: _check_forced(r, c, b))
+        guarded(row, "attention", partial(_check_forced, row, own, backend))
         yield _judged(row)
     for name in selectors:
         row = _row(case, name, "whole")
-        guarded(row, "attention", lambda n=name, r=row: _check_whole(r, case, n))
+        guarded(row, "attention", partial(_check_whole, row, case, name))
         if on_gpu:
-            guarded(row, "blocks", lambda n=name, r=row: _compare_blocks(r, case, n))
+            guarded(row, "blocks", partial(_compare_blocks, row, case, name))
         yield _judged(row)
 
 

@@ -179,7 +179,8 @@ def draw(result: Result, folder: Path, selector: str) -> list[Path]:
     drawn = []
     for shape in _unique(row["shape"] for row in result["rows"]):
         rows = [row for row in sparse_rows(result, shape, selector) if row.get("speedup")]
-        if rows:
+        # One length is no line.
+        if len(_unique(row["tokens"] for row in rows)) > 1:
             path = folder / f"attention-{shape}.png"
             _draw_shape(rows, f"{shape}, {selector}, {result['device']}", path)
             drawn.append(path)

