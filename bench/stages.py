@@ -31,32 +31,40 @@ class Heads:
 def create_inputs(
     heads: Heads, length: int, dtype: torch.dtype, device: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Clustered queries, keys and values, [1, H, S, D]: pieces of 32 tokens around a centre."""
+    """Clustered queries, keys and values, [1, H, S, D]: pieces of 32 tokens around a centre.
+
+    Drawn head by head: a million tokens of all heads in float32 would not fit beside the rest.
+    """
     generator = torch.Generator(device).manual_seed(length)
     options: dict[str, Any] = {"generator": generator, "device": device}
 
     def draw(count: int) -> Tensor:
-        centres = torch.randn(count, -(-length // 32), heads.head_dim, **options)
-        noise = torch.randn(count, length, heads.head_dim, **options)
-        drift = centres.repeat_interleave(32, dim=1)[:, :length]
-        return (noise + 1.5 * drift)[None].to(dtype)
+        out = torch.empty(1, count, length, heads.head_dim, dtype=dtype, device=device)
+        for head in range(count):
+            centres = torch.randn(-(-length // 32), heads.head_dim, **options)
+            noise = torch.randn(length, heads.head_dim, **options)
+            drift = centres.repeat_interleave(32, dim=0)[:length]
+            out[0, head] = noise.add_(drift, alpha=1.5)
+        return out
 
     return draw(heads.query), draw(heads.key), draw(heads.key)
 
 
 def force_density(heads: int, length: int, density: float, device: str) -> BlockSelection:
-    """Random causal blocks: the diagonal, and others until ``density`` of the visible are kept."""
+    """Random causal blocks: diagonal and first, and others until ``density`` of the visible."""
+    place = torch.device(device)
     geometry = BlockGeometry(
         q_len=length, kv_len=length, block_size=SELECTOR.block_size, causal_offset=0
     )
-    visible = geometry.visible_blocks(torch.device("cpu"))
-    diagonal = geometry.local_blocks(1, torch.device("cpu"))
-    forced, total = int(diagonal.sum()), int(visible.sum())
-    chance = max(0.0, (density * total - forced) / max(total - forced, 1))
-    generator = torch.Generator().manual_seed(length)
-    draw = torch.rand(1, heads, *visible.shape, generator=generator)
-    keep = ((draw < chance) | diagonal) & visible
-    return BlockSelection(keep=keep.to(device), visible=visible.to(device), geometry=geometry)
+    visible = geometry.visible_blocks(place)
+    forced = geometry.local_blocks(1, place)
+    forced[:, 0] = True
+    kept, total = int(forced.sum()), int(visible.sum())
+    chance = max(0.0, (density * total - kept) / max(total - kept, 1))
+    generator = torch.Generator(place).manual_seed(length)
+    draw = torch.rand(1, heads, *visible.shape, generator=generator, device=place)
+    keep = ((draw < chance) | forced) & visible
+    return BlockSelection(keep=keep, visible=visible, geometry=geometry)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -59,11 +59,11 @@ def measure(function: Callable[[], Any], device: str, *, least: int, budget: flo
     CPU those that the process computed, whatever else runs there.
     """
     function()
-    warm_up = _time_cuda(function, 4) if device == "cuda" else [_time_cpu(function)]
+    warm_up = _time_queued(function, 4) if device == "cuda" else [_time_cpu(function)]
     affordable = int(budget / max(min(warm_up), 1e-6))
     repeats = max(least, min(affordable, MOST_REPEATS))
     if device == "cuda":
-        return sorted(_time_cuda(function, repeats))
+        return sorted(_time_queued(function, repeats))
     return sorted(_time_cpu(function) for _ in range(repeats))
 
 
@@ -73,7 +73,7 @@ def _time_cpu(function: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def _time_cuda(function: Callable[[], Any], repeats: int) -> list[float]:
+def _time_queued(function: Callable[[], Any], repeats: int) -> list[float]:
     """Seconds from the end of one call to that of the next."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     torch.cuda.synchronize()
@@ -84,6 +84,17 @@ def _time_cuda(function: Callable[[], Any], repeats: int) -> list[float]:
         event.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(stop) / 1e3 for start, stop in itertools.pairwise(events)]
+
+
+def time_cuda(function: Callable[[], Any]) -> float:
+    """Seconds of one call between CUDA events, its launches included."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +112,9 @@ class Series:
     def stages(self) -> Iterator[dict[str, Any]]:
         """The gate, then dense, select and attend at every length and density."""
         torch._dynamo.reset()
-        run = {run: torch.compile(run, dynamic=True, fullgraph=True) for run in (attend, select)}
+        run: dict[Any, Any] = {
+            run: torch.compile(run, dynamic=True, fullgraph=True) for run in (attend, select)
+        }
         gate = _guarded(
             lambda: {"relative_error": check(self.heads, self.dtype, self.device, run[attend])}
         )

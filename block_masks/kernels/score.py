@@ -169,19 +169,20 @@ class Tile:
     registers: int | None = None
 
 
-def tile_of(tokens: Tensor) -> Tile:
-    """The tile for tokens of this dtype and head_dim."""
+def tile_of(tokens: Tensor, key_group: int) -> Tile:
+    """The tile for tokens of this dtype and head_dim; ``key_group`` keys to one of the columns."""
     width = triton.next_power_of_2(tokens.shape[-1])
     if tokens.element_size() == 4:
         return Tile(64, min(64, 4096 // width), 4, 1)
     if width <= 128:
-        return Tile(128, 64, 8, 3, 80)
+        # Keys themselves are many: more rows at a time read them less often.
+        return Tile(256, 64, 8, 3, 128) if key_group == 1 else Tile(128, 64, 8, 3, 80)
     return Tile(128, 64, 8, 2, 128)
 
 
 def held_blocks(tokens: Tensor, per_block: int) -> int:
     """Key blocks in a tile of composite keys, which `pool` must interleave."""
-    return max(1, tile_of(tokens).columns // per_block)
+    return max(1, tile_of(tokens, 2).columns // per_block)
 
 
 def takes_descriptor(keys: Tensor) -> bool:
@@ -231,7 +232,7 @@ def score(
     block_rows = queries.tokens.shape[1] // geometry.num_q_blocks
     rows = block_rows * (q_blocks.stop - q_blocks.start)
     count = heads.stop - heads.start
-    tile = tile_of(keys)
+    tile = tile_of(keys, key_group)
     splits = splits_of(rows, count, keys, tile)
     exact = keys.dtype == torch.float32
     blocks = reach_of(geometry, q_blocks)

@@ -1,0 +1,264 @@
+"""Markdown tables and plots from the files of `bench.attention` and `bench.prefill`.
+
+python -m bench.tables [FILE ...] [--plots docs] [--selector two]
+
+Without files, those in bench/results. Tables go to the screen, plots into a folder as PNG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path("bench/results")
+# Okabe and Ito's colours, apart for colour-blind eyes; markers and dashes tell the same.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--plots", type=Path, default=Path("docs"), help="where PNGs go")
+    parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument("--selector", default="two", help="settings that are plotted")
+    options = parser.parse_args(arguments)
+    files = options.files or sorted([*FOLDER.glob("attention-*"), *FOLDER.glob("prefill-*")])
+    if not files:
+        raise SystemExit(f"bench.tables: no attention-*.json or prefill-*.json in {FOLDER}")
+    for path in files:
+        result = json.loads(path.read_text())
+        print(describe(result, path.name))
+        if any(row.get("stage") == "sparse" for row in result["rows"]) and not options.no_plots:
+            for plot in draw(result, options.plots, options.selector):
+                print(f"plotted {plot}\n")
+
+
+def describe(result: Result, name: str) -> str:
+    """Every table of one file."""
+    is_prefill = any("variant" in row for row in result["rows"])
+    head = [f"{name}: {result['device']}, torch {result['versions'].get('torch')}"]
+    head += [f"`{' '.join(result['command'])}`"]
+    if "stopped" in result:
+        head.append(f"Stopped: {result['stopped']}.")
+    if is_prefill:
+        model = result["model"]
+        head.append(f"{model['layers']} layers of width {model['hidden_size']}.")
+        return "\n\n".join([*head, prefill_table(result)]) + "\n"
+    gate = result["gate"]
+    if not gate.get("passed"):
+        head.append("THE GATE DID NOT PASS: no number below may be used.")
+    parts = [*head, f"Gate: {json.dumps(gate)}"]
+    for shape in _unique(row["shape"] for row in result["rows"]):
+        for title, table in tables(result, shape):
+            parts += [f"### {shape}: {title}", table]
+    return "\n\n".join([*parts, errors_table(result)]).rstrip() + "\n"
+
+
+def tables(result: Result, shape: str) -> list[tuple[str, str]]:
+    """Titles and Markdown tables of one shape."""
+    found = [("dense, ms", dense_table(result, shape))]
+    for selector in _unique(row["selector"] for row in sparse_rows(result, shape)):
+        found.append((f"{selector}, speed-up over SDPA", speedup_table(result, shape, selector)))
+    found.append(("selection", selection_table(result, shape)))
+    return [(title, table) for title, table in found if table]
+
+
+def sparse_rows(result: Result, shape: str, selector: str | None = None) -> list[Row]:
+    """Rows of one shape that hold a total, the fastest backend's of each case."""
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in result["rows"]:
+        wanted = selector in (None, row.get("selector"))
+        if row.get("stage") != "sparse" or row["shape"] != shape or not wanted:
+            continue
+        key = (row["selector"], row["tokens"], row["density"])
+        total = row.get("total_ms")
+        if total and (key not in best or total < best[key]["total_ms"]):
+            best[key] = row
+    return list(best.values())
+
+
+def dense_table(result: Result, shape: str) -> str:
+    """Milliseconds of every dense kernel by tokens."""
+    rows = [r for r in result["rows"] if r.get("stage") == "dense" and r["shape"] == shape]
+    rows.sort(key=lambda row: row["tokens"])
+    kernels = _unique(name for row in rows for name in row["dense_kernels"])
+    return markdown(
+        ["tokens", *kernels],
+        [[str(r["tokens"]), *(_number(r["dense_kernels"].get(k)) for k in kernels)] for r in rows],
+    )
+
+
+def speedup_table(result: Result, shape: str, selector: str) -> str:
+    """Speed-up over default SDPA and, in brackets, over the fastest dense kernel."""
+    rows = [row for row in sparse_rows(result, shape, selector) if row.get("speedup")]
+    densities = sorted(_unique(row["density"] for row in rows), key=_density_order)
+    lines = []
+    for tokens in sorted(_unique(row["tokens"] for row in rows)):
+        own = {row["density"]: row for row in rows if row["tokens"] == tokens}
+        lines.append([str(tokens), *(_speedup(own.get(density)) for density in densities)])
+    return markdown(["tokens", *(_percent(density) for density in densities)], lines)
+
+
+def selection_table(result: Result, shape: str) -> str:
+    """Selection, attention and their sum, with selection's share."""
+    rows = [row for row in sparse_rows(result, shape) if row.get("selection_ms")]
+    rows.sort(key=lambda r: (r["tokens"], _density_order(r["density"]), r["selector"]))
+    lines = []
+    for row in rows:
+        stages = row.get("selection_stages_ms") or {}
+        line = [str(row["tokens"]), row["selector"], f"{100 * row['density_measured']:.1f}%"]
+        line += [_number(stages.get(stage)) for stage in ("pool", "score", "select")]
+        line += [_number(row[f"{part}_ms"]) for part in ("selection", "attention", "total")]
+        extra = row.get("extra_memory_bytes")
+        line += [f"{100 * selection_share(row):.0f}%"]
+        line += ["" if extra is None else f"{extra / 2**20:.0f}", row["backend"]]
+        lines.append(line)
+    stages = ["pool ms", "score ms", "select ms", "selection ms", "attention ms", "total ms"]
+    head = ["tokens", "selector", "density", *stages, "share", "extra MiB", "backend"]
+    return markdown(head, lines)
+
+
+def selection_share(row: Row) -> float:
+    """Selection over selection and attention."""
+    return row["selection_ms"] / (row["selection_ms"] + row["attention_ms"])
+
+
+def prefill_table(result: Result) -> str:
+    """Milliseconds to the first token, and the speed-up over the faster dense run."""
+    lines = []
+    for row in sorted(result["rows"], key=lambda row: row["tokens"]):
+        memory = row.get("peak_bytes")
+        lines.append(
+            [
+                str(row["tokens"]),
+                row["variant"],
+                _percent(row["density_expected"]) if "density_expected" in row else "",
+                _number(row.get("ms")),
+                f"{row['speedup']:.2f}x" if "speedup" in row else "",
+                "" if memory is None else f"{memory / 2**30:.1f}",
+            ]
+        )
+    return markdown(["tokens", "variant", "density", "ms", "speed-up", "peak GiB"], lines)
+
+
+def errors_table(result: Result) -> str:
+    """What failed or was skipped, and where."""
+    lines = []
+    for row in result["rows"]:
+        parts = dict(row.get("errors", {}))
+        if "skipped" in row:
+            parts["skipped"] = row["skipped"]
+        where = [str(row.get(k, "")) for k in ("shape", "tokens", "selector", "backend")]
+        lines += [[*where, part, text.replace("|", "/")] for part, text in parts.items()]
+    return markdown(["shape", "tokens", "selector", "backend", "part", "error"], lines)
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table; empty without lines."""
+    if not lines:
+        return ""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def draw(result: Result, folder: Path, selector: str) -> list[Path]:
+    """Plots the speed-up and selection's share against tokens, one file per shape."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for shape in _unique(row["shape"] for row in result["rows"]):
+        rows = [row for row in sparse_rows(result, shape, selector) if row.get("speedup")]
+        # One length is no line.
+        if len(_unique(row["tokens"] for row in rows)) > 1:
+            path = folder / f"attention-{shape}.png"
+            _draw_shape(rows, f"{shape}, {selector}, {result['device']}", path)
+            drawn.append(path)
+    return drawn
+
+
+def _draw_shape(rows: list[Row], title: str, path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SystemExit("bench.tables: plots need matplotlib, or give --no-plots") from error
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    densities = sorted(_unique(row["density"] for row in rows), key=_density_order)
+    for place, density in enumerate(densities):
+        own = sorted((r for r in rows if r["density"] == density), key=lambda r: r["tokens"])
+        style = {
+            "color": COLORS[place % len(COLORS)],
+            "marker": MARKERS[place % len(MARKERS)],
+            "linestyle": DASHES[place % len(DASHES)],
+            "markersize": 5,
+            "label": _percent(density),
+        }
+        tokens = [row["tokens"] for row in own]
+        left.plot(tokens, [row["speedup"] for row in own], **style)
+        selected = [row for row in own if row.get("selection_ms")]
+        shares = [100 * selection_share(row) for row in selected]
+        right.plot([row["tokens"] for row in selected], shares, **style)
+    left.axhline(1, color="#777777", linewidth=1)
+    left.set_yscale("log", base=2)
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    left.set_title("speed-up over dense SDPA", fontsize=10)
+    right.set_ylim(0, 100)
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    right.set_title("selection's share of the time", fontsize=10)
+    ticks = sorted(_unique(row["tokens"] for row in rows))
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [_tokens(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("tokens")
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    lines, names = left.get_legend_handles_labels()
+    figure.legend(
+        lines, names, title="density", loc="outside right center", frameon=False, fontsize=9
+    )
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def _unique(items: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(items))
+
+
+def _density_order(density: float | None) -> float:
+    return 2.0 if density is None else density
+
+
+def _percent(density: float | None) -> str:
+    return "own top_p" if density is None else f"{100 * density:.3g}%"
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 2**20}M" if count >= 2**20 else f"{count // 1024}k"
+
+
+def _number(ms: float | None) -> str:
+    if ms is None:
+        return ""
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def _speedup(row: Row | None) -> str:
+    return "" if row is None else f"{row['speedup']:.2f}x ({row['speedup_best']:.2f}x)"
+
+
+if __name__ == "__main__":
+    main()

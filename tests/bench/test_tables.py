@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import tables
+from tests.bench.results import make_result
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_a_speedup_is_that_of_the_fastest_backend() -> None:
+    head, _, *lines = cells(tables.speedup_table(make_result(), "llama3-8b", "two"))
+    assert head == ["tokens", "5%", "10%", "30%"]
+    assert [line[0] for line in lines] == ["8192", "16384", "32768", "131072"]
+    # 32768: dense 64 ms; 1 ms of selection and 8 ms of attention at 10 %.
+    assert lines[2][2] == "7.11x (3.56x)"
+
+
+def test_selections_share_is_that_of_the_two_parts() -> None:
+    head, _, *lines = cells(tables.selection_table(make_result(), "llama3-8b"))
+    row = dict(zip(head, lines[7], strict=True))
+    assert (row["tokens"], row["density"], row["share"]) == ("32768", "10.0%", "11%")
+    assert (row["selection ms"], row["attention ms"], row["total ms"]) == ("1", "8", "9")
+    assert (row["extra MiB"], row["backend"]) == ("3", "triton")
+
+
+def test_the_dense_table_holds_every_kernel() -> None:
+    head, _, *lines = cells(tables.dense_table(make_result(), "llama3-8b"))
+    assert head == ["tokens", "sdpa", "sdpa_cudnn"]
+    assert lines[3] == ["131072", "1024", "512"]
+
+
+def test_what_was_skipped_is_listed() -> None:
+    assert "| llama3-8b | 4096 | two |  | skipped | out of reach |" in tables.errors_table(
+        make_result()
+    )
+
+
+def test_a_failed_gate_is_said_first() -> None:
+    result = make_result() | {"gate": {"passed": False}}
+    assert "THE GATE DID NOT PASS" in tables.describe(result, "x.json")
+
+
+def test_prefill_is_compared_with_dense() -> None:
+    rows = [
+        {"variant": "dense_eager", "tokens": 8192, "ms": 300.0, "speedup": 1.0},
+        {"variant": "sparse", "tokens": 8192, "ms": 150.0, "speedup": 2.0, "peak_bytes": 2**31},
+    ]
+    _, _, *lines = cells(tables.prefill_table({"rows": rows}))
+    assert lines[1] == ["8192", "sparse", "", "150", "2.00x", "2.0"]
+
+
+def test_a_file_becomes_tables_and_a_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[Any]
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "attention-x.json"
+    path.write_text(json.dumps(make_result()))
+    tables.main([str(path), "--plots", str(tmp_path / "plots")])
+    assert "| 32768 |" in capsys.readouterr().out
+    assert (tmp_path / "plots" / "attention-llama3-8b.png").stat().st_size > 10000
+
+
+def test_without_files_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    with pytest.raises(SystemExit, match=r"no attention-\*\.json"):
+        tables.main([])
