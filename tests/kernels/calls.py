@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,14 +18,15 @@ from tests.block_masks.strategies import Call, lengths, offsets
 from unisparse_flex.block_masks import BlockSelection, UniSparse, compute_block_scores
 from unisparse_flex.block_masks.block_lists import BlockLists
 from unisparse_flex.block_masks.granularity import Sampled
+from unisparse_flex.block_masks.kernels import operator
 from unisparse_flex.block_masks.scoring import compute_sampled_scores, default_scale
 
 from .interpreter import Kernels
 
 CPU = torch.device("cpu")
-# Greatest relative error of a score, twice what was measured on these calls; the composites and
-# the masses of half precision are rounded, and the interpreter cuts bfloat16 off.
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
+# Relative error of a score that may decide: more than twice the least that explains every
+# difference on 32 calls of 150 queries (0.0033 and 0.0039; in float32 nothing differed).
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 0.008, torch.bfloat16: 0.01}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,8 @@ def decided(call: Call, scores: Tensor, tolerance: float) -> tuple[Tensor, Tenso
         wanted = selector.top_k if selector.top_k is not None else selector.top_p
         assert wanted is not None
         mass = (weight * forced).sum(-1, keepdim=True)
-        others = candidates & ~torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
+        itself = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
+        others = candidates[..., None, :] & ~itself
         # Of block j (before the last axis), the blocks i that may, and that must, come first.
         may = others & (high[..., None, :] >= low[..., :, None])
         must = others & (low[..., None, :] > high[..., :, None])
@@ -112,7 +115,9 @@ def decided(call: Call, scores: Tensor, tolerance: float) -> tuple[Tensor, Tenso
 
 def assert_selects(call: Call, lists: BlockLists, query: Tensor, key: Tensor) -> int:
     """Asserts that the lists are the reference's but for what rounding decides; counts that."""
-    reference = call.select(query, key).keep.expand(-1, call.q_heads, -1, -1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator, "takes", lambda *_: False)
+        reference = call.select(query, key).keep.expand(-1, call.q_heads, -1, -1)
     keep = lists.kept()
     assert_well_formed(call, lists)
     differs = keep != reference
@@ -127,8 +132,9 @@ def assert_well_formed(call: Call, lists: BlockLists) -> None:
     for tensor in lists.tensors():
         assert tensor.dtype is torch.int32
         assert tensor.is_contiguous()
+    keep = lists.kept()
     selection = BlockSelection(
-        keep=lists.kept(), visible=call.geometry.visible_blocks(CPU), geometry=call.geometry
+        keep=keep, visible=call.geometry.visible_blocks(keep.device), geometry=call.geometry
     )
     assert_same_lists(lists, BlockLists(*selection.block_lists()))
 
@@ -139,7 +145,7 @@ def assert_same_lists(one: BlockLists, other: BlockLists) -> None:
         counts, indices = one.tensors()[part : part + 2]
         other_counts, other_indices = other.tensors()[part : part + 2]
         assert counts.equal(other_counts)
-        listed = torch.arange(indices.shape[-1]) < counts[..., None]
+        listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
         assert indices[listed].equal(other_indices[listed])
         # FlexAttention's kernels may read the first index of an empty list.
         first = indices[..., 0]
@@ -165,6 +171,7 @@ def kernel_calls(draw: st.DrawFn, *, rule: str) -> KernelCall:
     kv_len = draw(lengths(size, max_blocks=6))
     if causal:
         kv_len = q_len + draw(offsets(size))
+    value: Any = draw(st.sampled_from(RULES[rule]))
     selector = UniSparse(
         block_size=size,
         c_q=draw(st.sampled_from([2, 4, 8, 16])),
@@ -174,7 +181,7 @@ def kernel_calls(draw: st.DrawFn, *, rule: str) -> KernelCall:
         sink_blocks=draw(st.integers(0, 2)),
         local_blocks=draw(st.integers(1, 2)),
         last_query_blocks=draw(st.sampled_from([0, 0, 1])),
-        **{rule: draw(st.sampled_from(RULES[rule]))},
+        **{rule: value},
     )
     return KernelCall(
         batch=draw(st.sampled_from([1, 1, 2])),
