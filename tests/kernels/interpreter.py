@@ -54,6 +54,8 @@ def interpreted() -> Iterator[Kernels]:
             for name, value in list(vars(module).items()):
                 if isinstance(value, triton.JITFunction):
                     setattr(module, name, triton.jit(value.fn))
+        # What was rewritten reads names that are put into Triton's modules, and removed at the end.
+        patch.setattr(interpreter.InterpretedFunction, "rewritten_fn", {})
         patch.setattr(interpreter, "_patch_lang", _once(interpreter._patch_lang, language))
         builder = interpreter.InterpreterBuilder
         patch.setattr(builder, "create_dot", _in_float32(builder.create_dot, language))
