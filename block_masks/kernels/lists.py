@@ -82,7 +82,7 @@ def compute_lists(
     )
     composite_keys = None
     if composites is not None:
-        held = held_blocks(key, size // g.c_k)
+        held = held_blocks(key, size // g.c_k) if g.c_k > 1 else 1
         pooled, _ = pool(
             key,
             kv_heads=kv_heads,

@@ -7,7 +7,7 @@ heads times its groups), C composite keys of a key block, Nk key blocks.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -233,6 +233,9 @@ def score(
     rows = block_rows * (q_blocks.stop - q_blocks.start)
     count = heads.stop - heads.start
     tile = tile_of(keys, key_group)
+    if key_group == 1:
+        # Keys themselves are not interleaved: a tile holds those of one block.
+        tile = replace(tile, columns=min(tile.columns, geometry.block_size))
     splits = splits_of(rows, count, keys, tile)
     exact = keys.dtype == torch.float32
     blocks = reach_of(geometry, q_blocks)

@@ -65,6 +65,28 @@ BAD_FIELDS = [
         ValueError,
         "top_p, top_k and threshold must not be given together",
     ),
+    (
+        {"threshold": 0.1, "top_k": 2},
+        ValueError,
+        "must not be given together, got top_k=2 and threshold=0.1; choose one rule",
+    ),
+    (
+        {"top_p": 0.9, "top_k": 2, "threshold": 0.1},
+        ValueError,
+        "got top_p=0.9 and top_k=2 and threshold=0.1",
+    ),
+    *[({"threshold": t}, ValueError, r"threshold must be in \(0, 1\]") for t in (0, -0.1, 1.01)],
+    ({"threshold": float("nan")}, ValueError, r"threshold must be in \(0, 1\], got nan"),
+    *[({"threshold": t}, TypeError, "threshold must be a number") for t in (True, "0.1")],
+    *[
+        ({"sampled_queries": n}, ValueError, f"sampled_queries must divide block_size 128, got {n}")
+        for n in (3, 48, 256)
+    ],
+    ({"sampled_queries": -1}, ValueError, "sampled_queries must be at least 0"),
+    *[
+        ({"sampled_queries": n}, TypeError, "sampled_queries must be an int")
+        for n in (True, 4.0, None)
+    ],
     *[({name: 0}, ValueError, f"{name} must be at least 1") for name in ("c_q", "c_k", "c_h")],
     *[({name: 2.0}, TypeError, f"{name} must be an int") for name in ("c_q", "c_k", "c_h")],
     *[({name: 3}, ValueError, f"{name} must divide block_size 128") for name in ("c_q", "c_k")],

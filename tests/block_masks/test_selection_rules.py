@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from unisparse_flex.block_masks import TopK, TopP, compute_block_scores
 from unisparse_flex.block_masks.scoring import default_scale
+from unisparse_flex.block_masks.selection import Threshold
 
 from . import oracle
 from .strategies import HEAD_DIM, Call, calls
@@ -55,6 +56,45 @@ def test_top_k_equals_the_definition(
     expected, _ = oracle.choose_row(scores, forced, visible, top_k=top_k)
     chosen = TopK(top_k=top_k).select(as_row(scores), as_row(forced), as_row(visible))
     assert chosen[0, 0, 0].tolist() == expected
+
+
+@settings(max_examples=200)
+@given(rows(), st.integers(1, 64))
+def test_a_threshold_keeps_what_reaches_it(
+    row: tuple[list[float], list[bool], list[bool]], sixty_fourths: int
+) -> None:
+    scores, forced, visible = row
+    least = sixty_fourths / 64
+    chosen = Threshold(threshold=least).select(as_row(scores), as_row(forced), as_row(visible))
+    assert chosen[0, 0, 0].tolist() == [
+        v and (f or s >= least) for s, f, v in zip(scores, forced, visible, strict=True)
+    ]
+
+
+@settings(max_examples=30)
+@given(calls(), st.floats(0.01, 1.0))
+def test_a_threshold_selects_the_blocks_that_the_definition_scores_so(
+    call: Call, least: float
+) -> None:
+    call = call.with_selector(top_p=None, top_k=None, threshold=least)
+    scores = oracle.block_scores(call)
+    assume((scores - least).abs().min() > 1e-9)
+    pairs = oracle.visible_pairs(call.q_len, call.kv_len, call.offset)
+    visible = oracle.any_in_block(pairs, call.selector.block_size)
+    expected = ((scores >= least) | oracle.forced_blocks(call)) & visible
+    assert call.keep().equal(oracle.per_query_head(expected, call))
+
+
+@settings(max_examples=30)
+@given(calls(), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+def test_a_smaller_threshold_keeps_every_block_of_a_larger_one(
+    call: Call, one: float, other: float
+) -> None:
+    few, many = (
+        call.with_selector(top_p=None, top_k=None, threshold=t).keep()
+        for t in sorted((one, other), reverse=True)
+    )
+    assert not (few & ~many).any()
 
 
 @settings(max_examples=40)

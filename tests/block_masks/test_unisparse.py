@@ -19,6 +19,7 @@ from unisparse_flex.block_masks import (
     compute_block_scores,
 )
 from unisparse_flex.block_masks.granularity import Pooled
+from unisparse_flex.block_masks.selection import Threshold
 
 from .strategies import Call, calls, random_masks, selectors
 
@@ -58,6 +59,13 @@ def test_top_p_is_the_default_rule() -> None:
     assert UniSparse().rule == TopP(top_p=0.95)
     assert UniSparse(top_k=3).rule == TopK(top_k=3)
     assert UniSparse(top_k=3).top_p is None
+
+
+def test_a_threshold_is_a_rule_of_its_own() -> None:
+    selector = UniSparse(threshold=0.01)
+    assert selector.rule == Threshold(threshold=0.01)
+    assert selector.top_p is None
+    assert selector.top_k is None
 
 
 def test_fields_reach_granularity_and_guards() -> None:

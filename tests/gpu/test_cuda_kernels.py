@@ -1,0 +1,240 @@
+"""On CUDA: the selection kernels against the reference, captured, compiled, without waiting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.calls import (
+    KernelCall,
+    assert_same_lists,
+    assert_selects,
+    assert_well_formed,
+    fixed_call,
+)
+from unisparse_flex.block_masks.block_lists import BlockLists
+from unisparse_flex.block_masks.kernels import operator
+from unisparse_flex.block_masks.scoring import default_scale
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+pytestmark = [
+    pytest.mark.gpu,
+    # Inductor's advice on every card of this kind.
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+]
+
+
+@pytest.fixture(autouse=True)
+def needs_kernels() -> None:
+    if torch.cuda.get_device_capability() < operator.LEAST_CAPABILITY:
+        pytest.skip("the kernels need compute capability 9.0")
+
+
+def cuda_call(q_len: int, kv_len: int | None = None, **fields: Any) -> KernelCall:
+    """Eight heads in two groups, blocks of 128; one sink and one last query block."""
+    plain: dict[str, Any] = {
+        "kv_heads": 2,
+        "group": 4,
+        "head_dim": 128,
+        "dtype": BF16,
+        "block_size": 128,
+        "c_q": 8,
+        "c_k": 8,
+        "sink_blocks": 1,
+        "last_query_blocks": 1,
+    }
+    return fixed_call(q_len, kv_len, **{**plain, **fields})
+
+
+def tokens_of(call: KernelCall) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(call.seed)
+
+    def tokens(heads: int, length: int) -> Tensor:
+        def noise(count: int) -> Tensor:
+            shape = (call.batch, heads, count, call.head_dim)
+            return torch.randn(shape, device="cuda", generator=generator)
+
+        # Some blocks of keys differ from others.
+        drift = noise(-(-length // 64)).repeat_interleave(64, dim=2)[:, :, :length]
+        return (noise(length) + drift).to(call.dtype)
+
+    return tokens(call.q_heads, call.q_len), tokens(call.kv_heads, call.kv_len)
+
+
+def arguments(call: KernelCall) -> dict[str, Any]:
+    """The operator's keyword arguments."""
+    selector = call.selector
+    rules = {name: getattr(selector, name) for name in ("top_p", "top_k", "threshold")}
+    [(rule, value)] = [(name, value) for name, value in rules.items() if value is not None]
+    return {
+        "block_size": selector.block_size,
+        "causal_offset": call.offset,
+        "scale": default_scale(call.head_dim),
+        "c_q": selector.c_q,
+        "c_k": selector.c_k,
+        "c_h": selector.c_h,
+        "sampled_queries": selector.sampled_queries,
+        "rule": rule,
+        "value": float(value),
+        "sink_blocks": selector.sink_blocks,
+        "local_blocks": selector.local_blocks,
+        "last_query_blocks": selector.last_query_blocks,
+    }
+
+
+def run(call: KernelCall, query: Tensor, key: Tensor) -> BlockLists:
+    assert operator.takes(query, key, call.geometry, default_scale(call.head_dim))
+    return BlockLists(*torch.ops.unisparse.select_blocks(query, key, **arguments(call)))
+
+
+CALLS = {
+    "float32, ragged": cuda_call(777, dtype=FP32, top_p=0.9, sampled_queries=4),
+    "float32": cuda_call(4096, dtype=FP32, threshold=0.01, c_h=4, sampled_queries=4),
+    "float32, long": cuda_call(16384, dtype=FP32, top_p=0.9),
+    "ragged": cuda_call(777, top_p=0.9, sampled_queries=4),
+    "chunk": cuda_call(1000, 4097, top_p=0.9, sampled_queries=4, c_h=4),
+    "cross": cuda_call(500, 4096, is_causal=False, top_k=9, sampled_queries=4),
+    "long": cuda_call(16384, threshold=0.01, c_h=4, sampled_queries=4),
+    "head_dim 64": cuda_call(4096, head_dim=64, top_p=0.9, dtype=FP16),
+    "head_dim 80": cuda_call(4096, head_dim=80, top_p=0.9, sampled_queries=4),
+    "head_dim 256": cuda_call(1500, head_dim=256, top_p=0.9, sampled_queries=4),
+    "blocks of 32": cuda_call(1500, block_size=32, threshold=0.02, sampled_queries=4, batch=2),
+    "blocks of 16": cuda_call(
+        777, block_size=16, dtype=FP32, head_dim=64, threshold=0.02, sampled_queries=4
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_operator_selects_as_the_reference_but_where_rounding_decides(name: str) -> None:
+    call = CALLS[name]
+    query, key = tokens_of(call)
+    lists = run(call, query, key)
+    differing = assert_selects(call, lists, query, key)
+    share = 1e-4 if call.dtype is FP32 else 0.02
+    assert differing <= share * lists.kept().sum().item()
+
+
+@pytest.mark.parametrize("residue", [0, 1, 63, 127])
+def test_every_offset_selects_as_the_reference(residue: int) -> None:
+    call = cuda_call(
+        300, 300 + 512 + residue, dtype=FP32, head_dim=64, threshold=0.1, sampled_queries=2
+    )
+    query, key = tokens_of(call)
+    assert_selects(call, run(call, query, key), query, key)
+
+
+def test_a_key_that_is_not_a_number_keeps_all_for_those_who_see_it() -> None:
+    call = cuda_call(1000, top_k=2, sampled_queries=4)
+    query, key = tokens_of(call)
+    key[0, 1, 300, 5] = float("nan")
+    keep = run(call, query, key).kept()
+    visible = call.geometry.visible_blocks(query.device)
+    assert keep[0, 4:, 2:].equal(visible[2:].expand(4, -1, -1))
+    assert_well_formed(call, run(call, query, key))
+    assert keep[0, :4, 4:7].sum(-1).eq(2).all()
+
+
+def test_memory_layout_changes_nothing() -> None:
+    call = cuda_call(777, top_p=0.9, sampled_queries=4)
+    query, key = tokens_of(call)
+    whole = run(call, query, key)
+    for change in (
+        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda t: t.mT.contiguous().mT,
+        lambda t: torch.cat([t[..., :1], t], -1)[..., 1:],
+    ):
+        assert_same_lists(run(call, change(query), change(key)), whole)
+
+
+def test_turns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unisparse_flex.block_masks.kernels import lists
+
+    call = cuda_call(4096, top_p=0.9, sampled_queries=4)
+    query, key = tokens_of(call)
+    whole = run(call, query, key)
+    monkeypatch.setattr(lists, "SCRATCH_BYTES", 2**16)
+    assert_same_lists(run(call, query, key), whole)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+def test_the_kernels_never_wait_for_the_device() -> None:
+    call = cuda_call(4096, top_p=0.9, sampled_queries=4)
+    query, key = tokens_of(call)
+    expected = run(call, query, key)
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        selection = call.selector.compute_selection(
+            query,
+            key,
+            geometry=call.geometry,
+            scale=default_scale(call.head_dim),
+            attn_mask=None,
+        )
+        lists = BlockLists(*selection.block_lists())
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert_same_lists(lists, expected)
+    assert selection.keep.equal(expected.kept())
+
+
+def test_a_captured_graph_selects_for_new_inputs() -> None:
+    call = cuda_call(1000, top_p=0.9, sampled_queries=4)
+    query, key = tokens_of(call)
+    first = run(call, query, key)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(call, query, key)
+    graph.replay()
+    assert_same_lists(captured, first)
+
+    query.copy_(query.flip(2))
+    key.copy_(key.roll(300, dims=2))
+    graph.replay()
+    expected = run(call, query, key)
+    assert_same_lists(captured, expected)
+    assert not expected.kept().equal(first.kept())
+
+
+def test_a_compiled_graph_takes_any_length() -> None:
+    torch._dynamo.reset()
+    options = arguments(cuda_call(777, top_p=0.9, sampled_queries=4))
+    del options["causal_offset"]
+
+    def select(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        offset = key.shape[2] - query.shape[2]
+        return torch.ops.unisparse.select_blocks(query, key, causal_offset=offset, **options)
+
+    compiled = torch.compile(select, fullgraph=True, dynamic=True)
+    for q_len, kv_len in ((777, 900), (1024, 1200), (130, 4096)):
+        call = cuda_call(q_len, kv_len, top_p=0.9, sampled_queries=4)
+        query, key = tokens_of(call)
+        assert_same_lists(BlockLists(*compiled(query, key)), run(call, query, key))
+
+
+def test_the_selector_runs_its_kernels_in_a_compiled_graph() -> None:
+    torch._dynamo.reset()
+    call = cuda_call(777, threshold=0.02, c_h=4, sampled_queries=4)
+
+    def keep(query: Tensor, key: Tensor) -> Tensor:
+        return call.selector.select(query, key, is_causal=True).keep
+
+    compiled = torch.compile(keep, fullgraph=True, dynamic=False)
+    query, key = tokens_of(call)
+    assert compiled(query, key).equal(run(call, query, key).kept())
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_the_operator_passes_torchs_own_checks(is_causal: bool) -> None:
+    call = cuda_call(300, is_causal=is_causal, top_k=2, sampled_queries=2)
+    torch.library.opcheck(
+        torch.ops.unisparse.select_blocks.default,
+        tokens_of(call),
+        arguments(call),
+        test_utils=("test_schema", "test_faketensor"),
+    )
