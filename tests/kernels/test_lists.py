@@ -264,7 +264,7 @@ def test_splits_change_nothing(kernels: Kernels, is_causal: bool) -> None:
     for programs in (1, 10**6):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels.score, "PROGRAMS_WANTED", programs)
-            tile = kernels.score.tile_of(key)
+            tile = kernels.score.tile_of(key, 2)
             found.append(kernels.score.splits_of(8, 1, key, tile))
             assert_selects(call, run(kernels, call, query, key), query, key)
     assert found == [1, 2]
