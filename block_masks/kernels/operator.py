@@ -155,19 +155,21 @@ def _run(
         block_size=block_size,
         causal_offset=causal_offset,
     )
-    lists = compute_lists(
-        query,
-        key,
-        geometry=geometry,
-        granularities=Granularities(c_q, c_k, c_h, sampled_queries),
-        rule=Rule(rule, value),
-        guards=Guards(
-            sink_blocks=sink_blocks,
-            local_blocks=local_blocks,
-            last_query_blocks=last_query_blocks,
-        ),
-        scale=scale,
-    )
+    # Triton launches on the current device, whatever the tensors are on.
+    with torch.cuda.device(query.device):
+        lists = compute_lists(
+            query,
+            key,
+            geometry=geometry,
+            granularities=Granularities(c_q, c_k, c_h, sampled_queries),
+            rule=Rule(rule, value),
+            guards=Guards(
+                sink_blocks=sink_blocks,
+                local_blocks=local_blocks,
+                last_query_blocks=last_query_blocks,
+            ),
+            scale=scale,
+        )
     return lists.tensors()
 
 

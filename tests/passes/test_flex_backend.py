@@ -1,0 +1,108 @@
+"""Which kernel attends: FlashAttention-4 where it can, by name or not at all."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.api.models import SELECTOR, create, embeddings, qkv
+from unisparse_flex import attention, optimize
+from unisparse_flex.passes import SdpaCall, flex_backend
+from unisparse_flex.passes.config import SparseConfig
+from unisparse_flex.passes.flex_backend import flash_obstacle
+
+
+def on_cuda(
+    heads: int = 4, length: int = 512, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """What the decision reads of a tensor, as if it were on a GPU."""
+    return SimpleNamespace(
+        device=torch.device("cuda", 0),
+        dtype=dtype,
+        shape=(1, heads, length, head_dim),
+        requires_grad=False,
+    )
+
+
+def call(value_dim: int = 128, **changes: Any) -> SdpaCall:
+    tensor = on_cuda(**changes)
+    return SdpaCall(
+        query=tensor,
+        key=tensor,
+        value=on_cuda(**{**changes, "head_dim": value_dim}),
+        is_causal=True,
+    )
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(flex_backend, "is_flash_installed", lambda: True)
+
+
+def test_auto_takes_flash_where_it_can_run(hopper: None) -> None:
+    assert flex_backend.flex_backend(call(), 128, "auto") == "FLASH"
+    assert flex_backend.flex_backend(call(), 128, "flash") == "FLASH"
+    assert flex_backend.flex_backend(call(), 128, "triton") == "AUTO"
+
+
+OBSTACLES = [
+    (call(dtype=torch.float32), 128, "float16 and bfloat16, got torch.float32"),
+    (call(), 64, "block_size 128, got 64"),
+    (call(head_dim=256, value_dim=256), 128, "got 256 and 256"),
+    (call(value_dim=64), 128, "got 128 and 64"),
+    (SdpaCall(query=on_cuda(), key=on_cuda(), value=on_cuda(), attn_mask=0), 128, "masks"),
+    (SdpaCall(query=on_cuda(), key=on_cuda(), value=on_cuda(), mask="kv <= q"), 128, "masks"),
+]
+
+
+@pytest.mark.parametrize(("made", "block_size", "reason"), OBSTACLES)
+def test_what_flash_cannot_run_is_left_to_triton_and_named(
+    made: SdpaCall, block_size: int, reason: str, hopper: None
+) -> None:
+    obstacle = flash_obstacle(made, block_size)
+    assert obstacle is not None
+    assert reason in obstacle
+    assert flex_backend.flex_backend(made, block_size, "auto") == "AUTO"
+    with pytest.raises(NotImplementedError, match="backend='flash' cannot run this call"):
+        flex_backend.flex_backend(made, block_size, "flash")
+
+
+def test_flash_needs_its_package_and_its_architectures(
+    hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert "capability 9 or 10, got 8.0" in str(flash_obstacle(call(), 128))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(flex_backend, "is_flash_installed", lambda: False)
+    assert "pip install" in str(flash_obstacle(call(), 128))
+
+
+def test_flash_needs_inference(hopper: None) -> None:
+    made = call()
+    made.query.requires_grad = True
+    assert "backward" in str(flash_obstacle(made, 128))
+    with torch.no_grad():
+        assert flash_obstacle(made, 128) is None
+
+
+def test_a_backend_by_name_runs_or_raises_on_the_cpu() -> None:
+    query, key, value = qkv(300)
+    with pytest.raises(NotImplementedError, match="needs a CUDA device, got cpu"):
+        attention(query, key, value, is_causal=True, enable_gqa=True, backend="flash")
+    model = optimize(create(), SELECTOR, min_length=0, backend="flash")
+    with pytest.raises(NotImplementedError, match="needs a CUDA device, got cpu"):
+        model(embeddings(300))
+
+
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'fa3'"):
+        optimize(create(), SELECTOR, backend="fa3")
+
+
+def test_settings_carry_the_backend() -> None:
+    config = SparseConfig(selector=SELECTOR, backend="triton")
+    assert SparseConfig.decode(config.encode()) == config
