@@ -1,0 +1,164 @@
+"""Quality against density of every selector, on a real model and real texts.
+
+python -m bench.quality [--tokens 8192] [--texts prose,code] [--selectors NAME,...] [--output FILE]
+
+Each point reads the text once with a selector at one setting and compares the next-token
+distributions of the last tokens with the dense model's. Density is what that run kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unisparse_flex import Selector, optimize, record_attention, restore
+from unisparse_flex.demo.measure import compute_kl, compute_log_probs, compute_perplexity
+from unisparse_flex.demo.model import MODEL_NAME, LoadedModel, load_smollm2
+from unisparse_flex.demo.recall import CaptureAttention, CapturedAttention, compute_recall
+from unisparse_flex.demo.texts import TEXT_NAMES, draw_excerpt, load_text
+
+from .record import Record
+from .sweeps import SWEEPS
+
+# More than any of the texts needs for a token.
+CHARACTERS_PER_TOKEN = 6
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--judged", type=int, default=1024, help="last tokens that are judged")
+    parser.add_argument("--texts", default="prose,code", help=f"of {','.join(TEXT_NAMES)}")
+    parser.add_argument("--seeds", default="0", help="excerpts of each text")
+    parser.add_argument("--selectors", default=",".join(SWEEPS), help=f"of {','.join(SWEEPS)}")
+    parser.add_argument("--block-size", type=int, default=128)
+    parser.add_argument("--every", type=int, default=1, help="takes every n-th point of a sweep")
+    parser.add_argument("--recall-layers", type=int, default=0, help="layers judged by recall")
+    parser.add_argument("--max-seconds", type=float, default=3000.0)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(arguments)
+
+    names = options.selectors.split(",")
+    unknown = sorted(set(names) - set(SWEEPS))
+    if unknown:
+        parser.error(f"--selectors must be of {', '.join(SWEEPS)}, got {', '.join(unknown)}")
+    loaded = load_smollm2()
+    output = options.output or Path(f"bench/results/quality-smollm2-{options.tokens}.json")
+    record = Record.create(
+        "bench.quality",
+        loaded.device.type,
+        output,
+        options.max_seconds,
+        model=MODEL_NAME,
+        tokens=options.tokens,
+        judged=options.judged,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+    )
+    for text in options.texts.split(","):
+        for seed in map(int, options.seeds.split(",")):
+            reading = Reading.create(loaded, text, seed, options)
+            for name in names:
+                for selector in SWEEPS[name](options.block_size)[:: options.every]:
+                    if record.is_over():
+                        record.stop(f"after {options.max_seconds:g} seconds")
+                        return
+                    row = {"selector": name, "parameters": repr(selector), "text": text}
+                    record.add(row | {"seed": seed} | _guarded(lambda: reading.judge(selector)))  # noqa: B023
+    record.write()
+
+
+def _guarded(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return run()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
+
+
+class Reading:
+    """A text as the dense model reads it, and how well a selector reads it."""
+
+    def __init__(
+        self, loaded: LoadedModel, input_ids: Tensor, judged: int, recall_layers: int
+    ) -> None:
+        self.model, self.input_ids, self.judged = loaded.model, input_ids, judged
+        layers = loaded.model.config.num_hidden_layers
+        with _captured(recall_layers, layers) as calls:
+            self.dense = self._read()
+        self.calls = calls
+        self.targets = input_ids[0, -judged:]
+        self.perplexity = compute_perplexity(self.dense, self.targets)
+
+    @classmethod
+    def create(cls, loaded: LoadedModel, text: Any, seed: int, options: Any) -> Reading:
+        """Reads exactly ``options.tokens`` tokens of an excerpt that ``seed`` picks."""
+        characters = options.tokens * CHARACTERS_PER_TOKEN
+        excerpt = draw_excerpt(load_text(text), characters=characters, seed=seed)
+        ids = loaded.tokenizer.encode(excerpt)[: options.tokens]
+        if len(ids) < options.tokens:
+            raise ValueError(
+                f"--tokens must be at most {len(ids)} for {text}, got {options.tokens}"
+            )
+        input_ids = torch.tensor([ids], device=loaded.device)
+        return cls(loaded, input_ids, options.judged, options.recall_layers)
+
+    def judge(self, selector: Selector) -> dict[str, Any]:
+        """Density, KL and perplexity ratio of the text read with ``selector``."""
+        optimize(self.model, selector, min_length=0)
+        try:
+            with record_attention(self.model) as records:
+                found = self._read()
+        finally:
+            restore(self.model)
+        kept = [record.density for record in records if record.density is not None]
+        perplexity = compute_perplexity(found, self.targets)
+        row = {
+            "density": sum(kept) / len(kept),
+            "kl": compute_kl(self.dense, found),
+            "perplexity": perplexity,
+            "perplexity_ratio": perplexity / self.perplexity,
+        }
+        return row | ({"recall": self._recall(selector)} if self.calls else {})
+
+    @torch.inference_mode()
+    def _read(self) -> Tensor:
+        """Log-probabilities [judged, V] of the last tokens."""
+        output = self.model(self.input_ids, use_cache=False, logits_to_keep=self.judged + 1)
+        return compute_log_probs(output.logits[0, :-1])
+
+    @torch.inference_mode()
+    def _recall(self, selector: Selector) -> float:
+        shares = []
+        for call in self.calls:
+            selection = selector.select(call.query, call.key, is_causal=True, scale=call.scale)
+            shares.append(
+                compute_recall(
+                    call.query,
+                    call.key,
+                    selection.keep,
+                    block_size=selector.block_size,
+                    scale=call.scale,
+                )
+            )
+        return sum(shares) / len(shares)
+
+
+@contextmanager
+def _captured(wanted: int, layers: int) -> Iterator[list[CapturedAttention]]:
+    """Queries and keys of ``wanted`` layers, evenly spread, in a list filled at the end."""
+    calls: list[CapturedAttention] = []
+    if not wanted:
+        yield calls
+        return
+    with CaptureAttention() as capture:
+        yield calls
+    calls += capture.calls[:: max(1, layers // wanted)]
+
+
+if __name__ == "__main__":
+    main()
