@@ -1,9 +1,11 @@
 """Quality against density of every selector, on a real model and real texts.
 
-python -m bench.quality [--tokens 8192] [--texts prose,code] [--selectors NAME,...] [--output FILE]
+python -m bench.quality [--tokens 8192] [--texts prose,code] [--selectors NAME,...]
+    [--tasks niah_single,...] [--samples 50] [--output FILE]
 
 Each point reads the text once with a selector at one setting and compares the next-token
-distributions of the last tokens with the dense model's. Density is what that run kept.
+distributions of the last tokens with the dense model's. Density is what that run kept. Tasks are
+scored with the same settings.
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ from unisparse_flex.demo.model import MODEL_NAME, LoadedModel, load_smollm2
 from unisparse_flex.demo.recall import CaptureAttention, CapturedAttention, compute_recall
 from unisparse_flex.demo.texts import TEXT_NAMES, draw_excerpt, load_text
 
+from .answers import Exam
 from .record import Record
+from .ruler import TASK_NAMES
 from .sweeps import SWEEPS
+
+Judge = Callable[[Selector], dict[str, Any]]
 
 # More than any of the texts needs for a token.
 CHARACTERS_PER_TOKEN = 6
@@ -40,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--every", type=int, default=1, help="takes every n-th point of a sweep")
     parser.add_argument("--recall-layers", type=int, default=0, help="layers judged by recall")
+    parser.add_argument("--tasks", default="", help=f"of {','.join(TASK_NAMES)}")
+    parser.add_argument("--samples", type=int, default=50, help="samples of each task")
     parser.add_argument("--max-seconds", type=float, default=3000.0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
@@ -60,22 +68,37 @@ def main(arguments: list[str] | None = None) -> None:
         judged=options.judged,
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
-    for text in options.texts.split(","):
-        for seed in map(int, options.seeds.split(",")):
-            reading = Reading.create(loaded, text, seed, options)
-            for name in names:
-                for selector in SWEEPS[name](options.block_size)[:: options.every]:
-                    if record.is_over():
-                        record.stop(f"after {options.max_seconds:g} seconds")
-                        return
-                    row = {"selector": name, "parameters": repr(selector), "text": text}
-                    record.add(row | {"seed": seed} | _guarded(lambda: reading.judge(selector)))  # noqa: B023
+    for labels, judge in _judges(loaded, options):
+        for name in names:
+            for selector in SWEEPS[name](options.block_size)[:: options.every]:
+                if record.is_over():
+                    record.stop(f"after {options.max_seconds:g} seconds")
+                    return
+                row = {"selector": name, "parameters": repr(selector), **labels}
+                record.add(row | _guarded(judge, selector))
     record.write()
 
 
-def _guarded(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _judges(loaded: LoadedModel, options: Any) -> Iterator[tuple[dict[str, Any], Judge]]:
+    """What judges a selector: one for every excerpt, then one for all tasks."""
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    for text in filter(None, options.texts.split(",")):
+        for seed in seeds:
+            yield {"text": text, "seed": seed}, Reading.create(loaded, text, seed, options).judge
+    if options.tasks:
+        exam = Exam.create(
+            loaded,
+            options.tasks.split(","),
+            tokens=options.tokens,
+            samples=options.samples,
+            seed=seeds[0],
+        )
+        yield {"text": None, "seed": seeds[0]}, exam.judge
+
+
+def _guarded(judge: Judge, selector: Selector) -> dict[str, Any]:
     try:
-        return run()
+        return judge(selector)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
 

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench import quality
+from bench import answers, quality
 from bench.sweeps import SWEEPS
+from unisparse_flex.demo.measure import generate_greedily
 
 
 @pytest.mark.slow
 def test_a_curve_is_written_with_density_and_divergence(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def short(*args: Any, max_tokens: int, **options: Any) -> list[int]:
+        return generate_greedily(*args, max_tokens=min(2, max_tokens), **options)
+
+    monkeypatch.setattr(answers, "generate_greedily", short)
     output = tmp_path / "quality.json"
-    options = "--tokens 256 --judged 64 --block-size 16 --texts code --selectors unisparse-paper"
-    more = f"--every 5 --recall-layers 2 --output {output}"
+    options = "--tokens 320 --judged 64 --block-size 16 --texts code --selectors unisparse-paper"
+    more = f"--every 5 --recall-layers 2 --output {output} --tasks niah_single --samples 1"
     quality.main([*options.split(), *more.split()])
     written = json.loads(output.read_text())
-    few, many = written["rows"]
-    assert written["tokens"] == 256
+    few, many, *answered = written["rows"]
+    assert [row["samples"] for row in answered] == [1, 1]
+    assert all(0 <= row["task_scores"]["niah_single"] <= 1 for row in answered)
+    assert answered[0]["dense_scores"] == answered[1]["dense_scores"]
+    assert written["tokens"] == 320
     assert few["parameters"] != many["parameters"]
     assert 0 < few["density"] < many["density"] < 1
     assert few["recall"] < many["recall"] <= 1
