@@ -1,6 +1,7 @@
 """The selectors: one file and one line here for each."""
 
 from .base import Selector
+from .streaming_llm import StreamingLLM
 from .unisparse import UniSparse
 
-__all__ = ["Selector", "UniSparse"]
+__all__ = ["Selector", "StreamingLLM", "UniSparse"]
