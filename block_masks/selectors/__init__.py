@@ -3,5 +3,6 @@
 from .base import Selector
 from .streaming_llm import StreamingLLM
 from .unisparse import UniSparse
+from .xattention import XAttention
 
-__all__ = ["Selector", "StreamingLLM", "UniSparse"]
+__all__ = ["Selector", "StreamingLLM", "UniSparse", "XAttention"]
