@@ -1,8 +1,9 @@
 """The selectors: one file and one line here for each."""
 
 from .base import Selector
+from .flash_prefill import FlashPrefill
 from .streaming_llm import StreamingLLM
 from .unisparse import UniSparse
 from .xattention import XAttention
 
-__all__ = ["Selector", "StreamingLLM", "UniSparse", "XAttention"]
+__all__ = ["FlashPrefill", "Selector", "StreamingLLM", "UniSparse", "XAttention"]
