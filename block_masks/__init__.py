@@ -9,21 +9,25 @@ from .mask_summary import MaskSummary, summarize_mask
 from .scoring import compute_block_scores
 from .selection import Guards, SelectionRule, TopK, TopP, select_blocks
 from .selection_cost import SelectionCost
-from .selectors import Selector, UniSparse
+from .selectors import FlashPrefill, Oracle, Selector, StreamingLLM, UniSparse, XAttention
 
 __all__ = [
     "BlockGeometry",
     "BlockSelection",
+    "FlashPrefill",
     "Guards",
     "MaskProgram",
     "MaskSummary",
+    "Oracle",
     "Pooled",
     "SelectionCost",
     "SelectionRule",
     "Selector",
+    "StreamingLLM",
     "TopK",
     "TopP",
     "UniSparse",
+    "XAttention",
     "causal_mask_mod",
     "compute_block_scores",
     "create_block_mask",

@@ -82,8 +82,38 @@ def pool_tokens(
         tokens = F.pad(tokens, (0, 0, 0, padding))
     sums = tokens.reshape(batch, heads, groups, group, head_dim).sum(3, dtype=accumulate)
     means = sums / counts.clamp_min(1)[:, None, :, None]
-    # An infinity could vanish in a softmax; a NaN never does, and a NaN row is kept whole.
-    return torch.where(means.isfinite(), means, float("nan")), counts
+    return mark_not_finite(means), counts
+
+
+def mark_not_finite(tokens: Tensor) -> Tensor:
+    """Infinities as NaN: one could vanish in a softmax, a NaN never does."""
+    return torch.where(tokens.isfinite(), tokens, float("nan"))
+
+
+def split_tokens(
+    tokens: Tensor, group: int, *, groups: int, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Groups of ``group`` consecutive tokens; one that is missing counts as its group's mean.
+
+    Args:
+        tokens: [B, H, S, D], any floating dtype.
+        group: Tokens per group.
+        groups: Groups in the result, C >= ceil(S / group); those behind S are empty.
+        valid: bool [B, S], the tokens that take part; ``None`` for all.
+
+    Returns:
+        [B, H, C, group, D] in float32 (float64 for float64 tokens), zero in empty groups and NaN
+        in groups where a token that takes part is not finite; and `pool_tokens`' counts.
+    """
+    means, counts = pool_tokens(tokens, group, groups=groups, valid=valid)
+    length = tokens.shape[2]
+    exists = torch.arange(groups * group, device=tokens.device)[None] < length
+    if valid is not None:
+        exists = F.pad(valid, (0, groups * group - length))
+    parts = F.pad(tokens.to(means.dtype), (0, 0, 0, groups * group - length))
+    means = means[:, :, :, None]
+    exists = exists.view(-1, 1, groups, group, 1) & means.isfinite()
+    return torch.where(exists, parts.unflatten(2, (groups, group)), means), counts
 
 
 def pool_heads(composites: Tensor, kv_heads: int, heads: int) -> Tensor:

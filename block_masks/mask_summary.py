@@ -152,3 +152,14 @@ def summarize_program(
         row_blocks=row_blocks,
         row_sees=row_sees,
     )
+
+
+def summarize(
+    attn_mask: Tensor | None, geometry: BlockGeometry, *, c_q: int, c_k: int, device: torch.device
+) -> MaskSummary | None:
+    """The summary of ``attn_mask`` or of the geometry's `mask`; ``None`` where there is neither."""
+    if attn_mask is not None:
+        return summarize_mask(attn_mask, geometry, c_q=c_q, c_k=c_k)
+    if geometry.mask is not None:
+        return summarize_program(geometry, c_q=c_q, c_k=c_k, device=device)
+    return None

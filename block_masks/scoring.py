@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
-from .granularity import Pooled, Sampled, pool_heads, pool_tokens
+from .granularity import Pooled, Sampled, pool_heads, pool_tokens, split_tokens
 from .mask_summary import MaskSummary, expand_mask, visible_tokens
 
 
@@ -43,7 +43,28 @@ def compute_block_scores(
         A row sums to 1, to 0 where its queries see nothing, and is NaN where a query or key that
         takes part in it is not finite.
     """
+    logits, q_counts = composite_logits(
+        query, key, geometry=geometry, granularity=granularity, scale=scale, mask=mask
+    )
     size = geometry.block_size
+    return block_shares(logits, q_counts, geometry, (size // granularity.q, size // granularity.k))
+
+
+def composite_logits(
+    query: Tensor,
+    key: Tensor,
+    *,
+    geometry: BlockGeometry,
+    granularity: Pooled,
+    scale: float,
+    mask: MaskSummary | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits among composite tokens; the arguments are those of `compute_block_scores`.
+
+    Returns:
+        [B, Hkv, G / granularity.heads, Cq, Ck], with the log of a ragged key's share of its group
+        added and -inf where hidden; and the query rows of each composite, [1 or B, Cq].
+    """
     batch, kv_heads = key.shape[:2]
     query_valid = mask.query_valid.expand(batch, -1) if mask is not None else None
     key_valid = mask.key_valid.expand(batch, -1) if mask is not None else None
@@ -57,12 +78,86 @@ def compute_block_scores(
     stacked = composite_q.reshape(batch, kv_heads, group * rows, head_dim) * scale
     columns = composite_k.shape[2]
     logits = (stacked @ composite_k.transpose(-1, -2)).view(batch, kv_heads, group, rows, columns)
-    bias = _cell_bias(k_counts, granularity, mask, kv_heads).to(logits.dtype)
-    visible = geometry.visible(granularity.q, granularity.k, query.device)
-    # After the addition: what is hidden stays hidden, a NaN too.
-    logits = (logits + bias).masked_fill(~visible | (bias == -math.inf), -math.inf)
+    return hide_cells(logits, k_counts, geometry, granularity, mask), q_counts
 
-    return _block_shares(logits, q_counts, geometry, (size // granularity.q, size // granularity.k))
+
+def compute_antidiagonal_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    geometry: BlockGeometry,
+    stride: int,
+    scale: float,
+    mask: MaskSummary | None = None,
+) -> Tensor:
+    """Estimates the share of mass of each block from antidiagonals (XAttention, section 2.1).
+
+    A cell of ``stride`` rows and keys has the mean of its antidiagonal's logits: row
+    ``stride - 1 - i`` meets key ``i``. A token that is missing, behind the end or masked, is
+    replaced by the mean of its group. What follows is as in `compute_block_scores`.
+
+    Args:
+        query: [B, Hq, Sq, D].
+        key: [B, Hkv, Skv, D].
+        geometry: The block grid.
+        stride: Rows and keys of a cell; divides the block size.
+        scale: Factor on the logits, as in SDPA.
+        mask: Summary of the call's ``attn_mask``, made with ``c_q = c_k = stride``.
+
+    Returns:
+        [B, Hq, Nq, Nk], as `compute_block_scores`.
+    """
+    batch, kv_heads = key.shape[:2]
+    query_valid = mask.query_valid.expand(batch, -1) if mask is not None else None
+    key_valid = mask.key_valid.expand(batch, -1) if mask is not None else None
+    rows, columns = geometry.num_groups(stride, stride)
+    split_q, q_counts = split_tokens(query, stride, groups=rows, valid=query_valid)
+    split_k, k_counts = split_tokens(key, stride, groups=columns, valid=key_valid)
+    group, width = query.shape[1] // kv_heads, stride * query.shape[3]
+    stacked = split_q.flip(3).reshape(batch, kv_heads, group * rows, width) * (scale / stride)
+    flat_k = split_k.reshape(batch, kv_heads, columns, width)
+    logits = (stacked @ flat_k.transpose(-1, -2)).view(batch, kv_heads, group, rows, columns)
+    granularity = Pooled(q=stride, k=stride)
+    logits = hide_cells(logits, k_counts, geometry, granularity, mask)
+    size = geometry.block_size // stride
+    return block_shares(logits, q_counts, geometry, (size, size))
+
+
+def compute_pooled_key_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    geometry: BlockGeometry,
+    scale: float,
+    mask: MaskSummary | None = None,
+) -> Tensor:
+    """Scores blocks by every query of a row of blocks against the blocks' mean keys (FlashPrefill).
+
+    A block's score is the sum over rows of exp(logit - the highest logit of the row of blocks),
+    times its keys: rows with higher logits count more, unlike in `compute_block_scores`. A row
+    meets the mean of a block of which it sees the first key.
+
+    Args:
+        query: [B, Hq, Sq, D].
+        key: [B, Hkv, Skv, D].
+        geometry: The block grid.
+        scale: Factor on the logits, as in SDPA.
+        mask: Summary of the call's ``attn_mask``, made with ``c_q = 1, c_k = block_size``.
+
+    Returns:
+        [B, Hq, Nq, Nk], float32 (float64 for float64 inputs). A row sums to 1, to 0 where its
+        queries see nothing, and is NaN as in `compute_block_scores`.
+    """
+    granularity = Pooled(q=1, k=geometry.block_size)
+    logits, counts = composite_logits(
+        query, key, geometry=geometry, granularity=granularity, scale=scale, mask=mask
+    )
+    logits = logits.masked_fill(counts[:, None, None, :, None] == 0, -math.inf)
+    tiles = logits.unflatten(3, (geometry.num_q_blocks, geometry.block_size))
+    peak = tiles.amax((-2, -1), keepdim=True)
+    weights = (tiles - peak.masked_fill(peak == -math.inf, 0.0)).exp().sum(-2)
+    total = weights.sum(-1, keepdim=True)
+    return (weights / total.masked_fill(total == 0, 1.0)).flatten(1, 2)
 
 
 def compute_sampled_scores(
@@ -114,15 +209,15 @@ def compute_sampled_scores(
         mask = expand_mask(attn_mask, geometry)[:, :, position]
         bias = torch.zeros_like(mask, dtype=accumulate) if mask.dtype is torch.bool else mask
         bias = bias.to(accumulate).masked_fill(~visible_tokens(mask), -math.inf)
-        bias = _merge_heads(bias, kv_heads, granularity.heads)
+        bias = merge_heads(bias, kv_heads, granularity.heads)
         logits = (logits + bias).masked_fill(bias == -math.inf, -math.inf)
     padding = geometry.num_kv_blocks * size - geometry.kv_len
     if not isinstance(padding, int) or padding:
         logits = F.pad(logits, (0, padding), value=-math.inf)
-    return _block_shares(logits, counts, geometry, (samples, size))
+    return block_shares(logits, counts, geometry, (samples, size))
 
 
-def _block_shares(
+def block_shares(
     logits: Tensor, counts: Tensor, geometry: BlockGeometry, groups: tuple[int, int]
 ) -> Tensor:
     """Softmax over columns, summed over a block's and averaged over its rows by their counts.
@@ -149,17 +244,35 @@ def _block_shares(
     return (mass * (share / total)).sum(-2).flatten(1, 2)
 
 
-def _cell_bias(
-    k_counts: Tensor, granularity: Pooled, mask: MaskSummary | None, kv_heads: int
+def hide_cells(
+    logits: Tensor,
+    k_counts: Tensor,
+    geometry: BlockGeometry,
+    granularity: Pooled,
+    mask: MaskSummary | None,
 ) -> Tensor:
-    """What is added to composite logits, broadcastable to [B, Hkv, G / heads, Cq, Ck]."""
-    exists = (k_counts / granularity.k).log()[:, None, None, None, :]
-    if mask is None:
-        return exists
-    return exists + _merge_heads(mask.cell_bias, kv_heads, granularity.heads)
+    """Weighs cells by their keys and hides those without a visible pair.
+
+    Args:
+        logits: [B, Hkv, G / granularity.heads, Cq, Ck].
+        k_counts: Keys of each composite key, [1 or B, Ck].
+        geometry: The block grid.
+        granularity: Rows, keys and heads of a cell.
+        mask: Summary of the call's ``attn_mask``, made with the same granularity.
+
+    Returns:
+        The logits plus log(keys / granularity.k) and the mask's bias; -inf where hidden.
+    """
+    bias = (k_counts / granularity.k).log()[:, None, None, None, :]
+    if mask is not None:
+        bias = bias + merge_heads(mask.cell_bias, logits.shape[1], granularity.heads)
+    bias = bias.to(logits.dtype)
+    visible = geometry.visible(granularity.q, granularity.k, logits.device)
+    # After the addition: what is hidden stays hidden, a NaN too.
+    return (logits + bias).masked_fill(~visible | (bias == -math.inf), -math.inf)
 
 
-def _merge_heads(bias: Tensor, kv_heads: int, heads: int) -> Tensor:
+def merge_heads(bias: Tensor, kv_heads: int, heads: int) -> Tensor:
     """A bias [Bm, Hm, rows, columns] as [Bm, 1 or Hkv, 1 or G / heads, rows, columns]."""
     if bias.shape[1] == 1:
         return bias[:, :, None]

@@ -52,10 +52,7 @@ class TopP(SelectionRule):
         if self.top_p == 1.0:
             # An estimate of zero is no proof of zero: all means all.
             return visible.expand_as(scores)
-        values, order = _descending(scores, forced, visible)
-        forced_mass = (scores * forced).sum(-1, keepdim=True)
-        before = forced_mass + F.pad(values.clamp_min(0).cumsum(-1)[..., :-1], (1, 0))
-        return _scatter(order, (before < self.top_p) & (values >= 0)) | (forced & visible)
+        return _until_mass(scores, forced, visible, self.top_p)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +95,56 @@ class Threshold(SelectionRule):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeadTopP(SelectionRule):
+    """`TopP` with a share for every head (XAttention, section 2.3).
+
+    Attributes:
+        top_p: Shares in (0, 1], one for each head of the scores.
+    """
+
+    top_p: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for i, share in enumerate(self.top_p):
+            validate_fraction(share, f"top_p[{i}]")
+
+    def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        """See `SelectionRule.select`; ties go to the lower block index.
+
+        Raises:
+            ValueError: More or fewer shares than heads.
+        """
+        if len(self.top_p) != scores.shape[1]:
+            raise ValueError(
+                f"top_p must hold one share for each of {scores.shape[1]} heads, got "
+                f"{len(self.top_p)}"
+            )
+        # Filled on the device: a tensor made from a tuple would wait for the copy.
+        shares = torch.cat([scores.new_full((1, 1, 1), share) for share in self.top_p])
+        kept = _until_mass(scores, forced, visible, shares)
+        return kept | ((shares == 1.0) & visible)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowMax(SelectionRule):
+    """Keeps the blocks whose score reaches a share of the row's highest (FlashPrefill).
+
+    Attributes:
+        alpha: Share of the row's highest score in (0, 1].
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        validate_fraction(self.alpha, "alpha")
+
+    def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        """See `SelectionRule.select`; a score of zero is never kept for itself."""
+        least = self.alpha * scores.masked_fill(~visible, 0.0).amax(-1, keepdim=True)
+        return (forced | ((scores >= least) & (scores > 0))) & visible
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Guards:
     """Blocks that are kept whatever the scores say.
 
@@ -128,10 +175,10 @@ class Guards:
         local = geometry.local_blocks(self.local_blocks, device)[None, None]
         q_blocks, kv_blocks = geometry.num_q_blocks, geometry.num_kv_blocks
         key_valid = mask.key_valid if mask else None
-        keys = _valid_blocks(key_valid, kv_blocks, geometry.block_size, device)
+        keys = valid_blocks(key_valid, kv_blocks, geometry.block_size, device)
         sink = keys & (keys.cumsum(-1) <= self.sink_blocks)
         query_valid = mask.query_valid if mask else None
-        rows = _valid_blocks(query_valid, q_blocks, geometry.block_size, device)
+        rows = valid_blocks(query_valid, q_blocks, geometry.block_size, device)
         from_end = rows.flip(-1).cumsum(-1).flip(-1)
         last = rows & (from_end <= self.last_query_blocks)
         return local | sink[:, None, None, :] | last[:, None, :, None]
@@ -176,6 +223,22 @@ def select_blocks(
     return keep, visible
 
 
+def per_query_head(keep: Tensor, visible: Tensor, q_heads: int) -> Tensor:
+    """Kept blocks as FlexAttention takes them, for 1 or Hq heads and nothing between.
+
+    Args:
+        keep: bool [B, Hs, Nq, Nk]; Hs divides Hq.
+        visible: bool [1 or B, 1 or Hq, Nq, Nk].
+        q_heads: Hq.
+
+    Returns:
+        bool [B, 1 or Hq, Nq, Nk].
+    """
+    if max(keep.shape[1], visible.shape[1]) == 1:
+        return keep
+    return keep.repeat_interleave(q_heads // keep.shape[1], dim=1) & visible
+
+
 def _uncovered_rows(
     keep: Tensor, row_blocks: Tensor, row_sees: Tensor, geometry: BlockGeometry
 ) -> Tensor:
@@ -198,12 +261,20 @@ def _group_heads(visible: Tensor, heads: int) -> Tensor:
     return _split_group(visible, heads).any(2)
 
 
-def _valid_blocks(valid: Tensor | None, blocks: int, size: int, device: torch.device) -> Tensor:
+def valid_blocks(valid: Tensor | None, blocks: int, size: int, device: torch.device) -> Tensor:
     """Blocks that hold a valid token: bool [1 or Bm, blocks]."""
     if valid is None:
         return torch.ones((1, blocks), dtype=torch.bool, device=device)
     padded = F.pad(valid, (0, blocks * size - valid.shape[-1]))
     return padded.unflatten(-1, (blocks, size)).any(-1)
+
+
+def _until_mass(scores: Tensor, forced: Tensor, visible: Tensor, share: Tensor | float) -> Tensor:
+    """Forced blocks, then the highest until the mass of what is kept reaches ``share``."""
+    values, order = _descending(scores, forced, visible)
+    forced_mass = (scores * forced).sum(-1, keepdim=True)
+    before = forced_mass + F.pad(values.clamp_min(0).cumsum(-1)[..., :-1], (1, 0))
+    return _scatter(order, (before < share) & (values >= 0)) | (forced & visible)
 
 
 def _descending(scores: Tensor, forced: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:

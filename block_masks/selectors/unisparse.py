@@ -14,9 +14,9 @@ from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
 from ..granularity import Pooled, Sampled, validate_merged_heads
 from ..kernels import operator as kernels
-from ..mask_summary import summarize_mask, summarize_program
+from ..mask_summary import summarize
 from ..scoring import compute_block_scores, compute_sampled_scores
-from ..selection import Guards, SelectionRule, Threshold, TopK, TopP, select_blocks
+from ..selection import Guards, SelectionRule, Threshold, TopK, TopP, per_query_head, select_blocks
 from ..selection_cost import LENGTH_POWER, SelectionCost, threshold_share, top_p_share
 from ..validation import validate_block_size, validate_int
 from .base import Selector
@@ -159,11 +159,7 @@ class UniSparse(Selector):
             return BlockSelection(
                 keep=lists.kept(), visible=visible, geometry=geometry, lists=lists
             )
-        mask = None
-        if attn_mask is not None:
-            mask = summarize_mask(attn_mask, geometry, c_q=self.c_q, c_k=self.c_k)
-        elif geometry.mask is not None:
-            mask = summarize_program(geometry, c_q=self.c_q, c_k=self.c_k, device=query.device)
+        mask = summarize(attn_mask, geometry, c_q=self.c_q, c_k=self.c_k, device=query.device)
         scores = compute_block_scores(
             query,
             key,
@@ -185,7 +181,5 @@ class UniSparse(Selector):
         keep, visible = select_blocks(
             scores, rule=self.rule, guards=self.guards, geometry=geometry, mask=mask
         )
-        # FlexAttention takes masks of 1 or Hq heads, nothing between.
-        if max(keep.shape[1], visible.shape[1]) > 1:
-            keep = keep.repeat_interleave(query.shape[1] // keep.shape[1], dim=1) & visible
+        keep = per_query_head(keep, visible, query.shape[1])
         return BlockSelection(keep=keep, visible=visible, geometry=geometry)

@@ -28,7 +28,7 @@ class Call:
     q_len: int
     kv_len: int
     is_causal: bool
-    selector: UniSparse
+    selector: Any
     seed: int
 
     @property

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisparse_flex.block_masks import UniSparse
+from unisparse_flex.block_masks import Selector, UniSparse
 
+from .rivals import BY_SCORES, calls_of, name
 from .strategies import HEAD_DIM, Call, calls
 
 STRENGTH = 8.0
@@ -43,6 +44,14 @@ def test_a_planted_block_is_selected(
     visible = call.geometry.visible_blocks(torch.device("cpu"))[i].nonzero().flatten().tolist()
     j = data.draw(st.sampled_from(visible))
     assert call.keep(*plant(call, i, j))[:, :, i, j].all()
+
+
+@pytest.mark.parametrize("selector", BY_SCORES, ids=name)
+def test_every_selector_by_scores_selects_a_planted_block(selector: Selector) -> None:
+    for call in calls_of(selector)[::2]:
+        visible = call.geometry.visible_blocks(torch.device("cpu"))
+        for i, j in visible.nonzero().tolist():
+            assert call.keep(*plant(call, i, j))[:, :, i, j].all()
 
 
 @pytest.mark.parametrize("column", range(BLOCKS))
