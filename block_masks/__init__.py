@@ -9,12 +9,13 @@ from .mask_summary import MaskSummary, summarize_mask
 from .scoring import compute_block_scores
 from .selection import Guards, SelectionRule, TopK, TopP, select_blocks
 from .selection_cost import SelectionCost
-from .selectors import Selector, UniSparse
+from .selectors import MInference, Selector, UniSparse
 
 __all__ = [
     "BlockGeometry",
     "BlockSelection",
     "Guards",
+    "MInference",
     "MaskProgram",
     "MaskSummary",
     "Pooled",

@@ -1,6 +1,7 @@
 """The selectors: one file and one line here for each."""
 
 from .base import Selector
+from .minference import MInference
 from .unisparse import UniSparse
 
-__all__ = ["Selector", "UniSparse"]
+__all__ = ["MInference", "Selector", "UniSparse"]
