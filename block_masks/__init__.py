@@ -9,11 +9,12 @@ from .mask_summary import MaskSummary, summarize_mask
 from .scoring import compute_block_scores
 from .selection import Guards, SelectionRule, TopK, TopP, select_blocks
 from .selection_cost import SelectionCost
-from .selectors import MInference, Selector, UniSparse
+from .selectors import FlexPrefill, MInference, Selector, UniSparse
 
 __all__ = [
     "BlockGeometry",
     "BlockSelection",
+    "FlexPrefill",
     "Guards",
     "MInference",
     "MaskProgram",

@@ -6,6 +6,7 @@ model = torch.compile(model)
 
 from .block_masks import (
     BlockSelection,
+    FlexPrefill,
     MInference,
     Selector,
     UniSparse,
@@ -25,6 +26,7 @@ __all__ = [
     "AttentionRecord",
     "BlockSelection",
     "Explanation",
+    "FlexPrefill",
     "MInference",
     "Selector",
     "UniSparse",
