@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
+from .pinning import pin
 from .selection import Guards, Threshold, select_blocks
 
 
@@ -136,10 +137,11 @@ def blocks_on_diagonals(chosen: Tensor, geometry: BlockGeometry, step: int) -> T
     last_row = geometry.last_positions(size, geometry.num_q_blocks, device)
     first_key = torch.arange(geometry.num_kv_blocks, device=device) * size
     last_key = (first_key + size).clamp(max=geometry.kv_len) - 1
-    nearest = (first_row[:, None] - last_key).clamp(min=0)
-    farthest = last_row[:, None] - first_key
-    # Chosen diagonals before `end` less those before `start`.
-    start, end = (nearest + step - 1) // step, (farthest // step + 1).clamp(min=0)
+    nearest, farthest = first_row[:, None] - last_key, last_row[:, None] - first_key
+    # Chosen diagonals before `end` less those before `start`. Divided before it is clamped:
+    # Inductor fails where a maximum stands under a division.
+    start = ((nearest + step - 1) // step).clamp(min=0)
+    start, end = pin([start, (farthest // step + 1).clamp(min=0)])
     before = F.pad(chosen.cumsum(-1, dtype=torch.int32), (1, 0))
     return before[..., end] > before[..., start]
 

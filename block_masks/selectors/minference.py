@@ -117,9 +117,7 @@ class MInference(Selector):
                 f"vertical_slash must be one pair or a pair for each of the {query.shape[1]} query "
                 f"heads, got {len(sizes)} pairs"
             )
-        # Pageable, yet small enough not to wait for the device.
-        counts = torch.tensor(sizes).to(query.device, non_blocking=True)
-        vertical, slash = counts[:, :1], counts[:, 1:]
+        vertical, slash = (_per_head(size, query.device) for size in zip(*sizes, strict=True))
         shares = attend_last(query, key, count=self.last_q, geometry=geometry, scale=scale)
         columns, diagonals = sum_columns(shares), sum_diagonals(shares, geometry)
         chosen = _choose(columns, vertical, self.forced_columns)
@@ -137,10 +135,17 @@ class MInference(Selector):
         return BlockSelection(keep=keep, visible=visible, geometry=geometry)
 
 
-def _choose(mass: Tensor, counts: Tensor, forced: int) -> Tensor:
+def _choose(mass: Tensor, counts: Tensor | int, forced: int) -> Tensor:
     """The first ``forced`` lines and the highest others up to ``counts``: bool like ``mass``."""
     always = torch.arange(mass.shape[-1], device=mass.device) < forced
     return keep_highest(mass.masked_fill(always, math.inf), counts) | always
+
+
+def _per_head(sizes: tuple[int, ...], device: torch.device) -> Tensor | int:
+    """One number as it is; several, one for every head, as int64 [H, 1]."""
+    if len(sizes) == 1:
+        return sizes[0]
+    return torch.cat([torch.full((1, 1), size, device=device) for size in sizes])
 
 
 def _validate_sizes(sizes: object) -> None:
