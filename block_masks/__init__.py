@@ -9,13 +9,24 @@ from .mask_summary import MaskSummary, summarize_mask
 from .scoring import compute_block_scores
 from .selection import Guards, SelectionRule, TopK, TopP, select_blocks
 from .selection_cost import SelectionCost
-from .selectors import FlashPrefill, Oracle, Selector, StreamingLLM, UniSparse, XAttention
+from .selectors import (
+    FlashPrefill,
+    FlexPrefill,
+    MInference,
+    Oracle,
+    Selector,
+    StreamingLLM,
+    UniSparse,
+    XAttention,
+)
 
 __all__ = [
     "BlockGeometry",
     "BlockSelection",
     "FlashPrefill",
+    "FlexPrefill",
     "Guards",
+    "MInference",
     "MaskProgram",
     "MaskSummary",
     "Oracle",

@@ -4,7 +4,14 @@ model = unisparse_flex.optimize(model)
 model = torch.compile(model)
 """
 
-from .block_masks import BlockSelection, Selector, UniSparse, create_block_mask
+from .block_masks import (
+    BlockSelection,
+    FlexPrefill,
+    MInference,
+    Selector,
+    UniSparse,
+    create_block_mask,
+)
 from .explain import AttentionRecord, Explanation, explain, record_attention
 from .functional import attention
 from .optimize import is_optimized, optimize, restore
@@ -19,6 +26,8 @@ __all__ = [
     "AttentionRecord",
     "BlockSelection",
     "Explanation",
+    "FlexPrefill",
+    "MInference",
     "Selector",
     "UniSparse",
     "attention",

@@ -2,9 +2,20 @@
 
 from .base import Selector
 from .flash_prefill import FlashPrefill
+from .flex_prefill import FlexPrefill
+from .minference import MInference
 from .oracle import Oracle
 from .streaming_llm import StreamingLLM
 from .unisparse import UniSparse
 from .xattention import XAttention
 
-__all__ = ["FlashPrefill", "Oracle", "Selector", "StreamingLLM", "UniSparse", "XAttention"]
+__all__ = [
+    "FlashPrefill",
+    "FlexPrefill",
+    "MInference",
+    "Oracle",
+    "Selector",
+    "StreamingLLM",
+    "UniSparse",
+    "XAttention",
+]

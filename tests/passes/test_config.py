@@ -14,7 +14,15 @@ from torch import Tensor
 import unisparse_flex
 from tests.api.models import FINE, create, embeddings, qkv
 from tests.api.reference import assert_computes, attend, rmse
-from unisparse_flex import BlockSelection, Selector, UniSparse, explain, optimize
+from unisparse_flex import (
+    BlockSelection,
+    FlexPrefill,
+    MInference,
+    Selector,
+    UniSparse,
+    explain,
+    optimize,
+)
 from unisparse_flex.passes import SparseConfig
 
 from .graphs import Stripes
@@ -24,6 +32,8 @@ CONFIGS = [
     SparseConfig(selector=FINE, min_length=7, min_queries=3),
     SparseConfig(selector=UniSparse(top_p=0.1 + 0.2), dense=True),
     SparseConfig(selector=UniSparse(top_p=1), strict=True),
+    SparseConfig(selector=FlexPrefill(gamma=0.95, tau=0)),
+    SparseConfig(selector=MInference(vertical_slash=((1, 2), (30, 400)))),
     SparseConfig(selector=Stripes()),
     SparseConfig(selector=Stripes(columns=(), label="quotes ' \" and {braces} and \\")),
     SparseConfig(selector=Stripes(columns=(3, 1, 2), label="été")),

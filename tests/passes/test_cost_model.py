@@ -12,7 +12,7 @@ import pytest
 import sympy
 import torch
 
-from unisparse_flex import UniSparse
+from unisparse_flex import FlexPrefill, UniSparse
 from unisparse_flex.passes import cost_model as cm
 from unisparse_flex.passes.device_rates import RATES
 from unisparse_flex.passes.prediction import CallShape, break_even_length, forecast
@@ -166,7 +166,9 @@ def test_longer_calls_take_longer(rates: Any) -> None:
 
 @pytest.mark.parametrize("q_len", [None, 512, 2048])
 @pytest.mark.parametrize(
-    "selector", [UniSparse(), UniSparse(top_k=8), Stripes(block_size=128)], ids=str
+    "selector",
+    [UniSparse(), UniSparse(top_k=8), Stripes(block_size=128), FlexPrefill()],
+    ids=str,
 )
 def test_sparse_is_faster_from_the_break_even_on_and_not_just_below(
     selector: Any, q_len: int | None
