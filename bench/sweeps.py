@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from unisparse_flex import Selector, UniSparse
+from unisparse_flex import (
+    FlashPrefill,
+    FlexPrefill,
+    MInference,
+    Oracle,
+    Selector,
+    StreamingLLM,
+    UniSparse,
+    XAttention,
+)
 
 TOP_P = (0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 THRESHOLDS = (0.032, 0.016, 0.008, 0.004, 0.002)
@@ -20,4 +29,17 @@ SWEEPS: dict[str, Callable[[int], list[Selector]]] = {
     "unisparse-two-threshold": lambda size: [
         UniSparse(block_size=size, threshold=t, **TWO) for t in THRESHOLDS
     ],
+    "xattention": lambda size: [XAttention(block_size=size, threshold=p) for p in TOP_P],
+    "flexprefill": lambda size: [FlexPrefill(block_size=size, gamma=p) for p in TOP_P],
+    "flashprefill": lambda size: [
+        FlashPrefill(block_size=size, alpha=a) for a in (0.3, 0.18, 0.1, 0.04, 0.01)
+    ],
+    "minference": lambda size: [
+        MInference(block_size=size, vertical_slash=sizes)
+        for sizes in ((100, 400), (300, 1000), (500, 2000), (1000, 4000), (1000, 6096))
+    ],
+    "streamingllm": lambda size: [
+        StreamingLLM(block_size=size, local_tokens=n) for n in (512, 1024, 2048, 4096)
+    ],
+    "oracle": lambda size: [Oracle(block_size=size, top_p=p) for p in TOP_P],
 }

@@ -6,10 +6,14 @@ model = torch.compile(model)
 
 from .block_masks import (
     BlockSelection,
+    FlashPrefill,
     FlexPrefill,
     MInference,
+    Oracle,
     Selector,
+    StreamingLLM,
     UniSparse,
+    XAttention,
     create_block_mask,
 )
 from .explain import AttentionRecord, Explanation, explain, record_attention
@@ -26,10 +30,14 @@ __all__ = [
     "AttentionRecord",
     "BlockSelection",
     "Explanation",
+    "FlashPrefill",
     "FlexPrefill",
     "MInference",
+    "Oracle",
     "Selector",
+    "StreamingLLM",
     "UniSparse",
+    "XAttention",
     "attention",
     "create_block_mask",
     "explain",
