@@ -37,6 +37,7 @@ class Reason(StrEnum):
     CAUSAL_ROWS_WITHOUT_KEYS = "bottom-right causal with more queries than keys"
     KERNEL = "FlexAttention's CUDA kernel takes float16, bfloat16 or float32 and head_dim >= 16"
     BACKWARD_BLOCK = "training on CUDA needs a block_size that is a multiple of 128"
+    SELECTOR = "the selector is not defined for such calls: not causal, masked or cross-attention"
     NOT_OPTIMIZED = "not inside an optimized module"
     NEEDS_WEIGHTS = "need_weights=True returns what no fused kernel computes"
     KEYS_OF_ITS_OWN = "bias_k, add_zero_attn or static keys: the module adds keys of its own"
@@ -60,7 +61,12 @@ def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:
         return Reason.SHORT
     if call.dropout_p > 0.0:
         return Reason.DROPOUT
-    reason = _refuse_tensors(call) or _refuse_mask(call) or _refuse_kernel(call, config)
+    reason = (
+        _refuse_tensors(call)
+        or _refuse_mask(call)
+        or _refuse_selector(call, config)
+        or _refuse_kernel(call, config)
+    )
     if reason is None and config.min_length is None:
         reason = _refuse_slow(call, config)
     return reason
@@ -136,6 +142,15 @@ def _refuse_mask(call: SdpaCall) -> Reason | None:
         for have, want in zip(reversed(mask.shape), reversed(target), strict=False)
     )
     return None if fits else Reason.MASK_SHAPE
+
+
+def _refuse_selector(call: SdpaCall, config: SparseConfig) -> Reason | None:
+    takes = config.selector.takes(
+        is_causal=bool(call.is_causal),
+        masked=call.attn_mask is not None or bool(call.mask),
+        self_attention=guard_or_false(call.query.shape[2] == call.key.shape[2]),
+    )
+    return None if takes else Reason.SELECTOR
 
 
 def _refuse_kernel(call: SdpaCall, config: SparseConfig) -> Reason | None:

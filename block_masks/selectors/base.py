@@ -76,6 +76,16 @@ class Selector(ABC):
         """What the cost model takes the selector to do; a subclass that knows better says so."""
         return SelectionCost()
 
+    def takes(self, *, is_causal: bool, masked: bool, self_attention: bool) -> bool:
+        """Whether the method is defined for such calls; others stay dense in a model.
+
+        Args:
+            is_causal: Each query sees the keys up to its own position.
+            masked: Something beside causality hides keys.
+            self_attention: There are as many queries as keys.
+        """
+        return True
+
     def _expression(self) -> str:
         arguments = [f"{name}={value!r}" for name, value in self._values().items()]
         return f"{type(self).__name__}({', '.join(arguments)})"

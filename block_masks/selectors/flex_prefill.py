@@ -100,6 +100,10 @@ class FlexPrefill(Selector):
     def _budget_blocks(self) -> int:
         return -(-self.min_budget // self.block_size)
 
+    def takes(self, *, is_causal: bool, masked: bool, self_attention: bool) -> bool:
+        """See `Selector.takes`: the last queries must stand for all."""
+        return is_causal and not masked
+
     def compute_selection(
         self,
         query: Tensor,

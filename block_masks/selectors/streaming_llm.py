@@ -57,6 +57,10 @@ class StreamingLLM(Selector):
             share=0.0,
         )
 
+    def takes(self, *, is_causal: bool, masked: bool, self_attention: bool) -> bool:
+        """See `Selector.takes`: elsewhere the rows' own positions are unknown."""
+        return is_causal or self_attention
+
     def compute_selection(
         self,
         query: Tensor,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 from tests.api.models import FINE
-from unisparse_flex import UniSparse
+from unisparse_flex import FlexPrefill, MInference, StreamingLLM, UniSparse
 from unisparse_flex.passes import Reason, SdpaCall, SparseConfig, rewrite_sdpa
 from unisparse_flex.passes.decision import refuse
 
@@ -44,7 +44,16 @@ def on_cuda(requires_grad: bool = False, **options: Any) -> dict[str, Any]:
 BOOL = tensor(64, 64).bool()
 PLAIN = SdpaCall(query=tensor(), key=tensor(), value=tensor())
 
+CAUSAL_ONLY = FlexPrefill(block_size=16)
+
 REFUSED: list[tuple[Reason, dict[str, Any], dict[str, Any]]] = [
+    (Reason.SELECTOR, {}, {"selector": CAUSAL_ONLY}),
+    (Reason.SELECTOR, {"attn_mask": BOOL}, {"selector": MInference(block_size=16)}),
+    (
+        Reason.SELECTOR,
+        {"key": tensor(2, 4, 80, 16), "value": tensor(2, 4, 80, 16)},
+        {"selector": StreamingLLM(block_size=16)},
+    ),
     (Reason.EXCLUDED, {}, {"dense": True}),
     (Reason.DROPOUT, {"dropout_p": 0.1}, {}),
     (Reason.NOT_4D, {"query": tensor(4, 64, 16)}, {}),
