@@ -10,8 +10,8 @@ import torch
 from .decision import needs_grad
 from .sdpa import SdpaCall, is_symbolic
 
-# FlashAttention-4's tiles; with a larger head_dim its key tile is no sparse block.
-FLASH_BLOCK, FLASH_MAX_HEAD_DIM = 128, 128
+# FlashAttention-4's tile; with another head_dim its tiles differ from the sparse blocks.
+FLASH_BLOCK, FLASH_HEAD_DIM = 128, 128
 FLASH_CAPABILITIES = (9, 10)
 
 
@@ -56,10 +56,10 @@ def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
         return f"it takes float16 and bfloat16, got {query.dtype}"
     if block_size != FLASH_BLOCK:
         return f"it needs block_size {FLASH_BLOCK}, got {block_size}"
-    if query.shape[3] != value.shape[3] or query.shape[3] > FLASH_MAX_HEAD_DIM:
+    if {query.shape[3], value.shape[3]} != {FLASH_HEAD_DIM}:
         return (
-            f"it needs one head_dim of at most {FLASH_MAX_HEAD_DIM} for queries and values, got "
-            f"{query.shape[3]} and {value.shape[3]}"
+            f"it needs head_dim {FLASH_HEAD_DIM} for queries and values, got {query.shape[3]} and "
+            f"{value.shape[3]}"
         )
     if call.attn_mask is not None or call.mask:
         return "it is used without masks other than causal ones"
@@ -67,6 +67,10 @@ def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
         return "it needs static lengths (torch.compile(dynamic=False))"
     if needs_grad(call):
         return "its backward is not used for sparse blocks"
+    blocks = -(-query.shape[2] // FLASH_BLOCK)
+    if blocks > 1 and (query.shape[2] - 1) // (blocks - 1) != FLASH_BLOCK:
+        # It divides the rows by the blocks; a short call has several answers.
+        return f"it cannot tell the block size from {query.shape[2]} queries in {blocks} blocks"
     return None
 
 

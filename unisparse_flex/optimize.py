@@ -51,7 +51,7 @@ def optimize(
             negative ones from the end.
         backend: The kernel on CUDA: ``"flash"`` (FlashAttention-4), ``"triton"``, or ``"auto"``,
             which takes FlashAttention-4 where it is installed and can run the call: 16-bit,
-            head_dim up to 128, blocks of 128, static lengths, inference, no mask tensor.
+            head_dim 128, blocks of 128, static lengths above 16384, inference, no mask.
 
     Returns:
         ``model``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.api.reference import rmse
 from tests.gpu.test_cuda import BF16, BLOCKS, Sdpa, assert_attends, on_cuda
 from unisparse_flex import attention, optimize
 from unisparse_flex.passes.flex_backend import is_flash_installed
@@ -36,27 +37,28 @@ def test_modes_of_compile_are_right_for_every_new_selection(mode: str) -> None:
 
 
 @needs_flash
-@pytest.mark.parametrize(("q_len", "kv_len"), [(1000, 1000), (1024, 1024), (640, 767), (129, 1500)])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_flash_attends_to_the_same_blocks(q_len: int, kv_len: int, head_dim: int) -> None:
+@pytest.mark.parametrize(("q_len", "kv_len"), [(20480, 20480), (20480, 20600), (20500, 20500)])
+def test_flash_attends_to_the_same_blocks(q_len: int, kv_len: int) -> None:
     torch._dynamo.reset()
-    tensors = on_cuda(q_len, kv_len, dtype=BF16, head_dim=head_dim)
+    tensors = on_cuda(q_len, kv_len, dtype=BF16, head_dim=128, batch=1)
     is_causal = q_len == kv_len
 
-    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return attention(
-            query,
-            key,
-            value,
-            is_causal=is_causal,
-            enable_gqa=True,
-            selector=BLOCKS,
-            backend="flash",
-        )
+    def compiled(backend: str) -> torch.Tensor:
+        def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return attention(
+                query,
+                key,
+                value,
+                is_causal=is_causal,
+                enable_gqa=True,
+                selector=BLOCKS,
+                backend=backend,
+            )
 
-    with torch.no_grad():
-        output = torch.compile(run, fullgraph=True, dynamic=False)(*tensors)
-    assert_attends(output, tensors, BLOCKS, offset=0 if is_causal else None)
+        with torch.no_grad():
+            return torch.compile(run, fullgraph=True, dynamic=False)(*tensors)
+
+    assert rmse(compiled("flash"), compiled("triton").double()) < 2.0**-8
 
 
 def test_flash_by_name_says_why_it_cannot() -> None:

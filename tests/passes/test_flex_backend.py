@@ -16,7 +16,7 @@ from unisparse_flex.passes.flex_backend import flash_obstacle
 
 
 def on_cuda(
-    heads: int = 4, length: int = 512, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
+    heads: int = 4, length: int = 32768, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
 ) -> Any:
     """What the decision reads of a tensor, as if it were on a GPU."""
     return SimpleNamespace(
@@ -53,6 +53,8 @@ OBSTACLES = [
     (call(dtype=torch.float32), 128, "float16 and bfloat16, got torch.float32"),
     (call(), 64, "block_size 128, got 64"),
     (call(head_dim=256, value_dim=256), 128, "got 256 and 256"),
+    (call(head_dim=64, value_dim=64), 128, "got 64 and 64"),
+    (call(length=8192), 128, "cannot tell the block size from 8192 queries in 64 blocks"),
     (call(value_dim=64), 128, "got 128 and 64"),
     (SdpaCall(query=on_cuda(), key=on_cuda(), value=on_cuda(), attn_mask=0), 128, "masks"),
     (SdpaCall(query=on_cuda(), key=on_cuda(), value=on_cuda(), mask="kv <= q"), 128, "masks"),
