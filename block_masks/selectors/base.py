@@ -11,6 +11,7 @@ from torch import Tensor
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
 from ..scoring import default_scale
+from ..selection import Guards
 from ..selection_cost import SelectionCost
 from ..validation import (
     validate_attn_mask,
@@ -158,6 +159,24 @@ class Selector(ABC):
 
         No host synchronisation, no shape that depends on data, no loop over heads.
         """
+
+
+class Guarded:
+    """The guards of a selector that has their fields, named as those of `Guards`."""
+
+    __slots__ = ()
+    sink_blocks: int
+    local_blocks: int
+    last_query_blocks: int
+
+    @property
+    def guards(self) -> Guards:
+        """The blocks that are kept in any case."""
+        return Guards(
+            sink_blocks=self.sink_blocks,
+            local_blocks=self.local_blocks,
+            last_query_blocks=self.last_query_blocks,
+        )
 
 
 def _make(cls: type[Selector], values: dict[str, Any]) -> Selector:

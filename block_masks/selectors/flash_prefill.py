@@ -14,14 +14,14 @@ from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
 from ..mask_summary import summarize
 from ..scoring import compute_pooled_key_scores
-from ..selection import Guards, RowMax, select_blocks
+from ..selection import RowMax, select_blocks
 from ..selection_cost import SelectionCost
 from ..validation import validate_block_size
-from .base import Selector
+from .base import Guarded, Selector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FlashPrefill(Selector):
+class FlashPrefill(Guarded, Selector):
     """Blocks that reach ``alpha`` of the highest score of their row of blocks.
 
     Attributes:
@@ -47,15 +47,6 @@ class FlashPrefill(Selector):
     def rule(self) -> RowMax:
         """The threshold relative to the row's maximum."""
         return RowMax(alpha=self.alpha)
-
-    @property
-    def guards(self) -> Guards:
-        """The blocks that are kept in any case."""
-        return Guards(
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
-            last_query_blocks=self.last_query_blocks,
-        )
 
     @property
     def cost(self) -> SelectionCost:

@@ -23,14 +23,14 @@ from ..last_queries import (
     validate_causal_only,
 )
 from ..scoring import compute_block_scores
-from ..selection import Guards, SelectionRule, TopP, select_blocks
+from ..selection import SelectionRule, TopP, select_blocks
 from ..selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ..validation import validate_block_size, validate_fraction, validate_int
-from .base import Selector
+from .base import Guarded, Selector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FlexPrefill(Selector):
+class FlexPrefill(Guarded, Selector):
     """Query-aware or vertical-slash blocks, whichever the last queries of a head call for.
 
     The last ``block_size`` queries attend to every key. Where pooled tokens would have told as
@@ -74,15 +74,6 @@ class FlexPrefill(Selector):
         validate_int(self.min_budget, "min_budget", minimum=0)
         _ = self.guards
         Selector.__post_init__(self)
-
-    @property
-    def guards(self) -> Guards:
-        """The blocks that are kept in any case."""
-        return Guards(
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
-            last_query_blocks=self.last_query_blocks,
-        )
 
     @property
     def cost(self) -> SelectionCost:

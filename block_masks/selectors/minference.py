@@ -20,16 +20,15 @@ from ..last_queries import (
     sum_diagonals,
     validate_causal_only,
 )
-from ..selection import Guards
 from ..selection_cost import SelectionCost
 from ..validation import validate_block_size, validate_int
-from .base import Selector
+from .base import Guarded, Selector
 
 Sizes = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MInference(Selector):
+class MInference(Guarded, Selector):
     """The columns and diagonals that the last queries attend to most, in token numbers.
 
     The last ``last_q`` queries attend to every key; the highest column sums and diagonal sums are
@@ -66,15 +65,6 @@ class MInference(Selector):
         validate_int(self.forced_diagonals, "forced_diagonals", minimum=0)
         _ = self.guards
         Selector.__post_init__(self)
-
-    @property
-    def guards(self) -> Guards:
-        """The blocks that are kept in any case."""
-        return Guards(
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
-            last_query_blocks=self.last_query_blocks,
-        )
 
     @property
     def cost(self) -> SelectionCost:

@@ -11,14 +11,14 @@ from ..geometry import BlockGeometry
 from ..granularity import Sampled, mark_not_finite
 from ..mask_summary import summarize
 from ..scoring import compute_sampled_scores
-from ..selection import Guards, TopP, select_blocks
+from ..selection import TopP, select_blocks
 from ..selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ..validation import validate_block_size
-from .base import Selector
+from .base import Guarded, Selector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Oracle(Selector):
+class Oracle(Guarded, Selector):
     """Top-p blocks by the mass that dense attention gives them; for judging, never for speed.
 
     Scoring is dense attention without the values, and holds all Hq * Sq * Skv weights at once.
@@ -46,15 +46,6 @@ class Oracle(Selector):
     def rule(self) -> TopP:
         """Top-p."""
         return TopP(top_p=self.top_p)
-
-    @property
-    def guards(self) -> Guards:
-        """The blocks that are kept in any case."""
-        return Guards(
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
-            last_query_blocks=self.last_query_blocks,
-        )
 
     @property
     def cost(self) -> SelectionCost:

@@ -16,16 +16,16 @@ from ..granularity import Pooled, Sampled, validate_merged_heads
 from ..kernels import operator as kernels
 from ..mask_summary import summarize
 from ..scoring import compute_block_scores, compute_sampled_scores
-from ..selection import Guards, SelectionRule, Threshold, TopK, TopP, per_query_head, select_blocks
+from ..selection import SelectionRule, Threshold, TopK, TopP, per_query_head, select_blocks
 from ..selection_cost import LENGTH_POWER, SelectionCost, threshold_share, top_p_share
 from ..validation import validate_block_size, validate_int
-from .base import Selector
+from .base import Guarded, Selector
 
 DEFAULT_TOP_P = 0.95
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class UniSparse(Selector):
+class UniSparse(Guarded, Selector):
     """Top-p (or top-k, or a threshold) blocks by attention among composite tokens.
 
     Attributes:
@@ -95,15 +95,6 @@ class UniSparse(Selector):
             return Threshold(threshold=self.threshold)
         assert self.top_p is not None
         return TopP(top_p=self.top_p)
-
-    @property
-    def guards(self) -> Guards:
-        """The blocks that are kept in any case."""
-        return Guards(
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
-            last_query_blocks=self.last_query_blocks,
-        )
 
     @property
     def granularity(self) -> Pooled:

@@ -10,14 +10,14 @@ from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
 from ..mask_summary import summarize
 from ..scoring import compute_antidiagonal_scores
-from ..selection import Guards, HeadTopP, SelectionRule, TopP, select_blocks
+from ..selection import HeadTopP, SelectionRule, TopP, select_blocks
 from ..selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ..validation import validate_block_size, validate_fraction, validate_int
-from .base import Selector
+from .base import Guarded, Selector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class XAttention(Selector):
+class XAttention(Guarded, Selector):
     """Top-p blocks by attention among strided cells, each of its mean antidiagonal logit.
 
     Attributes:
@@ -64,15 +64,6 @@ class XAttention(Selector):
         if self.head_thresholds is not None:
             return HeadTopP(top_p=self.head_thresholds)
         return TopP(top_p=self.threshold)
-
-    @property
-    def guards(self) -> Guards:
-        """The blocks that are kept in any case."""
-        return Guards(
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
-            last_query_blocks=self.last_query_blocks,
-        )
 
     @property
     def cost(self) -> SelectionCost:
