@@ -6,6 +6,7 @@ but ``aten::scaled_dot_product_attention`` and the marker, which have kernels th
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from torch.nn.attention.bias import CausalBias
 
 from .causal_bias import resolve_causal_bias
 from .passes import SdpaCall, SparseConfig, is_traced, is_watched, marked_sdpa
+
+logger = logging.getLogger(__name__)
 
 KEY_NAME = "TESTING_ONLY_GenericMode"
 # Kept beside the key, so that a thread that inherits the one (backward's) inherits the other.
@@ -155,6 +158,11 @@ def _find_compiled_attention() -> None:
     too. Dynamo sees a function mode, and compiles anew for it.
     """
     global _compiled_attention_found
+    if not _compiled_attention_found:
+        logger.warning(
+            "attention inside a function that the model compiles itself stays dense in this call; "
+            "from the next on it is caught in a function mode"
+        )
     _compiled_attention_found = True
 
 
