@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .scratch import Rows
+from .launch import Launch
+from .scratch import Rows, power_of_two
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "blocks", "kv_heads"])
 def _pool(
     tokens,
     means,
@@ -82,6 +83,9 @@ def _pool(
         tl.store(at, (total / MERGED).to(lasts.dtype.element_ty), mask=inside[None, :])
 
 
+_launch = Launch(_pool)
+
+
 def pool(
     tokens: Tensor,
     *,
@@ -119,7 +123,8 @@ def pool(
         return Rows(tokens.new_empty(shape), size)
 
     means, lasts = empty(group), empty(step)
-    _pool[(blocks, heads // merged, batch)](
+    _launch(
+        (blocks, heads // merged, batch),
         tokens,
         tokens if means is None else means.tokens,
         tokens if lasts is None else lasts.tokens,
@@ -134,7 +139,7 @@ def pool(
         BLOCK=block_size,
         GROUP=group,
         STEP=step,
-        WIDTH=triton.next_power_of_2(head_dim),
+        WIDTH=power_of_two(head_dim),
         num_warps=4,
     )
     return means, lasts

@@ -16,7 +16,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..geometry import BlockGeometry
-from .scratch import Masses, Rows, reach_of
+from .launch import Launch
+from .scratch import Masses, Rows, power_of_two, reach_of
 
 
 @triton.jit
@@ -29,12 +30,45 @@ def _logits(
 
 
 @triton.jit
+def _mask(
+    logits,
+    column,
+    position,
+    columns,
+    kv_len,
+    KEY_GROUP: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Hides columns that do not exist or lie ahead; the last may stand for fewer keys."""
+    seen = (column < columns)[None, :]
+    if KEY_GROUP > 1:
+        count = tl.minimum(tl.maximum(kv_len - column * KEY_GROUP, 1), KEY_GROUP)
+        logits += tl.log2(count.to(tl.float32) / KEY_GROUP)[None, :]
+    if CAUSAL:
+        seen = seen & ((column * KEY_GROUP)[None, :] <= position[:, None])
+    return tl.where(seen, logits, float("-inf"))
+
+
+@triton.jit
 def _held(weights, ROWS: tl.constexpr, COLS: tl.constexpr, HELD: tl.constexpr):
     """Sums over the columns of each of HELD blocks: the blocks' first columns come first."""
     return tl.sum(tl.reshape(weights, [ROWS, COLS // HELD, HELD]), 1)
 
 
-@triton.jit
+LENGTHS = [
+    "first_head",
+    "first_row",
+    "columns",
+    "blocks",
+    "q_len",
+    "kv_len",
+    "offset",
+    "kv_heads",
+    "block_rows",
+]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def _score(
     queries,
     keys,
@@ -69,10 +103,11 @@ def _score(
     of them, ``KEY_GROUP`` keys to one of ``keys``. All are relative to the greatest logit of the
     first tile: a row that outgrows it by 2 ** 127 becomes infinite, and is kept whole.
     """
-    # The last rows see most: they go first.
-    tile_row = tl.num_programs(0) - 1 - tl.program_id(0)
+    # The last rows see most: those of all heads go first.
+    program = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    tile_row = tl.num_programs(0) - 1 - program // tl.num_programs(2)
+    slot = program % tl.num_programs(2)
     split = tl.program_id(1)
-    slot = tl.program_id(2)
     head = first_head + slot
     row = tile_row * ROWS + tl.arange(0, ROWS)
     width = tl.arange(0, WIDTH)
@@ -107,16 +142,14 @@ def _score(
         highest = tl.minimum((first_row + final) // block_rows * BLOCK + BLOCK, q_len) - 1 + offset
         whole = tl.minimum(whole, (lowest // KEY_GROUP + 1) // STEP)
         steps = tl.minimum(steps, highest // KEY_GROUP // STEP + 1)
-    # Where no step is seen whole there are few of them, and the first split has them all.
-    share = tl.where(whole == 0, steps, tl.cdiv(steps, SPLITS))
-    begin = split * share
+    share = tl.cdiv(steps, SPLITS)
+    begin = tl.minimum(split * share, steps)
     end = tl.minimum(begin + share, steps)
     middle = tl.minimum(tl.maximum(whole, begin), end)
 
-    peak = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    if whole > 0:
-        logits = _logits(query, keys, batch, kv_head, 0, COLS, WIDTH, EXACT)
-        peak = tl.max(logits, 1) * scale
+    # Column 0 is seen by every row.
+    logits = _logits(query, keys, batch, kv_head, 0, COLS, WIDTH, EXACT) * scale
+    peak = tl.max(_mask(logits, column, position, columns, kv_len, KEY_GROUP, CAUSAL), 1)
     total = tl.zeros([ROWS, held], dtype=tl.float32)
     in_rows = (row < rows)[:, None]
     place = out + (begin * held + tl.arange(0, held))[None, :] * rows + row[:, None]
@@ -137,16 +170,7 @@ def _score(
     for tile in range(middle * tiles_per_step, end * tiles_per_step):
         logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT) * scale
         at_column = tile * COLS + column
-        seen = (at_column < columns)[None, :]
-        if KEY_GROUP > 1:
-            # The last composite key may stand for fewer keys.
-            count = tl.minimum(tl.maximum(kv_len - at_column * KEY_GROUP, 1), KEY_GROUP)
-            logits += tl.log2(count.to(tl.float32) / KEY_GROUP)[None, :]
-        if CAUSAL:
-            seen = seen & ((at_column * KEY_GROUP)[None, :] <= position[:, None])
-        logits = tl.where(seen, logits, float("-inf"))
-        # Column 0 is seen by every row.
-        peak = tl.where(peak == float("-inf"), tl.max(logits, 1), peak)
+        logits = _mask(logits, at_column, position, columns, kv_len, KEY_GROUP, CAUSAL)
         part = _held(tl.exp2(logits - peak[:, None]), ROWS, COLS, held)
         total += part
         mass = tl.where(tile % tiles_per_step == 0, part, mass + part)
@@ -156,6 +180,9 @@ def _score(
         place += tl.where(tile % tiles_per_step == tiles_per_step - 1, held * rows, 0)
     at_total = totals + (slot * SPLITS + split).to(tl.int64) * rows + row
     tl.store(at_total, tl.sum(total, 1), mask=row < rows)
+
+
+_launch = Launch(_score)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,20 +196,23 @@ class Tile:
     registers: int | None = None
 
 
-def tile_of(tokens: Tensor, key_group: int) -> Tile:
-    """The tile for tokens of this dtype and head_dim; ``key_group`` keys to one of the columns."""
-    width = triton.next_power_of_2(tokens.shape[-1])
+# Up to so many, smaller tiles keep more multiprocessors busy.
+FEW_ROWS = 8192
+
+
+def tile_of(tokens: Tensor, rows: int) -> Tile:
+    """The tile for ``rows`` rows of tokens of this dtype and head_dim; columns are not by rows."""
+    width = power_of_two(tokens.shape[-1])
     if tokens.element_size() == 4:
         return Tile(64, min(64, 4096 // width), 4, 1)
     if width <= 128:
-        # Keys themselves are many: more rows at a time read them less often.
-        return Tile(256, 64, 8, 3, 128) if key_group == 1 else Tile(128, 64, 8, 3, 80)
+        return Tile(64, 64, 4, 3, 128) if rows <= FEW_ROWS else Tile(128, 64, 8, 3, 80)
     return Tile(128, 64, 8, 2, 128)
 
 
 def held_blocks(tokens: Tensor, per_block: int) -> int:
     """Key blocks in a tile of composite keys, which `pool` must interleave."""
-    return max(1, tile_of(tokens, 2).columns // per_block)
+    return max(1, tile_of(tokens, 1).columns // per_block)
 
 
 def takes_descriptor(keys: Tensor) -> bool:
@@ -191,15 +221,24 @@ def takes_descriptor(keys: Tensor) -> bool:
     return keys.stride(-1) == 1 and aligned and keys.data_ptr() % 16 == 0
 
 
-# Enough programs to even out their differing lengths over the multiprocessors.
-PROGRAMS_WANTED = 512
+# Enough programs to even out their differing lengths over the multiprocessors; each begins with a
+# tile more, which is little beside rows of single keys.
+PROGRAMS_WANTED, PROGRAMS_WANTED_OF_KEYS = 512, 2048
+MOST_SPLITS = 16
 
 
-def splits_of(rows: int, heads: int, keys: Tensor, tile: Tile) -> int:
-    """Into how many ranges of keys a row's work is split."""
-    programs = triton.cdiv(rows, tile.rows) * heads
-    splits = triton.next_power_of_2(triton.cdiv(PROGRAMS_WANTED, programs))
-    return max(1, min(splits, triton.cdiv(keys.shape[2], 128) // 2, 16))
+def splits_of(programs: int, tiles: int, wanted: int) -> int:
+    """Into how many ranges of keys a row's work is split: a power of two.
+
+    Args:
+        programs: Programs without a split.
+        tiles: Tiles of keys; a range has two or more.
+        wanted: Programs that there should be.
+    """
+    splits = min(power_of_two(-(-wanted // programs)), MOST_SPLITS)
+    while splits > max(1, tiles // 2):
+        splits //= 2
+    return splits
 
 
 def score(
@@ -232,19 +271,22 @@ def score(
     block_rows = queries.tokens.shape[1] // geometry.num_q_blocks
     rows = block_rows * (q_blocks.stop - q_blocks.start)
     count = heads.stop - heads.start
-    tile = tile_of(keys, key_group)
+    tile = tile_of(keys, rows * count)
     if key_group == 1:
         # Keys themselves are not interleaved: a tile holds those of one block.
         tile = replace(tile, columns=min(tile.columns, geometry.block_size))
-    splits = splits_of(rows, count, keys, tile)
+    row_tiles = -(-rows // tile.rows)
+    wanted = PROGRAMS_WANTED_OF_KEYS if key_group == 1 else PROGRAMS_WANTED
+    splits = splits_of(row_tiles * count, -(-columns // tile.columns), wanted)
     exact = keys.dtype == torch.float32
     blocks = reach_of(geometry, q_blocks)
-    width = triton.next_power_of_2(keys.shape[3])
+    width = power_of_two(keys.shape[3])
     masses = Masses(
         keys.new_empty((count, blocks, rows), dtype=torch.float32 if exact else torch.bfloat16),
         keys.new_empty((count, splits, rows), dtype=torch.float32),
     )
-    _score[(triton.cdiv(rows, tile.rows), splits, count)](
+    _launch(
+        (row_tiles, splits, count),
         queries.tokens,
         TensorDescriptor(keys, keys.shape, keys.stride(), [1, 1, tile.columns, width]),
         masses.blocks,

@@ -46,3 +46,8 @@ def reach_of(geometry: BlockGeometry, q_blocks: slice) -> int:
     row = min(q_blocks.stop * geometry.block_size, geometry.q_len) - 1
     seen = (row + geometry.causal_offset) // geometry.block_size + 1
     return min(seen, geometry.num_kv_blocks)
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is not below ``count``, of 1 or more."""
+    return 1 << (count - 1).bit_length()

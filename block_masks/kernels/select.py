@@ -14,7 +14,8 @@ import triton.language as tl
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
 from ..selection import Guards
-from .scratch import Masses, reach_of
+from .launch import Launch
+from .scratch import Masses, power_of_two, reach_of
 
 
 @triton.jit
@@ -62,11 +63,14 @@ def _reach(score, candidate, weight, need, low, STEPS: tl.constexpr):
     bits = tl.where(wanted, score.to(tl.int32, bitcast=True), -1)
     low = tl.maximum(low, 0.0).to(tl.int32, bitcast=True)
     high = tl.maximum(tl.max(bits, 0), low) + 1
-    for _ in range(STEPS):
+    step = 0
+    while (step < STEPS) & (low + 1 < high):
         middle = low + (high - low) // 2
-        enough = tl.sum(tl.where(bits >= middle, weight, 0.0), 0) >= need
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
+        reached = tl.sum(tl.where(bits >= middle, weight, 0.0), 0)
+        # Where it is just enough, the search is over.
+        low = tl.where(reached > need, middle, tl.where(reached == need, middle - 1, low))
+        high = tl.where(reached > need, high, middle)
+        step += 1
     above = bits >= high
     rest = need - tl.sum(tl.where(above, weight, 0.0), 0)
     equal = (bits >= low) & (bits < high)
@@ -83,7 +87,23 @@ def _write(counts, indices, at, blocks, key_block, chosen, place, count):
     tl.store(indices + at * blocks + key_block, 0, mask=key_block + count == 0)
 
 
-@triton.jit
+LENGTHS = [
+    "first_head",
+    "first_block",
+    "q_blocks",
+    "blocks",
+    "reach",
+    "q_len",
+    "kv_len",
+    "offset",
+    "value",
+    "sinks",
+    "locals_",
+    "last_rows",
+]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def _select(
     coarse,
     coarse_totals,
@@ -205,8 +225,10 @@ def _select(
         )  # fmt: skip
 
 
-# Elements of scratch that one program holds at a time.
-PROGRAM_ELEMENTS = 8192
+_launch = Launch(_select)
+
+# Key blocks that one warp has to itself, and elements of scratch that it holds at a time.
+BLOCKS_OF_A_WARP, MOST_WARPS, WARP_ELEMENTS = 256, 4, 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,14 +269,16 @@ def select(
     blocks = geometry.num_kv_blocks
     reach = reach_of(geometry, q_blocks)
     count = q_blocks.stop - q_blocks.start
-    power = triton.next_power_of_2(reach)
+    power = power_of_two(reach)
     given = coarse or fine
     assert given is not None
     parts = [(masses or given, masses is not None) for masses in (coarse, fine)]
     rows = [m.blocks.shape[2] // count // composite_heads * there for m, there in parts]
-    chunks = [max(1, min(r, PROGRAM_ELEMENTS // power)) for r in rows]
+    warps = max(1, min(MOST_WARPS, power // BLOCKS_OF_A_WARP))
+    chunks = [max(1, min(r, warps * WARP_ELEMENTS // power)) for r in rows]
     exact = any(m.blocks.dtype == torch.float32 for m, _ in parts)
-    _select[(composite_heads, count, heads.stop - heads.start)](
+    _launch(
+        (composite_heads, count, heads.stop - heads.start),
         *(tensor for m, _ in parts for tensor in (m.blocks, m.totals)),
         *lists.tensors(),
         heads.start,
@@ -285,5 +309,5 @@ def select(
         CAUSAL=geometry.causal_offset is not None,
         SELF=geometry.q_len == geometry.kv_len,
         P=power,
-        num_warps=max(1, min(4, power // 128)),
+        num_warps=warps,
     )

@@ -15,6 +15,10 @@ pytestmark = [
     # Inductor's advice on every card of this kind.
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
     pytest.mark.filterwarnings(r"ignore:\s*Online softmax"),
+    # What torch and FlashAttention-4 say of themselves.
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
+    pytest.mark.filterwarnings("ignore:.* is deprecated, use:DeprecationWarning"),
 ]
 
 needs_flash = pytest.mark.skipif(

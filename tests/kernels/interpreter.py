@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-NAMES = ("scratch", "pool", "score", "select", "lists")
+NAMES = ("scratch", "launch", "pool", "score", "select", "lists")
 PACKAGE = "unisparse_flex.block_masks.kernels"
 
 
@@ -21,6 +21,7 @@ class Kernels:
     """The modules of `unisparse_flex.block_masks.kernels`, interpreted."""
 
     scratch: Any
+    launch: Any
     pool: Any
     score: Any
     select: Any

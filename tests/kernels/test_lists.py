@@ -260,14 +260,33 @@ def test_turns_cover_every_query_block_once_within_the_scratch(
 def test_splits_change_nothing(kernels: Kernels, is_causal: bool) -> None:
     call = fixed_call(70, 600, is_causal=is_causal, top_p=0.7, c_h=2, sampled_queries=2)
     query, key = call.query_key()
-    found = []
+    score = kernels.lists.score
+    splits = []
+
+    def record(*arguments: Any, **keywords: Any) -> Any:
+        masses = score(*arguments, **keywords)
+        splits.append(masses.totals.shape[1])
+        return masses
+
     for programs in (1, 10**6):
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels.lists, "score", record)
             patch.setattr(kernels.score, "PROGRAMS_WANTED", programs)
-            tile = kernels.score.tile_of(key, 2)
-            found.append(kernels.score.splits_of(8, 1, key, tile))
+            patch.setattr(kernels.score, "PROGRAMS_WANTED_OF_KEYS", programs)
             assert_selects(call, run(kernels, call, query, key), query, key)
-    assert found == [1, 2]
+    few, many = set(splits[: len(splits) // 2]), set(splits[len(splits) // 2 :])
+    assert few == {1}
+    assert max(many) > 1
+
+
+@pytest.mark.parametrize(
+    ("programs", "tiles", "wanted", "splits"),
+    [(512, 64, 512, 1), (500, 64, 512, 2), (1, 64, 512, 16), (1, 11, 512, 4), (1, 1, 512, 1)],
+)
+def test_a_row_is_split_into_a_power_of_two(
+    kernels: Kernels, programs: int, tiles: int, wanted: int, splits: int
+) -> None:
+    assert kernels.score.splits_of(programs, tiles, wanted) == splits
 
 
 def layouts(tokens: Tensor) -> list[Tensor]:

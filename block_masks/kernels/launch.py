@@ -1,0 +1,59 @@
+"""Launches of Triton kernels without their binder, which takes longer than a short kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+# Integers beyond these are of another type to Triton.
+WIDE = 2**31
+# What Triton asks of addresses and of integers.
+ALIGNMENT = 16
+
+
+class Launch:
+    """A kernel that is bound once for every kind of arguments, and then only launched.
+
+    Args:
+        kernel: What ``triton.jit`` made; its constants stand behind its other parameters.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+        # The interpreter's kernels have no parameters.
+        parameters = getattr(kernel, "params", ())
+        self._constants = [p.name for p in parameters if p.is_constexpr]
+        self._specialised = [not p.do_not_specialize for p in parameters if not p.is_constexpr]
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
+        """Launches on the current device, which the tensors are on, and its current stream.
+
+        Args:
+            grid: Programs in each dimension.
+            arguments: Tensors, descriptors and numbers in the kernel's order; first a tensor.
+            constants: The kernel's constants and options of its compilation, by name, in the
+                same order each time.
+        """
+        key = self._key(arguments, constants)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            # None from the interpreter, which binds every time.
+            self._compiled[key] = self._kernel[grid](*arguments, **constants)
+        else:
+            compiled[grid](*arguments, *[constants[name] for name in self._constants])
+
+    def _key(self, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
+        """What Triton compiles anew for."""
+        key = [arguments[0].device, *constants.values()]
+        for argument, specialised in zip(arguments, self._specialised, strict=False):
+            if isinstance(argument, Tensor):
+                key += argument.dtype, argument.data_ptr() % ALIGNMENT == 0
+            elif isinstance(argument, int):
+                if specialised:
+                    key += argument == 1, argument % ALIGNMENT == 0
+                key.append(-WIDE <= argument < WIDE)
+            elif not isinstance(argument, float):
+                key += argument.base.dtype, *argument.block_shape
+        return tuple(key)
