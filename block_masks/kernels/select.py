@@ -310,4 +310,7 @@ def select(
         SELF=geometry.q_len == geometry.kv_len,
         P=power,
         num_warps=warps,
+        # Lanes that hold the same row add its parts in different orders. Fused with the products
+        # before them, the sums would differ in their last bit, and with them what each lane keeps.
+        enable_fp_fusion=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -117,6 +118,13 @@ def test_the_operator_selects_as_the_reference_but_where_rounding_decides(name: 
     differing = assert_selects(call, lists, query, key)
     share = 1e-4 if call.dtype is FP32 else 0.02
     assert differing <= share * lists.kept().sum().item()
+
+
+@pytest.mark.parametrize("name", ["float32, ragged", "ragged", "blocks of 16", "long"])
+def test_lists_are_well_formed_whatever_the_scores(name: str) -> None:
+    for seed in range(100):
+        call = replace(CALLS[name], seed=seed)
+        assert_well_formed(call, run(call, *tokens_of(call)))
 
 
 @pytest.mark.parametrize("residue", [0, 1, 63, 127])
