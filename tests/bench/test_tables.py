@@ -9,6 +9,8 @@ import pytest
 from bench import tables
 from tests.bench.results import make_result
 
+ROOT = Path(__file__).parents[2]
+
 
 def cells(table: str) -> list[list[str]]:
     return [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
@@ -71,3 +73,10 @@ def test_without_files_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
     with pytest.raises(SystemExit, match=r"no attention-\*\.json"):
         tables.main([])
+
+
+def test_the_page_of_performance_holds_what_the_files_say() -> None:
+    page = (ROOT / "docs/performance.md").read_text()
+    for name in ("attention-cuda-sm90.json", "prefill-cuda-sm90.json"):
+        result = json.loads((ROOT / "bench/results" / name).read_text())
+        assert tables.describe(result, name).strip() in page
