@@ -34,6 +34,8 @@ SETTINGS: dict[str, dict[str, int]] = {
     "two": {"c_q": 16, "c_k": 16, "sampled_queries": 4},
 }
 OPTIONS: dict[str, dict[str, str]] = {"triton": {}, "flash": {"BACKEND": "FLASH"}}
+# What each backend is called where it attends to every block.
+DENSE_KERNELS = {"triton": "flex", "flash": "flash_attention_4"}
 
 Lists = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -200,9 +202,8 @@ class Case:
         calls: dict[str, Callable[[], Tensor]] = {"sdpa": lambda: dense(*self.inputs)}
         for kind in ("FLASH", "CUDNN"):
             calls[f"sdpa_{kind.lower()}"] = partial(self._dense_by, kind)
-        names = {"triton": "flex", "flash": "flash_attention_4"}
         for backend in backends:
-            calls[names[backend]] = partial(self.attend, backend, lists)
+            calls[DENSE_KERNELS[backend]] = partial(self.attend, backend, lists)
         return calls
 
     def _dense_by(self, kind: str) -> Tensor:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from .contenders import DENSE_KERNELS
 
 FOLDER = Path("bench/results")
 # Okabe and Ito's colours, apart for colour-blind eyes; markers and dashes tell the same.
@@ -49,7 +52,7 @@ def describe(result: Result, name: str) -> str:
     """Every table of one file."""
     is_prefill = any("variant" in row for row in result["rows"])
     head = [f"{name}: {result['device']}, torch {result['versions'].get('torch')}"]
-    head += [f"`{' '.join(result['command'])}`"]
+    head += [f"`{shlex.join(result['command'])}`"]
     if "stopped" in result:
         head.append(f"Stopped: {result['stopped']}.")
     if is_prefill:
@@ -72,6 +75,7 @@ def tables(result: Result, shape: str) -> list[tuple[str, str]]:
     for selector in _unique(row["selector"] for row in sparse_rows(result, shape)):
         found.append((f"{selector}, speed-up over SDPA", speedup_table(result, shape, selector)))
     found.append(("selection", selection_table(result, shape)))
+    found.append(("backends", backends_table(result, shape)))
     return [(title, table) for title, table in found if table]
 
 
@@ -128,6 +132,34 @@ def selection_table(result: Result, shape: str) -> str:
     stages = ["pool ms", "score ms", "select ms", "selection ms", "attention ms", "total ms"]
     head = ["tokens", "selector", "density", *stages, "share", "extra MiB", "backend"]
     return markdown(head, lines)
+
+
+def backends_table(result: Result, shape: str) -> str:
+    """Each backend's part of its ideal, density x its dense time, and what a launch adds."""
+    lines = []
+    for row in result["rows"]:
+        dense_ms = row.get("dense_kernels", {}).get(DENSE_KERNELS.get(row.get("backend")))
+        if row.get("stage") != "sparse" or row["shape"] != shape or not dense_ms:
+            continue
+        attention_ms = row.get("attention_ms")
+        if not attention_ms:
+            continue
+        ideal_ms = row["density_measured"] * dense_ms
+        lines.append(
+            [
+                str(row["tokens"]),
+                row["selector"],
+                _percent(row["density"]),
+                row["backend"],
+                f"{ideal_ms / attention_ms:.2f}",
+                _number(row.get("total_ms")),
+                _number(row.get("total_plain_ms")),
+                _number(row.get("dense_ms")),
+            ]
+        )
+    lines.sort(key=lambda line: int(line[0]))
+    head = ["tokens", "selector", "density", "backend", "of its ideal"]
+    return markdown([*head, "total ms", "launched from Python ms", "SDPA ms"], lines)
 
 
 def selection_share(row: Row) -> float:

@@ -14,7 +14,7 @@ from ..geometry import BlockGeometry
 from ..selection import Guards
 from .pool import pool
 from .score import held_blocks, score, takes_descriptor
-from .scratch import reach_of
+from .scratch import power_of_two, reach_of
 from .select import Rule, select
 
 # Scratch that scores may take at a time; more is computed in turns.
@@ -145,7 +145,7 @@ def turns(geometry: BlockGeometry, row_bytes: int) -> Iterator[slice]:
         stop = geometry.num_q_blocks
         if geometry.causal_offset is not None:
             seen = reach_of(geometry, slice(start, start + 1))
-            cap = max(LEAST_POWER, 1 << (seen - 1).bit_length())
+            cap = max(LEAST_POWER, power_of_two(seen))
             end = cap - -(-geometry.causal_offset // geometry.block_size)
             stop = max(start + 1, min(stop, end))
         fits = SCRATCH_BYTES // (row_bytes * reach_of(geometry, slice(start, stop)))

@@ -38,6 +38,27 @@ def test_the_dense_table_holds_every_kernel() -> None:
     assert lines[3] == ["131072", "1024", "512"]
 
 
+def test_a_backend_is_compared_with_its_own_dense_kernel() -> None:
+    result = make_result()
+    for row in result["rows"]:
+        if "dense_kernels" in row:
+            row["dense_kernels"] = row["dense_kernels"] | {"flex": 2 * row["dense_ms"]}
+            row["total_plain_ms"] = 12.0
+    head, _, *lines = cells(tables.backends_table(result, "llama3-8b"))
+    rows = [dict(zip(head, line, strict=True)) for line in lines]
+    # No dense time of the other backend is known.
+    assert {row["backend"] for row in rows} == {"triton"}
+    [row] = [row for row in rows if (row["tokens"], row["density"]) == ("32768", "10%")]
+    # Dense by its own kernel 128 ms, a tenth of that is 12.8 ms, and 8 ms were measured.
+    assert row["of its ideal"] == "1.60"
+    assert (row["total ms"], row["launched from Python ms"], row["SDPA ms"]) == ("9", "12", "64")
+
+
+def test_the_command_can_be_run_as_it_is_printed() -> None:
+    result = make_result() | {"command": ["python", "-m", "bench.attention", "--compiled", ""]}
+    assert "`python -m bench.attention --compiled ''`" in tables.describe(result, "x.json")
+
+
 def test_what_was_skipped_is_listed() -> None:
     assert "| llama3-8b | 4096 | two |  | skipped | out of reach |" in tables.errors_table(
         make_result()

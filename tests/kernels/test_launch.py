@@ -31,12 +31,12 @@ class Kernel:
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
         def bind(*arguments: Any, **constants: Any) -> Any:
             self.bound.append((grid, arguments, constants))
-            return SimpleKernel(self.launched)
+            return CompiledKernel(self.launched)
 
         return bind
 
 
-class SimpleKernel:
+class CompiledKernel:
     """What a kernel is once it is compiled."""
 
     def __init__(self, launched: list[tuple[Any, ...]]) -> None:
