@@ -34,7 +34,7 @@ PLANS = {
         budget=1.0,
     ),
     "cuda": Plan(
-        lengths=(2048, 4096, 8192, 16384, 32768, 65536),
+        lengths=(2048, 4096, 8192, 16384, 32768, 65536, 131072),
         densities=(0.05, 0.15, 0.3, 0.7),
         heads=(Heads(query=32, key=8, head_dim=128), Heads(query=9, key=3, head_dim=64)),
         dtypes=(torch.bfloat16,),

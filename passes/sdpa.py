@@ -67,7 +67,11 @@ class SdpaCall:
                 f"scaled_dot_product_attention takes {len(POSITIONAL)} positional arguments, "
                 f"got {len(args)}; give the rest by name"
             )
-        return cls(**dict(zip(POSITIONAL, args, strict=False)), **kwargs)
+        bound = dict(zip(POSITIONAL, args, strict=False))
+        if "dropout_p" not in bound and "dropout_p" not in kwargs:
+            # Dynamo would compare the class's own default as a tensor, at every compiled call.
+            bound["dropout_p"] = 0.0
+        return cls(**bound, **kwargs)
 
     def map_tensors(self, of: Callable[[Any], Any]) -> SdpaCall:
         """The same call with ``of`` applied to every tensor."""
@@ -81,7 +85,7 @@ class SdpaCall:
         )
 
     def with_constants(self) -> SdpaCall:
-        """The same call, symbolic numbers, heads and head_dims made constants of the graph.
+        """The same call, symbolic numbers, flags, heads and head_dims made constants of the graph.
 
         No kernel takes them symbolic; a graph that did would recompile for each anyway.
         """
@@ -93,12 +97,13 @@ class SdpaCall:
                 if is_symbolic(tensor.shape[dim]):
                     # Heads counted in batches, where one symbol stands for both.
                     int(tensor.shape[0])
-        if not isinstance(self.scale, torch.SymFloat) and not isinstance(
-            self.dropout_p, torch.SymFloat
-        ):
+        symbolic = (torch.SymFloat, torch.SymBool)
+        if not any(isinstance(n, symbolic) for n in (self.scale, self.dropout_p, self.is_causal)):
             return self
         scale = None if self.scale is None else float(self.scale)
-        return replace(self, scale=scale, dropout_p=float(self.dropout_p))
+        return replace(
+            self, scale=scale, dropout_p=float(self.dropout_p), is_causal=bool(self.is_causal)
+        )
 
     def positional(self) -> tuple[Any, ...]:
         """What every spelling takes by position, in SDPA's order."""

@@ -74,7 +74,9 @@ def test_a_proved_mask_is_exact(name: str, dynamic: bool | None) -> None:
             plain = attend(query, key, value, attn_mask=mask, dtype=BF16)
             assert rmse(output, exact) <= 2 * rmse(plain, exact)
         else:
-            assert_attends(output, (query, key, value), selector, attn_mask=mask)
+            # What is proved causal is scored as such, by kernels that round in their own way.
+            options = {"offset": 0} if name == "causal" else {"attn_mask": mask}
+            assert_attends(output, (query, key, value), selector, **options)
 
 
 def test_an_encoder_is_rewritten() -> None:
