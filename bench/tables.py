@@ -1,14 +1,17 @@
-"""Markdown tables and plots from the files of `bench.attention` and `bench.prefill`.
+"""Markdown tables and plots from the files of this benchmark, but for those of its quality.
 
 python -m bench.tables [FILE ...] [--plots docs] [--selector two]
+python -m bench.tables --page docs/performance.md
 
-Without files, those in bench/results. Tables go to the screen, plots into a folder as PNG.
+Without files, those in bench/results. Tables go to the screen, plots into a folder as PNG; or the
+tables of a page are written anew, each between a comment that names its file and the next comment.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +20,8 @@ from typing import Any
 from .contenders import DENSE_KERNELS
 
 FOLDER = Path("bench/results")
+SECTION = r"(?P<start><!-- tables of (?P<name>[\w.-]+) -->)(?:(?!<!--).)*(?P<end><!-- end -->)"
+KINDS = ("attention", "cost-decision", "prefill")
 # Okabe and Ito's colours, apart for colour-blind eyes; markers and dashes tell the same.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -36,10 +41,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plots", type=Path, default=Path("docs"), help="where PNGs go")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--selector", default="two", help="settings that are plotted")
+    parser.add_argument("--page", type=Path, help="writes the tables of this page, and no plots")
     options = parser.parse_args(arguments)
-    files = options.files or sorted([*FOLDER.glob("attention-*"), *FOLDER.glob("prefill-*")])
+    if options.page is not None:
+        options.page.write_text(fill(options.page.read_text()))
+        return
+    files = options.files or sorted(path for kind in KINDS for path in FOLDER.glob(f"{kind}-*"))
     if not files:
-        raise SystemExit(f"bench.tables: no attention-*.json or prefill-*.json in {FOLDER}")
+        raise SystemExit(f"bench.tables: no files of {', '.join(KINDS)} in {FOLDER}")
     for path in files:
         result = json.loads(path.read_text())
         print(describe(result, path.name))
@@ -48,9 +57,20 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"plotted {plot}\n")
 
 
+def fill(page: str) -> str:
+    """The page with the tables of each named file of `FOLDER` written anew."""
+
+    def tables_of(match: re.Match[str]) -> str:
+        text = describe(json.loads((FOLDER / match["name"]).read_text()), match["name"])
+        return f"{match['start']}\n\n{text}\n{match['end']}"
+
+    return re.sub(SECTION, tables_of, page, flags=re.DOTALL)
+
+
 def describe(result: Result, name: str) -> str:
     """Every table of one file."""
     is_prefill = any("variant" in row for row in result["rows"])
+    is_decision = any("decision" in row for row in result["rows"])
     head = [f"{name}: {result['device']}, torch {result['versions'].get('torch')}"]
     head += [f"`{shlex.join(result['command'])}`"]
     if "stopped" in result:
@@ -59,6 +79,8 @@ def describe(result: Result, name: str) -> str:
         model = result["model"]
         head.append(f"{model['layers']} layers of width {model['hidden_size']}.")
         return "\n\n".join([*head, prefill_table(result)]) + "\n"
+    if is_decision:
+        return "\n\n".join([*head, decision_table(result)]) + "\n"
     gate = result["gate"]
     if not gate.get("passed"):
         head.append("THE GATE DID NOT PASS: no number below may be used.")
@@ -183,6 +205,31 @@ def prefill_table(result: Result) -> str:
             ]
         )
     return markdown(["tokens", "variant", "density", "ms", "speed-up", "peak GiB"], lines)
+
+
+def decision_table(result: Result) -> str:
+    """How the cost model decides each call, and its time over that of the call left alone."""
+    lines = [
+        [
+            str(row["layers"] or "bare call"),
+            str(row["tokens"]),
+            str(row["queries"]),
+            _rule(row["selector"]),
+            row.get("decision", ""),
+            "" if row.get("density") is None else _percent(row["density"]),
+            _number(row.get("dense_ms")),
+            _number(row.get("optimized_ms")),
+            f"{row['ratio']:.2f}" if "ratio" in row else "",
+        ]
+        for row in result["rows"]
+    ]
+    head = ["layers", "tokens", "queries", "rule", "decision", "density"]
+    return markdown([*head, "left alone ms", "optimized ms", "ratio"], lines)
+
+
+def _rule(selector: str) -> str:
+    """The rule in a selector's text."""
+    return ", ".join(re.findall(r"(?:top_p|top_k|threshold)=[\d.]+", selector))
 
 
 def errors_table(result: Result) -> str:

@@ -40,7 +40,7 @@ CONFIG_ATTRIBUTE = "_unisparse_config"
 # True where only a function mode catches all attention of an eager forward.
 MODE_ATTRIBUTE = "_unisparse_mode"
 UNFLATTEN = torch.Tensor.unflatten
-HANDLED = (F.scaled_dot_product_attention, *MULTIHEAD_TARGETS.values(), UNFLATTEN)
+HANDLED = (*MULTIHEAD_TARGETS.values(), UNFLATTEN)
 
 
 class SparseAttentionMode(TorchFunctionMode):
@@ -62,15 +62,21 @@ class SparseAttentionMode(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Passes every other function on."""
+        if func is F.scaled_dot_product_attention:
+            kwargs = kwargs or {}
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            if not isinstance(mask, CausalBias):
+                # As it came: whatever a trace reads here is compared at every compiled call.
+                return torch.ops.unisparse.sdpa(*args, **kwargs, config=self.config)
+            call = resolve_causal_bias(SdpaCall.bind(args, kwargs))
+            if not isinstance(call.attn_mask, CausalBias):
+                return marked_sdpa(call, self.config)
+            return func(*args, **kwargs)
         # Every operation of an eager model comes through here: the common case goes first.
         if func not in HANDLED:
             return func(*args) if kwargs is None else func(*args, **kwargs)
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            call = resolve_causal_bias(SdpaCall.bind(args, kwargs))
-            if not isinstance(call.attn_mask, CausalBias):
-                return marked_sdpa(call, self.config)
-        elif func is UNFLATTEN:
+        if func is UNFLATTEN:
             # Dynamo cannot trace the method through a function mode, the function it can.
             return torch.unflatten(*args, **kwargs)
         elif refuse_multihead(func, args, kwargs) is None:

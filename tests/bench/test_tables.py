@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,29 @@ def test_a_file_becomes_tables_and_a_plot(
 
 def test_without_files_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
-    with pytest.raises(SystemExit, match=r"no attention-\*\.json"):
+    with pytest.raises(SystemExit, match="no files of attention"):
         tables.main([])
+
+
+def test_a_decision_is_shown_with_its_ratio() -> None:
+    row = {"layers": 0, "tokens": 1024, "queries": 1, "selector": "UniSparse(c_q=8, top_k=16)"}
+    row |= {"decision": "dense", "density": None, "dense_ms": 2.0, "optimized_ms": 2.1}
+    failed = {"layers": 2, "tokens": 2048, "queries": 2048, "selector": "UniSparse(top_p=0.95)"}
+    result = make_result() | {"rows": [row | {"ratio": 1.05}, failed]}
+    head, _, *lines = cells(tables.decision_table(result))
+    assert len(head) == len(lines[0])
+    assert lines[0] == ["bare call", "1024", "1", "top_k=16", "dense", "", "2", "2.1", "1.05"]
+    assert lines[1] == ["2", "2048", "2048", "top_p=0.95", "", "", "", "", ""]
+    assert "left alone ms" in tables.describe(result, "cost-decision.json")
 
 
 def test_the_page_of_performance_holds_what_the_files_say() -> None:
     page = (ROOT / "docs/performance.md").read_text()
-    for name in ("attention-cuda-sm90.json", "prefill-cuda-sm90.json"):
-        result = json.loads((ROOT / "bench/results" / name).read_text())
-        assert tables.describe(result, name).strip() in page
+    named = re.findall(r"<!-- tables of (\S+) -->", page)
+    kept = [path.name for kind in tables.KINDS for path in tables.FOLDER.glob(f"{kind}-*.json")]
+    assert sorted(named) == sorted(kept)
+    assert tables.fill(page) == page
+    # It does write: a page without its tables gets them back.
+    bare = re.sub(tables.SECTION, r"\g<start>\n\g<end>", page, flags=re.DOTALL)
+    assert "| 131072 |" not in bare
+    assert tables.fill(bare) == page

@@ -27,9 +27,10 @@ def symbolic_query() -> Any:
 @pytest.mark.parametrize("limit", [1, 400])
 def test_a_flag_computed_from_a_length_becomes_a_constant(limit: int) -> None:
     query = symbolic_query()
-    flag: Any = query.shape[2] > limit
+    flag = query.shape[2] > limit
     assert isinstance(flag, torch.SymBool)
-    call = SdpaCall(query=query, key=query, value=query, is_causal=flag).with_constants()
+    options: dict[str, Any] = {"is_causal": flag}
+    call = SdpaCall(query=query, key=query, value=query, **options).with_constants()
     # Two symbolic flags cannot even be compared, which every cache of calls does.
     assert call.is_causal is (limit == 1)
     assert call.dropout_p == 0.0
