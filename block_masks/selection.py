@@ -95,6 +95,31 @@ class Threshold(SelectionRule):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TopPOrThreshold(SelectionRule):
+    """Keeps what `TopP` or `Threshold` keeps.
+
+    A threshold alone spends its blocks where they hold most, and starves rows that attend to many
+    blocks a little; ``top_p`` is the mass that these keep at least.
+
+    Attributes:
+        top_p: Share of a row's estimated mass in (0, 1]; 1.0 keeps every visible block.
+        threshold: Share of the mass in (0, 1] from which a block is kept in any case.
+    """
+
+    top_p: float
+    threshold: float
+
+    def __post_init__(self) -> None:
+        validate_fraction(self.top_p, "top_p")
+        validate_fraction(self.threshold, "threshold")
+
+    def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        """See `SelectionRule.select`; ties at the end of ``top_p`` go to the lower block index."""
+        mass = TopP(top_p=self.top_p).select(scores, forced, visible)
+        return mass | Threshold(threshold=self.threshold).select(scores, forced, visible)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HeadTopP(SelectionRule):
     """`TopP` with a share for every head (XAttention, section 2.3).
 

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
-from ..selection import Guards, SelectionRule, Threshold, TopK, TopP
+from ..selection import Guards, SelectionRule, Threshold, TopK, TopP, TopPOrThreshold
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -28,7 +28,7 @@ LEAST_CAPABILITY = (9, 0)
 _library = torch.library.Library("unisparse", "FRAGMENT")
 _library.define(
     "select_blocks(Tensor query, Tensor key, *, int block_size, SymInt? causal_offset, "
-    "float scale, int c_q, int c_k, int c_h, int sampled_queries, str rule, float value, "
+    "float scale, int c_q, int c_k, int c_h, int sampled_queries, str rule, float[] values, "
     "int sink_blocks, int local_blocks, int last_query_blocks) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -78,14 +78,14 @@ def select_lists(
         c_k: Keys per composite key.
         c_h: Query heads per composite head.
         sampled_queries: Rows of a block that meet every key; 0 for none.
-        rule: `TopP`, `TopK` or `Threshold`.
+        rule: `TopP`, `TopK`, `Threshold` or `TopPOrThreshold`.
         guards: Blocks kept in any case.
         scale: Factor on the logits, above 0.
 
     Returns:
         Block lists of B batches and Hq heads.
     """
-    name, value = _spell(rule)
+    name, values = spell(rule)
     return BlockLists(
         *torch.ops.unisparse.select_blocks(
             query,
@@ -98,7 +98,7 @@ def select_lists(
             c_h=c_h,
             sampled_queries=sampled_queries,
             rule=name,
-            value=value,
+            values=values,
             sink_blocks=guards.sink_blocks,
             local_blocks=guards.local_blocks,
             last_query_blocks=guards.last_query_blocks,
@@ -106,14 +106,23 @@ def select_lists(
     )
 
 
-def _spell(rule: SelectionRule) -> tuple[str, float]:
+def spell(rule: SelectionRule) -> tuple[str, list[float]]:
+    """A rule as the operator takes it: its name and its numbers.
+
+    Raises:
+        TypeError: The kernels have no such rule.
+    """
     if isinstance(rule, TopP):
-        return "top_p", rule.top_p
+        return "top_p", [rule.top_p]
     if isinstance(rule, TopK):
-        return "top_k", float(rule.top_k)
+        return "top_k", [float(rule.top_k)]
     if isinstance(rule, Threshold):
-        return "threshold", rule.threshold
-    raise TypeError(f"rule must be TopP, TopK or Threshold, got {type(rule).__name__}")
+        return "threshold", [rule.threshold]
+    if isinstance(rule, TopPOrThreshold):
+        return "top_p_or_threshold", [rule.top_p, rule.threshold]
+    raise TypeError(
+        "rule must be TopP, TopK, Threshold or TopPOrThreshold, got " + type(rule).__name__
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -140,7 +149,7 @@ def _run(
     c_h: int,
     sampled_queries: int,
     rule: str,
-    value: float,
+    values: list[float],
     sink_blocks: int,
     local_blocks: int,
     last_query_blocks: int,
@@ -162,7 +171,7 @@ def _run(
             key,
             geometry=geometry,
             granularities=Granularities(c_q, c_k, c_h, sampled_queries),
-            rule=Rule(rule, value),
+            rule=Rule(rule, *values),
             guards=Guards(
                 sink_blocks=sink_blocks,
                 local_blocks=local_blocks,

@@ -97,6 +97,7 @@ LENGTHS = [
     "kv_len",
     "offset",
     "value",
+    "least",
     "sinks",
     "locals_",
     "last_rows",
@@ -124,6 +125,7 @@ def _select(
     kv_len,
     offset,
     value,
+    least,
     sinks,
     locals_,
     last_rows,
@@ -197,8 +199,10 @@ def _select(
         # All that score less than this sum to less than may be dropped.
         spare = tl.sum(tl.where(candidate, score, 0.0), 0) - need
         chosen = _reach(score, candidate, score, need, 0.99 * spare / blocks, STEPS)
+        if RULE == "top_p_or_threshold":
+            chosen = chosen | (candidate & (score >= least))
     keep = forced | chosen | (visible & (judged == 0))
-    if RULE == "top_p":
+    if RULE == "top_p" or RULE == "top_p_or_threshold":
         # An estimate of zero is no proof of zero: all means all.
         keep = keep | (visible & (lane + value >= 1.0))
 
@@ -233,10 +237,14 @@ BLOCKS_OF_A_WARP, MOST_WARPS, WARP_ELEMENTS = 256, 4, 2048
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A selection rule by name (``top_p``, ``top_k`` or ``threshold``) and its number."""
+    """A selection rule by name, and its number or two.
+
+    ``top_p``, ``top_k``, ``threshold``, or ``top_p_or_threshold`` with the threshold in ``least``.
+    """
 
     name: str
     value: float
+    least: float = 0.0
 
 
 def select(
@@ -291,6 +299,7 @@ def select(
         geometry.kv_len,
         geometry.causal_offset or 0,
         float(rule.value),
+        float(rule.least),
         guards.sink_blocks,
         guards.local_blocks,
         guards.last_query_blocks,

@@ -16,7 +16,15 @@ from ..granularity import Pooled, Sampled, validate_merged_heads
 from ..kernels import operator as kernels
 from ..mask_summary import summarize
 from ..scoring import compute_block_scores, compute_sampled_scores
-from ..selection import SelectionRule, Threshold, TopK, TopP, per_query_head, select_blocks
+from ..selection import (
+    SelectionRule,
+    Threshold,
+    TopK,
+    TopP,
+    TopPOrThreshold,
+    per_query_head,
+    select_blocks,
+)
 from ..selection_cost import LENGTH_POWER, SelectionCost, threshold_share, top_p_share
 from ..validation import validate_block_size, validate_int
 from .base import Guarded, Selector
@@ -36,7 +44,8 @@ class UniSparse(Guarded, Selector):
         top_p: Share of a row's estimated attention mass to keep, in (0, 1]; 1.0 keeps all.
             0.95 where no rule is given.
         top_k: Blocks per row instead of ``top_p``, forced ones counted first.
-        threshold: Least share of a row's estimated mass, in (0, 1], instead of ``top_p``.
+        threshold: Least share of a row's estimated mass, in (0, 1], instead of ``top_p``; with
+            both, blocks that either keeps.
         sampled_queries: Rows of a block that meet every key exactly, the last of them included;
             their scores and those of the composite tokens are averaged. Divides ``block_size``; 0
             for none.
@@ -74,11 +83,11 @@ class UniSparse(Guarded, Selector):
                 f"{self.sampled_queries}; use 0 or a power of two up to block_size"
             )
         rules = [n for n in ("top_p", "top_k", "threshold") if getattr(self, n) is not None]
-        if len(rules) > 1:
+        if len(rules) > 1 and self.top_k is not None:
             given = " and ".join(f"{name}={getattr(self, name)}" for name in rules)
             raise ValueError(
-                f"top_p, top_k and threshold must not be given together, got {given}; choose one "
-                "rule and leave the others None"
+                f"top_k must not be given with top_p or threshold, got {given}; leave it None, or "
+                "leave them None"
             )
         if not rules:
             object.__setattr__(self, "top_p", DEFAULT_TOP_P)
@@ -88,9 +97,11 @@ class UniSparse(Guarded, Selector):
 
     @property
     def rule(self) -> SelectionRule:
-        """The rule that ``top_p``, ``top_k`` or ``threshold`` asks for."""
+        """The rule that ``top_p``, ``top_k`` and ``threshold`` ask for."""
         if self.top_k is not None:
             return TopK(top_k=self.top_k)
+        if self.threshold is not None and self.top_p is not None:
+            return TopPOrThreshold(top_p=self.top_p, threshold=self.threshold)
         if self.threshold is not None:
             return Threshold(threshold=self.threshold)
         assert self.top_p is not None

@@ -63,12 +63,12 @@ BAD_FIELDS = [
     (
         {"top_p": 0.9, "top_k": 2},
         ValueError,
-        "top_p, top_k and threshold must not be given together",
+        "top_k must not be given with top_p or threshold",
     ),
     (
         {"threshold": 0.1, "top_k": 2},
         ValueError,
-        "must not be given together, got top_k=2 and threshold=0.1; choose one rule",
+        "must not be given with top_p or threshold, got top_k=2 and threshold=0.1; leave it None",
     ),
     (
         {"top_p": 0.9, "top_k": 2, "threshold": 0.1},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from unisparse_flex.block_masks import TopK, TopP, compute_block_scores
 from unisparse_flex.block_masks.scoring import default_scale
-from unisparse_flex.block_masks.selection import Threshold
+from unisparse_flex.block_masks.selection import Threshold, TopPOrThreshold
 
 from . import oracle
 from .strategies import HEAD_DIM, Call, calls
@@ -69,6 +69,18 @@ def test_a_threshold_keeps_what_reaches_it(
     assert chosen[0, 0, 0].tolist() == [
         v and (f or s >= least) for s, f, v in zip(scores, forced, visible, strict=True)
     ]
+
+
+@settings(max_examples=200)
+@given(rows(), st.integers(1, 64), st.integers(1, 64))
+def test_top_p_or_threshold_keeps_what_either_does(
+    row: tuple[list[float], list[bool], list[bool]], share: int, least: int
+) -> None:
+    scores, forced, visible = (as_row(values) for values in row)
+    chosen = TopPOrThreshold(top_p=share / 64, threshold=least / 64)
+    either = TopP(top_p=share / 64), Threshold(threshold=least / 64)
+    mass, high = (rule.select(scores, forced, visible) for rule in either)
+    assert chosen.select(scores, forced, visible).equal(mass | high)
 
 
 @settings(max_examples=30)

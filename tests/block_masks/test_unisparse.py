@@ -19,7 +19,7 @@ from unisparse_flex.block_masks import (
     compute_block_scores,
 )
 from unisparse_flex.block_masks.granularity import Pooled
-from unisparse_flex.block_masks.selection import Threshold
+from unisparse_flex.block_masks.selection import Threshold, TopPOrThreshold
 
 from .strategies import Call, calls, random_masks, selectors
 
@@ -66,6 +66,11 @@ def test_a_threshold_is_a_rule_of_its_own() -> None:
     assert selector.rule == Threshold(threshold=0.01)
     assert selector.top_p is None
     assert selector.top_k is None
+
+
+def test_a_threshold_and_a_top_p_are_one_rule() -> None:
+    selector = UniSparse(threshold=0.01, top_p=0.8)
+    assert selector.rule == TopPOrThreshold(top_p=0.8, threshold=0.01)
 
 
 def test_fields_reach_granularity_and_guards() -> None:

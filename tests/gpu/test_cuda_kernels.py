@@ -69,8 +69,7 @@ def tokens_of(call: KernelCall) -> tuple[Tensor, Tensor]:
 def arguments(call: KernelCall) -> dict[str, Any]:
     """The operator's keyword arguments."""
     selector = call.selector
-    rules = {name: getattr(selector, name) for name in ("top_p", "top_k", "threshold")}
-    [(rule, value)] = [(name, value) for name, value in rules.items() if value is not None]
+    rule, values = operator.spell(selector.rule)
     return {
         "block_size": selector.block_size,
         "causal_offset": call.offset,
@@ -80,7 +79,7 @@ def arguments(call: KernelCall) -> dict[str, Any]:
         "c_h": selector.c_h,
         "sampled_queries": selector.sampled_queries,
         "rule": rule,
-        "value": float(value),
+        "values": values,
         "sink_blocks": selector.sink_blocks,
         "local_blocks": selector.local_blocks,
         "last_query_blocks": selector.last_query_blocks,
@@ -93,6 +92,10 @@ def run(call: KernelCall, query: Tensor, key: Tensor) -> BlockLists:
 
 
 CALLS = {
+    "two rules": cuda_call(4096, top_p=0.6, threshold=0.02, sampled_queries=4),
+    "two rules, float32": cuda_call(
+        4096, dtype=FP32, top_p=0.7, threshold=0.01, c_q=16, c_k=16, sampled_queries=4
+    ),
     "float32, ragged": cuda_call(777, dtype=FP32, top_p=0.9, sampled_queries=4),
     "float32": cuda_call(4096, dtype=FP32, threshold=0.01, c_h=4, sampled_queries=4),
     "float32, long": cuda_call(16384, dtype=FP32, top_p=0.9),

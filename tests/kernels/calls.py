@@ -56,8 +56,7 @@ def run(
 ) -> BlockLists:
     """The kernels' lists, interpreted."""
     selector = call.selector
-    rules = {name: getattr(selector, name) for name in ("top_p", "top_k", "threshold")}
-    [(name, value)] = [(name, value) for name, value in rules.items() if value is not None]
+    name, values = operator.spell(selector.rule)
     return kernels.lists.compute_lists(
         query,
         key,
@@ -65,7 +64,7 @@ def run(
         granularities=kernels.lists.Granularities(
             selector.c_q, selector.c_k, selector.c_h, selector.sampled_queries
         ),
-        rule=kernels.select.Rule(name, float(value)),
+        rule=kernels.select.Rule(name, *values),
         guards=selector.guards,
         scale=default_scale(query.shape[3]) if scale is None else scale,
     )
@@ -94,7 +93,9 @@ def decided(call: Call, scores: Tensor, tolerance: float) -> tuple[Tensor, Tenso
     candidates = visible & ~forced
     low, high = scores * (1 - tolerance), scores * (1 + tolerance)
     if selector.threshold is not None:
-        kept, dropped = low >= selector.threshold, high < selector.threshold
+        reaching, missing = low >= selector.threshold, high < selector.threshold
+    if selector.threshold is not None and selector.top_p is None:
+        kept, dropped = reaching, missing
     else:
         weight = torch.ones_like(scores) if selector.top_k is not None else scores
         slack = 0.0 if selector.top_k is not None else tolerance
@@ -110,6 +111,8 @@ def decided(call: Call, scores: Tensor, tolerance: float) -> tuple[Tensor, Tenso
         least = mass + (weight[..., None, :] * must).sum(-1)
         kept = (most * (1 + slack) < wanted) | (selector.top_p == 1.0)
         dropped = (least * (1 - slack) >= wanted) & (selector.top_p != 1.0)
+        if selector.threshold is not None:
+            kept, dropped = kept | reaching, dropped & missing
     return forced | (kept & candidates), ~visible | (dropped & candidates)
 
 
@@ -152,10 +155,13 @@ def assert_same_lists(one: BlockLists, other: BlockLists) -> None:
         assert ((first >= 0) & (first < indices.shape[-1])).all()
 
 
-RULES: dict[str, tuple[float, ...]] = {
-    "top_p": (0.5, 0.9, 0.95, 1.0),
-    "top_k": (1, 2, 3),
-    "threshold": (0.05, 0.2, 0.5),
+RULES: dict[str, tuple[dict[str, Any], ...]] = {
+    "top_p": tuple({"top_p": p} for p in (0.5, 0.9, 0.95, 1.0)),
+    "top_k": tuple({"top_k": k} for k in (1, 2, 3)),
+    "threshold": tuple({"threshold": t} for t in (0.05, 0.2, 0.5)),
+    "top_p_or_threshold": tuple(
+        {"top_p": p, "threshold": t} for p, t in ((0.4, 0.1), (0.7, 0.3), (0.2, 0.05), (1.0, 0.5))
+    ),
 }
 HEADS = ((2, 1), (4, 2), (6, 2), (3, 1))
 
@@ -171,7 +177,7 @@ def kernel_calls(draw: st.DrawFn, *, rule: str) -> KernelCall:
     kv_len = draw(lengths(size, max_blocks=6))
     if causal:
         kv_len = q_len + draw(offsets(size))
-    value: Any = draw(st.sampled_from(RULES[rule]))
+    options: Any = draw(st.sampled_from(RULES[rule]))
     selector = UniSparse(
         block_size=size,
         c_q=draw(st.sampled_from([2, 4, 8, 16])),
@@ -181,7 +187,7 @@ def kernel_calls(draw: st.DrawFn, *, rule: str) -> KernelCall:
         sink_blocks=draw(st.integers(0, 2)),
         local_blocks=draw(st.integers(1, 2)),
         last_query_blocks=draw(st.sampled_from([0, 0, 1])),
-        **{rule: value},
+        **options,
     )
     return KernelCall(
         batch=draw(st.sampled_from([1, 1, 2])),
