@@ -10,6 +10,7 @@ from unisparse_flex import Selector, optimize, restore
 from unisparse_flex.demo.measure import generate_greedily, prefill
 from unisparse_flex.demo.model import LoadedModel
 
+from .models import Subject
 from .ruler import TaskName, TaskSample, build_task, score
 
 
@@ -18,33 +19,35 @@ class Exam:
     """Samples of several tasks, the same for every selector.
 
     Attributes:
-        loaded: The model that is asked.
+        subject: The model that is asked.
         samples: By task.
         dense: The dense model's mean score by task.
     """
 
-    loaded: LoadedModel
+    subject: Subject
     samples: dict[str, list[TaskSample]]
     dense: dict[str, float]
 
     @classmethod
     def create(
-        cls, loaded: LoadedModel, names: list[TaskName], *, tokens: int, samples: int, seed: int
+        cls, subject: Subject, names: list[TaskName], *, tokens: int, samples: int, seed: int
     ) -> Exam:
         """Draws ``samples`` of each task, with room for the answer in ``tokens``."""
+        loaded = subject.loaded
         drawn: dict[str, list[TaskSample]] = {
             name: [_draw(loaded, name, tokens, seed + index) for index in range(samples)]
             for name in names
         }
-        return cls(loaded=loaded, samples=drawn, dense=_scores(loaded, drawn))
+        return cls(subject=subject, samples=drawn, dense=_scores(loaded, drawn))
 
     def judge(self, selector: Selector) -> dict[str, Any]:
         """Mean scores with ``selector``, and the dense ones beside them."""
-        optimize(self.loaded.model, selector, min_length=0)
+        model = self.subject.loaded.model
+        optimize(model, selector, min_length=0, dense_layers=self.subject.dense_layers)
         try:
-            found = _scores(self.loaded, self.samples)
+            found = _scores(self.subject.loaded, self.samples)
         finally:
-            restore(self.loaded.model)
+            restore(model)
         count = len(next(iter(self.samples.values())))
         return {"task_scores": found, "dense_scores": self.dense, "samples": count}
 

@@ -1,11 +1,14 @@
 """Measures what UniSparse keeps of SmolLM2's attention: the densities that its `cost` is fitted to.
 
+The paper's settings at several top_p, and the default's rule at several thresholds.
+
 python -m bench.expected_density [--output FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -16,18 +19,24 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from unisparse_flex import UniSparse
+from unisparse_flex import DEFAULT_SELECTOR, UniSparse
 from unisparse_flex.demo.model import MODEL_NAME, load_smollm2
 from unisparse_flex.demo.prompt import build_prompt
 from unisparse_flex.demo.texts import TextName
 
+from .sweeps import defaults
+
 TEXTS: tuple[TextName, ...] = ("prose", "code")
 LENGTHS = (1024, 2048, 4096, 8192)
 TOP_P = (0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
+SELECTORS: dict[str, list[Any]] = {
+    "paper": [UniSparse(top_p=p) for p in TOP_P],
+    "default": defaults(DEFAULT_SELECTOR.block_size),
+}
 
 
 class Densities(TorchFunctionMode):
-    """Selects blocks for every attention call inside, at every top_p, and leaves it dense."""
+    """Selects blocks for every attention call inside, at every setting, and leaves it dense."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +51,8 @@ class Densities(TorchFunctionMode):
     ) -> Any:
         if func is F.scaled_dot_product_attention:
             query, key = args[:2]
-            selections = (UniSparse(top_p=p).select(query, key, is_causal=True) for p in TOP_P)
+            settings = itertools.chain(*SELECTORS.values())
+            selections = (selector.select(query, key, is_causal=True) for selector in settings)
             self.calls.append([selection.density() for selection in selections])
         return func(*args, **(kwargs or {}))
 
@@ -59,17 +69,20 @@ def main() -> None:
             with torch.inference_mode(), densities:
                 ids = prompt.input_ids.to(loaded.device)
                 loaded.model(ids, use_cache=False, logits_to_keep=1)
-            means = torch.tensor(densities.calls).mean(0).tolist()
-            for top_p, density in zip(TOP_P, means, strict=True):
-                rows.append({"text": text, "tokens": tokens, "top_p": top_p, "density": density})
-                print(json.dumps(rows[-1]), flush=True)
+            means = iter(torch.tensor(densities.calls).mean(0).tolist())
+            for name, settings in SELECTORS.items():
+                for selector in settings:
+                    row = {"text": text, "tokens": tokens, "selector": name}
+                    row |= {"top_p": selector.top_p, "threshold": selector.threshold}
+                    rows.append(row | {"density": next(means)})
+                    print(json.dumps(rows[-1]), flush=True)
     result = {
         "schema": 1,
         "model": MODEL_NAME,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "command": ["python", "-m", "bench.expected_density", *sys.argv[1:]],
-        "selector": repr(UniSparse()),
+        "selectors": {name: repr(settings) for name, settings in SELECTORS.items()},
         "rows": rows,
     }
     options.output.write_text(json.dumps(result, indent=1) + "\n")

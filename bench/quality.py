@@ -1,7 +1,8 @@
 """Quality against density of every selector, on a real model and real texts.
 
-python -m bench.quality [--tokens 8192] [--texts prose,code] [--selectors NAME,...]
-    [--tasks niah_single,...] [--samples 50] [--output FILE]
+python -m bench.quality [--model smollm2] [--tokens 8192] [--texts prose,code]
+    [--selectors NAME,...] [--tasks niah_single,...] [--samples 50] [--output FILE]
+python -m bench.quality --model gemma3-270m --weights FILE.gguf --tokens 32768
 
 Each point reads the text once with a selector at one setting and compares the next-token
 distributions of the last tokens with the dense model's. Density is what that run kept. Tasks are
@@ -21,14 +22,15 @@ from torch import Tensor
 
 from unisparse_flex import Selector, optimize, record_attention, restore
 from unisparse_flex.demo.measure import compute_kl, compute_log_probs, compute_perplexity
-from unisparse_flex.demo.model import MODEL_NAME, LoadedModel, load_smollm2
 from unisparse_flex.demo.recall import CaptureAttention, CapturedAttention, compute_recall
 from unisparse_flex.demo.texts import TEXT_NAMES, draw_excerpt, load_text
 
 from .answers import Exam
+from .models import MODELS, Subject, load
 from .record import Record
 from .ruler import TASK_NAMES
 from .sweeps import SWEEPS
+from .trials import TRIALS
 
 Judge = Callable[[Selector], dict[str, Any]]
 
@@ -38,11 +40,17 @@ CHARACTERS_PER_TOKEN = 6
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__)
+    parser.add_argument("--model", choices=tuple(MODELS), default="smollm2")
+    parser.add_argument("--weights", type=Path, help="a GGUF file, where no package holds them")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--judged", type=int, default=1024, help="last tokens that are judged")
     parser.add_argument("--texts", default="prose,code", help=f"of {','.join(TEXT_NAMES)}")
     parser.add_argument("--seeds", default="0", help="excerpts of each text")
-    parser.add_argument("--selectors", default=",".join(SWEEPS), help=f"of {','.join(SWEEPS)}")
+    parser.add_argument(
+        "--selectors",
+        default=",".join(SWEEPS),
+        help=f"of {','.join(SWEEPS)}, and trial-GRANULARITY-RULE as in bench/trials.py",
+    )
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--every", type=int, default=1, help="takes every n-th point of a sweep")
     parser.add_argument("--recall-layers", type=int, default=0, help="layers judged by recall")
@@ -53,24 +61,30 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     names = options.selectors.split(",")
-    unknown = sorted(set(names) - set(SWEEPS))
+    sweeps = SWEEPS | TRIALS
+    unknown = sorted(set(names) - set(sweeps))
     if unknown:
-        parser.error(f"--selectors must be of {', '.join(SWEEPS)}, got {', '.join(unknown)}")
-    loaded = load_smollm2()
-    output = options.output or Path(f"bench/results/quality-smollm2-{options.tokens}.json")
+        parser.error(f"--selectors must be of {', '.join(sweeps)}, got {', '.join(unknown)}")
+    try:
+        subject = load(options.model, options.weights)
+    except ValueError as error:
+        parser.error(str(error))
+    loaded = subject.loaded
+    output = options.output or Path(f"bench/results/quality-{subject.name}-{options.tokens}.json")
     record = Record.create(
         "bench.quality",
         loaded.device.type,
         output,
         options.max_seconds,
-        model=MODEL_NAME,
+        model=subject.name,
+        dense_layers=subject.dense_layers,
         tokens=options.tokens,
         judged=options.judged,
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
-    for labels, judge in _judges(loaded, options):
+    for labels, judge in _judges(subject, options):
         for name in names:
-            for selector in SWEEPS[name](options.block_size)[:: options.every]:
+            for selector in sweeps[name](options.block_size)[:: options.every]:
                 if record.is_over():
                     record.stop(f"after {options.max_seconds:g} seconds")
                     return
@@ -79,15 +93,16 @@ def main(arguments: list[str] | None = None) -> None:
     record.write()
 
 
-def _judges(loaded: LoadedModel, options: Any) -> Iterator[tuple[dict[str, Any], Judge]]:
+def _judges(subject: Subject, options: Any) -> Iterator[tuple[dict[str, Any], Judge]]:
     """What judges a selector: one for every excerpt, then one for all tasks."""
     seeds = [int(seed) for seed in options.seeds.split(",")]
     for text in filter(None, options.texts.split(",")):
         for seed in seeds:
-            yield {"text": text, "seed": seed}, Reading.create(loaded, text, seed, options).judge
+            reading = Reading.create(subject, text, seed, options)
+            yield {"text": text, "seed": seed}, reading.judge
     if options.tasks:
         exam = Exam.create(
-            loaded,
+            subject,
             options.tasks.split(","),
             tokens=options.tokens,
             samples=options.samples,
@@ -107,19 +122,20 @@ class Reading:
     """A text as the dense model reads it, and how well a selector reads it."""
 
     def __init__(
-        self, loaded: LoadedModel, input_ids: Tensor, judged: int, recall_layers: int
+        self, subject: Subject, input_ids: Tensor, judged: int, recall_layers: int
     ) -> None:
-        self.model, self.input_ids, self.judged = loaded.model, input_ids, judged
-        layers = loaded.model.config.num_hidden_layers
-        with _captured(recall_layers, layers) as calls:
+        self.subject, self.model = subject, subject.loaded.model
+        self.input_ids, self.judged = input_ids, judged
+        with _captured(recall_layers) as calls:
             self.dense = self._read()
         self.calls = calls
         self.targets = input_ids[0, -judged:]
         self.perplexity = compute_perplexity(self.dense, self.targets)
 
     @classmethod
-    def create(cls, loaded: LoadedModel, text: Any, seed: int, options: Any) -> Reading:
+    def create(cls, subject: Subject, text: Any, seed: int, options: Any) -> Reading:
         """Reads exactly ``options.tokens`` tokens of an excerpt that ``seed`` picks."""
+        loaded = subject.loaded
         characters = options.tokens * CHARACTERS_PER_TOKEN
         excerpt = draw_excerpt(load_text(text), characters=characters, seed=seed)
         ids = loaded.tokenizer.encode(excerpt)[: options.tokens]
@@ -128,11 +144,11 @@ class Reading:
                 f"--tokens must be at most {len(ids)} for {text}, got {options.tokens}"
             )
         input_ids = torch.tensor([ids], device=loaded.device)
-        return cls(loaded, input_ids, options.judged, options.recall_layers)
+        return cls(subject, input_ids, options.judged, options.recall_layers)
 
     def judge(self, selector: Selector) -> dict[str, Any]:
         """Density, KL and perplexity ratio of the text read with ``selector``."""
-        optimize(self.model, selector, min_length=0)
+        optimize(self.model, selector, min_length=0, dense_layers=self.subject.dense_layers)
         try:
             with record_attention(self.model) as records:
                 found = self._read()
@@ -172,15 +188,15 @@ class Reading:
 
 
 @contextmanager
-def _captured(wanted: int, layers: int) -> Iterator[list[CapturedAttention]]:
-    """Queries and keys of ``wanted`` layers, evenly spread, in a list filled at the end."""
+def _captured(wanted: int) -> Iterator[list[CapturedAttention]]:
+    """Queries and keys of ``wanted`` causal calls, evenly spread, in a list filled at the end."""
     calls: list[CapturedAttention] = []
     if not wanted:
         yield calls
         return
     with CaptureAttention() as capture:
         yield calls
-    calls += capture.calls[:: max(1, layers // wanted)]
+    calls += capture.calls[:: max(1, len(capture.calls) // wanted)]
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from unisparse_flex import (
+    DEFAULT_SELECTOR,
     FlashPrefill,
     FlexPrefill,
     MInference,
@@ -20,7 +22,27 @@ THRESHOLDS = (0.032, 0.016, 0.008, 0.004, 0.002)
 # Two granularities: single rows against every key, and composites of 16.
 TWO = {"c_q": 16, "c_k": 16, "sampled_queries": 4}
 
+# The default's rule is one line of these: less than so many thresholds of mass may be dropped
+# from a row before blocks under the threshold are kept too.
+DROPPED_THRESHOLDS = 12
+DEFAULT_THRESHOLDS = (0.02, 0.014, 0.0095, 0.0065, 0.004, 0.002)
+
+
+def defaults(size: int) -> list[Selector]:
+    """The library's default with other thresholds."""
+    return [
+        replace(
+            DEFAULT_SELECTOR,
+            block_size=size,
+            threshold=threshold,
+            top_p=round(1 - DROPPED_THRESHOLDS * threshold, 4),
+        )
+        for threshold in DEFAULT_THRESHOLDS
+    ]
+
+
 SWEEPS: dict[str, Callable[[int], list[Selector]]] = {
+    "unisparse-default": defaults,
     "unisparse-paper": lambda size: [UniSparse(block_size=size, top_p=p) for p in TOP_P],
     "unisparse-paper-threshold": lambda size: [
         UniSparse(block_size=size, threshold=t) for t in THRESHOLDS

@@ -10,6 +10,7 @@ from .scoring import compute_block_scores
 from .selection import Guards, SelectionRule, TopK, TopP, select_blocks
 from .selection_cost import SelectionCost
 from .selectors import (
+    DEFAULT_SELECTOR,
     FlashPrefill,
     FlexPrefill,
     MInference,
@@ -21,6 +22,7 @@ from .selectors import (
 )
 
 __all__ = [
+    "DEFAULT_SELECTOR",
     "BlockGeometry",
     "BlockSelection",
     "FlashPrefill",

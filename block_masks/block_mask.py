@@ -55,7 +55,7 @@ def create_block_mask(
         attn_mask: bool, broadcastable to [B, Hq, Sq, Skv]; becomes part of ``mask_mod``. A float
             mask is a bias and belongs into flex's ``score_mod``.
         scale: Factor on the logits; 1 / sqrt(D) by default.
-        selector: Which blocks are kept; ``UniSparse()`` by default.
+        selector: Which blocks are kept; `DEFAULT_SELECTOR` by default.
 
     Returns:
         BlockMask with B batches and Hq (or 1) heads.
@@ -64,14 +64,14 @@ def create_block_mask(
         TypeError: Not tensors, mixed dtypes, or a float ``attn_mask``.
         ValueError: Ranks, heads, devices or lengths that do not go together.
     """
-    from .selectors import UniSparse
+    from .selectors import DEFAULT_SELECTOR
 
     if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
         raise TypeError(
             f"attn_mask must be bool here, got {attn_mask.dtype}: a BlockMask holds no bias; "
             "add it in flex_attention's score_mod, or call unisparse_flex.attention"
         )
-    selector = UniSparse() if selector is None else selector
+    selector = DEFAULT_SELECTOR if selector is None else selector
     selection = selector.select(query, key, is_causal=is_causal, attn_mask=attn_mask, scale=scale)
     mask_mod = selection_mask_mod(selection)
     if attn_mask is not None:

@@ -5,6 +5,7 @@ model = torch.compile(model)
 """
 
 from .block_masks import (
+    DEFAULT_SELECTOR,
     BlockSelection,
     FlashPrefill,
     FlexPrefill,
@@ -27,6 +28,7 @@ _install()
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT_SELECTOR",
     "AttentionRecord",
     "BlockSelection",
     "Explanation",

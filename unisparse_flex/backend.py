@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .block_masks import UniSparse
+from .block_masks import DEFAULT_SELECTOR
 from .passes import SparseConfig, rewrite_sdpa
 
 
@@ -33,7 +33,7 @@ def unisparse(
     from torch._inductor.compile_fx import compile_fx
 
     inductor_options = dict(options or {})
-    selector = inductor_options.pop("selector", None) or UniSparse()
+    selector = inductor_options.pop("selector", None) or DEFAULT_SELECTOR
     config = SparseConfig(
         selector=selector,
         min_length=inductor_options.pop("min_length", None),

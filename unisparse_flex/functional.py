@@ -5,12 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
-from .block_masks import Selector, UniSparse
+from .block_masks import DEFAULT_SELECTOR, Selector
 from .block_masks.validation import validate_attn_mask, validate_query_key, validate_value
 from .causal_bias import resolve_causal_bias
 from .passes import SdpaCall, SparseConfig, marked_sdpa
-
-DEFAULT_SELECTOR = UniSparse()
 
 
 def attention(
@@ -48,7 +46,7 @@ def attention(
             queries that end where the keys end, pass ``causal_lower_right(Sq, Skv)``.
         scale: Factor on the logits; 1 / sqrt(D) by default.
         enable_gqa: Allows Hkv < Hq; Hkv divides Hq.
-        selector: Which blocks are kept; ``UniSparse()`` by default.
+        selector: Which blocks are kept; `DEFAULT_SELECTOR` by default.
         backend: The kernel on CUDA: ``"flash"`` (FlashAttention-4), ``"triton"``, or ``"auto"``,
             which takes FlashAttention-4 where it is installed and can run the call.
 

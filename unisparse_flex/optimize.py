@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import fx, nn
 
-from .block_masks import Selector, UniSparse
+from .block_masks import DEFAULT_SELECTOR, Selector
 from .interception import (
     fuse_split_layers,
     intercept,
@@ -42,7 +42,7 @@ def optimize(
 
     Args:
         model: Any module whose attention goes through these.
-        selector: Which blocks are kept; ``UniSparse()`` by default.
+        selector: Which blocks are kept; `DEFAULT_SELECTOR` by default.
         min_length: Fewest keys for which attention is sparse; shorter calls stay dense, as do
             calls of fewer queries than a block (decoding). By default a cost model decides for
             each call, from its shape and dtype and the device's rates; `explain` shows what it
@@ -62,7 +62,7 @@ def optimize(
             of range.
     """
     _validate_model(model)
-    selector = UniSparse() if selector is None else selector
+    selector = DEFAULT_SELECTOR if selector is None else selector
     sparse = SparseConfig(
         selector=selector,
         min_length=min_length,

@@ -6,10 +6,11 @@ from .flex_prefill import FlexPrefill
 from .minference import MInference
 from .oracle import Oracle
 from .streaming_llm import StreamingLLM
-from .unisparse import UniSparse
+from .unisparse import DEFAULT_SELECTOR, UniSparse
 from .xattention import XAttention
 
 __all__ = [
+    "DEFAULT_SELECTOR",
     "FlashPrefill",
     "FlexPrefill",
     "MInference",

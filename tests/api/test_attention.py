@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from unisparse_flex import UniSparse, attention
+from unisparse_flex import DEFAULT_SELECTOR, UniSparse, attention
 from unisparse_flex.passes import marker
 
 from .models import qkv
@@ -164,10 +164,10 @@ def test_elements_of_a_batch_do_not_meet() -> None:
         torch.testing.assert_close(output, together[i : i + 1], rtol=0, atol=1e-12)
 
 
-def test_unisparse_is_the_default_selector() -> None:
+def test_the_default_selector_is_the_one_that_is_named_so() -> None:
     tensors, _ = split({"q_len": 600})
     output = attention(*tensors, is_causal=True, enable_gqa=True)
-    own = attention(*tensors, is_causal=True, enable_gqa=True, selector=UniSparse())
+    own = attention(*tensors, is_causal=True, enable_gqa=True, selector=DEFAULT_SELECTOR)
     assert output.equal(own)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unisparse_flex import UniSparse, optimize
+from unisparse_flex import DEFAULT_SELECTOR, optimize
 from unisparse_flex.backend import unisparse
 
 from .capture import Capture, captured
@@ -88,7 +88,7 @@ def test_the_backend_without_options_is_dense_below_its_default_length(
     run(torch.compile(create(), backend="unisparse", fullgraph=True))
     assert intercepting.marked() == [0]
     run(torch.compile(create(Attention), backend=unisparse, fullgraph=True), embeddings(4096))
-    assert intercepting.configs()[1][0].selector == UniSparse()
+    assert intercepting.configs()[1][0].selector == DEFAULT_SELECTOR
 
 
 def test_the_backend_leaves_an_optimized_model_its_settings(intercepting: Capture) -> None:

@@ -43,7 +43,7 @@ def test_a_curve_is_written_with_density_and_divergence(
 def test_an_unknown_selector_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         quality.main(["--selectors", "xattn"])
-    assert "--selectors must be of unisparse-paper" in capsys.readouterr().err
+    assert "--selectors must be of unisparse-default" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SWEEPS)

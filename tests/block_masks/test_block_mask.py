@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from unisparse_flex.block_masks import (
+    DEFAULT_SELECTOR,
     UniSparse,
     causal_mask_mod,
     create_block_mask,
@@ -170,10 +171,10 @@ def test_stock_flex_attention_over_top_p_of_one_is_dense(call: Call) -> None:
     torch.testing.assert_close(flex, dense, rtol=0, atol=1e-12)
 
 
-def test_selector_defaults_to_unisparse() -> None:
+def test_selector_defaults_to_the_one_that_is_named_so() -> None:
     query, key = torch.randn(1, 4, 300, 8), torch.randn(1, 2, 300, 8)
     default = create_block_mask(query, key, is_causal=True)
-    named = create_block_mask(query, key, is_causal=True, selector=UniSparse())
+    named = create_block_mask(query, key, is_causal=True, selector=DEFAULT_SELECTOR)
     assert default.to_dense().equal(named.to_dense())
     assert default.BLOCK_SIZE == (128, 128)
 

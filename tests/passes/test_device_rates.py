@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from unisparse_flex import UniSparse
+from unisparse_flex import DEFAULT_SELECTOR, UniSparse
 from unisparse_flex.passes.device_rates import RATES, DeviceRates, device_name, find_rates
 from unisparse_flex.passes.prediction import break_even_length, forecast
 
@@ -94,7 +94,7 @@ def test_more_threads_are_faster_but_no_different_at_length(
 def test_the_readme_names_the_break_even_on_an_h100() -> None:
     llama = shape(0, q_heads=32, kv_heads=8, head_dim=128, value_dim=128, dtype=torch.bfloat16)
     cuda = llama._replace(device=torch.device("cuda"))
-    length = break_even_length(cuda, UniSparse(), self_attention=True)
+    length = break_even_length(cuda, DEFAULT_SELECTOR, self_attention=True)
     assert length is not None
     named = f"shorter than about {round(length, -3)} tokens"
     assert named in (ROOT / "README.md").read_text()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from .. import Selector, UniSparse
+from .. import DEFAULT_SELECTOR, Selector, UniSparse
 from .model import CONTEXT_LENGTH
 from .texts import TextName
 
-SELECTORS = ("UniSparse",)
+# The library's own, and what the paper does.
+SELECTORS = {"default": DEFAULT_SELECTOR, "paper": UniSparse()}
 SHORTEST_PROMPT = 512
-DEFAULT_TOP_P = 0.95
 DEFAULT_MIN_LENGTH = 4096
 
 
@@ -25,8 +25,9 @@ class DemoOptions:
         text: Which text surrounds the needle.
         depth: Where the needle goes, 0 (start) to 1 (end).
         seed: Picks the needle and the excerpt.
-        selector: Name of the selector.
-        top_p: Share of a row's estimated attention mass that the selector keeps.
+        selector: A name in `SELECTORS`.
+        top_p: Share of a row's estimated attention mass to keep; ``None`` is the selector's own
+            rule.
         block_size: Tokens per block.
         min_length: Fewest keys for which attention is sparse; ``None`` is 4096, or ``tokens``
             where that is less.
@@ -43,8 +44,8 @@ class DemoOptions:
     text: TextName = "prose"
     depth: float = 0.35
     seed: int = 0
-    selector: Literal["UniSparse"] = "UniSparse"
-    top_p: float = DEFAULT_TOP_P
+    selector: Literal["default", "paper"] = "default"
+    top_p: float | None = None
     block_size: int = 128
     min_length: int | None = None
     compile: bool = True
@@ -72,12 +73,19 @@ class DemoOptions:
                 "a longer one leaves every layer dense"
             )
         if self.selector not in SELECTORS:
-            raise ValueError(f"selector must be one of {SELECTORS}, got {self.selector!r}")
+            raise ValueError(
+                f"selector must be one of {', '.join(SELECTORS)}, got {self.selector!r}"
+            )
         self.build_selector()
 
     def build_selector(self) -> Selector:
         """Returns the selector that the options ask for."""
-        return UniSparse(top_p=self.top_p, block_size=self.block_size)
+        selector = SELECTORS[self.selector]
+        size = self.block_size
+        fits = {"block_size": size, "c_q": min(selector.c_q, size), "c_k": min(selector.c_k, size)}
+        if self.top_p is None:
+            return replace(selector, **fits)
+        return replace(selector, **fits, top_p=self.top_p, threshold=None)
 
     @property
     def effective_min_length(self) -> int:

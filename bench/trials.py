@@ -1,0 +1,180 @@
+"""Selectors that were only tried: other granularities and rules than the library ships.
+
+They run in plain PyTorch, through the same harness: `python -m bench.quality --selectors` takes
+their names too. What they gave is in docs/selectors.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unisparse_flex import Selector
+from unisparse_flex.block_masks import BlockGeometry, BlockSelection, SelectionRule, TopP
+from unisparse_flex.block_masks.granularity import Pooled, Sampled
+from unisparse_flex.block_masks.mask_summary import summarize
+from unisparse_flex.block_masks.scoring import compute_block_scores, compute_sampled_scores
+from unisparse_flex.block_masks.selection import (
+    Threshold,
+    TopPOrThreshold,
+    per_query_head,
+    select_blocks,
+)
+from unisparse_flex.block_masks.selectors.base import Guarded
+
+# Of so many thresholds of mass, a row may lose less by a threshold alone.
+DROPPED = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MassBudget(SelectionRule):
+    """Keeps a block whose share, times the mass of all not above it to a power, reaches ``least``.
+
+    Power 1 is the greedy minimum of the squared mass that rows lose; 0 is a threshold, and a large
+    one comes near top-p.
+
+    Attributes:
+        least: Smallest product that is kept, above 0.
+        power: Of the mass that is not kept yet, at least 0.
+    """
+
+    least: float
+    power: float = 1.0
+
+    def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        """See `SelectionRule.select`; equal scores are kept or dropped together."""
+        free = torch.where(visible & ~forced, scores, 0.0)
+        order = free.argsort(dim=-1, descending=True, stable=True)
+        ranked = free.gather(-1, order)
+        forced_mass = (scores * (forced & visible)).sum(-1, keepdim=True)
+        above = forced_mass + F.pad(ranked.cumsum(-1)[..., :-1], (1, 0))
+        # Of equals, each counts those that are truly higher.
+        first = torch.searchsorted(-ranked.contiguous(), -ranked.contiguous())
+        rest = (1 - above.gather(-1, first)).clamp_min(0)
+        kept = (ranked * rest**self.power >= self.least) & (ranked > 0)
+        chosen = torch.zeros_like(kept).scatter(-1, order, kept)
+        return (chosen | forced) & visible
+
+
+RULES: dict[str, Callable[[float], SelectionRule]] = {
+    "top_p": lambda value: TopP(top_p=value),
+    "threshold": lambda value: Threshold(threshold=value),
+    "top_p_or_threshold": lambda value: TopPOrThreshold(
+        top_p=max(1 - DROPPED * value, 1e-9), threshold=value
+    ),
+    "mass_budget": lambda value: MassBudget(least=value),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial(Guarded, Selector):
+    """The mean of scores at up to two granularities, and a rule of `RULES`.
+
+    Attributes:
+        block_size: Tokens per block.
+        c_q: Query rows per composite query; 0 for no composites.
+        c_k: Keys per composite key.
+        sampled_queries: Rows of a block that meet every key; 0 for none.
+        rule: A name in `RULES`.
+        value: Its number.
+        sink_blocks: First key blocks, kept for every row.
+        local_blocks: Diagonal block and those before it, kept for every row.
+        last_query_blocks: Last query blocks, which keep every block.
+    """
+
+    block_size: int = 128
+    c_q: int = 0
+    c_k: int = 1
+    sampled_queries: int = 0
+    rule: str = "top_p"
+    value: float = 0.95
+    sink_blocks: int = 1
+    local_blocks: int = 1
+    last_query_blocks: int = 1
+
+    def compute_selection(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        geometry: BlockGeometry,
+        scale: float,
+        attn_mask: Tensor | None,
+    ) -> BlockSelection:
+        """See `Selector.compute_selection`."""
+        groups = {"c_q": self.c_q or self.block_size, "c_k": self.c_k}
+        mask = summarize(attn_mask, geometry, **groups, device=query.device)
+        found = []
+        if self.c_q:
+            found.append(
+                compute_block_scores(
+                    query,
+                    key,
+                    geometry=geometry,
+                    granularity=Pooled(q=self.c_q, k=self.c_k),
+                    scale=scale,
+                    mask=mask,
+                )
+            )
+        if self.sampled_queries:
+            found.append(
+                compute_sampled_scores(
+                    query,
+                    key,
+                    geometry=geometry,
+                    granularity=Sampled(queries=self.sampled_queries),
+                    scale=scale,
+                    attn_mask=attn_mask,
+                )
+            )
+        keep, visible = select_blocks(
+            sum(found[1:], found[0]) / len(found),
+            rule=RULES[self.rule](self.value),
+            guards=self.guards,
+            geometry=geometry,
+            mask=mask,
+        )
+        keep = per_query_head(keep, visible, query.shape[1])
+        return BlockSelection(keep=keep, visible=visible, geometry=geometry)
+
+
+# Composite queries and keys, and single rows.
+GRANULARITIES: dict[str, dict[str, int]] = {
+    "q8k8": {"c_q": 8, "c_k": 8},
+    "q16k16s4": {"c_q": 16, "c_k": 16, "sampled_queries": 4},
+    "q16k128s4": {"c_q": 16, "c_k": 128, "sampled_queries": 4},
+    "q4k128s4": {"c_q": 4, "c_k": 128, "sampled_queries": 4},
+    "q1k128s4": {"c_q": 1, "c_k": 128, "sampled_queries": 4},
+    "q1k128s2": {"c_q": 1, "c_k": 128, "sampled_queries": 2},
+    "q16k16s8": {"c_q": 16, "c_k": 16, "sampled_queries": 8},
+    "s4": {"sampled_queries": 4},
+    "oracle": {"sampled_queries": 128},
+}
+VALUES: dict[str, tuple[float, ...]] = {
+    "top_p": (0.75, 0.85, 0.92, 0.96),
+    "threshold": (0.016, 0.011, 0.008, 0.0055),
+    "top_p_or_threshold": (0.016, 0.0095, 0.0065, 0.004),
+    "mass_budget": (0.001, 0.0006, 0.00035, 0.0002),
+}
+
+
+def trials(granularity: str, rule: str) -> Callable[[int], list[Selector]]:
+    """A sweep of one granularity and rule, for a block size."""
+
+    def sweep(size: int) -> list[Selector]:
+        fields = GRANULARITIES[granularity]
+        fits = {name: min(value, size) for name, value in fields.items()}
+        return [Trial(block_size=size, rule=rule, value=value, **fits) for value in VALUES[rule]]
+
+    return sweep
+
+
+TRIALS: dict[str, Callable[[int], list[Selector]]] = {
+    f"trial-{granularity}-{rule}": trials(granularity, rule)
+    for granularity in GRANULARITIES
+    for rule in RULES
+}

@@ -1,0 +1,85 @@
+"""Rules and granularities that were tried are what they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.sweeps import defaults
+from bench.trials import GRANULARITIES, RULES, TRIALS, MassBudget, Trial
+from tests.api.models import qkv
+from unisparse_flex import DEFAULT_SELECTOR, Oracle, UniSparse
+from unisparse_flex.block_masks.selection import Threshold
+
+SHARES = st.lists(st.integers(0, 16), min_size=1, max_size=8)
+
+
+def as_row(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values)[None, None, None]
+
+
+@settings(max_examples=200)
+@given(SHARES, st.data(), st.integers(1, 40), st.sampled_from([0.0, 1.0, 2.0]))
+def test_a_mass_budget_keeps_what_the_definition_keeps(
+    counts: list[int], data: st.DataObject, least: int, power: float
+) -> None:
+    total = max(sum(counts), 1)
+    scores = [count / total for count in counts]
+    forced = [data.draw(st.booleans()) for _ in counts]
+    visible = [data.draw(st.booleans()) for _ in counts]
+    rule = MassBudget(least=least / 200 + 1e-6, power=power)
+    flags = (torch.tensor(part)[None, None, None] for part in (forced, visible))
+    chosen = rule.select(as_row(scores).double(), *flags)[0, 0, 0].tolist()
+    held = sum(s for s, f, v in zip(scores, forced, visible, strict=True) if f and v)
+    free = [s for s, f, v in zip(scores, forced, visible, strict=True) if v and not f]
+    for share, is_forced, is_visible, kept in zip(scores, forced, visible, chosen, strict=True):
+        rest = max(1 - held - sum(other for other in free if other > share), 0.0)
+        product = share * rest**power
+        if abs(product - rule.least) > 1e-9:
+            assert kept == (is_visible and (is_forced or (product >= rule.least and share > 0)))
+
+
+def test_a_mass_budget_of_power_zero_is_a_threshold() -> None:
+    scores = torch.rand(2, 3, 5, 5).softmax(-1)
+    everything, nothing = torch.ones(5, 5, dtype=torch.bool), torch.zeros(5, 5, dtype=torch.bool)
+    flags = nothing, everything
+    budget = MassBudget(least=0.2, power=0.0).select(scores, *flags)
+    assert budget.equal(Threshold(threshold=0.2).select(scores, *flags))
+    assert 0 < budget.sum() < budget.numel()
+
+
+@pytest.mark.parametrize("name", ["q8k8", "q16k16s4"])
+def test_a_trial_of_shipped_parts_selects_as_they_do(name: str) -> None:
+    query, key, _ = qkv(500)
+    fields = {n: min(v, 32) for n, v in GRANULARITIES[name].items()}
+    trial = Trial(block_size=32, rule="top_p", value=0.6, **fields)
+    shipped = UniSparse(block_size=32, top_p=0.6, **fields)
+    kept = trial.select(query, key, is_causal=True).keep
+    assert kept.equal(shipped.select(query, key, is_causal=True).keep)
+
+
+def test_the_trial_of_every_row_is_the_oracle() -> None:
+    query, key, _ = qkv(500)
+    guards = {"sink_blocks": 0, "last_query_blocks": 0}
+    trial = Trial(block_size=32, sampled_queries=32, rule="top_p", value=0.6, **guards)
+    oracle = Oracle(block_size=32, top_p=0.6)
+    kept = trial.select(query, key, is_causal=True).keep
+    assert kept.equal(oracle.select(query, key, is_causal=True).keep)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_keeps_more_from_value_to_value(rule: str) -> None:
+    query, key, _ = qkv(700)
+    sweep = TRIALS[f"trial-q8k8-{rule}"](32)
+    kept = [selector.select(query, key, is_causal=True).density() for selector in sweep]
+    assert kept == sorted(kept)
+    assert kept[0] < kept[-1]
+
+
+def test_the_default_is_a_point_of_its_sweep() -> None:
+    assert DEFAULT_SELECTOR in defaults(DEFAULT_SELECTOR.block_size)
+    assert replace(DEFAULT_SELECTOR, block_size=64) in defaults(64)
