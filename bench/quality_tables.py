@@ -1,8 +1,10 @@
 """Curves and tables from the files of `bench.quality`.
 
 python -m bench.quality_tables [FILE ...] [--plots docs]
+python -m bench.quality_tables --page docs/selectors.md
 
-Without files, those in bench/results. Tables go to the screen, plots into a folder as PNG.
+Without files, those in bench/results. Tables go to the screen, plots into a folder as PNG; or the
+tables of a page are written anew, as `bench.tables` does.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from .tables import COLORS, DASHES, FOLDER, MARKERS, markdown
+from .tables import COLORS, DASHES, FOLDER, MARKERS, fill, markdown
 
 OURS = "unisparse-default"
 # Whose density ours is compared with, at equal KL.
@@ -46,7 +48,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--plots", type=Path, default=Path("docs"), help="where PNGs go")
     parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument("--page", type=Path, help="writes the tables of this page, and no plots")
     options = parser.parse_args(arguments)
+    if options.page is not None:
+        options.page.write_text(fill(options.page.read_text(), describe))
+        return
     files = options.files or sorted(FOLDER.glob("quality-*.json"))
     if not files:
         raise SystemExit(f"bench.quality_tables: no quality-*.json in {FOLDER}")

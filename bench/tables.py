@@ -13,7 +13,7 @@ import argparse
 import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, help="writes the tables of this page, and no plots")
     options = parser.parse_args(arguments)
     if options.page is not None:
-        options.page.write_text(fill(options.page.read_text()))
+        options.page.write_text(fill(options.page.read_text(), describe))
         return
     files = options.files or sorted(path for kind in KINDS for path in FOLDER.glob(f"{kind}-*"))
     if not files:
@@ -57,8 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"plotted {plot}\n")
 
 
-def fill(page: str) -> str:
-    """The page with the tables of each named file of `FOLDER` written anew."""
+def fill(page: str, describe: Callable[[Result, str], str]) -> str:
+    """The page with what ``describe`` says of each named file of `FOLDER` written anew."""
 
     def tables_of(match: re.Match[str]) -> str:
         text = describe(json.loads((FOLDER / match["name"]).read_text()), match["name"])

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import quality_tables as tables
+from bench.tables import FOLDER, fill
+from unisparse_flex import DEFAULT_SELECTOR, UniSparse
+
+ROOT = Path(__file__).parents[2]
 
 
 def row(selector: str, density: float, kl: float, *, seed: int = 0, text: str = "prose") -> Any:
@@ -99,3 +104,16 @@ def test_a_file_becomes_tables_and_a_plot(
     assert "| unisparse-paper | 0.400 | 0.0183 | 1.018 |" in printed
     assert "| dense |  | 0.75 |" in printed
     assert (tmp_path / "plots" / "quality-a-model-512.png").stat().st_size > 10_000
+
+
+def test_the_page_of_selectors_holds_what_the_files_say() -> None:
+    page = (ROOT / "docs/selectors.md").read_text()
+    named = re.findall(r"<!-- tables of (\S+) -->", page)
+    assert sorted(named) == sorted(path.name for path in FOLDER.glob("quality-*.json"))
+    assert fill(page, tables.describe) == page
+
+
+def test_the_page_shows_the_default_as_it_is() -> None:
+    page = (ROOT / "docs/selectors.md").read_text()
+    [shown] = re.findall(r"^    (UniSparse\(.*\))$", page, flags=re.MULTILINE)
+    assert eval(shown, {"UniSparse": UniSparse}) == DEFAULT_SELECTOR
