@@ -14,6 +14,10 @@ LONGEST_FITTED = 64
 # fitted to bench/results/density-smollm2.json: prose and code at 1024 to 8192 tokens, top_p .7
 # to .99. Models with more diffuse attention keep more.
 TOP_P_SCALE, TOP_P_POWER, LENGTH_POWER = 0.235, 1.6, 0.44
+# The share that a threshold keeps of them depends on threshold * blocks alone:
+#   1 / (1 + (threshold * blocks / EVEN) ** EVEN_POWER),
+# fitted to the same file, thresholds .002 to .02 over two granularities.
+EVEN, EVEN_POWER = 0.12, 0.72
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +38,7 @@ class SelectionCost:
         share: Share kept of the remaining blocks of a call of one reference block (128 tokens).
         share_power: The share falls with the number of keys to this power, up to 8192 keys; it is
             not extrapolated to longer calls.
+        threshold: Blocks are also kept that hold this share of a row's mass; 0 for no such rule.
     """
 
     c_q: int = 8
@@ -45,6 +50,7 @@ class SelectionCost:
     last_query_blocks: int = 0
     share: float = 0.5
     share_power: float = 0.0
+    threshold: float = 0.0
 
     def density(self, *, q_len: int, kv_len: int, block_size: int, is_causal: bool) -> float:
         """Expected kept blocks over visible blocks, in [0, 1].
@@ -62,7 +68,10 @@ class SelectionCost:
         last = min(self.last_query_blocks, rows)
         forced = min(visible, (rows - last) * self.row_blocks + last * columns)
         length = min(kv_len / REFERENCE_BLOCK, LONGEST_FITTED)
-        share = min(1.0, self.share * max(length, 1.0) ** -self.share_power)
+        length = max(length, 1.0)
+        share = min(1.0, self.share * length**-self.share_power)
+        if self.threshold:
+            share = max(share, 1 / (1 + (self.threshold * length / EVEN) ** EVEN_POWER))
         return min(1.0, (forced + (visible - forced) * share) / visible)
 
 
@@ -71,8 +80,3 @@ def top_p_share(top_p: float) -> float:
     if top_p >= 1.0:
         return math.inf
     return TOP_P_SCALE * (-math.log1p(-top_p)) ** TOP_P_POWER
-
-
-def threshold_share(threshold: float) -> float:
-    """`SelectionCost.share` of a threshold, the same at every length: a rough guess."""
-    return min(1.0, 0.3 * (0.008 / threshold) ** 0.45)

@@ -25,7 +25,7 @@ from ..selection import (
     per_query_head,
     select_blocks,
 )
-from ..selection_cost import LENGTH_POWER, SelectionCost, threshold_share, top_p_share
+from ..selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ..validation import validate_block_size, validate_int
 from .base import Guarded, Selector
 
@@ -124,14 +124,10 @@ class UniSparse(Guarded, Selector):
             has_kernels=True,
             row_blocks=forced if self.top_k is None else max(forced, self.top_k),
             last_query_blocks=self.last_query_blocks,
-            share=self._expected_share(),
-            share_power=0.0 if self.threshold is not None else LENGTH_POWER,
+            share=0.0 if self.top_p is None else top_p_share(self.top_p),
+            share_power=LENGTH_POWER,
+            threshold=self.threshold or 0.0,
         )
-
-    def _expected_share(self) -> float:
-        if self.threshold is not None:
-            return threshold_share(self.threshold)
-        return 0.0 if self.top_p is None else top_p_share(self.top_p)
 
     def compute_selection(
         self,

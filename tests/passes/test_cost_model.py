@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import sympy
 import torch
 
-from unisparse_flex import FlexPrefill, UniSparse
+from unisparse_flex import DEFAULT_SELECTOR, FlexPrefill, UniSparse
 from unisparse_flex.passes import cost_model as cm
 from unisparse_flex.passes.device_rates import RATES
 from unisparse_flex.passes.prediction import CallShape, break_even_length, forecast
@@ -204,7 +205,13 @@ def test_expected_densities_are_near_those_of_the_demo(name: str) -> None:
 
 def test_expected_densities_are_near_those_that_were_measured() -> None:
     rows = json.loads((RESULTS / "density-smollm2.json").read_text())["rows"]
-    expected = [forecast(shape(r["tokens"]), UniSparse(top_p=r["top_p"])).density for r in rows]
+    settings = {"paper": UniSparse(), "default": DEFAULT_SELECTOR}
+    rules = [{"top_p": row["top_p"], "threshold": row["threshold"]} for row in rows]
+    selectors = [
+        replace(settings[row["selector"]], **rule) for row, rule in zip(rows, rules, strict=True)
+    ]
+    calls = [shape(row["tokens"]) for row in rows]
+    expected = [forecast(*pair).density for pair in zip(calls, selectors, strict=True)]
     assert expected == pytest.approx([row["density"] for row in rows], rel=0.12)
 
 
@@ -215,5 +222,8 @@ def test_expected_densities_follow_the_settings() -> None:
     assert density(top_p=0.8) < density(top_p=0.95) < density(top_p=1.0) == 1.0
     visible, kept = 32 * 33 / 2, sum(min(4, row + 1) for row in range(31)) + 32
     assert density(top_k=4) == pytest.approx(kept / visible, rel=0.05)
+    assert density(threshold=0.02) < density(threshold=0.005) < 1.0
+    assert density(threshold=0.02, top_p=0.99) == density(top_p=0.99)
+    assert density(threshold=0.02, top_p=0.1) == density(threshold=0.02)
     assert density(top_p=0.8, sink_blocks=8) > density(top_p=0.8)
     assert forecast(shape(4096), Stripes()).density == 0.5
