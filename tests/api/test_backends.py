@@ -87,7 +87,7 @@ def test_the_backend_without_options_is_dense_below_its_default_length(
 ) -> None:
     run(torch.compile(create(), backend="unisparse", fullgraph=True))
     assert intercepting.marked() == [0]
-    run(torch.compile(create(Attention), backend=unisparse, fullgraph=True), embeddings(4096))
+    run(torch.compile(create(Attention), backend=unisparse, fullgraph=True), embeddings(8192))
     assert intercepting.configs()[1][0].selector == DEFAULT_SELECTOR
 
 
