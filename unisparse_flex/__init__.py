@@ -16,6 +16,8 @@ from .block_masks import (
     XAttention,
     create_block_mask,
 )
+from .calibrate import calibrate
+from .calibration import Calibration
 from .explain import AttentionRecord, Explanation, explain, record_attention
 from .functional import attention
 from .optimize import is_optimized, optimize, restore
@@ -29,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionRecord",
     "BlockSelection",
+    "Calibration",
     "Explanation",
     "FlashPrefill",
     "FlexPrefill",
@@ -39,6 +42,7 @@ __all__ = [
     "UniSparse",
     "XAttention",
     "attention",
+    "calibrate",
     "create_block_mask",
     "explain",
     "is_optimized",
