@@ -75,4 +75,6 @@ def top_p_share(top_p: float) -> float:
 
 def threshold_share(threshold: float) -> float:
     """`SelectionCost.share` of a threshold, the same at every length: a rough guess."""
+    if threshold == 0.0:
+        return 1.0
     return min(1.0, 0.3 * (0.008 / threshold) ** 0.45)

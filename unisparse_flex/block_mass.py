@@ -37,7 +37,6 @@ def compute_block_mass(call: SdpaCall, geometry: BlockGeometry) -> Tensor:
     group, device = heads // call.key.shape[1], call.query.device
     mass = torch.zeros((batch, heads, geometry.num_q_blocks, geometry.num_kv_blocks), device=device)
     chunk = max(size, WEIGHTS_PER_STEP // kv_len // size * size)
-    padding = (0, geometry.num_kv_blocks * size - kv_len)
     for start in range(0, q_len, chunk):
         rows = torch.arange(start, min(start + chunk, q_len), device=device)
         bias = _bias(call, geometry, rows)
@@ -46,10 +45,17 @@ def compute_block_mass(call: SdpaCall, geometry: BlockGeometry) -> Tensor:
                 keys = call.key[b, head // group].float()
                 logits = (call.query[b, head, rows].float() * scale) @ keys.T
                 logits += bias[b % bias.shape[0], head % bias.shape[1]]
-                weights = F.pad(logits.softmax(-1).nan_to_num_(0.0), padding)
-                blocks = weights.unflatten(-1, (-1, size)).sum(-1)  # [rows, Nk]
-                mass[b, head].index_add_(0, rows // size, blocks)
+                weights = _pad_to_blocks(logits.softmax(-1).nan_to_num_(0.0), size)
+                blocks = weights.unflatten(-1, (-1, size)).unflatten(0, (-1, size)).sum((1, 3))
+                first = start // size
+                mass[b, head, first : first + len(blocks)] = blocks
     return mass
+
+
+def _pad_to_blocks(weights: Tensor, size: int) -> Tensor:
+    """Zeros behind the rows and the keys, up to whole blocks."""
+    rows, keys = (-length % size for length in weights.shape)
+    return F.pad(weights, (0, keys, 0, rows)) if rows or keys else weights
 
 
 def _bias(call: SdpaCall, geometry: BlockGeometry, rows: Tensor) -> Tensor:
