@@ -107,9 +107,8 @@ def _tighten(units: Units, start: Allocation, max_dropped: float) -> Allocation:
         # Summed anew: differences round.
         if total_dropped(units, moved) <= max_dropped:
             current, dropped = list(moved), total_dropped(units, moved)
-    return (
-        tuple(current) if tuple(current) == start else _tighten(units, tuple(current), max_dropped)
-    )
+    end = tuple(current)
+    return end if end == start else _tighten(units, end, max_dropped)
 
 
 def _hull(choices: Sequence[Choice]) -> list[int]:

@@ -1,4 +1,4 @@
-"""`calibrate`: the settings of each layer that reach a stated quality at the least predicted time."""
+"""`calibrate`: settings for each layer that reach a stated quality at the least predicted time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .block_masks import Selector, UniSparse
 from .block_masks.validation import validate_fraction
 from .calibration import Calibration
-from .calibration_search import Search
+from .calibration_search import Run, Search
 from .interception import is_intercepted
 from .optimize import validate_model
 from .passes import validate_selector

@@ -80,7 +80,7 @@ class Search:
         """Bisects the frontier, each step of which is a multiplier, by passes of the model."""
         self._measure(lambda output: self.dense_logits.append(_logits(output)))
         names = list(self.layers)
-        plans = [self._plan(names, a) for a in frontier(self._units(names))]
+        plans = [self._without_slow(self._plan(names, a)) for a in frontier(self._units(names))]
         too_sparse, enough, reached = -1, len(plans) - 1, None
         for _ in range(KL_PASSES):
             if enough - too_sparse <= 1:
@@ -132,6 +132,10 @@ class Search:
         """Whether heads' settings that were chosen one by one take longer than dense attention."""
         layer = self.layers[name]
         return not self._is_dense(choices) and layer.chosen(layer.cost, choices) >= layer.dense_cost
+
+    def _without_slow(self, plan: Plan) -> Plan:
+        """The plan with its slow layers dense."""
+        return self._plan([], ()) | {n: c for n, c in plan.items() if not self._is_slow(n, c)}
 
     def _recall(self, plan: Plan) -> float:
         if not plan:
