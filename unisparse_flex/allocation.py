@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 Allocation = tuple[int, ...]
 
@@ -39,36 +41,48 @@ def total_cost(units: Units, allocation: Allocation) -> float:
     return math.fsum(_chosen(units, allocation, lambda c: c.cost))
 
 
-def frontier(units: Units) -> list[Allocation]:
+class Frontier(Sequence[Allocation]):
     """Allocations that minimise ``cost + multiplier * dropped``, for every multiplier there is.
 
-    One multiplier serves all units: each step trades cost for mass where that is cheapest. No
+    From the cheapest to the one that drops least; consecutive ones differ in one unit. One
+    multiplier serves all units: each step trades cost for mass where that is cheapest. No
     allocation that drops as little as one of these costs less.
 
     Args:
-        units: The choices of each unit, at least one.
-
-    Returns:
-        From the cheapest to the one that drops least; consecutive ones differ in one unit.
+        units: The choices of each unit.
     """
-    hulls = [_hull(choices) for choices in units]
-    steps = [
-        (-_gain(units[i][a], units[i][b]), i, position, b)
-        for i, hull in enumerate(hulls)
-        for position, (a, b) in enumerate(itertools.pairwise(hull))
-    ]
-    current = [hull[0] for hull in hulls]
-    found = [tuple(current)]
-    for _, unit, _, choice in sorted(steps):
-        current[unit] = choice
-        found.append(tuple(current))
-    return found
+
+    def __init__(self, units: Units) -> None:
+        hulls = [_hull(choices) for choices in units]
+        steps = [
+            (-_gain(units[i][a], units[i][b]), i, position, b)
+            for i, hull in enumerate(hulls)
+            for position, (a, b) in enumerate(itertools.pairwise(hull))
+        ]
+        self._start = [hull[0] for hull in hulls]
+        self._steps = [(unit, choice) for _, unit, _, choice in sorted(steps)]
+
+    def __len__(self) -> int:
+        return len(self._steps) + 1
+
+    @overload
+    def __getitem__(self, index: int) -> Allocation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Allocation]: ...
+    def __getitem__(self, index: int | slice) -> Allocation | list[Allocation]:
+        positions = range(len(self))[index]
+        if isinstance(positions, range):
+            return [self[i] for i in positions]
+        current = list(self._start)
+        for unit, choice in self._steps[:positions]:
+            current[unit] = choice
+        return tuple(current)
 
 
 def allocate(units: Units, max_dropped: float) -> Allocation:
     """The cheapest allocation found that drops at most ``max_dropped``.
 
-    The best of the `frontier` and of the same choice for every unit, each then made cheaper unit
+    The best of the `Frontier` and of the same choice for every unit, each then made cheaper unit
     by unit as far as the mass that is left over allows.
 
     Args:
@@ -82,9 +96,11 @@ def allocate(units: Units, max_dropped: float) -> Allocation:
     def reaches(allocation: Allocation) -> bool:
         return total_dropped(units, allocation) <= max_dropped
 
-    starts = [next((a for a in frontier(units) if reaches(a)), None)]
+    frontier = Frontier(units)
+    cheapest = bisect_left(range(len(frontier)), True, key=lambda i: reaches(frontier[i]))
+    starts = frontier[cheapest : cheapest + 1]
     starts += [(choice,) * len(units) for choice in range(len(units[0]))]
-    found = [_tighten(units, a, max_dropped) for a in starts if a is not None and reaches(a)]
+    found = [_tighten(units, start, max_dropped) for start in starts if reaches(start)]
     if not found:
         raise ValueError(f"max_dropped must be reached by some allocation, got {max_dropped}")
     return min(found, key=lambda allocation: (total_cost(units, allocation), allocation))
@@ -92,12 +108,18 @@ def allocate(units: Units, max_dropped: float) -> Allocation:
 
 def _tighten(units: Units, start: Allocation, max_dropped: float) -> Allocation:
     """Takes savings of one unit, greatest first, while ``max_dropped`` allows."""
-    current, dropped = list(start), total_dropped(units, start)
+    while (tighter := _tighten_once(units, start, max_dropped)) != start:
+        start = tighter
+    return start
+
+
+def _tighten_once(units: Units, start: Allocation, max_dropped: float) -> Allocation:
+    current, dropped = start, total_dropped(units, start)
     moves = [
-        (choice.cost - units[unit][start[unit]].cost, unit, index)
-        for unit, choices in enumerate(units)
+        (choice.cost - choices[now].cost, unit, index)
+        for unit, (choices, now) in enumerate(zip(units, start, strict=True))
         for index, choice in enumerate(choices)
-        if choice.cost < units[unit][start[unit]].cost
+        if choice.cost < choices[now].cost
     ]
     for _, unit, index in sorted(moves):
         now, choice = units[unit][current[unit]], units[unit][index]
@@ -105,10 +127,9 @@ def _tighten(units: Units, start: Allocation, max_dropped: float) -> Allocation:
             continue
         moved = (*current[:unit], index, *current[unit + 1 :])
         # Summed anew: differences round.
-        if total_dropped(units, moved) <= max_dropped:
-            current, dropped = list(moved), total_dropped(units, moved)
-    end = tuple(current)
-    return end if end == start else _tighten(units, end, max_dropped)
+        if (total := total_dropped(units, moved)) <= max_dropped:
+            current, dropped = moved, total
+    return current
 
 
 def _hull(choices: Sequence[Choice]) -> list[int]:

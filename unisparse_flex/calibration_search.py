@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .allocation import Allocation, Units, allocate, frontier
+from .allocation import Allocation, Frontier, Units, allocate
 from .block_masks import Selector, UniSparse
 from .calibration import DENSE, Calibration, Setting
 from .layer_measure import LayerMeasure, measure_layers
@@ -80,22 +80,26 @@ class Search:
         """Bisects the frontier, each step of which is a multiplier, by passes of the model."""
         self._measure(lambda output: self.dense_logits.append(_logits(output)))
         names = list(self.layers)
-        plans = [self._without_slow(self._plan(names, a)) for a in frontier(self._units(names))]
-        too_sparse, enough, reached = -1, len(plans) - 1, None
+        frontier = Frontier(self._units(names))
+
+        def plan_at(step: int) -> Plan:
+            return self._without_slow(self._plan(names, frontier[step]))
+
+        too_sparse, enough, reached = -1, len(frontier) - 1, None
         for _ in range(KL_PASSES):
             if enough - too_sparse <= 1:
                 break
             middle = (too_sparse + enough) // 2
-            measured = self._measure_kl(plans[middle])
+            measured = self._measure_kl(plan_at(middle))
             if measured <= kl:
                 enough, reached = middle, measured
             else:
                 too_sparse = middle
         if reached is None:
-            reached = self._measure_kl(plans[enough])
+            reached = self._measure_kl(plan_at(enough))
         if reached > kl:
             return self._result(self._plan([], ()), "kl", kl, 0.0)
-        return self._result(plans[enough], "kl", kl, reached)
+        return self._result(plan_at(enough), "kl", kl, reached)
 
     def _measure(self, keep: Callable[[Any], None]) -> None:
         """Fills the layers; ``keep`` gets every output of the dense model."""
