@@ -165,7 +165,7 @@ class HeadThreshold(SelectionRule):
 
     def __post_init__(self) -> None:
         for i, share in enumerate(self.thresholds):
-            if share != 0:
+            if isinstance(share, bool) or share != 0:
                 validate_fraction(share, f"head_thresholds[{i}]")
         if self.top_p is not None:
             validate_fraction(self.top_p, "top_p")

@@ -90,6 +90,14 @@ def _keywords(call: ast.AST) -> dict[str, Any]:
     }
 
 
+def _literals(call: ast.AST) -> dict[str, Any] | None:
+    """The arguments of a call; ``None`` unless all are literals with a name of their own."""
+    if not isinstance(call, ast.Call) or call.args:
+        return None
+    values = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
+    return values if len(values) == len(call.keywords) else None
+
+
 def decode_selector(text: str) -> Selector:
     """A selector from its text, from a source that is not trusted; nothing in it is executed.
 
@@ -106,14 +114,11 @@ def decode_selector(text: str) -> Selector:
     rule = "a selector must be a call with literals by name, such as UniSparse(top_p=0.95)"
     try:
         call = ast.parse(text, mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-            raise ValueError(f"{rule}, got {text!r}")
-        names = [keyword.arg for keyword in call.keywords]
-        if None in names or len(set(names)) < len(names):
-            raise ValueError(f"{rule}, each name once, got {text!r}")
-        values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, TypeError, RecursionError, MemoryError):
-        raise ValueError(f"{rule}, got {text!r}") from None
+        values = _literals(call)
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+        values = None
+    if values is None or not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise ValueError(f"{rule}, each once, got {text!r}")
     name = call.func.id
     if name not in Selector.registry:
         raise ValueError(

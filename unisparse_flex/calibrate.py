@@ -20,10 +20,13 @@ from .step_display import StepDisplay
 
 # Shares of a row's estimated mass from which a block is kept, each with a mass that every row
 # keeps at least.
-THRESHOLDS = (0.032, 0.022, 0.016, 0.011, 0.008, 0.0056, 0.004, 0.0028, 0.002, 0.0014, 0.001)
+THRESHOLDS = (
+    *(0.064, 0.045, 0.032, 0.022, 0.016, 0.011, 0.008),
+    *(0.0056, 0.004, 0.0028, 0.002, 0.0014, 0.001),
+)
 MASS_FACTOR = 12
 # Where heads have thresholds of their own, the mass is the same for all.
-PER_HEAD_TOP_P = 0.9
+PER_HEAD_TOP_P = 0.8
 
 
 def default_ladder(*, per_head: bool = False) -> tuple[Selector, ...]:
@@ -71,7 +74,7 @@ def calibrate(
         kl: Most KL(dense || sparse) of the next-token distributions, in nats, the mean over all
             positions; above 0. The model returns logits [..., V], or something with ``.logits``.
             Those of the dense model are kept meanwhile, for all batches.
-        ladder: The settings to choose from; `UniSparse` at eleven thresholds by default.
+        ladder: The settings to choose from; `UniSparse` at thirteen thresholds by default.
         min_length: As `optimize` will get it. By default time is what the cost model predicts for
             the density that was measured, and layers for which no setting is predicted to be
             faster stay dense; with a number, it is the blocks that are read, whatever the device.

@@ -27,7 +27,7 @@ KL_PASSES = 6
 # Rows of [P, V] per step: keeps the temporaries of the KL small.
 ROWS_PER_STEP = 128
 # Sums of shares round: the target is met after rounding too.
-ROUNDING = 1e-9
+ROUNDING = 1e-12
 
 Run = Callable[[], Any]
 # By layer, the setting of each of its units: an index into the ladder, or behind its end.
