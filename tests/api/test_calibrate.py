@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ from unisparse_flex.passes import Reason
 from unisparse_flex.step_display import StepDisplay
 
 from .capture import captured
-from .models import FINE, SELECTOR, Attention, Transformer, create, embeddings
+from .models import FINE, SELECTOR, Attention, Layer, Transformer, create, embeddings
 from .reference import rmse
 
 X = embeddings(400)
@@ -39,7 +39,7 @@ LADDER = tuple(
     UniSparse(block_size=16, c_q=4, c_k=4, sampled_queries=4, threshold=t, top_p=0.4)
     for t in (0.2, 0.1, 0.05, 0.02, 0.005)
 )
-TWO = {"layers.0.attention": SELECTOR, "layers.1.attention": FINE}
+TWO: dict[str, Setting] = {"layers.0.attention": SELECTOR, "layers.1.attention": FINE}
 
 
 class Uneven(Transformer):
@@ -49,6 +49,7 @@ class Uneven(Transformer):
         super().__init__(layers=3)
         with torch.no_grad():
             for i, layer in enumerate(self.layers):
+                assert isinstance(layer, Layer)
                 layer.attention.query.weight.mul_(0.4**i)
 
 
@@ -57,7 +58,7 @@ def found(model: nn.Module | None = None, **options: Any) -> Calibration:
     return calibrate(create(Uneven) if model is None else model, [X], **options)
 
 
-def with_layers(layers: dict[str, Setting]) -> Calibration:
+def with_layers(layers: Mapping[str, Setting]) -> Calibration:
     return Calibration(
         layers=layers,
         quality="recall",
@@ -237,7 +238,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
 def test_a_path_optimizes_as_the_object_does_and_layers_differ(tmp_path: Path) -> None:
     calibration = with_layers(TWO)
     calibration.save(tmp_path / "found.json")
-    selectors = [calibration, tmp_path / "found.json", str(tmp_path / "found.json")]
+    selectors: list[Any] = [calibration, tmp_path / "found.json", str(tmp_path / "found.json")]
     outputs, densities = [], []
     for selector in selectors:
         model = optimize(create(), selector, min_length=0)
@@ -308,7 +309,7 @@ def test_a_layer_of_torchs_own_has_settings_too_until_the_next_optimize() -> Non
     options: dict[str, Any] = {"ladder": LADDER, "min_length": 0}
     calibration = calibrate(model, [X], recall=0.8, **options)
     assert list(calibration.layers) == ["layers.0.self_attn", "layers.1.self_attn"]
-    chosen = {"layers.0.self_attn": DENSE, "layers.1.self_attn": LADDER[0]}
+    chosen: dict[str, Setting] = {"layers.0.self_attn": DENSE, "layers.1.self_attn": LADDER[0]}
     optimize(model, with_layers(chosen), min_length=0)
     assert [call.decision for call in explain(model, X).calls] == ["dense", "sparse"]
     optimize(model, SELECTOR, min_length=0)

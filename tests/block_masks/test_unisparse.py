@@ -86,7 +86,13 @@ def test_thresholds_of_heads_are_a_rule_of_their_own() -> None:
 def test_each_head_selects_as_with_its_threshold_for_all(top_p: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(2, heads, 100, 16, generator=generator) * 2 for heads in (4, 2))
-    options = {"block_size": 16, "c_q": 4, "c_k": 4, "sampled_queries": 2, "top_p": top_p}
+    options: dict[str, Any] = {
+        "block_size": 16,
+        "c_q": 4,
+        "c_k": 4,
+        "sampled_queries": 2,
+        "top_p": top_p,
+    }
     thresholds = (0.3, 0.1, 0.02, 0.0)
     selector = UniSparse(**options, head_thresholds=thresholds)
     keep = selector.select(query, key, is_causal=True).keep
