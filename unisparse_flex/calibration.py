@@ -161,7 +161,8 @@ def _refuse_constant(name: str) -> Any:
 
 def _validate_number(value: object, name: str, highest: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0.0 <= value <= highest or math.isinf(value):  # type: ignore[operator, arg-type]
+    # No conversion: an int may be too large for a float.
+    if not number or not 0.0 <= value <= highest or value == math.inf:  # type: ignore[operator]
         rule = "of at least 0" if math.isinf(highest) else f"in [0, {highest:g}]"
         raise ValueError(f"{name} must be a finite number {rule}, got {value!r}")
 

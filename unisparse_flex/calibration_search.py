@@ -8,16 +8,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .allocation import Allocation, Frontier, Units, allocate
-from .block_masks import Selector, UniSparse
+from .block_masks import Selector
 from .calibration import DENSE, Calibration, Setting
-from .layer_measure import LayerMeasure, measure_layers
+from .layer_measure import LayerMeasure, measure_layers, with_head_thresholds
 from .optimize import optimize_layers, restore
 from .passes import observe_calls
 from .step_display import StepDisplay
@@ -159,9 +158,7 @@ class Search:
             return self.ladder[choices[0]]
         # 0 keeps all blocks of a head.
         thresholds = (*(getattr(selector, "threshold", 0.0) for selector in self.ladder), 0.0)
-        base = self.ladder[0]
-        assert isinstance(base, UniSparse)
-        return replace(base, threshold=None, head_thresholds=tuple(thresholds[c] for c in choices))
+        return with_head_thresholds(self.ladder[0], tuple(thresholds[c] for c in choices))
 
     @torch.no_grad()
     def _measure_kl(self, plan: Plan) -> float:
@@ -219,5 +216,11 @@ def _sum_kl(dense: Tensor, other: Tensor) -> float:
     pairs = zip(*(t.flatten(0, -2).split(ROWS_PER_STEP) for t in (dense, other)), strict=True)
     for rows in pairs:
         p, q = (chunk.float().log_softmax(-1) for chunk in rows)
-        total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        # What the dense model rules out weighs nothing.
+        terms = (p.exp() * (p - q)).masked_fill_(p == -math.inf, 0.0)
+        total += float(terms.sum(dtype=torch.float64))
+    if math.isnan(total):
+        raise ValueError(
+            "for a kl the model must return finite logits, got NaN; give recall instead"
+        )
     return total

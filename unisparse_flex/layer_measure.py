@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .allocation import Choice
-from .block_masks import Selector
+from .block_masks import Selector, UniSparse
 from .block_mass import compute_block_mass
 from .explain import track_layer
 from .optimize import layer_modules, optimize_layers, restore
@@ -100,7 +101,7 @@ class LayerMeasure:
                 "per_head needs as many heads in every call of a module, got "
                 f"{self.num_units} and {len(visible)}; calibrate without per_head"
             )
-        all_cost, dense_cost = _costs(call, first.selector, visible, visible, min_length)
+        all_cost, dense_cost = self._costs(call, first.selector, visible, visible, min_length)
         everything = (
             torch.zeros_like(visible),
             visible,
@@ -113,7 +114,7 @@ class LayerMeasure:
                 continue
             keep = select(call, SparseConfig(selector=selector)).keep.expand(mass.shape)
             kept = self._per_unit(keep)
-            cost, _ = _costs(call, selector, kept, visible, min_length)
+            cost, _ = self._costs(call, selector, kept, visible, min_length)
             rows.append((self._per_unit(mass.masked_fill(keep, 0.0)), kept, cost))
         dropped, kept, cost = (
             torch.stack(column) for column in zip(*rows, everything, strict=True)
@@ -129,17 +130,30 @@ class LayerMeasure:
         sums = blocks.sum((0, 2, 3), dtype=torch.float64).cpu()
         return sums if self.per_head else sums.sum(0, keepdim=True)
 
+    def _costs(
+        self,
+        call: SdpaCall,
+        selector: Selector,
+        kept: Tensor,
+        visible: Tensor,
+        min_length: int | None,
+    ) -> tuple[Tensor, float]:
+        """Cost of sparse attention by unit, and of dense attention: seconds, or blocks read."""
+        if min_length is not None:
+            return kept, float(visible.sum())
+        if self.per_head:
+            # It selects without kernels.
+            selector = with_head_thresholds(selector, (1.0,))
+        shape = call_shape(call)
+        found = [forecast(shape, selector, density) for density in (kept / visible).tolist()]
+        seconds = [prediction.sparse_seconds / len(found) for prediction in found]
+        return torch.tensor(seconds, dtype=torch.float64), found[0].dense_seconds
 
-def _costs(
-    call: SdpaCall, selector: Selector, kept: Tensor, visible: Tensor, min_length: int | None
-) -> tuple[Tensor, float]:
-    """Cost of sparse attention by unit, and of dense attention: seconds, or blocks read."""
-    if min_length is not None:
-        return kept, float(visible.sum())
-    shape = call_shape(call)
-    found = [forecast(shape, selector, density) for density in (kept / visible).tolist()]
-    seconds = [prediction.sparse_seconds / len(found) for prediction in found]
-    return torch.tensor(seconds, dtype=torch.float64), found[0].dense_seconds
+
+def with_head_thresholds(selector: Selector, thresholds: tuple[float, ...]) -> UniSparse:
+    """A `UniSparse` with thresholds of its heads instead of one."""
+    assert isinstance(selector, UniSparse)
+    return replace(selector, threshold=None, head_thresholds=thresholds)
 
 
 def refuse_call(call: SdpaCall, selector: Selector, min_length: int | None) -> Reason | None:

@@ -350,6 +350,7 @@ MALFORMED: list[tuple[Callable[[], str], str]] = [
     (lambda: '{"target": 1, "target": 2}', r"once, got \['target'\]"),
     (changed(target=float("nan")), "must be finite, got NaN"),
     (changed(target="0.9"), "target must be a finite number of at least 0, got '0.9'"),
+    (changed(reached=10**400, density=10**400), "density must be a finite number"),
     (changed(target=True), "target must be a finite number"),
     (changed(reached=-1), "reached must be a finite number of at least 0, got -1"),
     (changed(density=1.5), r"density must be a finite number in \[0, 1\], got 1.5"),
@@ -439,6 +440,36 @@ def test_an_output_without_logits_has_no_kl() -> None:
     with pytest.raises(TypeError, match=r"must return logits .* got tuple; give recall instead"):
         found(model, kl=0.1)
     assert not is_optimized(model)
+
+
+def test_logits_that_are_not_numbers_have_no_kl() -> None:
+    class Undefined(Transformer):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * torch.nan
+
+    with pytest.raises(ValueError, match="must return finite logits, got NaN"):
+        found(create(Undefined), kl=0.1)
+
+
+def test_tokens_that_the_model_rules_out_weigh_nothing() -> None:
+    class Ruled(Uneven):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = super().forward(x)
+            return torch.cat([logits, torch.full_like(logits, -torch.inf)], dim=-1)
+
+    plain = found(kl=0.02)
+    ruled = found(create(Ruled), kl=0.02)
+    assert ruled.layers == plain.layers
+    assert ruled.reached == pytest.approx(plain.reached)
+
+
+def test_heads_are_priced_without_kernels_and_slow_layers_are_dense() -> None:
+    short = found(recall=0.5, min_length=None, per_head=True)
+    assert set(short.layers.values()) == {DENSE}
+    fast = [UniSparse(c_q=64, c_k=64, threshold=t) for t in (1.0, 0.5)]
+    long = calibrate(create(Attention), [embeddings(4096)], recall=0.1, ladder=fast, per_head=True)
+    assert set(long.layers) == {"Attention"}
+    assert isinstance(long.layers["Attention"], UniSparse)
 
 
 def test_steps_are_shown_once_they_have_taken_two_seconds(
