@@ -29,7 +29,7 @@ SHAPES = {
     "mha-64": Heads(query=16, key=16, head_dim=64),
     "wide-256": Heads(query=8, key=4, head_dim=256),
 }
-SETTINGS: dict[str, dict[str, int]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
     "two": {"c_q": 16, "c_k": 16, "sampled_queries": 4},
 }

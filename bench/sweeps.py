@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from unisparse_flex import (
     DEFAULT_SELECTOR,
@@ -20,7 +21,7 @@ from unisparse_flex import (
 TOP_P = (0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 THRESHOLDS = (0.032, 0.016, 0.008, 0.004, 0.002)
 # Two granularities: single rows against every key, and composites of 16.
-TWO = {"c_q": 16, "c_k": 16, "sampled_queries": 4}
+TWO: dict[str, Any] = {"c_q": 16, "c_k": 16, "sampled_queries": 4}
 
 # The default's rule is one line of these: less than so many thresholds of mass may be dropped
 # from a row before blocks under the threshold are kept too.

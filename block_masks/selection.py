@@ -151,6 +151,45 @@ class HeadTopP(SelectionRule):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeadThreshold(SelectionRule):
+    """`Threshold` with a share for every head; with ``top_p``, what `TopP` keeps as well.
+
+    Attributes:
+        thresholds: Shares of the mass in [0, 1], one for each head of the scores; 0 keeps every
+            visible block.
+        top_p: Share of a row's estimated mass in (0, 1]; ``None`` for thresholds alone.
+    """
+
+    thresholds: tuple[float, ...]
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        for i, share in enumerate(self.thresholds):
+            if isinstance(share, bool) or share != 0:
+                validate_fraction(share, f"head_thresholds[{i}]")
+        if self.top_p is not None:
+            validate_fraction(self.top_p, "top_p")
+
+    def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        """See `SelectionRule.select`.
+
+        Raises:
+            ValueError: More or fewer thresholds than heads.
+        """
+        if len(self.thresholds) != scores.shape[1]:
+            raise ValueError(
+                f"head_thresholds must hold one share for each of {scores.shape[1]} heads, got "
+                f"{len(self.thresholds)}"
+            )
+        # Filled on the device: a tensor made from a tuple would wait for the copy.
+        shares = torch.cat([scores.new_full((1, 1, 1), share) for share in self.thresholds])
+        kept = (forced | (scores >= shares)) & visible
+        if self.top_p is None:
+            return kept
+        return kept | TopP(top_p=self.top_p).select(scores, forced, visible)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RowMax(SelectionRule):
     """Keeps the blocks whose score reaches a share of the row's highest (FlashPrefill).
 

@@ -38,7 +38,8 @@ class SelectionCost:
         share: Share kept of the remaining blocks of a call of one reference block (128 tokens).
         share_power: The share falls with the number of keys to this power, up to 8192 keys; it is
             not extrapolated to longer calls.
-        threshold: Blocks are also kept that hold this share of a row's mass; 0 for no such rule.
+        thresholds: Blocks are also kept that hold this share of a row's mass: one number for all
+            heads, or one for each; empty for no such rule.
     """
 
     c_q: int = 8
@@ -50,7 +51,7 @@ class SelectionCost:
     last_query_blocks: int = 0
     share: float = 0.5
     share_power: float = 0.0
-    threshold: float = 0.0
+    thresholds: tuple[float, ...] = ()
 
     def density(self, *, q_len: int, kv_len: int, block_size: int, is_causal: bool) -> float:
         """Expected kept blocks over visible blocks, in [0, 1].
@@ -70,8 +71,9 @@ class SelectionCost:
         length = min(kv_len / REFERENCE_BLOCK, LONGEST_FITTED)
         length = max(length, 1.0)
         share = min(1.0, self.share * length**-self.share_power)
-        if self.threshold:
-            share = max(share, 1 / (1 + (self.threshold * length / EVEN) ** EVEN_POWER))
+        if self.thresholds:
+            shares = [1 / (1 + (t * length / EVEN) ** EVEN_POWER) for t in self.thresholds]
+            share = max(share, sum(shares) / len(shares))
         return min(1.0, (forced + (visible - forced) * share) / visible)
 
 

@@ -15,6 +15,8 @@ from ..block_masks.selectors import Selector
 from ..block_masks.validation import validate_int
 
 BACKENDS = ("auto", "flash", "triton")
+# More than any selector's text needs; the parser is not asked to read arbitrary nesting.
+MAX_SELECTOR_CHARACTERS = 8192
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +88,49 @@ def _keywords(call: ast.AST) -> dict[str, Any]:
         for k in call.keywords
         if k.arg is not None
     }
+
+
+def _literals(call: ast.AST) -> dict[str, Any] | None:
+    """The arguments of a call; ``None`` unless all are literals with a name of their own."""
+    if not isinstance(call, ast.Call) or call.args:
+        return None
+    values = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
+    return values if len(values) == len(call.keywords) else None
+
+
+def decode_selector(text: str) -> Selector:
+    """A selector from its text, from a source that is not trusted; nothing in it is executed.
+
+    Args:
+        text: A call of a registered selector class with literals by name, as `Selector.text`.
+
+    Raises:
+        ValueError: The text is anything else, or the selector does not take what it says.
+    """
+    if len(text) > MAX_SELECTOR_CHARACTERS:
+        raise ValueError(
+            f"a selector must have at most {MAX_SELECTOR_CHARACTERS} characters, got {len(text)}"
+        )
+    rule = "a selector must be a call with literals by name, such as UniSparse(top_p=0.95)"
+    try:
+        call = ast.parse(text, mode="eval").body
+        values = _literals(call)
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+        values = None
+    if values is None or not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise ValueError(f"{rule}, each once, got {text!r}")
+    name = call.func.id
+    if name not in Selector.registry:
+        raise ValueError(
+            f"selector must be one of {sorted(Selector.registry)}, got {name!r}; "
+            "import the module that defines it first"
+        )
+    try:
+        selector = Selector.registry[name](**values)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take these values: {error}, got {text!r}") from None
+    validate_selector(selector)
+    return selector
 
 
 def validate_selector(selector: object) -> None:

@@ -21,7 +21,7 @@ MIN_CUDA_HEAD_DIM = 16
 class Reason(StrEnum):
     """Why a call stays dense."""
 
-    EXCLUDED = "layer excluded by dense_layers"
+    EXCLUDED = "layer excluded by the settings"
     DROPOUT = "dropout_p > 0: no sparse kernel drops attention weights"
     NOT_4D = "query, key and value are not [batch, heads, tokens, head_dim]"
     FEW_QUERIES = "few queries (decoding): dense is faster"

@@ -107,9 +107,16 @@ def _size(size: Any) -> int:
 
 
 @lru_cache(maxsize=4096)
-def forecast(shape: CallShape, selector: Selector) -> Forecast:
-    """Predicts a call that the flex kernel can run; cached."""
-    return _forecast(shape, selector, rates_of(shape, selector).rates)
+def forecast(shape: CallShape, selector: Selector, density: float | None = None) -> Forecast:
+    """Predicts a call that the flex kernel can run; cached.
+
+    Args:
+        shape: The call.
+        selector: Which blocks are kept.
+        density: Kept over visible blocks where that was measured; the selector's own estimate by
+            default.
+    """
+    return _forecast(shape, selector, rates_of(shape, selector).rates, density)
 
 
 def rates_of(shape: CallShape, selector: Selector) -> FoundRates:
@@ -118,14 +125,17 @@ def rates_of(shape: CallShape, selector: Selector) -> FoundRates:
     return find_rates(shape.device, shape.dtype, plain=plain)
 
 
-def _forecast(shape: CallShape, selector: Selector, rates: DeviceRates) -> Forecast:
+def _forecast(
+    shape: CallShape, selector: Selector, rates: DeviceRates, density: float | None = None
+) -> Forecast:
     cost, block_size = selector.cost, selector.block_size
-    density = cost.density(
-        q_len=shape.q_len,
-        kv_len=shape.kv_len,
-        block_size=block_size,
-        is_causal=shape.is_causal,
-    )
+    if density is None:
+        density = cost.density(
+            q_len=shape.q_len,
+            kv_len=shape.kv_len,
+            block_size=block_size,
+            is_causal=shape.is_causal,
+        )
     offset = max(shape.kv_len - shape.q_len, 0) if shape.lower_right else 0
     sizes = (*shape[:7], offset, int(shape.masked), shape.dtype.itemsize)
     composite = (cost.c_q, cost.c_k, cost.c_h, cost.sampled_queries)

@@ -17,6 +17,8 @@ from .block_masks import (
     XAttention,
     create_block_mask,
 )
+from .calibrate import calibrate
+from .calibration import Calibration
 from .explain import AttentionRecord, Explanation, explain, record_attention
 from .functional import attention
 from .optimize import is_optimized, optimize, restore
@@ -31,6 +33,7 @@ __all__ = [
     "DEFAULT_SELECTOR",
     "AttentionRecord",
     "BlockSelection",
+    "Calibration",
     "Explanation",
     "FlashPrefill",
     "FlexPrefill",
@@ -41,6 +44,7 @@ __all__ = [
     "UniSparse",
     "XAttention",
     "attention",
+    "calibrate",
     "create_block_mask",
     "explain",
     "is_optimized",

@@ -177,7 +177,7 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
 
     with ExitStack() as stack:
         for name, submodule in module.named_modules():
-            _track(stack, submodule, name or type(submodule).__name__, path)
+            track_layer(stack, submodule, name or type(submodule).__name__, path)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(observe_calls(record))
         stack.enter_context(_LeftAlone(record, calls, path))
@@ -208,8 +208,8 @@ class _LeftAlone(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _track(stack: ExitStack, module: nn.Module, name: str, path: list[str]) -> None:
-    """Keeps the name of the running module at the end of ``path``."""
+def track_layer(stack: ExitStack, module: nn.Module, name: str, path: list[str]) -> None:
+    """Keeps the name of the running module at the end of ``path`` until ``stack`` closes."""
 
     def enter(*_: Any) -> None:
         path.append(name)

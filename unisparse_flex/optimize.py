@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from os import PathLike
 from typing import TypeVar
 
 import torch
 from torch import fx, nn
 
 from .block_masks import DEFAULT_SELECTOR, Selector
+from .calibration import DENSE, Calibration, Setting
 from .interception import (
     fuse_split_layers,
     intercept,
@@ -25,7 +27,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def optimize(
     model: ModelT,
-    selector: Selector | None = None,
+    selector: Selector | Calibration | str | PathLike[str] | None = None,
     *,
     min_length: int | None = None,
     dense_layers: Collection[int] = (),
@@ -42,7 +44,9 @@ def optimize(
 
     Args:
         model: Any module whose attention goes through these.
-        selector: Which blocks are kept; `DEFAULT_SELECTOR` by default.
+        selector: Which blocks are kept; `DEFAULT_SELECTOR` by default. A `Calibration`, or the path
+            of the file of one, gives each of the layers that it names settings of its own; all
+            other attention stays dense.
         min_length: Fewest keys for which attention is sparse; shorter calls stay dense, as do
             calls of fewer queries than a block (decoding). By default a cost model decides for
             each call, from its shape and dtype and the device's rates; `explain` shows what it
@@ -58,24 +62,75 @@ def optimize(
 
     Raises:
         TypeError: ``model`` is no module or already a graph, ``selector`` is no selector.
-        ValueError: ``model`` is compiled already, ``backend`` is unknown, or a layer index is out
-            of range.
+        ValueError: ``model`` is compiled already, ``backend`` is unknown, a layer index is out of
+            range, or the calibration is malformed or names what is no module of ``model``.
+        OSError: ``selector`` is a path that cannot be read.
     """
-    _validate_model(model)
-    selector = DEFAULT_SELECTOR if selector is None else selector
-    sparse = SparseConfig(
-        selector=selector,
-        min_length=min_length,
-        min_queries=getattr(selector, "block_size", 0),
-        backend=backend,
-    )
-    dense = SparseConfig(selector=selector, dense=True)
+    validate_model(model)
+    if isinstance(selector, (str, PathLike)):
+        selector = Calibration.load(selector)
     excluded = _excluded_prefixes(model, dense_layers)
-    for name, module in _own_modules(model):
-        is_dense = any((name + ".").startswith(prefix) for prefix in excluded)
-        intercept(module, (dense if is_dense else sparse).encode())
-    split_fused_layers(model)
+    if isinstance(selector, Calibration):
+        layers = dict(selector.layers)
+        for name in layers:
+            if _is_below(name, excluded):
+                layers[name] = DENSE
+        optimize_layers(model, layers, min_length=min_length, backend=backend)
+        return model
+    selector = DEFAULT_SELECTOR if selector is None else selector
+    sparse = _sparse_config(selector, min_length, backend)
+    dense = SparseConfig(selector=selector, dense=True)
+    _intercept_only(
+        model,
+        {
+            module: (dense if _is_below(name, excluded) else sparse).encode()
+            for name, module in _own_modules(model)
+        },
+    )
     return model
+
+
+def optimize_layers(
+    model: nn.Module,
+    layers: Mapping[str, Setting],
+    *,
+    min_length: int | None = None,
+    backend: str = "auto",
+) -> None:
+    """Gives modules settings of their own; all other attention of ``model`` stays dense.
+
+    Args:
+        model: As `optimize` takes it.
+        layers: By name (`layer_modules`), a selector or ``"dense"``.
+        min_length: See `optimize`.
+        backend: See `optimize`.
+
+    Raises:
+        ValueError: A name is no module of ``model``.
+    """
+    modules = layer_modules(model)
+    for name in layers:
+        if name not in modules:
+            raise ValueError(
+                f"layers must name modules of the model, got {name!r}, which "
+                f"{type(model).__name__} does not have; calibrate this model anew"
+            )
+    dense = SparseConfig(selector=DEFAULT_SELECTOR, dense=True).encode()
+    configs = {module: dense for _, module in _own_modules(model)}
+    for name, setting in layers.items():
+        if isinstance(setting, Selector):
+            # Also a module of torch's own: what is around it is dense, and yields to it inside.
+            configs[modules[name]] = _sparse_config(setting, min_length, backend).encode()
+    _intercept_only(model, configs)
+
+
+def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that can have settings of their own, by the name that `explain` uses."""
+    return {
+        name or type(module).__name__: module
+        for name, module in model.named_modules()
+        if module is model or not _is_graph(module)
+    }
 
 
 def restore(model: ModelT) -> ModelT:
@@ -100,13 +155,14 @@ def is_optimized(model: nn.Module) -> bool:
     return is_intercepted(original_module(model))
 
 
-def _validate_model(model: object) -> None:
+def validate_model(model: object) -> None:
+    """Raises unless `optimize` takes ``model``."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}; for an exported "
             "program or an FX graph call unisparse_flex.passes.rewrite_sdpa"
         )
-    if isinstance(model, (fx.GraphModule, torch.jit.ScriptModule)):
+    if _is_graph(model):
         raise TypeError(
             f"model must be a module in Python, got the graph {type(model).__name__}; "
             "optimize the module before tracing it, or call unisparse_flex.passes.rewrite_sdpa"
@@ -125,9 +181,36 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     Inner modules are caught too: activation checkpointing calls them again outside the root.
     """
     for name, module in model.named_modules():
-        graph = isinstance(module, (fx.GraphModule, torch.jit.ScriptModule))
-        if module is model or (not graph and not type(module).__module__.startswith("torch.")):
+        of_torch = type(module).__module__.startswith("torch.")
+        if module is model or not (_is_graph(module) or of_torch):
             yield name, module
+
+
+def _intercept_only(model: nn.Module, configs: Mapping[nn.Module, str]) -> None:
+    """Gives modules their settings; others lose what an earlier call gave them."""
+    for module in model.modules():
+        if module in configs:
+            intercept(module, configs[module])
+        else:
+            release(module)
+    split_fused_layers(model)
+
+
+def _is_graph(module: object) -> bool:
+    return isinstance(module, (fx.GraphModule, torch.jit.ScriptModule))
+
+
+def _is_below(name: str, prefixes: Collection[str]) -> bool:
+    return any((name + ".").startswith(prefix) for prefix in prefixes)
+
+
+def _sparse_config(selector: Selector, min_length: int | None, backend: str) -> SparseConfig:
+    return SparseConfig(
+        selector=selector,
+        min_length=min_length,
+        min_queries=getattr(selector, "block_size", 0),
+        backend=backend,
+    )
 
 
 def _excluded_prefixes(model: nn.Module, dense_layers: Collection[int]) -> list[str]:

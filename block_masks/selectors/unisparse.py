@@ -17,6 +17,7 @@ from ..kernels import operator as kernels
 from ..mask_summary import summarize
 from ..scoring import compute_block_scores, compute_sampled_scores
 from ..selection import (
+    HeadThreshold,
     SelectionRule,
     Threshold,
     TopK,
@@ -46,6 +47,9 @@ class UniSparse(Guarded, Selector):
         top_k: Blocks per row instead of ``top_p``, forced ones counted first.
         threshold: Least share of a row's estimated mass, in (0, 1], instead of ``top_p``; with
             both, blocks that either keeps.
+        head_thresholds: A threshold for each query head, in [0, 1], instead of ``threshold``; 0
+            keeps every block. Needs ``c_h`` 1, and selects in plain PyTorch alone: the Triton
+            kernels take one threshold.
         sampled_queries: Rows of a block that meet every key exactly, the last of them included;
             their scores and those of the composite tokens are averaged. Divides ``block_size``; 0
             for none.
@@ -65,6 +69,7 @@ class UniSparse(Guarded, Selector):
     sink_blocks: int = 1
     local_blocks: int = 1
     last_query_blocks: int = 1
+    head_thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         validate_block_size(self.block_size)
@@ -82,22 +87,40 @@ class UniSparse(Guarded, Selector):
                 f"sampled_queries must divide block_size {self.block_size}, got "
                 f"{self.sampled_queries}; use 0 or a power of two up to block_size"
             )
-        rules = [n for n in ("top_p", "top_k", "threshold") if getattr(self, n) is not None]
+        names = ("top_p", "top_k", "threshold", "head_thresholds")
+        rules = [n for n in names if getattr(self, n) is not None]
         if len(rules) > 1 and self.top_k is not None:
             given = " and ".join(f"{name}={getattr(self, name)}" for name in rules)
             raise ValueError(
                 f"top_k must not be given with top_p or threshold, got {given}; leave it None, or "
                 "leave them None"
             )
+        self._validate_head_thresholds()
         if not rules:
             object.__setattr__(self, "top_p", DEFAULT_TOP_P)
         # Built here so that a wrong value is reported where it was given.
         _ = self.rule, self.guards
         Selector.__post_init__(self)
 
+    def _validate_head_thresholds(self) -> None:
+        if self.head_thresholds is None:
+            return
+        if not isinstance(self.head_thresholds, tuple) or not self.head_thresholds:
+            raise TypeError(
+                "head_thresholds must be a tuple with a number for each query head, got "
+                f"{self.head_thresholds!r}"
+            )
+        if self.threshold is not None or self.c_h != 1:
+            raise ValueError(
+                "head_thresholds must be given without threshold and with c_h=1, got "
+                f"threshold={self.threshold} and c_h={self.c_h}; leave them at their defaults"
+            )
+
     @property
     def rule(self) -> SelectionRule:
-        """The rule that ``top_p``, ``top_k`` and ``threshold`` ask for."""
+        """The rule that ``top_p``, ``top_k`` and the thresholds ask for."""
+        if self.head_thresholds is not None:
+            return HeadThreshold(thresholds=self.head_thresholds, top_p=self.top_p)
         if self.top_k is not None:
             return TopK(top_k=self.top_k)
         if self.threshold is not None and self.top_p is not None:
@@ -121,13 +144,19 @@ class UniSparse(Guarded, Selector):
             c_k=self.c_k,
             c_h=self.c_h,
             sampled_queries=self.sampled_queries,
-            has_kernels=True,
+            has_kernels=self.head_thresholds is None,
             row_blocks=forced if self.top_k is None else max(forced, self.top_k),
             last_query_blocks=self.last_query_blocks,
             share=0.0 if self.top_p is None else top_p_share(self.top_p),
             share_power=LENGTH_POWER,
-            threshold=self.threshold or 0.0,
+            thresholds=self._thresholds,
         )
+
+    @property
+    def _thresholds(self) -> tuple[float, ...]:
+        if self.head_thresholds is not None:
+            return self.head_thresholds
+        return () if self.threshold is None else (self.threshold,)
 
     def compute_selection(
         self,
@@ -140,7 +169,8 @@ class UniSparse(Guarded, Selector):
     ) -> BlockSelection:
         """See `Selector.compute_selection`."""
         validate_merged_heads(query.shape[1], key.shape[1], self.c_h)
-        if attn_mask is None and kernels.takes(query, key, geometry, scale):
+        one_rule = self.head_thresholds is None
+        if one_rule and attn_mask is None and kernels.takes(query, key, geometry, scale):
             lists = kernels.select_lists(
                 query,
                 key,

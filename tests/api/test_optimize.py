@@ -201,7 +201,7 @@ def test_short_prompts_stay_dense_by_default() -> None:
     model = optimize(create())
     assert [call.reason for call in explain(model, X).calls] == [Reason.SLOWER] * 2
     assert output(model).equal(output(create()))
-    long = embeddings(6144)
+    long = embeddings(8192)
     assert explain(optimize(create(Attention)), long[:, :2048]).dense
     assert explain(optimize(create(Attention)), long).sparse
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_a_mass_budget_of_power_zero_is_a_threshold() -> None:
 @pytest.mark.parametrize("name", ["q8k8", "q16k16s4"])
 def test_a_trial_of_shipped_parts_selects_as_they_do(name: str) -> None:
     query, key, _ = qkv(500)
-    fields = {n: min(v, 32) for n, v in GRANULARITIES[name].items()}
+    fields: dict[str, Any] = {n: min(v, 32) for n, v in GRANULARITIES[name].items()}
     trial = Trial(block_size=32, rule="top_p", value=0.6, **fields)
     shipped = UniSparse(block_size=32, top_p=0.6, **fields)
     kept = trial.select(query, key, is_causal=True).keep

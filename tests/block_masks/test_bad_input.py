@@ -76,6 +76,13 @@ BAD_FIELDS = [
         "got top_p=0.9 and top_k=2 and threshold=0.1",
     ),
     *[({"threshold": t}, ValueError, r"threshold must be in \(0, 1\]") for t in (0, -0.1, 1.01)],
+    *[({"head_thresholds": (0.1, t)}, ValueError, r"thresholds\[1\] must be in") for t in (-1, 2)],
+    *[({"head_thresholds": (t,)}, TypeError, r"\[0\] must be a number") for t in (False, "0.1")],
+    ({"head_thresholds": ()}, TypeError, "head_thresholds must be a tuple"),
+    ({"head_thresholds": [0.1]}, TypeError, "head_thresholds must be a tuple"),
+    ({"head_thresholds": (0.1,), "threshold": 0.1}, ValueError, "got threshold=0.1 and c_h=1"),
+    ({"head_thresholds": (0.1,), "c_h": 2}, ValueError, "got threshold=None and c_h=2"),
+    ({"head_thresholds": (0.1,), "top_k": 2}, ValueError, "top_k must not be given"),
     ({"threshold": float("nan")}, ValueError, r"threshold must be in \(0, 1\], got nan"),
     *[({"threshold": t}, TypeError, "threshold must be a number") for t in (True, "0.1")],
     *[

@@ -19,7 +19,8 @@ from unisparse_flex.block_masks import (
     compute_block_scores,
 )
 from unisparse_flex.block_masks.granularity import Pooled
-from unisparse_flex.block_masks.selection import Threshold, TopPOrThreshold
+from unisparse_flex.block_masks.kernels import operator as kernels
+from unisparse_flex.block_masks.selection import HeadThreshold, Threshold, TopPOrThreshold
 
 from .strategies import Call, calls, random_masks, selectors
 
@@ -66,6 +67,63 @@ def test_a_threshold_is_a_rule_of_its_own() -> None:
     assert selector.rule == Threshold(threshold=0.01)
     assert selector.top_p is None
     assert selector.top_k is None
+
+
+def test_thresholds_of_heads_are_a_rule_of_their_own() -> None:
+    selector = UniSparse(head_thresholds=(0.01, 0.02))
+    assert selector.rule == HeadThreshold(thresholds=(0.01, 0.02))
+    assert selector.top_p is None
+    both = UniSparse(head_thresholds=(0.01, 0.02), top_p=0.8)
+    assert both.rule == HeadThreshold(thresholds=(0.01, 0.02), top_p=0.8)
+    assert not selector.cost.has_kernels
+
+
+def test_the_density_of_heads_is_the_mean_of_theirs() -> None:
+    def density(**rules: Any) -> float:
+        call = {"q_len": 4096, "kv_len": 4096, "block_size": 128, "is_causal": True}
+        return UniSparse(**rules).cost.density(**call)
+
+    few, many = density(threshold=0.02), density(threshold=0.005)
+    assert density(head_thresholds=(0.02, 0.02)) == pytest.approx(few)
+    assert density(head_thresholds=(0.02, 0.005)) == pytest.approx((few + many) / 2)
+    assert density(head_thresholds=(0.0, 0.0)) == 1.0
+
+
+@pytest.mark.parametrize("top_p", [None, 0.6])
+def test_each_head_selects_as_with_its_threshold_for_all(top_p: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, heads, 100, 16, generator=generator) * 2 for heads in (4, 2))
+    options: dict[str, Any] = {
+        "block_size": 16,
+        "c_q": 4,
+        "c_k": 4,
+        "sampled_queries": 2,
+        "top_p": top_p,
+    }
+    thresholds = (0.3, 0.1, 0.02, 0.0)
+    selector = UniSparse(**options, head_thresholds=thresholds)
+    keep = selector.select(query, key, is_causal=True).keep
+    for head, threshold in enumerate(thresholds[:3]):
+        alone = UniSparse(**options, threshold=threshold).select(query, key, is_causal=True).keep
+        assert keep[:, head].equal(alone[:, head])
+    everything = UniSparse(block_size=16, top_p=1.0).select(query, key, is_causal=True).keep
+    assert keep[:, 3].equal(everything[:, 3])
+
+
+def test_kernels_are_not_asked_for_thresholds_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(kernels, "takes", lambda *call: asked.append(call))
+    query = torch.randn(1, 2, 256, 16)
+    UniSparse(threshold=0.1).select(query, query, is_causal=True)
+    assert len(asked) == 1
+    UniSparse(head_thresholds=(0.1, 0.1)).select(query, query, is_causal=True)
+    assert len(asked) == 1
+
+
+def test_thresholds_of_heads_are_as_many_as_the_heads() -> None:
+    query = torch.randn(1, 2, 256, 16)
+    with pytest.raises(ValueError, match="one share for each of 2 heads, got 3"):
+        UniSparse(head_thresholds=(0.1, 0.1, 0.1)).select(query, query, is_causal=True)
 
 
 def test_a_threshold_and_a_top_p_are_one_rule() -> None:

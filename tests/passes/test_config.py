@@ -23,7 +23,7 @@ from unisparse_flex import (
     explain,
     optimize,
 )
-from unisparse_flex.passes import SparseConfig
+from unisparse_flex.passes import SparseConfig, decode_selector
 
 from .graphs import Stripes
 
@@ -32,6 +32,7 @@ CONFIGS = [
     SparseConfig(selector=FINE, min_length=7, min_queries=3),
     SparseConfig(selector=UniSparse(top_p=0.1 + 0.2), dense=True),
     SparseConfig(selector=UniSparse(top_p=1), strict=True),
+    SparseConfig(selector=UniSparse(head_thresholds=(0.01, 0.0))),
     SparseConfig(selector=FlexPrefill(gamma=0.95, tau=0)),
     SparseConfig(selector=MInference(vertical_slash=((1, 2), (30, 400)))),
     SparseConfig(selector=Stripes()),
@@ -61,6 +62,11 @@ def test_settings_are_read_back_as_they_were(config: SparseConfig) -> None:
 def test_equal_settings_give_equal_text_of_one_line(config: SparseConfig) -> None:
     assert copy.deepcopy(config).encode() == config.encode()
     assert "\n" not in config.encode()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+def test_a_selector_alone_is_read_back_as_it_was(config: SparseConfig) -> None:
+    assert decode_selector(config.selector.text) == config.selector
 
 
 def test_different_settings_give_different_text() -> None:

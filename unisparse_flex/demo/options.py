@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .. import DEFAULT_SELECTOR, Selector, UniSparse
 from .model import CONTEXT_LENGTH
@@ -82,7 +82,11 @@ class DemoOptions:
         """Returns the selector that the options ask for."""
         selector = SELECTORS[self.selector]
         size = self.block_size
-        fits = {"block_size": size, "c_q": min(selector.c_q, size), "c_k": min(selector.c_k, size)}
+        fits: dict[str, Any] = {
+            "block_size": size,
+            "c_q": min(selector.c_q, size),
+            "c_k": min(selector.c_k, size),
+        }
         if self.top_p is None:
             return replace(selector, **fits)
         return replace(selector, **fits, top_p=self.top_p, threshold=None)

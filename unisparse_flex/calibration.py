@@ -1,0 +1,172 @@
+"""`Calibration`: the settings of each layer that reach a stated quality, and the file they live in.
+
+The file is JSON for people to read. Reading one executes nothing, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from .block_masks import Selector
+from .passes import decode_selector
+
+Setting = Selector | Literal["dense"]
+
+DENSE: Literal["dense"] = "dense"
+QUALITIES = ("recall", "kl")
+MAX_FILE_BYTES = 1_000_000
+WAY_OUT = "write a new file with unisparse_flex.calibrate(...).save"
+_TEXTS = ("model", "unisparse_flex", "torch")
+_NUMBERS = {"target": math.inf, "reached": math.inf, "density": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """What `calibrate` found; `optimize` takes it, or the path of its file, as ``selector``.
+
+    Attributes:
+        layers: Modules that make attention calls, named as `explain` names them, each with its
+            selector or ``"dense"``.
+        quality: ``"recall"`` or ``"kl"``: what ``target`` and ``reached`` are.
+        target: What was asked for: the least mean recall in [0, 1], or the most KL in nats.
+        reached: What the calibration batches reached.
+        density: Kept over visible blocks to expect in [0, 1], over all layers that could be
+            sparse; one that stays dense counts as 1.
+        model: Class name of the model.
+        unisparse_flex: Version of this library.
+        torch: Version of torch.
+    """
+
+    layers: Mapping[str, Setting]
+    quality: Literal["recall", "kl"]
+    target: float
+    reached: float
+    density: float
+    model: str
+    unisparse_flex: str
+    torch: str
+
+    def __post_init__(self) -> None:
+        if self.quality not in QUALITIES:
+            raise ValueError(f"quality must be one of {list(QUALITIES)}, got {self.quality!r}")
+        for name, highest in _NUMBERS.items():
+            _validate_number(getattr(self, name), name, highest)
+        for name in _TEXTS:
+            _validate_text(getattr(self, name), name)
+        if not isinstance(self.layers, Mapping) or not self.layers:
+            raise ValueError(
+                f"layers must map at least one module name to a selector, got {self.layers!r}"
+            )
+        for name, setting in self.layers.items():
+            _validate_text(name, "a name in layers")
+            if setting != DENSE and not isinstance(setting, Selector):
+                raise ValueError(f"layers[{name!r}] must be a selector or 'dense', got {setting!r}")
+        object.__setattr__(self, "layers", dict(self.layers))
+
+    @property
+    def sparse_layers(self) -> dict[str, Selector]:
+        """The layers that may run sparse."""
+        return {name: s for name, s in self.layers.items() if isinstance(s, Selector)}
+
+    def to_json(self) -> str:
+        """The calibration as JSON, a line for each layer; equal ones give equal text."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+        layers = {n: s.text if isinstance(s, Selector) else s for n, s in self.layers.items()}
+        return json.dumps({**values, "layers": layers}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Calibration:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: The text is anything else; the message names the key.
+        """
+        try:
+            values = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"a calibration must be JSON, got {error}; {WAY_OUT}") from None
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"a calibration must be a JSON object, got {type(values).__name__}; {WAY_OUT}"
+            )
+        known = {f.name for f in fields(cls)}
+        if set(values) != known:
+            unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+            raise ValueError(
+                f"the keys must be {sorted(known)}, got {unknown} unknown and {missing} missing; "
+                f"{WAY_OUT}"
+            )
+        layers = values.pop("layers")
+        if not isinstance(layers, dict):
+            raise ValueError(f"layers must be a JSON object, got {layers!r}; {WAY_OUT}")
+        settings = {name: _decode(name, text) for name, text in layers.items()}
+        return cls(layers=settings, **values)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes `to_json` to ``path``, over what is there."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Calibration:
+        """Reads a file that `save` wrote.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: It is larger than 1 MB or not what `save` writes; the message names the
+                key.
+        """
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        try:
+            if len(data) > MAX_FILE_BYTES:
+                raise ValueError(
+                    f"a calibration must have at most {MAX_FILE_BYTES} bytes, got more; {WAY_OUT}"
+                )
+            return cls.from_json(data.decode("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _decode(name: str, text: object) -> Setting:
+    if text == DENSE:
+        return DENSE
+    if not isinstance(text, str):
+        raise ValueError(
+            f"layers[{name!r}] must be a selector's text or 'dense', got {text!r}; {WAY_OUT}"
+        )
+    try:
+        return decode_selector(text)
+    except ValueError as error:
+        raise ValueError(f"layers[{name!r}]: {error}; {WAY_OUT}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"each key must be given once, got {twice} again; {WAY_OUT}")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"numbers must be finite, got {name}; {WAY_OUT}")
+
+
+def _validate_number(value: object, name: str, highest: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # No conversion: an int may be too large for a float.
+    if not number or not 0.0 <= value <= highest or value == math.inf:  # type: ignore[operator]
+        rule = "of at least 0" if math.isinf(highest) else f"in [0, {highest:g}]"
+        raise ValueError(f"{name} must be a finite number {rule}, got {value!r}")
+
+
+def _validate_text(value: object, name: str) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} must be a text, got {value!r}")
