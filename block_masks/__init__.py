@@ -6,10 +6,12 @@ from .geometry import BlockGeometry
 from .granularity import Pooled, pool_heads, pool_tokens
 from .mask_program import MaskProgram
 from .mask_summary import MaskSummary, summarize_mask
+from .patch_order import PatchOrder
 from .scoring import compute_block_scores
 from .selection import Guards, SelectionRule, TopK, TopP, select_blocks
 from .selection_cost import SelectionCost
 from .selectors import (
+    DenseSpan,
     FlashPrefill,
     FlexPrefill,
     MInference,
@@ -23,6 +25,7 @@ from .selectors import (
 __all__ = [
     "BlockGeometry",
     "BlockSelection",
+    "DenseSpan",
     "FlashPrefill",
     "FlexPrefill",
     "Guards",
@@ -30,6 +33,7 @@ __all__ = [
     "MaskProgram",
     "MaskSummary",
     "Oracle",
+    "PatchOrder",
     "Pooled",
     "SelectionCost",
     "SelectionRule",

@@ -7,6 +7,7 @@ breaks, export and saving, and tells two models with different settings apart.
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from ..block_masks.selectors import Selector
 from ..block_masks.validation import validate_int
 
+SELECTOR_NAME = re.compile(r"=(\w+)\(")
 BACKENDS = ("auto", "flash", "triton")
 
 
@@ -64,28 +66,31 @@ class SparseConfig:
         Raises:
             ValueError: The text names a selector that no imported module defines.
         """
-        name = text.partition("selector=")[2].partition("(")[0]
-        if name not in Selector.registry:
-            raise ValueError(
-                f"selector must be one of {sorted(Selector.registry)}, got {name!r}; "
-                "import the module that defines it first"
-            )
-        return _decode(text, Selector.registry[name])
+        return _decode(text, tuple(map(Selector.registry.get, SELECTOR_NAME.findall(text))))
 
 
 @lru_cache(maxsize=256)
-def _decode(text: str, selector: type[Selector]) -> SparseConfig:
-    values = _keywords(ast.parse(text, mode="eval").body)
-    return SparseConfig(selector=selector(**_keywords(values.pop("selector"))), **values)
+def _decode(text: str, *_distinct: object) -> SparseConfig:
+    return SparseConfig(**_keywords(ast.parse(text, mode="eval").body))
 
 
 def _keywords(call: ast.AST) -> dict[str, Any]:
     assert isinstance(call, ast.Call)
     return {
-        k.arg: k.value if isinstance(k.value, ast.Call) else ast.literal_eval(k.value)
+        k.arg: _selector(k.value) if isinstance(k.value, ast.Call) else ast.literal_eval(k.value)
         for k in call.keywords
         if k.arg is not None
     }
+
+
+def _selector(call: ast.Call) -> Selector:
+    name = ast.unparse(call.func)
+    if name not in Selector.registry:
+        raise ValueError(
+            f"selector must be one of {sorted(Selector.registry)}, got {name!r}; "
+            "import the module that defines it first"
+        )
+    return Selector.registry[name](**_keywords(call))
 
 
 def validate_selector(selector: object) -> None:

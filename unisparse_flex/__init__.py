@@ -6,10 +6,12 @@ model = torch.compile(model)
 
 from .block_masks import (
     BlockSelection,
+    DenseSpan,
     FlashPrefill,
     FlexPrefill,
     MInference,
     Oracle,
+    PatchOrder,
     Selector,
     StreamingLLM,
     UniSparse,
@@ -20,6 +22,7 @@ from .explain import AttentionRecord, Explanation, explain, record_attention
 from .functional import attention
 from .optimize import is_optimized, optimize, restore
 from .passes import install as _install
+from .patches import patch_attention
 
 # Once, before any thread compiles: settings travel in the graphs, so it serves every model.
 _install()
@@ -29,11 +32,13 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionRecord",
     "BlockSelection",
+    "DenseSpan",
     "Explanation",
     "FlashPrefill",
     "FlexPrefill",
     "MInference",
     "Oracle",
+    "PatchOrder",
     "Selector",
     "StreamingLLM",
     "UniSparse",
@@ -43,6 +48,7 @@ __all__ = [
     "explain",
     "is_optimized",
     "optimize",
+    "patch_attention",
     "record_attention",
     "restore",
 ]
