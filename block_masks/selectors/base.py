@@ -25,9 +25,9 @@ class Selector(ABC):
     """Chooses key blocks for every query block of one attention call.
 
     A selector is a frozen dataclass of plain values (numbers, strings, tuples, ``None``) and of
-    other selectors, so that it can be hashed, compared, printed and carried inside a traced graph. Subclasses are known by
-    their class name from the moment they are defined. One with a ``__post_init__`` of its own
-    ends it with ``Selector.__post_init__(self)``.
+    other selectors, so that it can be hashed, compared, printed and carried inside a traced graph.
+    Subclasses are known by their class name from the moment they are defined. One with a
+    ``__post_init__`` of its own ends it with ``Selector.__post_init__(self)``.
 
     Attributes:
         block_size: Tokens per block; a power of two of at least 16.
