@@ -42,18 +42,20 @@ WEIGHTS = (
 )
 # Nothing but the diagonal is forced: there is no first token that all attend to.
 GUARDS: dict[str, int] = {"sink_blocks": 0, "local_blocks": 1, "last_query_blocks": 0}
-TOP_P = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+TOP_P = (0.3, 0.5, 0.7, 0.85, 0.95, 0.98)
 SWEEPS: dict[str, list[Selector]] = {
     "unisparse-paper": [UniSparse(top_p=p, **GUARDS) for p in TOP_P],
     "unisparse-two": [UniSparse(top_p=p, **TWO, **GUARDS) for p in TOP_P],
     "xattention": [XAttention(threshold=p, **GUARDS) for p in TOP_P],
-    "flashprefill": [FlashPrefill(alpha=a, **GUARDS) for a in (0.6, 0.4, 0.2, 0.1, 0.04, 0.01)],
+    "flashprefill": [
+        FlashPrefill(alpha=a, **GUARDS) for a in (0.7, 0.4, 0.15, 0.04, 0.005, 0.0005)
+    ],
     "streamingllm": [
-        StreamingLLM(sink_tokens=0, local_tokens=n) for n in (257, 513, 897, 1281, 1665, 2433)
+        StreamingLLM(sink_tokens=0, local_tokens=n) for n in (257, 513, 897, 1281, 2049)
     ],
     "flexprefill": [FlexPrefill()],
     "minference": [MInference()],
-    "oracle": [Oracle(top_p=p) for p in (0.5, 0.7, 0.8, 0.9)],
+    "oracle": [Oracle(top_p=p) for p in (0.5, 0.75, 0.92)],
 }
 # Tile, and cell inside it, by the name of the order.
 TILES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None] | None] = {
@@ -62,7 +64,7 @@ TILES: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None] | None] = {
     "tile 2x8x8, cell 2x2x2": ((2, 8, 8), (2, 2, 2)),
     "tile 4x4x8, cell 2x2x2": ((4, 4, 8), (2, 2, 2)),
 }
-JUDGED_ROWS = 512
+JUDGED_ROWS = 256
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,6 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         record.content["clips"][name] = scene.describe() | {
             "file": clip.file,
             "patch": clip.patch,
+            "start": clip.start,
             "frames": clip.frames,
             "shrink": clip.shrink,
         }

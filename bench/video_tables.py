@@ -12,6 +12,7 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,8 @@ def ratio_table(result: Result) -> str:
         for density in DENSITIES:
             ratios = []
             for clip in result["clips"]:
-                error = error_at(curves[clip, selector, order], density)
-                base = error_at(curves[clip, selector, BASELINE], density)
+                error = error_at(curves.get((clip, selector, order), []), density)
+                base = error_at(curves.get((clip, selector, BASELINE), []), density)
                 ratios += [error / base] if error and base else []
             whole = len(ratios) == len(result["clips"])
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if whole else None
@@ -126,7 +127,7 @@ def read_curves(result: Result) -> dict[tuple[str, str, str], Curve]:
 
 def error_at(curve: Curve, density: float) -> float | None:
     """The error at a density, its logarithm interpolated; ``None`` outside of the curve."""
-    for (low, low_error), (high, high_error) in zip(curve, curve[1:], strict=False):
+    for (low, low_error), (high, high_error) in pairwise(curve):
         if low <= density <= high and high > low and low_error > 0 < high_error:
             share = (density - low) / (high - low)
             return math.exp((1 - share) * math.log(low_error) + share * math.log(high_error))

@@ -172,11 +172,12 @@ class PatchOrder:
         Raises:
             ValueError: The tile's volume does not divide the selector's ``block_size``.
         """
-        volume = math.prod(self._constants()[1])
+        tile = tuple(self._constants()[1])
+        volume = math.prod(tile)
         if selector.block_size % volume:
             raise ValueError(
                 "tile must have a volume that divides the selector's block_size "
-                f"{selector.block_size}, got {self.tile} of {volume} patches; use one of "
+                f"{selector.block_size}, got {tile} of {volume} patches; use one of "
                 f"{selector.block_size} patches, or another block_size"
             )
         patches, tokens = self.num_patches, self.num_tokens

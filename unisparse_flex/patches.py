@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .block_masks import PatchOrder, Selector, UniSparse
+from .block_masks.validation import validate_query_key, validate_value
 from .functional import attention
+from .passes.config import validate_selector
 
 # Nothing is generated from the last patch, and the first is no sink.
 DEFAULT_SELECTOR = UniSparse(sink_blocks=0, last_query_blocks=0)
@@ -57,7 +59,18 @@ def patch_attention(
             "order must be a PatchOrder such as PatchOrder(grid=(16, 30, 52), tile=(2, 8, 8)), "
             f"got {order!r} of type {type(order).__name__}"
         )
-    selector = order.keep_text(selector or DEFAULT_SELECTOR, rows=text_rows, keys=text_keys)
+    selector = DEFAULT_SELECTOR if selector is None else selector
+    validate_selector(selector)
+    validate_query_key(query, key)
+    validate_value(key, value)
+    for name, tensor in (("query", query), ("key", key)):
+        if tensor.shape[2] != order.num_tokens:
+            raise ValueError(
+                f"{name} must hold order's {order.num_tokens} tokens, text and patches, got "
+                f"{tensor.shape[2]} (shape {list(tensor.shape)}); make the PatchOrder for this "
+                "sequence"
+            )
+    selector = order.keep_text(selector, rows=text_rows, keys=text_keys)
     query, key, value = (order.permute(tensor, -2) for tensor in (query, key, value))
     output = attention(
         query,
