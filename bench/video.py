@@ -41,18 +41,14 @@ WEIGHTS = (
     "trained model"
 )
 # Nothing but the diagonal is forced: there is no first token that all attend to.
-GUARDS: dict[str, int] = {"sink_blocks": 0, "local_blocks": 1, "last_query_blocks": 0}
-TOP_P = (0.3, 0.5, 0.7, 0.85, 0.95, 0.98)
+GUARDS: dict[str, Any] = {"sink_blocks": 0, "local_blocks": 1, "last_query_blocks": 0}
+TOP_P = (0.3, 0.5, 0.75, 0.92, 0.98)
 SWEEPS: dict[str, list[Selector]] = {
     "unisparse-paper": [UniSparse(top_p=p, **GUARDS) for p in TOP_P],
     "unisparse-two": [UniSparse(top_p=p, **TWO, **GUARDS) for p in TOP_P],
     "xattention": [XAttention(threshold=p, **GUARDS) for p in TOP_P],
-    "flashprefill": [
-        FlashPrefill(alpha=a, **GUARDS) for a in (0.7, 0.4, 0.15, 0.04, 0.005, 0.0005)
-    ],
-    "streamingllm": [
-        StreamingLLM(sink_tokens=0, local_tokens=n) for n in (257, 513, 897, 1281, 2049)
-    ],
+    "flashprefill": [FlashPrefill(alpha=a, **GUARDS) for a in (0.7, 0.4, 0.15, 0.03, 1e-3)],
+    "streamingllm": [StreamingLLM(sink_tokens=0, local_tokens=n) for n in (257, 641, 1281, 2049)],
     "flexprefill": [FlexPrefill()],
     "minference": [MInference()],
     "oracle": [Oracle(top_p=p) for p in (0.5, 0.75, 0.92)],

@@ -52,8 +52,9 @@ def sdpa_over_kept(
     keep = keep | text[:, None] | text
     block = places // size
     mask = keep[:, :, block][..., block]
-    doubles = (tensor.double() for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(*doubles, attn_mask=mask, enable_gqa=True), mask
+    query, key, value = query.double(), key.double(), value.double()
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    return output, mask
 
 
 @pytest.fixture
@@ -66,11 +67,11 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_with_every_block_kept_it_is_sdpa_in_raster_order(order: PatchOrder) -> None:
     query, key, value = tensors(order)
-    for options in ({}, {"scale": 0.3}):
+    for scale in (None, 0.3):
         output = patch_attention(
-            query, key, value, order=order, selector=ALL, enable_gqa=True, **options
+            query, key, value, order=order, selector=ALL, enable_gqa=True, scale=scale
         )
-        expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
+        expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True, scale=scale)
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
 
 
@@ -90,13 +91,19 @@ def test_text_is_dense_and_patches_are_not(order: PatchOrder) -> None:
     text = torch.ones(order.num_tokens, dtype=torch.bool)
     text[order.text_before : order.text_before + order.num_patches] = False
 
-    def errors(**options: bool) -> tuple[float, float]:
+    def errors(*, text_rows: bool = True, text_keys: bool = True) -> tuple[float, float]:
         output = patch_attention(
-            query, key, value, order=order, selector=FEW, enable_gqa=True, **options
+            query,
+            key,
+            value,
+            order=order,
+            selector=FEW,
+            enable_gqa=True,
+            text_rows=text_rows,
+            text_keys=text_keys,
         )
-        return rmse(output[:, :, text], dense[:, :, text]), rmse(
-            output[:, :, ~text], dense[:, :, ~text]
-        )
+        of_text, of_patches = (rmse(output[:, :, r], dense[:, :, r]) for r in (text, ~text))
+        return of_text, of_patches
 
     rows, patches = errors()
     assert rows < 1e-12

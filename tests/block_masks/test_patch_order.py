@@ -241,4 +241,4 @@ def test_bad_spans_are_named(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        DenseSpan(**({"selector": UniSparse(), "tokens": "0:5"} | arguments))
+        DenseSpan(**(dict[str, Any](selector=UniSparse(), tokens="0:5") | arguments))

@@ -28,6 +28,7 @@ from unisparse_flex.passes import SparseConfig
 
 from .graphs import Stripes
 
+TWO_SPANS = DenseSpan(selector=DenseSpan(selector=FINE, tokens="0:1"), tokens="9:11")
 CONFIGS = [
     SparseConfig(selector=UniSparse()),
     SparseConfig(selector=FINE, min_length=7, min_queries=3),
@@ -36,9 +37,7 @@ CONFIGS = [
     SparseConfig(selector=FlexPrefill(gamma=0.95, tau=0)),
     SparseConfig(selector=MInference(vertical_slash=((1, 2), (30, 400)))),
     SparseConfig(selector=DenseSpan(selector=FINE, tokens="3:40", rows=False)),
-    SparseConfig(
-        selector=DenseSpan(selector=DenseSpan(selector=FINE, tokens="0:1"), tokens="9:11")
-    ),
+    SparseConfig(selector=TWO_SPANS),
     SparseConfig(selector=Stripes()),
     SparseConfig(selector=Stripes(columns=(), label="quotes ' \" and {braces} and \\")),
     SparseConfig(selector=Stripes(columns=(3, 1, 2), label="été")),
