@@ -87,23 +87,26 @@ def clip_table(result: Result) -> str:
 
 def ratio_table(result: Result) -> str:
     """Geometric mean over clips of an order's error over raster order's."""
-    curves = read_curves(result)
     lines = []
-    for selector, order in dict.fromkeys((s, o) for _, s, o in curves):
+    for selector, order in dict.fromkeys((s, o) for _, s, o in read_curves(result)):
         if order == BASELINE:
             continue
-        line = [selector, order]
-        for density in DENSITIES:
-            ratios = []
-            for clip in result["clips"]:
-                error = error_at(curves.get((clip, selector, order), []), density)
-                base = error_at(curves.get((clip, selector, BASELINE), []), density)
-                ratios += [error / base] if error and base else []
-            whole = len(ratios) == len(result["clips"])
-            mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if whole else None
-            line.append("" if mean is None else f"{mean:.2f}")
-        lines.append(line)
+        means = [ratio_at(result, selector, order, density) for density in DENSITIES]
+        lines.append([selector, order, *("" if mean is None else f"{mean:.2f}" for mean in means)])
     return markdown(["selector", "order", *_heads()], sorted(lines, key=lambda line: line[0]))
+
+
+def ratio_at(result: Result, selector: str, order: str, density: float = 0.3) -> float | None:
+    """That mean at one density; ``None`` where a clip has no error on both sides."""
+    curves = read_curves(result)
+    logs = []
+    for clip in result["clips"]:
+        error = error_at(curves.get((clip, selector, order), []), density)
+        base = error_at(curves.get((clip, selector, BASELINE), []), density)
+        if error is None or base is None:
+            return None
+        logs.append(math.log(error / base))
+    return math.exp(sum(logs) / len(logs))
 
 
 def error_table(result: Result, clip: str) -> str:

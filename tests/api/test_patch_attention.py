@@ -122,7 +122,7 @@ def test_the_default_selector_keeps_no_first_or_last_block_for_all() -> None:
     assert output.equal(expected)
 
 
-@pytest.mark.parametrize("backend", ["inductor", "eager"])
+@pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.slow), "eager"])
 def test_compiled_it_is_what_it_is_eagerly(backend: str, fresh_dynamo: None) -> None:
     def attend(query: Tensor, key: Tensor, value: Tensor, order: PatchOrder) -> Tensor:
         return patch_attention(query, key, value, order=order, selector=FEW, enable_gqa=True)

@@ -23,7 +23,7 @@ ORDER = PatchOrder(grid=GRID, tile=(2, 2, 4), cell=(2, 2, 2))
 FEW = UniSparse(block_size=16, c_q=8, c_k=8, top_k=2, sink_blocks=0, last_query_blocks=0)
 
 
-def make_pixels(frames: int = 4, rows: int = 12, columns: int = 16) -> Tensor:
+def make_pixels(frames: int = 4, rows: int = 48, columns: int = 64) -> Tensor:
     """A film of smooth noise that moves to the right."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(1, 3, rows // 2, columns, generator=generator)
@@ -31,9 +31,9 @@ def make_pixels(frames: int = 4, rows: int = 12, columns: int = 16) -> Tensor:
     return torch.stack([wide[:, :, n : n + columns] for n in range(frames)]) * 2 - 1
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def scene() -> video.Scene:
-    return video.Scene(clips.embed(clips.cut_patches(make_pixels(), (2, 2, 2))), 1000)
+    return video.Scene(clips.embed(clips.cut_patches(make_pixels(), (2, 8, 8))), 1000)
 
 
 def test_patches_are_boxes_of_pixels() -> None:
@@ -45,12 +45,12 @@ def test_patches_are_boxes_of_pixels() -> None:
 
 def test_heads_attend_as_sharply_as_is_said(scene: video.Scene) -> None:
     assert scene.describe()["grid"] == GRID
-    # Two hundredths of 96 keys are hardly one: the sharpest heads are out of reach of any factor.
-    assert scene.shares[2:] == pytest.approx(clips.SHARPNESS[2:], rel=0.05)
+    # A hundredth of 96 keys is less than one: out of reach of any temperature.
+    assert scene.shares[1:] == pytest.approx(clips.SHARPNESS[1:], rel=0.05)
 
 
 def test_weights_are_the_same_every_time() -> None:
-    patches = clips.cut_patches(make_pixels(), (2, 2, 2))
+    patches = clips.cut_patches(make_pixels(), (2, 8, 8))
     first, second = clips.embed(patches), clips.embed(patches)
     assert first.query.equal(second.query)
     assert first.value.equal(second.value)
@@ -63,7 +63,7 @@ def test_what_is_judged_is_what_patch_attention_gives(
 ) -> None:
     call = scene.call
     judged = scene.judge_in(order)(FEW)
-    # In raster order a tile is the whole grid.
+    # Tiles of whole rows leave raster order as it is.
     own = order or PatchOrder(grid=(1, 12, 8), tile=(1, 2, 8))
     found = patch_attention(call.query, call.key, call.value, order=own, selector=FEW, scale=1.0)
     dense = patch_attention(
@@ -83,7 +83,8 @@ def test_what_is_judged_is_what_patch_attention_gives(
 
 def test_with_every_block_kept_nothing_is_lost(scene: video.Scene) -> None:
     judged = scene.judge_in(ORDER)(Oracle(block_size=16, top_p=1.0))
-    assert (judged.density, judged.recall) == (1.0, pytest.approx(1.0))
+    assert judged.density == 1.0
+    assert judged.recall == pytest.approx(1.0)
     assert judged.relative_error < 1e-6
 
 
@@ -96,7 +97,7 @@ def test_selectors_for_causal_calls_alone_are_left_out() -> None:
 def test_a_run_writes_a_row_for_every_setting_and_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(video, "load_clip", lambda clip: make_pixels(16, 192, 192))
+    monkeypatch.setattr(video, "load_clip", lambda clip: make_pixels(16, 96, 128))
     sweep = [UniSparse(top_p=0.3), UniSparse(top_p=0.9)]
     monkeypatch.setattr(video, "SWEEPS", {"unisparse-paper": sweep})
     output = tmp_path / "video.json"
@@ -107,7 +108,7 @@ def test_a_run_writes_a_row_for_every_setting_and_order(
     ]
     assert all(0 < row["density"] <= 1 for row in written["rows"])
     assert "no trained model" in written["weights"]
-    assert written["clips"]["bikes"]["tokens"] == 8 * 12 * 12
+    assert written["clips"]["bikes"]["tokens"] == 8 * 6 * 8
     assert "### bikes" in video_tables.describe(written, "video.json")
 
 
@@ -172,6 +173,27 @@ def test_the_page_holds_what_the_file_says() -> None:
     bare = re.sub(SECTION, r"\g<start>\n\g<end>", page, flags=re.DOTALL)
     assert bare != page
     assert video_tables.fill(bare, ROOT / video.OUTPUT.parent) == page
+
+
+def test_the_file_bears_out_what_the_page_says_in_words() -> None:
+    result = json.loads((ROOT / video.OUTPUT).read_text())
+    plain, small, large = (order for order in video.TILES if order != video_tables.BASELINE)
+
+    def ratio(selector: str, order: str, *clips: str) -> float:
+        found = video_tables.ratio_at(result | {"clips": clips or result["clips"]}, selector, order)
+        assert found is not None
+        return found
+
+    for selector in ("unisparse-paper", "xattention"):
+        assert ratio(selector, large) < ratio(selector, small) < 1 < ratio(selector, plain)
+    for selector in ("flashprefill", "oracle", "unisparse-two"):
+        assert ratio(selector, large) < ratio(selector, plain) < 1
+    assert all(ratio("streamingllm", order) > 1 for order in (plain, small, large))
+    for selector in ("unisparse-paper", "unisparse-two", "xattention"):
+        most, some, none = (
+            ratio(selector, large, c) for c in ("bigbuckbunny", "bikes", "carphone")
+        )
+        assert most < 0.75 < some < 0.96 < none < 1.05
 
 
 def test_the_file_says_that_no_model_was_trained_and_was_not_cut_short() -> None:
