@@ -208,3 +208,13 @@ def test_bad_calls_are_named() -> None:
         patch_attention(query, key, value, order=order, selector="UniSparse")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unless enable_gqa=True, got 2 and 1"):
         patch_attention(query, key[:, :1], value[:, :1], order=order, selector=FEW)
+
+
+def test_gradients_are_those_of_sdpa_in_raster_order() -> None:
+    inputs = [tensor.requires_grad_() for tensor in tensors(ORDERS[3])]
+    weight = torch.randn(inputs[0].shape, dtype=torch.float64)
+    output = patch_attention(*inputs, order=ORDERS[3], selector=ALL, enable_gqa=True)
+    expected = F.scaled_dot_product_attention(*inputs, enable_gqa=True)
+    found, wanted = (torch.autograd.grad((o * weight).sum(), inputs) for o in (output, expected))
+    for gradient, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-11)
