@@ -58,7 +58,7 @@ def describe(result: Result, name: str) -> str:
         f"{name}: {result['device']}, torch {result['versions'].get('torch')}, "
         f"{result['seconds']:.0f} s",
         f"`{shlex.join(result['command'])}`",
-        f"Weights: {result['weights']}.",
+        f"Weights: {result['weights']}. Rows judged: {result['judged_rows']} of every head.",
     ]
     if "stopped" in result:
         parts.append(f"Stopped: {result['stopped']}.")

@@ -211,10 +211,12 @@ def test_bad_calls_are_named() -> None:
 
 
 def test_gradients_are_those_of_sdpa_in_raster_order() -> None:
-    inputs = [tensor.requires_grad_() for tensor in tensors(ORDERS[3])]
-    weight = torch.randn(inputs[0].shape, dtype=torch.float64)
-    output = patch_attention(*inputs, order=ORDERS[3], selector=ALL, enable_gqa=True)
-    expected = F.scaled_dot_product_attention(*inputs, enable_gqa=True)
+    query, key, value = inputs = tensors(ORDERS[3])
+    for tensor in inputs:
+        tensor.requires_grad_()
+    weight = torch.randn(query.shape, dtype=torch.float64)
+    output = patch_attention(query, key, value, order=ORDERS[3], selector=ALL, enable_gqa=True)
+    expected = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
     found, wanted = (torch.autograd.grad((o * weight).sum(), inputs) for o in (output, expected))
     for gradient, exact in zip(found, wanted, strict=True):
         torch.testing.assert_close(gradient, exact, rtol=0, atol=1e-11)
