@@ -6,11 +6,13 @@ from .geometry import BlockGeometry
 from .granularity import Pooled, pool_heads, pool_tokens
 from .mask_program import MaskProgram
 from .mask_summary import MaskSummary, summarize_mask
+from .patch_order import PatchOrder
 from .scoring import compute_block_scores
 from .selection import Guards, SelectionRule, TopK, TopP, select_blocks
 from .selection_cost import SelectionCost
 from .selectors import (
     DEFAULT_SELECTOR,
+    DenseSpan,
     FlashPrefill,
     FlexPrefill,
     MInference,
@@ -25,6 +27,7 @@ __all__ = [
     "DEFAULT_SELECTOR",
     "BlockGeometry",
     "BlockSelection",
+    "DenseSpan",
     "FlashPrefill",
     "FlexPrefill",
     "Guards",
@@ -32,6 +35,7 @@ __all__ = [
     "MaskProgram",
     "MaskSummary",
     "Oracle",
+    "PatchOrder",
     "Pooled",
     "SelectionCost",
     "SelectionRule",

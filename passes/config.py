@@ -7,6 +7,7 @@ breaks, export and saving, and tells two models with different settings apart.
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from ..block_masks.selectors import Selector
 from ..block_masks.validation import validate_int
 
+SELECTOR_NAME = re.compile(r"=(\w+)\(")
 BACKENDS = ("auto", "flash", "triton")
 # More than any selector's text needs; the parser is not asked to read arbitrary nesting.
 MAX_SELECTOR_CHARACTERS = 8192
@@ -66,28 +68,34 @@ class SparseConfig:
         Raises:
             ValueError: The text names a selector that no imported module defines.
         """
-        name = text.partition("selector=")[2].partition("(")[0]
-        if name not in Selector.registry:
-            raise ValueError(
-                f"selector must be one of {sorted(Selector.registry)}, got {name!r}; "
-                "import the module that defines it first"
-            )
-        return _decode(text, Selector.registry[name])
+        return _decode(text, tuple(map(Selector.registry.get, SELECTOR_NAME.findall(text))))
 
 
 @lru_cache(maxsize=256)
-def _decode(text: str, selector: type[Selector]) -> SparseConfig:
-    values = _keywords(ast.parse(text, mode="eval").body)
-    return SparseConfig(selector=selector(**_keywords(values.pop("selector"))), **values)
+def _decode(text: str, *_distinct: object) -> SparseConfig:
+    return SparseConfig(**_keywords(ast.parse(text, mode="eval").body))
 
 
 def _keywords(call: ast.AST) -> dict[str, Any]:
     assert isinstance(call, ast.Call)
     return {
-        k.arg: k.value if isinstance(k.value, ast.Call) else ast.literal_eval(k.value)
+        k.arg: _selector(k.value) if isinstance(k.value, ast.Call) else ast.literal_eval(k.value)
         for k in call.keywords
         if k.arg is not None
     }
+
+
+def _selector(call: ast.Call) -> Selector:
+    return _registered(ast.unparse(call.func))(**_keywords(call))
+
+
+def _registered(name: str) -> type[Selector]:
+    if name not in Selector.registry:
+        raise ValueError(
+            f"selector must be one of {sorted(Selector.registry)}, got {name!r}; "
+            "import the module that defines it first"
+        )
+    return Selector.registry[name]
 
 
 def _literals(call: ast.AST) -> dict[str, Any] | None:
@@ -102,7 +110,8 @@ def decode_selector(text: str) -> Selector:
     """A selector from its text, from a source that is not trusted; nothing in it is executed.
 
     Args:
-        text: A call of a registered selector class with literals by name, as `Selector.text`.
+        text: A call of a registered selector class with literals by name, as `Selector.text`; one
+            that wraps another selector is refused.
 
     Raises:
         ValueError: The text is anything else, or the selector does not take what it says.
@@ -120,13 +129,8 @@ def decode_selector(text: str) -> Selector:
     if values is None or not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         raise ValueError(f"{rule}, each once, got {text!r}")
     name = call.func.id
-    if name not in Selector.registry:
-        raise ValueError(
-            f"selector must be one of {sorted(Selector.registry)}, got {name!r}; "
-            "import the module that defines it first"
-        )
     try:
-        selector = Selector.registry[name](**values)
+        selector = _registered(name)(**values)
     except TypeError as error:
         raise ValueError(f"{name} does not take these values: {error}, got {text!r}") from None
     validate_selector(selector)

@@ -7,10 +7,12 @@ model = torch.compile(model)
 from .block_masks import (
     DEFAULT_SELECTOR,
     BlockSelection,
+    DenseSpan,
     FlashPrefill,
     FlexPrefill,
     MInference,
     Oracle,
+    PatchOrder,
     Selector,
     StreamingLLM,
     UniSparse,
@@ -23,6 +25,7 @@ from .explain import AttentionRecord, Explanation, explain, record_attention
 from .functional import attention
 from .optimize import is_optimized, optimize, restore
 from .passes import install as _install
+from .patches import patch_attention
 
 # Once, before any thread compiles: settings travel in the graphs, so it serves every model.
 _install()
@@ -34,11 +37,13 @@ __all__ = [
     "AttentionRecord",
     "BlockSelection",
     "Calibration",
+    "DenseSpan",
     "Explanation",
     "FlashPrefill",
     "FlexPrefill",
     "MInference",
     "Oracle",
+    "PatchOrder",
     "Selector",
     "StreamingLLM",
     "UniSparse",
@@ -49,6 +54,7 @@ __all__ = [
     "explain",
     "is_optimized",
     "optimize",
+    "patch_attention",
     "record_attention",
     "restore",
 ]

@@ -1,6 +1,7 @@
 """The selectors: one file and one line here for each."""
 
 from .base import Selector
+from .dense_span import DenseSpan
 from .flash_prefill import FlashPrefill
 from .flex_prefill import FlexPrefill
 from .minference import MInference
@@ -11,6 +12,7 @@ from .xattention import XAttention
 
 __all__ = [
     "DEFAULT_SELECTOR",
+    "DenseSpan",
     "FlashPrefill",
     "FlexPrefill",
     "MInference",

@@ -24,10 +24,10 @@ from ..validation import (
 class Selector(ABC):
     """Chooses key blocks for every query block of one attention call.
 
-    A selector is a frozen dataclass of plain values (numbers, strings, tuples, ``None``), so that
-    it can be hashed, compared, printed and carried inside a traced graph. Subclasses are known by
-    their class name from the moment they are defined. One with a ``__post_init__`` of its own
-    ends it with ``Selector.__post_init__(self)``.
+    A selector is a frozen dataclass of plain values (numbers, strings, tuples, ``None``) and of
+    other selectors, so that it can be hashed, compared, printed and carried inside a traced graph.
+    Subclasses are known by their class name from the moment they are defined. One with a
+    ``__post_init__`` of its own ends it with ``Selector.__post_init__(self)``.
 
     Attributes:
         block_size: Tokens per block; a power of two of at least 16.
@@ -51,7 +51,11 @@ class Selector(ABC):
 
     def __post_init__(self) -> None:
         for name, value in self._values().items():
-            validate_literal(value, name)
+            if not isinstance(value, Selector):
+                validate_literal(value, name)
+        self._keep_text()
+
+    def _keep_text(self) -> None:
         # Now, not when asked: Dynamo may make the numbers symbolic, a text stays a text.
         object.__setattr__(self, "_text", self._expression())
 
@@ -88,7 +92,10 @@ class Selector(ABC):
         return True
 
     def _expression(self) -> str:
-        arguments = [f"{name}={value!r}" for name, value in self._values().items()]
+        arguments = [
+            f"{name}={value.text if isinstance(value, Selector) else repr(value)}"
+            for name, value in self._values().items()
+        ]
         return f"{type(self).__name__}({', '.join(arguments)})"
 
     def _values(self) -> dict[str, Any]:

@@ -80,8 +80,8 @@ def test_thresholds_of_heads_are_a_rule_of_their_own() -> None:
 
 def test_the_density_of_heads_is_the_mean_of_theirs() -> None:
     def density(**rules: Any) -> float:
-        call = {"q_len": 4096, "kv_len": 4096, "block_size": 128, "is_causal": True}
-        return UniSparse(**rules).cost.density(**call)
+        cost = UniSparse(**rules).cost
+        return cost.density(q_len=4096, kv_len=4096, block_size=128, is_causal=True)
 
     few, many = density(threshold=0.02), density(threshold=0.005)
     assert density(head_thresholds=(0.02, 0.02)) == pytest.approx(few)

@@ -16,6 +16,7 @@ from tests.api.models import FINE, create, embeddings, qkv
 from tests.api.reference import assert_computes, attend, rmse
 from unisparse_flex import (
     BlockSelection,
+    DenseSpan,
     FlexPrefill,
     MInference,
     Selector,
@@ -27,6 +28,7 @@ from unisparse_flex.passes import SparseConfig, decode_selector
 
 from .graphs import Stripes
 
+TWO_SPANS = DenseSpan(selector=DenseSpan(selector=FINE, tokens="0:1"), tokens="9:11")
 CONFIGS = [
     SparseConfig(selector=UniSparse()),
     SparseConfig(selector=FINE, min_length=7, min_queries=3),
@@ -35,6 +37,8 @@ CONFIGS = [
     SparseConfig(selector=UniSparse(head_thresholds=(0.01, 0.0))),
     SparseConfig(selector=FlexPrefill(gamma=0.95, tau=0)),
     SparseConfig(selector=MInference(vertical_slash=((1, 2), (30, 400)))),
+    SparseConfig(selector=DenseSpan(selector=FINE, tokens="3:40", rows=False)),
+    SparseConfig(selector=TWO_SPANS),
     SparseConfig(selector=Stripes()),
     SparseConfig(selector=Stripes(columns=(), label="quotes ' \" and {braces} and \\")),
     SparseConfig(selector=Stripes(columns=(3, 1, 2), label="été")),
@@ -91,6 +95,9 @@ def test_an_unknown_selector_is_named() -> None:
     text = CONFIGS[0].encode().replace("UniSparse", "Nowhere")
     with pytest.raises(ValueError, match=r"one of \[.*'UniSparse'.*\], got 'Nowhere'; import"):
         SparseConfig.decode(text)
+    nested = SparseConfig(selector=DenseSpan(selector=UniSparse(), tokens="0:1")).encode()
+    with pytest.raises(ValueError, match="got 'Nowhere'; import"):
+        SparseConfig.decode(nested.replace("UniSparse", "Nowhere"))
 
 
 @pytest.mark.parametrize(
