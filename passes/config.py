@@ -98,36 +98,38 @@ def _registered(name: str) -> type[Selector]:
     return Selector.registry[name]
 
 
-def _literals(call: ast.AST) -> dict[str, Any] | None:
-    """The arguments of a call; ``None`` unless all are literals with a name of their own."""
-    if not isinstance(call, ast.Call) or call.args:
-        return None
-    values = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg is not None}
-    return values if len(values) == len(call.keywords) else None
-
-
 def decode_selector(text: str) -> Selector:
     """A selector from its text, from a source that is not trusted; nothing in it is executed.
 
     Args:
-        text: A call of a registered selector class with literals by name, as `Selector.text`; one
-            that wraps another selector is refused.
+        text: A call of a registered selector class with literals, or further selectors, by name,
+            as `Selector.text`.
 
     Raises:
-        ValueError: The text is anything else, or the selector does not take what it says.
+        ValueError: The text is anything else, or a selector does not take what it says.
     """
     if len(text) > MAX_SELECTOR_CHARACTERS:
         raise ValueError(
             f"a selector must have at most {MAX_SELECTOR_CHARACTERS} characters, got {len(text)}"
         )
-    rule = "a selector must be a call with literals by name, such as UniSparse(top_p=0.95)"
     try:
-        call = ast.parse(text, mode="eval").body
-        values = _literals(call)
+        call: ast.AST | None = ast.parse(text, mode="eval").body
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
-        values = None
-    if values is None or not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        raise ValueError(f"{rule}, each once, got {text!r}")
+        call = None
+    return _decode_call(call, text)
+
+
+def _decode_call(call: ast.AST | None, text: str) -> Selector:
+    is_call = isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args
+    names = [k.arg for k in call.keywords] if isinstance(call, ast.Call) else []
+    if not is_call or None in names or len(set(names)) < len(names):
+        raise ValueError(
+            "a selector must be a call with literals by name, such as UniSparse(top_p=0.95), each "
+            f"once, got {text!r}"
+        )
+    assert isinstance(call, ast.Call)
+    assert isinstance(call.func, ast.Name)
+    values = {k.arg: _decode_value(k.value, text) for k in call.keywords if k.arg is not None}
     name = call.func.id
     try:
         selector = _registered(name)(**values)
@@ -135,6 +137,15 @@ def decode_selector(text: str) -> Selector:
         raise ValueError(f"{name} does not take these values: {error}, got {text!r}") from None
     validate_selector(selector)
     return selector
+
+
+def _decode_value(value: ast.AST, text: str) -> Any:
+    if isinstance(value, ast.Call):
+        return _decode_call(value, text)
+    try:
+        return ast.literal_eval(value)
+    except (TypeError, ValueError, RecursionError, MemoryError):
+        return _decode_call(None, text)
 
 
 def validate_selector(selector: object) -> None:
