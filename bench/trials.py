@@ -60,6 +60,31 @@ class MassBudget(SelectionRule):
         return (chosen | forced) & visible
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvenShare(SelectionRule):
+    """`TopPOrThreshold` whose threshold is a part of an even share, for rows of few blocks.
+
+    A row of n visible blocks keeps those that hold ``part / n`` of its mass; from the length on
+    where that falls below ``least``, those that hold ``least``.
+
+    Attributes:
+        part: Of an even share, above 0.
+        least: Smallest threshold, at least 0.
+        top_p: Share of the mass that is kept at least, in (0, 1].
+    """
+
+    part: float
+    least: float
+    top_p: float
+
+    def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
+        """See `SelectionRule.select`."""
+        blocks = visible.expand_as(scores).sum(-1, keepdim=True).clamp_min(1)
+        threshold = (self.part / blocks).clamp_min(self.least)
+        high = (forced | (scores >= threshold)) & visible
+        return high | TopP(top_p=self.top_p).select(scores, forced, visible)
+
+
 RULES: dict[str, Callable[[float], SelectionRule]] = {
     "top_p": lambda value: TopP(top_p=value),
     "threshold": lambda value: Threshold(threshold=value),
@@ -67,6 +92,7 @@ RULES: dict[str, Callable[[float], SelectionRule]] = {
         top_p=max(1 - DROPPED * value, 1e-9), threshold=value
     ),
     "mass_budget": lambda value: MassBudget(least=value),
+    "even_share": lambda value: EvenShare(part=value, least=0.005, top_p=max(1 - value / 3, 1e-9)),
 }
 
 
@@ -153,12 +179,15 @@ GRANULARITIES: dict[str, dict[str, int]] = {
     "q16k16s8": {"c_q": 16, "c_k": 16, "sampled_queries": 8},
     "s4": {"sampled_queries": 4},
     "oracle": {"sampled_queries": 128},
+    # The default's, without a last block of queries that keeps everything.
+    "q16k16s4-no-last": {"c_q": 16, "c_k": 16, "sampled_queries": 4, "last_query_blocks": 0},
 }
 VALUES: dict[str, tuple[float, ...]] = {
     "top_p": (0.75, 0.85, 0.92, 0.96),
     "threshold": (0.016, 0.011, 0.008, 0.0055),
     "top_p_or_threshold": (0.016, 0.0095, 0.0065, 0.004),
     "mass_budget": (0.001, 0.0006, 0.00035, 0.0002),
+    "even_share": (0.8, 0.5, 0.3, 0.15),
 }
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.sweeps import defaults
-from bench.trials import GRANULARITIES, RULES, TRIALS, MassBudget, Trial
+from bench.trials import GRANULARITIES, RULES, TRIALS, EvenShare, MassBudget, Trial
 from tests.api.models import qkv
 from unisparse_flex import DEFAULT_SELECTOR, Oracle, UniSparse
 from unisparse_flex.block_masks.selection import Threshold
@@ -42,6 +42,20 @@ def test_a_mass_budget_keeps_what_the_definition_keeps(
         product = share * rest**power
         if abs(product - rule.least) > 1e-9:
             assert kept == (is_visible and (is_forced or (product >= rule.least and share > 0)))
+
+
+def test_an_even_share_depends_on_the_blocks_of_the_row() -> None:
+    scores = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.1, 0, 0], [0.8, 0.12, 0.08, 0]])[None, None]
+    visible = scores > 0
+    forced = torch.zeros_like(visible)
+    rule = EvenShare(part=0.3, least=0.05, top_p=0.5)
+    # 0.3 / 2 is more than 0.1; 0.3 / 3 is between 0.08 and 0.12.
+    expected = [[True, False, False], [True, False, False], [True, True, False]]
+    assert rule.select(scores, forced, visible)[0, 0, :, :3].tolist() == expected
+    high = EvenShare(part=0.3, least=0.15, top_p=0.5).select(scores, forced, visible)
+    assert high[0, 0, 2].tolist() == [True, False, False, False]
+    whole = EvenShare(part=0.3, least=0.15, top_p=0.95).select(scores, forced, visible)
+    assert whole[0, 0, 2].tolist() == [True, True, True, False]
 
 
 def test_a_mass_budget_of_power_zero_is_a_threshold() -> None:

@@ -92,6 +92,11 @@ def run(call: KernelCall, query: Tensor, key: Tensor) -> BlockLists:
 
 
 CALLS = {
+    "keys of a block": cuda_call(
+        4096, c_q=16, c_k=128, top_p=0.9, threshold=0.01, sampled_queries=4
+    ),
+    "keys of a block, every row": cuda_call(4096, c_q=1, c_k=128, top_p=0.9, sampled_queries=2),
+    "keys of a block, float32": cuda_call(1500, dtype=FP32, c_q=4, c_k=128, top_p=0.9),
     "two rules": cuda_call(4096, top_p=0.6, threshold=0.02, sampled_queries=4),
     "two rules, float32": cuda_call(
         4096, dtype=FP32, top_p=0.7, threshold=0.01, c_q=16, c_k=16, sampled_queries=4

@@ -180,7 +180,7 @@ def kernel_calls(draw: st.DrawFn, *, rule: str) -> KernelCall:
     options: Any = draw(st.sampled_from(RULES[rule]))
     selector = UniSparse(
         block_size=size,
-        c_q=draw(st.sampled_from([2, 4, 8, 16])),
+        c_q=draw(st.sampled_from([1, 2, 4, 8, 16])),
         c_k=draw(st.sampled_from([1, 2, 4, 8, 16])),
         c_h=draw(st.sampled_from([1, group])),
         sampled_queries=draw(st.sampled_from([0, 1, 2, 4])),
