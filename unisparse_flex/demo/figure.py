@@ -53,7 +53,7 @@ def save_figure(result: DemoResult, options: DemoOptions, path: Path) -> None:
     _label_tokens(panels[-1, 0], result.prompt.tokens, options.block_size)
     density, recall = result.optimized.density, result.optimized.recall
     figure.suptitle(
-        f"Blocks kept by {options.selector} in every layer of {MODEL_NAME}\n"
+        f"Blocks kept by the {options.selector} selector in every layer of {MODEL_NAME}\n"
         f"{result.prompt.tokens} tokens of {options.text}, blocks of {options.block_size}: "
         f"{density:.0%} of the causal blocks hold {recall:.0%} of dense attention",
         fontsize=12,
