@@ -33,7 +33,7 @@ from .contenders import (
     tail_error,
 )
 from .gpu_clock import LONG_MS, STATISTIC, graph_ms, kernel_ms, peak_bytes, plain_ms
-from .record import DeviceLost, Record, guarded
+from .record import Record, guarded, numbers
 from .stages import force_density
 
 FORCED = "forced"
@@ -71,14 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
         backends=backends,
     )
     # One forward each: inputs need no gradients, and rows must not share compilations.
-    with torch.no_grad():
-        try:
-            run(options, record, backends)
-        except KeyboardInterrupt:
-            record.stop("by hand")
-        except DeviceLost as error:
-            record.stop(f"device lost: {error}")
-    record.write()
+    with torch.no_grad(), record.stopping():
+        run(options, record, backends)
     print(f"gate: {record.content['gate']}\nwritten to {output}", flush=True)
     if not record.content["gate"]["passed"]:
         raise SystemExit("bench.attention: the gate did not pass, see its rows")
@@ -93,12 +87,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
     parser.add_argument("--shapes", type=_names(SHAPES), default=DEFAULT_SHAPES)
-    parser.add_argument("--lengths", type=_numbers(int), default=LENGTHS)
-    parser.add_argument("--densities", type=_numbers(float), default=DENSITIES)
+    parser.add_argument("--lengths", type=numbers(int), default=LENGTHS)
+    parser.add_argument("--densities", type=numbers(float), default=DENSITIES)
     parser.add_argument("--selectors", type=_names(SELECTORS), default=SELECTORS)
     parser.add_argument(
         "--compiled",
-        type=_numbers(float),
+        type=numbers(float),
         default=FIRST_DENSITIES,
         help="densities at which unisparse_flex.attention is compiled and timed too (seconds each)",
     )
@@ -124,13 +118,6 @@ def _names(known: Sequence[str] | dict[str, Any]) -> Callable[[str], tuple[str, 
     return parse_names
 
 
-def _numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
-    def parse_numbers(text: str) -> tuple[Any, ...]:
-        return tuple(kind(part) for part in text.split(",") if part)
-
-    return parse_numbers
-
-
 def run(options: argparse.Namespace, record: Record, backends: list[str]) -> None:
     """Gates every shape before its first row, then times row by row."""
     length = min(gate.LENGTH, *options.lengths)
@@ -153,8 +140,7 @@ def run(options: argparse.Namespace, record: Record, backends: list[str]) -> Non
 
     if options.device == "cpu":
         for shape in options.shapes:
-            if record.is_over():
-                record.stop(f"after {record.limit:g} seconds")
+            if record.stop_if_over():
                 return
             check(shape)
         record.stop("timings need CUDA; only the gate ran")
@@ -164,8 +150,7 @@ def run(options: argparse.Namespace, record: Record, backends: list[str]) -> Non
         # Behind the steps that matter most, lest the time limit always cuts it.
         steps.insert(min(FIRST_LENGTHS, len(steps)), ("llama3-8b", MILLION, (0.05, 0.1)))
     for place, (shape, tokens, densities) in enumerate(steps, start=1):
-        if record.is_over():
-            record.stop(f"after {record.limit:g} seconds")
+        if record.stop_if_over():
             return
         if shape not in allowed:
             check(shape)
@@ -173,8 +158,7 @@ def run(options: argparse.Namespace, record: Record, backends: list[str]) -> Non
         try:
             for row in measure(case, densities, usable[shape], options.compiled, allowed[shape]):
                 record.add(row)
-                if record.is_over():
-                    record.stop(f"after {record.limit:g} seconds")
+                if record.stop_if_over():
                     return
         finally:
             case.close()

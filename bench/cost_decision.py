@@ -25,7 +25,7 @@ from unisparse_flex import UniSparse
 from unisparse_flex.passes.device_rates import device_name
 
 from .contenders import SHAPES
-from .record import DeviceLost, Record, guarded
+from .record import Record, guarded, numbers
 from .stages import Heads, create_inputs
 from .timing import time_cuda
 
@@ -96,9 +96,9 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shape", choices=tuple(SHAPES), default="llama3-8b")
-    parser.add_argument("--lengths", type=_integers, default=LENGTHS)
-    parser.add_argument("--top-k", type=_integers, default=TOP_K)
-    parser.add_argument("--layers", type=_integers, default=LAYERS)
+    parser.add_argument("--lengths", type=numbers(int), default=LENGTHS)
+    parser.add_argument("--top-k", type=numbers(int), default=TOP_K)
+    parser.add_argument("--layers", type=numbers(int), default=LAYERS)
     parser.add_argument("--max-seconds", type=float, default=300.0, help="begins no row after it")
     parser.add_argument("--output", type=Path, help="bench/results/cost-decision-<device>.json")
     options = parser.parse_args(arguments)
@@ -113,23 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
         statistic=f"median over turns of {BATCH} calls each, launched from Python, between CUDA "
         "events; ratio: median over turns of optimized over dense",
     )
-    try:
-        with torch.no_grad():
-            for row in measure(options):
-                record.add(row)
-                if record.is_over():
-                    record.stop(f"after {record.limit:g} seconds")
-                    break
-    except KeyboardInterrupt:
-        record.stop("by hand")
-    except DeviceLost as error:
-        record.stop(f"device lost: {error}")
-    record.write()
+    with torch.no_grad(), record.stopping():
+        record.collect(measure(options))
     print(f"written to {record.output}", flush=True)
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part)
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

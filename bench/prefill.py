@@ -25,7 +25,7 @@ from unisparse_flex.passes.device_rates import device_name
 
 from .contenders import SETTINGS, choose_top_k, create_selector
 from .gpu_clock import kernel_ms
-from .record import DeviceLost, Record, guarded
+from .record import Record, guarded, numbers
 
 LENGTHS = (32768, 131072, 65536, 16384)
 DENSITIES = (0.1, 0.3)
@@ -56,8 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--lengths", type=_numbers(int), default=LENGTHS)
-    parser.add_argument("--densities", type=_numbers(float), default=DENSITIES)
+    parser.add_argument("--lengths", type=numbers(int), default=LENGTHS)
+    parser.add_argument("--densities", type=numbers(float), default=DENSITIES)
     parser.add_argument("--selector", choices=tuple(SETTINGS), default="two")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument(
@@ -82,27 +82,10 @@ def main(arguments: list[str] | None = None) -> None:
         statistic=f"median of {REPEATS} runs to the first token on the host; one over "
         f"{LONG_SECONDS:g} s runs once; without a cache",
     )
-    try:
-        with torch.no_grad():
-            model = create_model(options.layers, device, small=options.small)
-            for row in measure(model, options, device):
-                record.add(row)
-                if record.is_over():
-                    record.stop(f"after {record.limit:g} seconds")
-                    break
-    except KeyboardInterrupt:
-        record.stop("by hand")
-    except DeviceLost as error:
-        record.stop(f"device lost: {error}")
-    record.write()
+    with torch.no_grad(), record.stopping():
+        model = create_model(options.layers, device, small=options.small)
+        record.collect(measure(model, options, device))
     print(f"written to {record.output}", flush=True)
-
-
-def _numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
-    def parse_numbers(text: str) -> tuple[Any, ...]:
-        return tuple(kind(part) for part in text.split(",") if part)
-
-    return parse_numbers
 
 
 def create_model(layers: int, device: str, *, small: bool = False) -> Any:

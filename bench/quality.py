@@ -85,8 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     for labels, judge in _judges(subject, options):
         for name in names:
             for selector in sweeps[name](options.block_size)[:: options.every]:
-                if record.is_over():
-                    record.stop(f"after {options.max_seconds:g} seconds")
+                if record.stop_if_over():
                     return
                 row = {"selector": name, "parameters": repr(selector), **labels}
                 record.add(row | _guarded(judge, selector))

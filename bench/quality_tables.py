@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from .tables import COLORS, DASHES, FOLDER, MARKERS, fill, markdown
+from .tables import COLORS, DASHES, FOLDER, MARKERS, fill, interpolate, markdown
 
 OURS = "unisparse-default"
 # Whose density ours is compared with, at equal KL.
@@ -96,12 +96,7 @@ def density_at(points: Sequence[Point], kl: float) -> float | None:
 
 def kl_at(points: Sequence[Point], density: float) -> float | None:
     """The KL of a curve at this density, between two points in its logarithm."""
-    for few, many in pairwise(points):
-        if few.density <= density <= many.density and min(few.kl, many.kl) > 0:
-            span = many.density - few.density
-            part = 0.0 if span == 0 else (density - few.density) / span
-            return math.exp((1 - part) * math.log(few.kl) + part * math.log(many.kl))
-    return None
+    return interpolate([(point.density, point.kl) for point in points], density)
 
 
 def texts_of(result: Result) -> list[str]:

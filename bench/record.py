@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -76,6 +77,31 @@ class Record:
         """Whether the time is up."""
         return time.perf_counter() - self.start > self.limit
 
+    def stop_if_over(self) -> bool:
+        """`is_over`; where it is, the file says so."""
+        if self.is_over():
+            self.stop(f"after {self.limit:g} seconds")
+            return True
+        return False
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Writes the file at the end, also where a hand or a lost device ended what is inside."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.stop("by hand")
+        except DeviceLost as error:
+            self.stop(f"device lost: {error}")
+        self.write()
+
+    def collect(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Adds rows as they come, until the time is up."""
+        for row in rows:
+            self.add(row)
+            if self.stop_if_over():
+                break
+
 
 def versions() -> dict[str, str | None]:
     """Versions of what the timings depend on; ``None`` for what is not installed."""
@@ -111,6 +137,15 @@ def guarded(row: dict[str, Any], name: str, run: Callable[[], Any]) -> Any:
         except RuntimeError as error:
             raise DeviceLost(describe(error)) from error
     return None
+
+
+def numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    """Reads an option of numbers with commas between them."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part) for part in text.split(",") if part)
+
+    return parse
 
 
 def describe(error: Exception) -> str:

@@ -17,15 +17,13 @@ from unisparse_flex import (
     UniSparse,
     XAttention,
 )
+from unisparse_flex.block_masks.selectors.unisparse import default_top_p
 
 TOP_P = (0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 THRESHOLDS = (0.032, 0.016, 0.008, 0.004, 0.002)
 # Two granularities: single rows against every key, and composites of 16.
 TWO: dict[str, Any] = {"c_q": 16, "c_k": 16, "sampled_queries": 4}
 
-# The default's rule is one line of these: less than so many thresholds of mass may be dropped
-# from a row before blocks under the threshold are kept too.
-DROPPED_THRESHOLDS = 12
 DEFAULT_THRESHOLDS = (0.02, 0.014, 0.0095, 0.0065, 0.004, 0.002)
 
 
@@ -36,7 +34,7 @@ def defaults(size: int) -> list[Selector]:
             DEFAULT_SELECTOR,
             block_size=size,
             threshold=threshold,
-            top_p=round(1 - DROPPED_THRESHOLDS * threshold, 4),
+            top_p=default_top_p(threshold),
         )
         for threshold in DEFAULT_THRESHOLDS
     ]

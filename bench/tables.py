@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,18 @@ def errors_table(result: Result) -> str:
         where = [str(row.get(k, "")) for k in ("shape", "tokens", "selector", "backend")]
         lines += [[*where, part, text.replace("|", "/")] for part, text in parts.items()]
     return markdown(["shape", "tokens", "selector", "backend", "part", "error"], lines)
+
+
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None:
+    """Of points (x, y) by rising x, y at an ``x``: its logarithm is straight between two.
+
+    ``None`` outside of them, and beside a y without a logarithm.
+    """
+    for (low, first), (high, last) in pairwise(points):
+        if low <= x <= high and min(first, last) > 0:
+            part = 0.0 if low == high else (x - low) / (high - low)
+            return math.exp((1 - part) * math.log(first) + part * math.log(last))
+    return None
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

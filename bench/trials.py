@@ -17,7 +17,7 @@ from unisparse_flex import Selector
 from unisparse_flex.block_masks import BlockGeometry, BlockSelection, SelectionRule, TopP
 from unisparse_flex.block_masks.granularity import Pooled, Sampled
 from unisparse_flex.block_masks.mask_summary import summarize
-from unisparse_flex.block_masks.scoring import compute_block_scores, compute_sampled_scores
+from unisparse_flex.block_masks.scoring import compute_mean_scores
 from unisparse_flex.block_masks.selection import (
     Threshold,
     TopPOrThreshold,
@@ -25,9 +25,7 @@ from unisparse_flex.block_masks.selection import (
     select_blocks,
 )
 from unisparse_flex.block_masks.selectors.base import Guarded
-
-# Of so many thresholds of mass, a row may lose less by a threshold alone.
-DROPPED = 12
+from unisparse_flex.block_masks.selectors.unisparse import default_top_p
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +87,7 @@ RULES: dict[str, Callable[[float], SelectionRule]] = {
     "top_p": lambda value: TopP(top_p=value),
     "threshold": lambda value: Threshold(threshold=value),
     "top_p_or_threshold": lambda value: TopPOrThreshold(
-        top_p=max(1 - DROPPED * value, 1e-9), threshold=value
+        top_p=default_top_p(value), threshold=value
     ),
     "mass_budget": lambda value: MassBudget(least=value),
     "even_share": lambda value: EvenShare(part=value, least=0.005, top_p=max(1 - value / 3, 1e-9)),
@@ -134,31 +132,22 @@ class Trial(Guarded, Selector):
         """See `Selector.compute_selection`."""
         groups = {"c_q": self.c_q or self.block_size, "c_k": self.c_k}
         mask = summarize(attn_mask, geometry, **groups, device=query.device)
-        found = []
+        granularities: list[Pooled | Sampled] = []
         if self.c_q:
-            found.append(
-                compute_block_scores(
-                    query,
-                    key,
-                    geometry=geometry,
-                    granularity=Pooled(q=self.c_q, k=self.c_k),
-                    scale=scale,
-                    mask=mask,
-                )
-            )
+            granularities.append(Pooled(q=self.c_q, k=self.c_k))
         if self.sampled_queries:
-            found.append(
-                compute_sampled_scores(
-                    query,
-                    key,
-                    geometry=geometry,
-                    granularity=Sampled(queries=self.sampled_queries),
-                    scale=scale,
-                    attn_mask=attn_mask,
-                )
-            )
+            granularities.append(Sampled(queries=self.sampled_queries))
+        scores = compute_mean_scores(
+            query,
+            key,
+            geometry=geometry,
+            granularities=granularities,
+            scale=scale,
+            attn_mask=attn_mask,
+            mask=mask,
+        )
         keep, visible = select_blocks(
-            sum(found[1:], found[0]) / len(found),
+            scores,
             rule=RULES[self.rule](self.value),
             guards=self.guards,
             geometry=geometry,

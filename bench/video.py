@@ -100,8 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         for order, judge in scene.orders().items():
             for selector_name, sweep in taken.items():
                 for selector in sweep:
-                    if record.is_over():
-                        record.stop(f"after {options.max_seconds:g} seconds")
+                    if record.stop_if_over():
                         return
                     row = {"clip": name, "order": order, "selector": selector_name}
                     record.add(row | {"parameters": repr(selector)} | judge(selector).row())

@@ -9,14 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import shlex
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .tables import SECTION, markdown
+from .tables import fill, interpolate, markdown
 from .video import OUTPUT
 
 DENSITIES = (0.2, 0.3, 0.4, 0.5)
@@ -37,19 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, help="writes the tables of this page")
     options = parser.parse_args(arguments)
     if options.page is not None:
-        options.page.write_text(fill(options.page.read_text(), options.file.parent))
+        options.page.write_text(fill(options.page.read_text(), describe))
         return
     print(describe(json.loads(options.file.read_text()), options.file.name))
-
-
-def fill(page: str, folder: Path = OUTPUT.parent) -> str:
-    """The page with the tables of each named file of ``folder`` written anew."""
-
-    def tables_of(match: re.Match[str]) -> str:
-        text = describe(json.loads((folder / match["name"]).read_text()), match["name"])
-        return f"{match['start']}\n\n{text}\n{match['end']}"
-
-    return re.sub(SECTION, tables_of, page, flags=re.DOTALL)
 
 
 def describe(result: Result, name: str) -> str:
@@ -101,8 +89,8 @@ def ratio_at(result: Result, selector: str, order: str, density: float = 0.3) ->
     curves = read_curves(result)
     logs = []
     for clip in result["clips"]:
-        error = error_at(curves.get((clip, selector, order), []), density)
-        base = error_at(curves.get((clip, selector, BASELINE), []), density)
+        error = interpolate(curves.get((clip, selector, order), []), density)
+        base = interpolate(curves.get((clip, selector, BASELINE), []), density)
         if error is None or base is None:
             return None
         logs.append(math.log(error / base))
@@ -114,7 +102,7 @@ def error_table(result: Result, clip: str) -> str:
     lines = []
     for (name, selector, order), curve in read_curves(result).items():
         if name == clip:
-            errors = [error_at(curve, density) for density in DENSITIES]
+            errors = [interpolate(curve, density) for density in DENSITIES]
             lines.append([selector, order, *("" if e is None else f"{e:.3f}" for e in errors)])
     return markdown(["selector", "order", *_heads()], sorted(lines, key=lambda line: line[0]))
 
@@ -126,15 +114,6 @@ def read_curves(result: Result) -> dict[tuple[str, str, str], Curve]:
         curve = curves.setdefault((row["clip"], row["selector"], row["order"]), [])
         curve.append((row["density"], row["relative_error"]))
     return {key: sorted(curve) for key, curve in curves.items()}
-
-
-def error_at(curve: Curve, density: float) -> float | None:
-    """The error at a density, its logarithm interpolated; ``None`` outside of the curve."""
-    for (low, low_error), (high, high_error) in pairwise(curve):
-        if low <= density <= high and high > low and low_error > 0 < high_error:
-            share = (density - low) / (high - low)
-            return math.exp((1 - share) * math.log(low_error) + share * math.log(high_error))
-    return None
 
 
 def _heads() -> list[str]:

@@ -6,6 +6,7 @@ Symbols: B batch, Hq/Hkv heads, Hs composite heads, Cq/Ck composite tokens, Nq/N
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,44 @@ from torch import Tensor
 from .geometry import BlockGeometry
 from .granularity import Pooled, Sampled, pool_heads, pool_tokens, split_tokens
 from .mask_summary import MaskSummary, expand_mask, visible_tokens
+
+
+def compute_mean_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    geometry: BlockGeometry,
+    granularities: Sequence[Pooled | Sampled],
+    scale: float,
+    attn_mask: Tensor | None = None,
+    mask: MaskSummary | None = None,
+) -> Tensor:
+    """Averages the scores at several granularities of the same heads.
+
+    Args:
+        query: [B, Hq, Sq, D].
+        key: [B, Hkv, Skv, D].
+        geometry: The block grid.
+        granularities: At least one; see `compute_block_scores` and `compute_sampled_scores`.
+        scale: Factor on the logits, as in SDPA.
+        attn_mask: bool or float, broadcastable to [B, Hq, Sq, Skv].
+        mask: Its summary, made with the `Pooled` among them.
+
+    Returns:
+        [B, Hs, Nq, Nk], as `compute_block_scores`.
+    """
+    found = [
+        compute_block_scores(
+            query, key, geometry=geometry, granularity=granularity, scale=scale, mask=mask
+        )
+        if isinstance(granularity, Pooled)
+        else compute_sampled_scores(
+            query, key, geometry=geometry, granularity=granularity, scale=scale, attn_mask=attn_mask
+        )
+        for granularity in granularities
+    ]
+    first, *others = found
+    return sum(others, first) / len(found) if others else first
 
 
 def compute_block_scores(

@@ -139,13 +139,7 @@ class HeadTopP(SelectionRule):
         Raises:
             ValueError: More or fewer shares than heads.
         """
-        if len(self.top_p) != scores.shape[1]:
-            raise ValueError(
-                f"top_p must hold one share for each of {scores.shape[1]} heads, got "
-                f"{len(self.top_p)}"
-            )
-        # Filled on the device: a tensor made from a tuple would wait for the copy.
-        shares = torch.cat([scores.new_full((1, 1, 1), share) for share in self.top_p])
+        shares = _per_head(self.top_p, "top_p", scores)
         kept = _until_mass(scores, forced, visible, shares)
         return kept | ((shares == 1.0) & visible)
 
@@ -176,13 +170,7 @@ class HeadThreshold(SelectionRule):
         Raises:
             ValueError: More or fewer thresholds than heads.
         """
-        if len(self.thresholds) != scores.shape[1]:
-            raise ValueError(
-                f"head_thresholds must hold one share for each of {scores.shape[1]} heads, got "
-                f"{len(self.thresholds)}"
-            )
-        # Filled on the device: a tensor made from a tuple would wait for the copy.
-        shares = torch.cat([scores.new_full((1, 1, 1), share) for share in self.thresholds])
+        shares = _per_head(self.thresholds, "head_thresholds", scores)
         kept = (forced | (scores >= shares)) & visible
         if self.top_p is None:
             return kept
@@ -331,6 +319,16 @@ def valid_blocks(valid: Tensor | None, blocks: int, size: int, device: torch.dev
         return torch.ones((1, blocks), dtype=torch.bool, device=device)
     padded = F.pad(valid, (0, blocks * size - valid.shape[-1]))
     return padded.unflatten(-1, (blocks, size)).any(-1)
+
+
+def _per_head(shares: tuple[float, ...], name: str, scores: Tensor) -> Tensor:
+    """One share for each head of the scores: [H, 1, 1]."""
+    if len(shares) != scores.shape[1]:
+        raise ValueError(
+            f"{name} must hold one share for each of {scores.shape[1]} heads, got {len(shares)}"
+        )
+    # Filled on the device: a tensor made from a tuple would wait for the copy.
+    return torch.cat([scores.new_full((1, 1, 1), share) for share in shares])
 
 
 def _until_mass(scores: Tensor, forced: Tensor, visible: Tensor, share: Tensor | float) -> Tensor:

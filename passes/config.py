@@ -73,29 +73,9 @@ class SparseConfig:
 
 @lru_cache(maxsize=256)
 def _decode(text: str, *_distinct: object) -> SparseConfig:
-    return SparseConfig(**_keywords(ast.parse(text, mode="eval").body))
-
-
-def _keywords(call: ast.AST) -> dict[str, Any]:
+    call = ast.parse(text, mode="eval").body
     assert isinstance(call, ast.Call)
-    return {
-        k.arg: _selector(k.value) if isinstance(k.value, ast.Call) else ast.literal_eval(k.value)
-        for k in call.keywords
-        if k.arg is not None
-    }
-
-
-def _selector(call: ast.Call) -> Selector:
-    return _registered(ast.unparse(call.func))(**_keywords(call))
-
-
-def _registered(name: str) -> type[Selector]:
-    if name not in Selector.registry:
-        raise ValueError(
-            f"selector must be one of {sorted(Selector.registry)}, got {name!r}; "
-            "import the module that defines it first"
-        )
-    return Selector.registry[name]
+    return SparseConfig(**_decode_keywords(call, text))
 
 
 def decode_selector(text: str) -> Selector:
@@ -129,14 +109,22 @@ def _decode_call(call: ast.AST | None, text: str) -> Selector:
         )
     assert isinstance(call, ast.Call)
     assert isinstance(call.func, ast.Name)
-    values = {k.arg: _decode_value(k.value, text) for k in call.keywords if k.arg is not None}
-    name = call.func.id
+    values, name = _decode_keywords(call, text), call.func.id
+    if name not in Selector.registry:
+        raise ValueError(
+            f"selector must be one of {sorted(Selector.registry)}, got {name!r}; "
+            "import the module that defines it first"
+        )
     try:
-        selector = _registered(name)(**values)
+        selector = Selector.registry[name](**values)
     except TypeError as error:
         raise ValueError(f"{name} does not take these values: {error}, got {text!r}") from None
     validate_selector(selector)
     return selector
+
+
+def _decode_keywords(call: ast.Call, text: str) -> dict[str, Any]:
+    return {k.arg: _decode_value(k.value, text) for k in call.keywords if k.arg is not None}
 
 
 def _decode_value(value: ast.AST, text: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .block_masks import DEFAULT_SELECTOR, Selector, UniSparse
+from .block_masks.selectors.unisparse import default_top_p
 from .block_masks.validation import validate_fraction
 from .calibration import Calibration
 from .calibration_search import Run, Search
@@ -24,14 +25,13 @@ THRESHOLDS = (
     *(0.064, 0.045, 0.032, 0.022, 0.016, 0.011, 0.008),
     *(0.0056, 0.004, 0.0028, 0.002, 0.0014, 0.001),
 )
-MASS_FACTOR = 12
 # Where heads have thresholds of their own, the mass is the same for all.
 PER_HEAD_TOP_P = 0.8
 
 
 def default_ladder(*, per_head: bool = False) -> tuple[Selector, ...]:
     """`DEFAULT_SELECTOR` at other thresholds, from few blocks to many."""
-    masses = [PER_HEAD_TOP_P if per_head else round(1.0 - MASS_FACTOR * t, 4) for t in THRESHOLDS]
+    masses = [PER_HEAD_TOP_P if per_head else default_top_p(t) for t in THRESHOLDS]
     return tuple(
         replace(DEFAULT_SELECTOR, threshold=threshold, top_p=top_p)
         for threshold, top_p in zip(THRESHOLDS, masses, strict=True)

@@ -15,7 +15,7 @@ from ..geometry import BlockGeometry
 from ..granularity import Pooled, Sampled, validate_merged_heads
 from ..kernels import operator as kernels
 from ..mask_summary import summarize
-from ..scoring import compute_block_scores, compute_sampled_scores
+from ..scoring import compute_mean_scores
 from ..selection import (
     HeadThreshold,
     SelectionRule,
@@ -188,24 +188,18 @@ class UniSparse(Guarded, Selector):
                 keep=lists.kept(), visible=visible, geometry=geometry, lists=lists
             )
         mask = summarize(attn_mask, geometry, c_q=self.c_q, c_k=self.c_k, device=query.device)
-        scores = compute_block_scores(
+        granularities: list[Pooled | Sampled] = [self.granularity]
+        if self.sampled_queries:
+            granularities.append(Sampled(queries=self.sampled_queries, heads=self.c_h))
+        scores = compute_mean_scores(
             query,
             key,
             geometry=geometry,
-            granularity=self.granularity,
+            granularities=granularities,
             scale=scale,
+            attn_mask=attn_mask,
             mask=mask,
         )
-        if self.sampled_queries:
-            sampled = compute_sampled_scores(
-                query,
-                key,
-                geometry=geometry,
-                granularity=Sampled(queries=self.sampled_queries, heads=self.c_h),
-                scale=scale,
-                attn_mask=attn_mask,
-            )
-            scores = (scores + sampled) / 2
         keep, visible = select_blocks(
             scores, rule=self.rule, guards=self.guards, geometry=geometry, mask=mask
         )
@@ -216,3 +210,10 @@ class UniSparse(Guarded, Selector):
 # Chosen on real models, see docs/selectors.md: exact rows find single keys that matter, composites
 # see every row; and a threshold spends blocks where they hold most, above a mass for every row.
 DEFAULT_SELECTOR = UniSparse(c_q=16, c_k=16, sampled_queries=4, top_p=0.922, threshold=0.0065)
+# A row may drop so many thresholds of mass before blocks under the threshold are kept too.
+DROPPED_THRESHOLDS = 12
+
+
+def default_top_p(threshold: float) -> float:
+    """The ``top_p`` that goes with another threshold of `DEFAULT_SELECTOR`."""
+    return round(1 - DROPPED_THRESHOLDS * threshold, 4)
