@@ -11,6 +11,7 @@ from .prediction import call_shape, forecast
 from .report import RewriteReport
 from .rewrite import rewrite_sdpa
 from .sdpa import SdpaCall
+from .sharding import is_dtensor
 from .sparse_attention import apply_autocast, call_geometry, select
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "flex_lowers",
     "forecast",
     "install",
+    "is_dtensor",
     "is_traced",
     "is_watched",
     "lowered_sdpa",

@@ -12,6 +12,7 @@ from ..block_masks.scoring import supports_dtype
 from .config import SparseConfig
 from .prediction import break_even_length, call_shape, forecast
 from .sdpa import SdpaCall, is_symbolic
+from .sharding import is_sharded, is_sharded_alike, shards_tokens, splits_group
 
 # Hopper's flex backward tiles queries and keys by 128: sparse blocks must be multiples of it.
 BACKWARD_BLOCK_MULTIPLE = 128
@@ -37,6 +38,11 @@ class Reason(StrEnum):
     CAUSAL_ROWS_WITHOUT_KEYS = "bottom-right causal with more queries than keys"
     KERNEL = "FlexAttention's CUDA kernel takes float16, bfloat16 or float32 and head_dim >= 16"
     BACKWARD_BLOCK = "training on CUDA needs a block_size that is a multiple of 128"
+    SHARDED_TOKENS = (
+        "DTensors sharded along the tokens: use unisparse_flex.distributed.ContextParallel"
+    )
+    SHARDED_UNLIKE = "DTensors that are not sharded alike, on heads and batch alone"
+    SPLIT_GROUP = "a GQA group is split over ranks, or ranks hold unequal numbers of heads"
     SELECTOR = "the selector is not defined for such calls: not causal, masked or cross-attention"
     NOT_OPTIMIZED = "not inside an optimized module"
     NEEDS_WEIGHTS = "need_weights=True returns what no fused kernel computes"
@@ -49,12 +55,16 @@ def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:
     Comparisons of symbolic lengths become guards of the traced graph; lengths that nothing is
     known about stay dense. Where ``min_length`` is ``None`` the cost model decides last: exactly
     for known lengths, by one guard on the keys for symbolic ones.
+
+    Of a call of DTensors only the sharding is judged: each rank decides about what it holds.
     """
     if config.dense:
         return Reason.EXCLUDED
     query, key, value = call.query, call.key, call.value
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         return Reason.NOT_4D
+    if is_sharded(call):
+        return refuse_sharding(call)
     if not guard_or_false(query.shape[2] >= max(config.min_queries, 1)):
         return Reason.FEW_QUERIES
     if not guard_or_false(key.shape[2] >= max(config.min_length or 0, 1)):
@@ -70,6 +80,15 @@ def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:
     if reason is None and config.min_length is None:
         reason = _refuse_slow(call, config)
     return reason
+
+
+def refuse_sharding(call: SdpaCall) -> Reason | None:
+    """Why the ranks cannot compute a call of DTensors each for itself; ``None`` where they can."""
+    if shards_tokens(call):
+        return Reason.SHARDED_TOKENS
+    if not is_sharded_alike(call):
+        return Reason.SHARDED_UNLIKE
+    return Reason.SPLIT_GROUP if splits_group(call) else None
 
 
 def needs_grad(call: SdpaCall) -> bool:

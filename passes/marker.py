@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,11 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .config import SparseConfig
-from .decision import Reason, flex_lowers, needs_grad, refuse
+from .decision import Reason, flex_lowers, needs_grad, refuse, refuse_sharding
 from .flex_backend import flex_backend
 from .region import compiled_once
 from .sdpa import SdpaCall
+from .sharding import HeadShard, is_sharded, run_on_shards, shard_heads
 from .sparse_attention import (
     apply_autocast,
     attend_flex,
@@ -52,8 +54,23 @@ _library.define(
 
 
 def marked_sdpa(call: SdpaCall, config: str) -> Tensor:
-    """Runs or records the marker operator."""
+    """Runs or records the marker operator; on DTensors, on what this rank holds of them."""
+    if is_sharded(call) and refuse_sharding(call) is None:
+        return run_on_shards(call, lambda local, shard: _marked_shard(local, shard, config))
     return torch.ops.unisparse.sdpa(*call.positional(), **call.keywords(), config=config)
+
+
+def _marked_shard(call: SdpaCall, shard: HeadShard, config: str) -> Tensor:
+    if shard.count > 1 and "head_thresholds=(" in config:
+        config = _shard_config(config, shard.index, shard.count)
+    return marked_sdpa(call, config)
+
+
+@torch.compiler.assume_constant_result
+def _shard_config(config: str, index: int, count: int) -> str:
+    settings = SparseConfig.decode(config)
+    selector = shard_heads(settings.selector, HeadShard(index=index, count=count))
+    return replace(settings, selector=selector).encode()
 
 
 def lowered_sdpa(*args: Any, config: str = "", **kwargs: Any) -> Tensor:
@@ -92,6 +109,11 @@ _library.impl("sdpa", _marker_kernel, "CompositeImplicitAutograd")
 
 
 def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Tensor:
+    if is_sharded(call) and refuse_sharding(call) is None:
+        # A graph that was rewritten: what is caught in Python comes here on local tensors.
+        return run_on_shards(
+            call, lambda local, _: _compute(local, config, for_inductor=for_inductor)
+        )
     call = call.with_constants()
     tracing = for_inductor or is_traced(call)
     reason = refuse(call, config)

@@ -31,6 +31,7 @@ from .dispatch import (
 from .passes import (
     MULTIHEAD_TARGETS,
     SdpaCall,
+    is_dtensor,
     marked_multihead,
     marked_sdpa,
     refuse_multihead,
@@ -65,7 +66,8 @@ class SparseAttentionMode(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             kwargs = kwargs or {}
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-            if not isinstance(mask, CausalBias):
+            query = args[0] if args else kwargs.get("query")
+            if not isinstance(mask, CausalBias) and not is_dtensor(query):
                 # As it came: whatever a trace reads here is compared at every compiled call.
                 return torch.ops.unisparse.sdpa(*args, **kwargs, config=self.config)
             call = resolve_causal_bias(SdpaCall.bind(args, kwargs))

@@ -21,7 +21,11 @@ from .graphs import build_graph
 CONFIG = SparseConfig(selector=FINE)
 # Found by `explain`, or only where a graph holds no shapes.
 # Those of a multi-head call: test_multihead.py
-NOT_THE_PASS = {Reason.NOT_OPTIMIZED, Reason.NEEDS_WEIGHTS, Reason.KEYS_OF_ITS_OWN}
+NOT_THE_PASS = {
+    *{Reason.NOT_OPTIMIZED, Reason.NEEDS_WEIGHTS, Reason.KEYS_OF_ITS_OWN},
+    # Of DTensors: tests/distributed.
+    *{Reason.SHARDED_TOKENS, Reason.SHARDED_UNLIKE, Reason.SPLIT_GROUP},
+}
 
 
 def tensor(*shape: int, **options: Any) -> torch.Tensor:

@@ -1,0 +1,253 @@
+"""Tensor parallel: ranks hold whole GQA groups, and keep the blocks that one process keeps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from tests.api.models import FINE, Transformer, create, embeddings, qkv
+from unisparse_flex import Selector, UniSparse, XAttention, attention, optimize
+from unisparse_flex.passes import Reason, SdpaCall, SparseConfig, observe_calls
+from unisparse_flex.passes.decision import refuse
+
+from .ranks import Ranks
+
+LENGTH = 200
+PLACEMENTS = {
+    "heads": Shard(1),
+    "batch": Shard(0),
+    "tokens": Shard(2),
+    "whole": Replicate(),
+    "partial": Partial(),
+}
+THRESHOLDS = (0.01, 0.05, 0.1, 0.2)
+
+
+class Call(nn.Module):
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
+
+
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+def kept_blocks(run: Any) -> list[Tensor]:
+    """The blocks of every attention call that ``run()`` makes."""
+    found: list[Tensor] = []
+
+    def observe(call: SdpaCall, config: Any, selection: Any, reason: Any) -> None:
+        assert selection is not None, reason
+        found.append(selection.keep)
+
+    with observe_calls(observe):
+        run()
+    return found
+
+
+def gather_heads(keep: Tensor) -> Tensor:
+    """[B, H, Nq, Nk] of this rank's heads as that of all."""
+    parts = [torch.empty_like(keep) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, keep.contiguous())
+    return torch.cat(parts, dim=1)
+
+
+def parallelize(model: Transformer, *, local: bool, first: bool) -> None:
+    """Shards heads; ``local`` attention sees plain tensors, otherwise DTensors."""
+    if first:
+        optimize(model, FINE, min_length=0)
+    columns = ColwiseParallel() if local else ColwiseParallel(use_local_output=False)
+    plan: dict[str, Any] = {
+        "attention.query": columns,
+        "attention.key": columns,
+        "attention.value": columns,
+        "attention.out": RowwiseParallel(),
+        "mlp.0": ColwiseParallel(),
+        "mlp.2": RowwiseParallel(),
+    }
+    for layer in model.layers:
+        parallelize_module(layer, mesh(), plan)
+    if not first:
+        optimize(model, FINE, min_length=0)
+
+
+def run_model(local: bool, first: bool, compiled: bool) -> tuple[float, bool]:
+    x = embeddings(LENGTH, batch=2)
+    alone = optimize(create(), FINE, min_length=0)
+    with torch.no_grad():
+        expected = alone(x)
+        kept = kept_blocks(lambda: alone(x))
+        model = create()
+        parallelize(model, local=local, first=first)
+        same = all(
+            bool((gather_heads(mine) == whole).all())
+            for mine, whole in zip(kept_blocks(lambda: model(x)), kept, strict=True)
+        )
+        run = torch.compile(model, fullgraph=True) if compiled else model
+        return difference(run(x), expected), same
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["optimized_first", "parallelized_first"])
+@pytest.mark.parametrize("local", [True, False], ids=["tensors", "dtensors"])
+def test_ranks_keep_the_blocks_of_one_process(two: Ranks, local: bool, first: bool) -> None:
+    for error, same in two.run(run_model, local, first, False):
+        assert same
+        assert error < 1e-5
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["tensors", "dtensors"])
+def test_a_compiled_parallel_model_equals_one_process(two: Ranks, local: bool) -> None:
+    for error, same in two.run(run_model, local, False, True):
+        assert same
+        assert error < 1e-5
+
+
+def distribute(tensors: Any, placements: Any) -> Any:
+    return [
+        distribute_tensor(t, mesh(), [PLACEMENTS[p]])
+        for t, p in zip(tensors, placements, strict=True)
+    ]
+
+
+def run_call(selector: Selector, placement: str, compiled: bool) -> tuple[float, bool]:
+    torch._dynamo.reset()
+    tensors = qkv(LENGTH, batch=2)
+    expected = attention(*tensors, is_causal=True, enable_gqa=True, selector=selector)
+    run: Any = optimize(Call(), selector, min_length=0)
+    if compiled:
+        run = torch.compile(run, fullgraph=True)
+    output = run(*distribute(tensors, [placement] * 3), is_causal=True)
+    same_layout = output.placements == (PLACEMENTS[placement],)
+    return difference(output.full_tensor(), expected), same_layout
+
+
+@pytest.mark.parametrize("placement", ["heads", "batch", "whole"])
+def test_a_call_of_dtensors_is_computed_where_they_lie(two: Ranks, placement: str) -> None:
+    for error, same_layout in two.run(run_call, FINE, placement, False):
+        assert same_layout
+        assert error == 0
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        UniSparse(block_size=16, c_q=4, c_k=4, head_thresholds=THRESHOLDS),
+        XAttention(block_size=16, stride=4, head_thresholds=(0.5, 0.7, 0.9, 0.95)),
+    ],
+    ids=["UniSparse", "XAttention"],
+)
+def test_thresholds_of_heads_go_with_their_heads(two: Ranks, selector: Selector) -> None:
+    for error, _ in two.run(run_call, selector, "heads", False):
+        assert error == 0
+
+
+def test_thresholds_of_heads_are_cut_while_tracing(two: Ranks) -> None:
+    selector = UniSparse(block_size=16, c_q=4, c_k=4, head_thresholds=THRESHOLDS)
+    for error, _ in two.run(run_call, selector, "heads", True):
+        assert error < 1e-5
+
+
+def test_composite_heads_stay_within_a_rank(two: Ranks) -> None:
+    selector = UniSparse(block_size=16, c_q=4, c_k=4, c_h=2, top_k=3)
+    for error, _ in two.run(run_call, selector, "heads", False):
+        assert error == 0
+
+
+def run_masked(shape: tuple[int, ...], placement: str) -> float:
+    tensors = qkv(LENGTH, batch=2)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.8
+    mask |= torch.eye(LENGTH, dtype=torch.bool)
+    expected = attention(*tensors, attn_mask=mask, enable_gqa=True, selector=FINE)
+    given = distribute_tensor(mask, mesh(), [PLACEMENTS[placement]])
+    run = optimize(Call(), FINE, min_length=0)
+    output = run(*distribute(tensors, ["heads"] * 3), attn_mask=given)
+    return difference(output.full_tensor(), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "placement"),
+    [
+        ((2, 4, LENGTH, LENGTH), "heads"),
+        ((2, 1, LENGTH, LENGTH), "whole"),
+        ((LENGTH, LENGTH), "whole"),
+    ],
+)
+def test_a_mask_goes_along(two: Ranks, shape: tuple[int, ...], placement: str) -> None:
+    assert all(error == 0 for error in two.run(run_masked, shape, placement))
+
+
+def find_reason(heads: tuple[int, int], placements: list[str], mask: str) -> Reason | None:
+    query, key, value = distribute(qkv(LENGTH, heads=heads, batch=2), placements)
+    call = SdpaCall(query=query, key=key, value=value, is_causal=not mask)
+    if mask:
+        whole = torch.ones(2, heads[0], LENGTH, LENGTH, dtype=torch.bool)
+        given = distribute_tensor(whole, mesh(), [PLACEMENTS[mask]])
+        call = SdpaCall(query=query, key=key, value=value, attn_mask=given)
+    return refuse(call, SparseConfig(selector=FINE))
+
+
+@pytest.mark.parametrize(
+    ("heads", "placements", "mask", "reason"),
+    [
+        ((4, 2), ["tokens"] * 3, "", Reason.SHARDED_TOKENS),
+        ((4, 2), ["heads", "tokens", "tokens"], "", Reason.SHARDED_TOKENS),
+        ((4, 2), ["heads", "whole", "whole"], "", Reason.SHARDED_UNLIKE),
+        ((4, 2), ["partial"] * 3, "", Reason.SHARDED_UNLIKE),
+        ((4, 2), ["heads"] * 3, "whole", Reason.SHARDED_UNLIKE),
+        ((4, 1), ["heads"] * 3, "", Reason.SPLIT_GROUP),
+        ((3, 3), ["heads"] * 3, "", Reason.SPLIT_GROUP),
+        ((4, 2), ["heads"] * 3, "", None),
+    ],
+)
+def test_other_shardings_are_refused_by_name(
+    two: Ranks,
+    heads: tuple[int, int],
+    placements: list[str],
+    mask: str,
+    reason: Reason | None,
+) -> None:
+    assert two.run(find_reason, heads, placements, mask) == [reason] * 2
+
+
+def call_by_name() -> None:
+    query, key, value = distribute(qkv(LENGTH), ["tokens"] * 3)
+    attention(query, key, value, is_causal=True, enable_gqa=True, selector=FINE)
+
+
+def test_attention_by_name_raises_on_sharded_tokens(two: Ranks) -> None:
+    for failure in two.attempt(call_by_name):
+        assert failure.kind == "NotImplementedError"
+        assert str(Reason.SHARDED_TOKENS) in failure.message
+
+
+def find_gradients() -> list[float]:
+    tensors = qkv(LENGTH, batch=2)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    sharded = [t.requires_grad_() for t in distribute(tensors, ["heads"] * 3)]
+    for query, key, value in (leaves, sharded):
+        output = attention(query, key, value, is_causal=True, enable_gqa=True, selector=FINE)
+        output.square().sum().backward()
+    return [
+        difference(mine.grad.full_tensor(), whole.grad)  # type: ignore[arg-type]
+        for mine, whole in zip(sharded, leaves, strict=True)
+    ]
+
+
+def test_gradients_of_dtensors_equal_one_process(two: Ranks) -> None:
+    assert all(max(errors) < 1e-5 for errors in two.run(find_gradients))
