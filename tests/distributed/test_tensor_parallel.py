@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -19,9 +17,10 @@ from torch.distributed.tensor.parallel import (
 
 from tests.api.models import FINE, Transformer, create, embeddings, qkv
 from unisparse_flex import Selector, UniSparse, XAttention, attention, optimize
-from unisparse_flex.passes import Reason, SdpaCall, SparseConfig, observe_calls
+from unisparse_flex.passes import Reason, SdpaCall, SparseConfig
 from unisparse_flex.passes.decision import refuse
 
+from .check import difference, gather, kept_blocks, mesh
 from .ranks import Ranks
 
 LENGTH = 200
@@ -38,34 +37,6 @@ THRESHOLDS = (0.01, 0.05, 0.1, 0.2)
 class Call(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **options)
-
-
-def mesh() -> DeviceMesh:
-    return init_device_mesh("cpu", (dist.get_world_size(),))
-
-
-def difference(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max() / other.abs().max())
-
-
-def kept_blocks(run: Any) -> list[Tensor]:
-    """The blocks of every attention call that ``run()`` makes."""
-    found: list[Tensor] = []
-
-    def observe(call: SdpaCall, config: Any, selection: Any, reason: Any) -> None:
-        assert selection is not None, reason
-        found.append(selection.keep)
-
-    with observe_calls(observe):
-        run()
-    return found
-
-
-def gather_heads(keep: Tensor) -> Tensor:
-    """[B, H, Nq, Nk] of this rank's heads as that of all."""
-    parts = [torch.empty_like(keep) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, keep.contiguous())
-    return torch.cat(parts, dim=1)
 
 
 def parallelize(model: Transformer, *, local: bool, first: bool) -> None:
@@ -88,15 +59,16 @@ def parallelize(model: Transformer, *, local: bool, first: bool) -> None:
 
 
 def run_model(local: bool, first: bool, compiled: bool) -> tuple[float, bool]:
-    x = embeddings(LENGTH, batch=2)
-    alone = optimize(create(), FINE, min_length=0)
+    torch._dynamo.reset()
+    x, layers = embeddings(LENGTH, batch=2), 1 if compiled else 2
+    alone = optimize(create(layers=layers), FINE, min_length=0)
     with torch.no_grad():
         expected = alone(x)
         kept = kept_blocks(lambda: alone(x))
-        model = create()
+        model = create(layers=layers)
         parallelize(model, local=local, first=first)
         same = all(
-            bool((gather_heads(mine) == whole).all())
+            bool((gather(mine, 1) == whole).all())
             for mine, whole in zip(kept_blocks(lambda: model(x)), kept, strict=True)
         )
         run = torch.compile(model, fullgraph=True) if compiled else model
