@@ -28,6 +28,9 @@ class BlockGeometry:
         causal_offset: Key position of query row 0, at least 0; ``None`` where nothing is causal.
             ``kv_len - q_len`` is bottom-right alignment, 0 is top-left.
         mask: What else hides keys from rows, where that is known as a formula.
+        rows_before: Query rows of the same call that come before these, whole blocks of them, and
+            are computed apart (context parallel).
+        rows_after: Query rows of the same call that come behind these.
     """
 
     q_len: int
@@ -35,6 +38,8 @@ class BlockGeometry:
     block_size: int
     causal_offset: int | None = None
     mask: MaskProgram | None = None
+    rows_before: int = 0
+    rows_after: int = 0
 
     @property
     def num_q_blocks(self) -> int:
@@ -47,6 +52,20 @@ class BlockGeometry:
         # Spelled unlike `num_q_blocks`: where both lengths are one symbol, Inductor of torch 2.11
         # cannot divide the square of one floor division by itself.
         return -(-self.kv_len // self.block_size)
+
+    @property
+    def q_blocks_after(self) -> int:
+        """Query blocks of the same call behind these."""
+        return -(-self.rows_after // self.block_size)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether some query rows of the call are computed apart."""
+        return not is_known(self.rows_before + self.rows_after == 0)
+
+    def has_rows_for_keys(self) -> bool:
+        """Whether the call has as many query rows as keys (self-attention)."""
+        return self.rows_before + self.q_len + self.rows_after == self.kv_len
 
     def num_groups(self, q_group: int, kv_group: int) -> tuple[int, int]:
         """Groups of query rows and of keys in whole blocks; the sizes divide ``block_size``."""
@@ -135,9 +154,9 @@ class BlockGeometry:
         """Whether it is known that every row sees a key in its own `local_blocks`."""
         offset = self.causal_offset
         if offset is None:
-            if not is_known(self.q_len == self.kv_len):
+            if not is_known(self.has_rows_for_keys()):
                 return False
-            offset = 0
+            offset = self.rows_before
         within = is_known(self.q_len + offset <= self.kv_len)
         return within and (self.mask is None or self.mask.holds_at(offset))
 
@@ -145,18 +164,22 @@ class BlockGeometry:
         """The blocks of the rows' own positions and the ``count - 1`` blocks before them.
 
         A query block whose rows stand astride two key blocks owns both. Without causality the
-        rows' own positions are known only where ``q_len == kv_len`` (self-attention); then the
+        rows' own positions are known only in self-attention (`has_rows_for_keys`); then the
         ``count - 1`` blocks behind are local too, elsewhere nothing is.
 
         Returns:
             bool [Nq, Nk].
         """
         shape = self.num_q_blocks, self.num_kv_blocks
-        if self.causal_offset is None and self.q_len != self.kv_len:
+        if self.causal_offset is None and not self.has_rows_for_keys():
             return torch.zeros(shape, dtype=torch.bool, device=device)
         row_block = torch.arange(shape[0], device=device)
-        first = (row_block * self.block_size + (self.causal_offset or 0)) // self.block_size
-        last = self.last_positions(self.block_size, shape[0], device) // self.block_size
+        start = self.rows_before if self.causal_offset is None else self.causal_offset
+        first = (row_block * self.block_size + start) // self.block_size
+        last = self.last_positions(self.block_size, shape[0], device)
+        if self.causal_offset is None:
+            last = last + start
+        last = last // self.block_size
         column = torch.arange(shape[1], device=device)
         # Aligned top-left with q_len > kv_len, rows outrun the keys: the last block is theirs.
         first, last = first.clamp(max=shape[1] - 1), last.clamp(max=shape[1] - 1)

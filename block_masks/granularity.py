@@ -52,6 +52,19 @@ class Sampled:
             validate_int(getattr(self, name), name, minimum=1)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CompositeKeys:
+    """Keys that were pooled already, elsewhere perhaps.
+
+    Attributes:
+        tokens: [B, Hkv, C, D], as `pool_tokens` makes them.
+        counts: Keys of each, float [1, C].
+    """
+
+    tokens: Tensor
+    counts: Tensor
+
+
 def pool_tokens(
     tokens: Tensor, group: int, *, groups: int, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
-from .granularity import Pooled, Sampled, pool_heads, pool_tokens, split_tokens
+from .granularity import (
+    CompositeKeys,
+    Pooled,
+    Sampled,
+    pool_heads,
+    pool_tokens,
+    split_tokens,
+)
 from .mask_summary import MaskSummary, expand_mask, visible_tokens
 
 
@@ -57,7 +64,7 @@ def compute_mean_scores(
 
 def compute_block_scores(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | CompositeKeys,
     *,
     geometry: BlockGeometry,
     granularity: Pooled,
@@ -71,7 +78,7 @@ def compute_block_scores(
 
     Args:
         query: [B, Hq, Sq, D].
-        key: [B, Hkv, Skv, D].
+        key: [B, Hkv, Skv, D], or what was pooled from it by ``granularity.k``.
         geometry: The block grid.
         granularity: How tokens and heads are pooled.
         scale: Factor on the logits, as in SDPA.
@@ -91,7 +98,7 @@ def compute_block_scores(
 
 def composite_logits(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | CompositeKeys,
     *,
     geometry: BlockGeometry,
     granularity: Pooled,
@@ -104,12 +111,16 @@ def composite_logits(
         [B, Hkv, G / granularity.heads, Cq, Ck], with the log of a ragged key's share of its group
         added and -inf where hidden; and the query rows of each composite, [1 or B, Cq].
     """
-    batch, kv_heads = key.shape[:2]
+    batch = query.shape[0]
     query_valid = mask.query_valid.expand(batch, -1) if mask is not None else None
-    key_valid = mask.key_valid.expand(batch, -1) if mask is not None else None
     q_groups, kv_groups = geometry.num_groups(granularity.q, granularity.k)
     composite_q, q_counts = pool_tokens(query, granularity.q, groups=q_groups, valid=query_valid)
-    composite_k, k_counts = pool_tokens(key, granularity.k, groups=kv_groups, valid=key_valid)
+    if isinstance(key, CompositeKeys):
+        composite_k, k_counts = key.tokens, key.counts
+    else:
+        key_valid = mask.key_valid.expand(batch, -1) if mask is not None else None
+        composite_k, k_counts = pool_tokens(key, granularity.k, groups=kv_groups, valid=key_valid)
+    kv_heads = composite_k.shape[1]
     composite_q = pool_heads(composite_q, kv_heads, granularity.heads)
 
     # One product per key head; keys are never repeated for the heads of their group.
@@ -164,7 +175,7 @@ def compute_antidiagonal_scores(
 
 def compute_pooled_key_scores(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | CompositeKeys,
     *,
     geometry: BlockGeometry,
     scale: float,
@@ -178,7 +189,7 @@ def compute_pooled_key_scores(
 
     Args:
         query: [B, Hq, Sq, D].
-        key: [B, Hkv, Skv, D].
+        key: [B, Hkv, Skv, D], or what was pooled from it by blocks.
         geometry: The block grid.
         scale: Factor on the logits, as in SDPA.
         mask: Summary of the call's ``attn_mask``, made with ``c_q = 1, c_k = block_size``.

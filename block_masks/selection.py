@@ -6,7 +6,7 @@ Symbols: B batch, H heads, Nq/Nk query and key blocks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -216,6 +216,11 @@ class Guards:
         validate_int(self.local_blocks, "local_blocks", minimum=1)
         validate_int(self.last_query_blocks, "last_query_blocks", minimum=0)
 
+    def of_part(self, geometry: BlockGeometry) -> Guards:
+        """The guards of a part of a call, for what does not know of the rows behind it."""
+        left = max(0, self.last_query_blocks - geometry.q_blocks_after)
+        return replace(self, last_query_blocks=left)
+
     def forced_blocks(
         self, geometry: BlockGeometry, device: torch.device, mask: MaskSummary | None = None
     ) -> Tensor:
@@ -232,7 +237,7 @@ class Guards:
         query_valid = mask.query_valid if mask else None
         rows = valid_blocks(query_valid, q_blocks, geometry.block_size, device)
         from_end = rows.flip(-1).cumsum(-1).flip(-1)
-        last = rows & (from_end <= self.last_query_blocks)
+        last = rows & (from_end <= self.last_query_blocks - geometry.q_blocks_after)
         return local | sink[:, None, None, :] | last[:, None, :, None]
 
 

@@ -1,9 +1,17 @@
 """Where in a graph: finds attention calls, proves them safe, rewrites them. Knows no models."""
 
 from .config import SparseConfig, decode_selector, validate_selector
+from .context import context_sdpa, register_context
 from .decision import Reason, flex_lowers, refuse
 from .inductor import SparseAttentionPass, install
-from .marker import is_traced, is_watched, lowered_sdpa, marked_sdpa, observe_calls
+from .marker import (
+    is_traced,
+    is_watched,
+    lowered_sdpa,
+    marked_sdpa,
+    observe_calls,
+    observer_in_force,
+)
 from .masks import Unproved
 from .multihead import MULTIHEAD_TARGETS, marked_multihead, refuse_multihead
 from .predicted_call import CallPrediction, predict_call
@@ -11,6 +19,7 @@ from .prediction import call_shape, forecast
 from .report import RewriteReport
 from .rewrite import rewrite_sdpa
 from .sdpa import SdpaCall
+from .selected_attention import attend_selected
 from .sharding import is_dtensor
 from .sparse_attention import apply_autocast, call_geometry, select
 
@@ -24,8 +33,10 @@ __all__ = [
     "SparseConfig",
     "Unproved",
     "apply_autocast",
+    "attend_selected",
     "call_geometry",
     "call_shape",
+    "context_sdpa",
     "decode_selector",
     "flex_lowers",
     "forecast",
@@ -37,9 +48,11 @@ __all__ = [
     "marked_multihead",
     "marked_sdpa",
     "observe_calls",
+    "observer_in_force",
     "predict_call",
     "refuse",
     "refuse_multihead",
+    "register_context",
     "rewrite_sdpa",
     "select",
     "validate_selector",

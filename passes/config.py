@@ -33,6 +33,8 @@ class SparseConfig:
         dense: Keeps the call dense (a layer that was excluded by name).
         strict: Raises where the call would stay dense (it was asked for by name).
         backend: Which kernel attends on CUDA, one of ``BACKENDS``.
+        context: Name of the group of ranks that share the tokens (`context.register_context`);
+            ``None`` where a call sees all of them.
     """
 
     selector: Selector
@@ -41,6 +43,7 @@ class SparseConfig:
     dense: bool = False
     strict: bool = False
     backend: str = "auto"
+    context: str | None = None
 
     def __post_init__(self) -> None:
         validate_selector(self.selector)
@@ -58,7 +61,7 @@ class SparseConfig:
         return (
             f"SparseConfig(selector={self.selector.text}, min_length={self.min_length}, "
             f"min_queries={self.min_queries}, dense={self.dense}, strict={self.strict}, "
-            f"backend={self.backend!r})"
+            f"backend={self.backend!r}, context={self.context!r})"
         )
 
     @staticmethod

@@ -43,6 +43,7 @@ class Reason(StrEnum):
     )
     SHARDED_UNLIKE = "DTensors that are not sharded alike, on heads and batch alone"
     SPLIT_GROUP = "a GQA group is split over ranks, or ranks hold unequal numbers of heads"
+    NOT_ROW_BY_ROW = "the selector needs query rows that other ranks of the context hold"
     SELECTOR = "the selector is not defined for such calls: not causal, masked or cross-attention"
     NOT_OPTIMIZED = "not inside an optimized module"
     NEEDS_WEIGHTS = "need_weights=True returns what no fused kernel computes"
@@ -164,6 +165,8 @@ def _refuse_mask(call: SdpaCall) -> Reason | None:
 
 
 def _refuse_selector(call: SdpaCall, config: SparseConfig) -> Reason | None:
+    if config.context is not None and not config.selector.rows_alone:
+        return Reason.NOT_ROW_BY_ROW
     takes = config.selector.takes(
         is_causal=bool(call.is_causal),
         masked=call.attn_mask is not None or bool(call.mask),

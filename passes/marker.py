@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .config import SparseConfig
+from .context import context_sdpa
 from .decision import Reason, flex_lowers, needs_grad, refuse, refuse_sharding
 from .flex_backend import flex_backend
 from .region import compiled_once
@@ -96,6 +97,11 @@ def observe_calls(observer: Observer) -> Iterator[None]:
         _observer.reset(token)
 
 
+def observer_in_force() -> Observer | None:
+    """Who `observe_calls` made the observer of calls made here."""
+    return _observer.get()
+
+
 def is_watched() -> bool:
     """Whether `observe_calls` wants to know of calls made here."""
     return _observer.get() is not None
@@ -115,6 +121,8 @@ def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Ten
             call, lambda local, _: _compute(local, config, for_inductor=for_inductor)
         )
     call = call.with_constants()
+    if config.context is not None:
+        return context_sdpa(call, config)
     tracing = for_inductor or is_traced(call)
     reason = refuse(call, config)
     observer = None if tracing else _observer.get()

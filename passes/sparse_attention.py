@@ -117,7 +117,7 @@ def attend_flex(
         score_mod,
         (*block_mask.as_tuple()[:-1], mask_mod),
         _scale(call),
-        _kernel_options(
+        kernel_options(
             selection.geometry.block_size,
             backend=flex_backend(call, selection.geometry.block_size, backend),
             output_lse=output_lse,
@@ -188,7 +188,8 @@ def _mask_4d(mask: Tensor) -> Tensor:
     return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
 
 
-def _kernel_options(block_size: int, *, backend: str, output_lse: bool) -> dict[str, Any]:
+def kernel_options(block_size: int, *, backend: str, output_lse: bool) -> dict[str, Any]:
+    """Options of the flex kernel for blocks of a size."""
     options: dict[str, Any] = {
         "BACKEND": backend,
         "PRESCALE_QK": False,

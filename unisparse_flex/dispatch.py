@@ -47,6 +47,9 @@ class Scope:
     def create(cls, config: str) -> Scope:
         """The scope of encoded settings."""
         settings = SparseConfig.decode(config)
+        if settings.context is not None:
+            # How many queries a call has, and its dense output too, all ranks say together.
+            return cls(config, 0)
         return cls(config, math.inf if settings.dense else settings.min_queries)
 
 
@@ -87,6 +90,10 @@ class _Key:
             return None
         scope: Scope | None = torch._C._get_obj_in_tls(SCOPE_NAME)
         return scope
+
+    def is_off(self) -> bool:
+        """Whether `off` is in force in this thread."""
+        return torch._C._dispatch_tls_is_dispatch_key_excluded(self.key)
 
     def off(self) -> AbstractContextManager[None]:
         return torch._C._ExcludeDispatchKeyGuard(self.keys)
@@ -210,7 +217,7 @@ def _catch_causal_bias(key: _Key) -> None:
 
     @wraps(dispatch)
     def caught(*args: Any, **kwargs: Any) -> Tensor:
-        scope = None if torch.compiler.is_compiling() else key.scope()
+        scope = None if torch.compiler.is_compiling() or key.is_off() else key.scope()
         if scope is None:
             return dispatch(*args, **kwargs)
         with key.off():

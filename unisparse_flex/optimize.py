@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import fx, nn
@@ -22,6 +22,9 @@ from .interception import (
 )
 from .passes import SparseConfig
 
+if TYPE_CHECKING:
+    from .distributed import ContextParallel
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -32,6 +35,7 @@ def optimize(
     min_length: int | None = None,
     dense_layers: Collection[int] = (),
     backend: str = "auto",
+    context: ContextParallel | None = None,
 ) -> ModelT:
     """Makes the attention of ``model`` dynamically block-sparse; call it before `torch.compile`.
 
@@ -56,6 +60,8 @@ def optimize(
         backend: The kernel on CUDA: ``"flash"`` (FlashAttention-4), ``"triton"``, or ``"auto"``,
             which takes FlashAttention-4 where it is installed and can run the call: 16-bit,
             head_dim 128, blocks of 128, static lengths above 16384, inference, no mask.
+        context: The ranks that share the tokens, where ``model`` is given some of a sequence
+            (`distributed.ContextParallel`); dense calls see the keys of all ranks too.
 
     Returns:
         ``model``.
@@ -75,11 +81,11 @@ def optimize(
         for name in layers:
             if _is_below(name, excluded):
                 layers[name] = DENSE
-        optimize_layers(model, layers, min_length=min_length, backend=backend)
+        optimize_layers(model, layers, min_length=min_length, backend=backend, context=context)
         return model
     selector = DEFAULT_SELECTOR if selector is None else selector
-    sparse = _sparse_config(selector, min_length, backend)
-    dense = SparseConfig(selector=selector, dense=True)
+    sparse = _sparse_config(selector, min_length, backend, context)
+    dense = SparseConfig(selector=selector, dense=True, context=sparse.context)
     _intercept_only(
         model,
         {
@@ -96,6 +102,7 @@ def optimize_layers(
     *,
     min_length: int | None = None,
     backend: str = "auto",
+    context: ContextParallel | None = None,
 ) -> None:
     """Gives modules settings of their own; all other attention of ``model`` stays dense.
 
@@ -104,6 +111,7 @@ def optimize_layers(
         layers: By name (`layer_modules`), a selector or ``"dense"``.
         min_length: See `optimize`.
         backend: See `optimize`.
+        context: See `optimize`.
 
     Raises:
         ValueError: A name is no module of ``model``.
@@ -115,12 +123,14 @@ def optimize_layers(
                 f"layers must name modules of the model, got {name!r}, which "
                 f"{type(model).__name__} does not have; calibrate this model anew"
             )
-    dense = SparseConfig(selector=DEFAULT_SELECTOR, dense=True).encode()
+    name_of = None if context is None else context.name
+    dense = SparseConfig(selector=DEFAULT_SELECTOR, dense=True, context=name_of).encode()
     configs = {module: dense for _, module in _own_modules(model)}
     for name, setting in layers.items():
         if isinstance(setting, Selector):
             # Also a module of torch's own: what is around it is dense, and yields to it inside.
-            configs[modules[name]] = _sparse_config(setting, min_length, backend).encode()
+            config = _sparse_config(setting, min_length, backend, context)
+            configs[modules[name]] = config.encode()
     _intercept_only(model, configs)
 
 
@@ -204,12 +214,15 @@ def _is_below(name: str, prefixes: Collection[str]) -> bool:
     return any((name + ".").startswith(prefix) for prefix in prefixes)
 
 
-def _sparse_config(selector: Selector, min_length: int | None, backend: str) -> SparseConfig:
+def _sparse_config(
+    selector: Selector, min_length: int | None, backend: str, context: ContextParallel | None
+) -> SparseConfig:
     return SparseConfig(
         selector=selector,
         min_length=min_length,
         min_queries=getattr(selector, "block_size", 0),
         backend=backend,
+        context=None if context is None else context.name,
     )
 
 

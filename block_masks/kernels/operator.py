@@ -49,6 +49,8 @@ def takes(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) -> 
         and query.dtype in DTYPES
         and key.dtype == query.dtype
         and geometry.mask is None
+        # They know a row's own position where the call is whole or causal.
+        and (geometry.causal_offset is not None or not geometry.is_part)
         and query.shape[3] <= MAX_HEAD_DIM
         and scale > 0
         and guard_or_false(geometry.num_kv_blocks <= MAX_KEY_BLOCKS)
@@ -86,6 +88,8 @@ def select_lists(
         Block lists of B batches and Hq heads.
     """
     name, values = spell(rule)
+    if geometry.is_part:
+        guards = guards.of_part(geometry)
     return BlockLists(
         *torch.ops.unisparse.select_blocks(
             query,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
+from ..granularity import CompositeKeys
 from ..scoring import default_scale
 from ..selection import Guards
 from ..selection_cost import SelectionCost
@@ -31,10 +32,14 @@ class Selector(ABC):
 
     Attributes:
         block_size: Tokens per block; a power of two of at least 16.
+        rows_alone: Whether what a query block keeps depends on its own rows, the keys and where
+            it stands (`BlockGeometry.rows_before`) alone: ranks that hold parts of the rows can
+            then each select for theirs.
     """
 
     __slots__ = ("_text",)
     registry: ClassVar[dict[str, type[Selector]]] = {}
+    rows_alone: ClassVar[bool] = False
     __dataclass_fields__: ClassVar[dict[str, Any]]
     block_size: int
     _text: str
@@ -90,6 +95,30 @@ class Selector(ABC):
             self_attention: There are as many queries as keys.
         """
         return True
+
+    @property
+    def keys_per_composite(self) -> int | None:
+        """Keys pooled into one where it needs no others; ``None`` where it needs every key."""
+        return None
+
+    def select_from_composites(
+        self, query: Tensor, keys: CompositeKeys, *, geometry: BlockGeometry, scale: float
+    ) -> BlockSelection:
+        """Selects as `compute_selection` does, from keys that were pooled elsewhere.
+
+        Args:
+            query: [B, Hq, Sq, D].
+            keys: Pooled by `keys_per_composite`, those of every key block.
+            geometry: The block grid, without a mask.
+            scale: Factor on the logits.
+
+        Raises:
+            NotImplementedError: `keys_per_composite` is ``None``.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must have the keys themselves, got composite keys; call "
+            "compute_selection"
+        )
 
     def _expression(self) -> str:
         arguments = [

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
+from ..granularity import CompositeKeys
 from ..mask_summary import summarize
 from ..scoring import compute_pooled_key_scores
 from ..selection import RowMax, select_blocks
@@ -37,6 +38,8 @@ class FlashPrefill(Guarded, Selector):
     sink_blocks: int = 2
     local_blocks: int = 4
     last_query_blocks: int = 2
+
+    rows_alone = True
 
     def __post_init__(self) -> None:
         validate_block_size(self.block_size)
@@ -73,4 +76,17 @@ class FlashPrefill(Guarded, Selector):
         keep, visible = select_blocks(
             scores, rule=self.rule, guards=self.guards, geometry=geometry, mask=mask
         )
+        return BlockSelection(keep=keep, visible=visible, geometry=geometry)
+
+    @property
+    def keys_per_composite(self) -> int:
+        """See `Selector.keys_per_composite`: a block's mean key is all that it needs."""
+        return self.block_size
+
+    def select_from_composites(
+        self, query: Tensor, keys: CompositeKeys, *, geometry: BlockGeometry, scale: float
+    ) -> BlockSelection:
+        """See `Selector.select_from_composites`."""
+        scores = compute_pooled_key_scores(query, keys, geometry=geometry, scale=scale)
+        keep, visible = select_blocks(scores, rule=self.rule, guards=self.guards, geometry=geometry)
         return BlockSelection(keep=keep, visible=visible, geometry=geometry)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
-from ..granularity import Pooled, Sampled, validate_merged_heads
+from ..granularity import CompositeKeys, Pooled, Sampled, validate_merged_heads
 from ..kernels import operator as kernels
 from ..mask_summary import summarize
-from ..scoring import compute_mean_scores
+from ..scoring import compute_block_scores, compute_mean_scores
 from ..selection import (
     HeadThreshold,
     SelectionRule,
@@ -70,6 +70,8 @@ class UniSparse(Guarded, Selector):
     local_blocks: int = 1
     last_query_blocks: int = 1
     head_thresholds: tuple[float, ...] | None = None
+
+    rows_alone = True
 
     def __post_init__(self) -> None:
         validate_block_size(self.block_size)
@@ -203,6 +205,27 @@ class UniSparse(Guarded, Selector):
         keep, visible = select_blocks(
             scores, rule=self.rule, guards=self.guards, geometry=geometry, mask=mask
         )
+        keep = per_query_head(keep, visible, query.shape[1])
+        return BlockSelection(keep=keep, visible=visible, geometry=geometry)
+
+    @property
+    def keys_per_composite(self) -> int | None:
+        """See `Selector.keys_per_composite`: sampled queries meet every key."""
+        return None if self.sampled_queries else self.c_k
+
+    def select_from_composites(
+        self, query: Tensor, keys: CompositeKeys, *, geometry: BlockGeometry, scale: float
+    ) -> BlockSelection:
+        """See `Selector.select_from_composites`; in plain PyTorch on every device."""
+        if self.sampled_queries:
+            return Selector.select_from_composites(
+                self, query, keys, geometry=geometry, scale=scale
+            )
+        validate_merged_heads(query.shape[1], keys.tokens.shape[1], self.c_h)
+        scores = compute_block_scores(
+            query, keys, geometry=geometry, granularity=self.granularity, scale=scale
+        )
+        keep, visible = select_blocks(scores, rule=self.rule, guards=self.guards, geometry=geometry)
         keep = per_query_head(keep, visible, query.shape[1])
         return BlockSelection(keep=keep, visible=visible, geometry=geometry)
 

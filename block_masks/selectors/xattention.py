@@ -38,6 +38,8 @@ class XAttention(Guarded, Selector):
     local_blocks: int = 1
     last_query_blocks: int = 0
 
+    rows_alone = True
+
     def __post_init__(self) -> None:
         validate_block_size(self.block_size)
         validate_int(self.stride, "stride", minimum=1)

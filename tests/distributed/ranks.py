@@ -36,13 +36,16 @@ class Ranks:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
-        pipes = [context.Pipe() for _ in range(size)]
+        pipes = [context.Pipe() for _ in range(self.size)]
         self._pipes = [ours for ours, _ in pipes]
         self._processes = [
-            context.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
+            context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self._processes:
@@ -65,6 +68,10 @@ class Ranks:
 
     def attempt(self, function: Callable[..., Any], *args: Any, seconds: float = 60.0) -> list[Any]:
         """As `run`, with a `Failure` for what a rank raised."""
+        if not all(process.is_alive() for process in self._processes):
+            # An earlier test lost some.
+            self.close()
+            self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
         return self._collect(seconds)
@@ -74,7 +81,7 @@ class Ranks:
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
-            process.join(5)
+            process.join(2)
             if process.is_alive():
                 process.kill()
         self._folder.cleanup()

@@ -23,8 +23,8 @@ CONFIG = SparseConfig(selector=FINE)
 # Those of a multi-head call: test_multihead.py
 NOT_THE_PASS = {
     *{Reason.NOT_OPTIMIZED, Reason.NEEDS_WEIGHTS, Reason.KEYS_OF_ITS_OWN},
-    # Of DTensors: tests/distributed.
-    *{Reason.SHARDED_TOKENS, Reason.SHARDED_UNLIKE, Reason.SPLIT_GROUP},
+    # Of ranks: tests/distributed.
+    *{Reason.SHARDED_TOKENS, Reason.SHARDED_UNLIKE, Reason.SPLIT_GROUP, Reason.NOT_ROW_BY_ROW},
 }
 
 

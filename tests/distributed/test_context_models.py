@@ -1,0 +1,176 @@
+"""An optimized model whose attention sees some of the tokens, eager and compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests.api.models import FINE, Transformer, create, embeddings
+from unisparse_flex import FlexPrefill, Selector, UniSparse, explain, optimize, restore
+from unisparse_flex.distributed import ContextParallel
+from unisparse_flex.passes import Reason
+
+from .check import difference, kept_blocks
+from .ranks import Ranks
+
+LENGTH = 203
+
+
+def run_model(selector: Selector, compiled: bool) -> tuple[float, bool]:
+    torch._dynamo.reset()
+    context = ContextParallel(block_size=16)
+    x = embeddings(LENGTH, batch=2)
+    layers = 1 if compiled else 2
+    alone = optimize(create(layers=layers), selector, min_length=0)
+    model: Any = optimize(create(layers=layers), selector, min_length=0, context=context)
+    run = torch.compile(model, fullgraph=True) if compiled else model
+    with torch.no_grad():
+        output = context.gather(run(context.shard(x, 1)), 1)
+        return difference(output, alone(x)), bool(context.received["blocks"])
+
+
+def test_a_model_over_shards_equals_one_process(four: Ranks) -> None:
+    for error, fetched in four.run(run_model, FINE, False):
+        assert fetched
+        assert error < 1e-5
+
+
+def test_a_compiled_model_over_shards_equals_one_process(two: Ranks) -> None:
+    for error, fetched in two.run(run_model, FINE, True, seconds=120):
+        assert fetched
+        assert error < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dense_layers": (0, 1)}, {"selector": FlexPrefill(block_size=16)}],
+    ids=["excluded", "not_row_by_row"],
+)
+def test_dense_calls_see_the_keys_of_all_ranks(two: Ranks, options: dict[str, Any]) -> None:
+    for error, fetched in two.run(run_dense, options):
+        assert not fetched
+        assert error < 1e-5
+
+
+def run_dense(options: dict[str, Any]) -> tuple[float, bool]:
+    context = ContextParallel(block_size=16)
+    x = embeddings(LENGTH, batch=2)
+    settings = {"selector": FINE, "min_length": 0, **options}
+    model: Any = optimize(create(), context=context, **settings)
+    with torch.no_grad():
+        output = context.gather(model(context.shard(x, 1)), 1)
+        return difference(output, create()(x)), bool(context.received["blocks"])
+
+
+def explain_ranks() -> list[tuple[str, int, int, float | None, Reason | None]]:
+    context = ContextParallel(block_size=16)
+    model = optimize(create(layers=2), FINE, min_length=0, dense_layers=(1,), context=context)
+    found = explain(model, context.shard(embeddings(LENGTH), 1))
+    return [(c.layer, c.q_len, c.kv_len, c.density, c.reason) for c in found.calls]
+
+
+def test_explain_has_a_record_for_each_run_of_rows(two: Ranks) -> None:
+    first, second = two.run(explain_ranks)
+    # Rank 0 holds the first and the last of four chunks, rank 1 the two between.
+    assert [call[:3] for call in first] == [
+        ("layers.0.attention", 48, LENGTH),
+        ("layers.0.attention", 59, LENGTH),
+        ("layers.1.attention", 48, LENGTH),
+        ("layers.1.attention", 59, LENGTH),
+    ]
+    assert [call[1] for call in second] == [96, 96]
+    assert [call[4] for call in second] == [None, Reason.EXCLUDED]
+    assert second[0][3] is not None
+
+
+def change_settings() -> tuple[float, float, float]:
+    """Errors of one compiled model: optimized with a context, then without, then restored."""
+    torch._dynamo.reset()
+    context = ContextParallel(block_size=16)
+    x = embeddings(LENGTH)
+    model: Any = create(layers=1)
+    optimize(model, FINE, min_length=0, context=context)
+    run: Any = torch.compile(model, backend="aot_eager")
+    alone = optimize(create(layers=1), FINE, min_length=0)
+    with torch.no_grad():
+        sharded = difference(context.gather(run(context.shard(x, 1)), 1), alone(x))
+        optimize(model, FINE, min_length=0)
+        whole = difference(run(x), alone(x))
+        restore(run)
+        return sharded, whole, difference(run(x), create(layers=1)(x))
+
+
+def test_a_compiled_model_forgets_its_context(two: Ranks) -> None:
+    for errors in two.run(change_settings):
+        assert max(errors) < 1e-5
+
+
+class Rotary(nn.Module):
+    """A layer whose attention depends on positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = create(Transformer, layers=1)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        angle = positions[..., None] / 10000 ** (torch.arange(x.shape[-1]) / x.shape[-1])
+        return self.inner(x * angle.cos())
+
+
+def run_positions() -> float:
+    context = ContextParallel(block_size=16)
+    x, positions = embeddings(LENGTH), torch.arange(LENGTH)
+    alone = optimize(create(Rotary), FINE, min_length=0)
+    model: Any = optimize(create(Rotary), FINE, min_length=0, context=context)
+    own = context.layout(LENGTH).positions(context.rank)
+    with torch.no_grad():
+        output = context.gather(model(context.shard(x, 1), own), 1)
+        return difference(output, alone(x, positions))
+
+
+def test_positions_go_with_their_tokens(four: Ranks) -> None:
+    assert all(error < 1e-5 for error in four.run(run_positions))
+
+
+def count_bytes(top_k: int) -> tuple[dict[str, int], int, int]:
+    """What a rank received in one layer, what its rows need of others, and a block's bytes."""
+    context = ContextParallel(block_size=16)
+    selector = UniSparse(block_size=16, c_q=4, c_k=4, top_k=top_k, last_query_blocks=0)
+    model: Any = optimize(create(layers=1), selector, min_length=0, context=context)
+    x = context.shard(embeddings(LENGTH), 1)
+    with torch.no_grad():
+        keep = torch.cat(kept_blocks(lambda: model(x)), dim=2)
+    needed = keep.any(2).unflatten(1, (2, 2)).any(2)
+    for span in context.layout(LENGTH).blocks(context.rank):
+        needed[..., slice(*span)] = False
+    return dict(context.received), int(needed.sum()), 16 * (16 + 16) * 4
+
+
+def test_only_blocks_that_a_local_row_keeps_are_fetched(four: Ranks) -> None:
+    for received, needed, block_bytes in four.run(count_bytes, 2):
+        assert "keys" not in received
+        assert received["blocks"] == needed * block_bytes
+        assert needed < 2 * 13 * 3 // 4
+
+
+def test_the_group_is_the_one_of_the_mesh(four: Ranks) -> None:
+    assert four.run(run_halves) == [(r // 2, r % 2) for r in range(4)]
+
+
+def run_halves() -> tuple[int, int]:
+    """Two contexts of two ranks each, side by side: which half and which rank in it."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    context = ContextParallel(mesh["context"], block_size=16)
+    half = dist.get_rank() // 2
+    x = embeddings(LENGTH, seed=half)
+    alone = optimize(create(), FINE, min_length=0)
+    model: Any = optimize(create(), FINE, min_length=0, context=context)
+    with torch.no_grad():
+        assert difference(context.gather(model(context.shard(x, 1)), 1), alone(x)) < 1e-5
+    return half, context.rank

@@ -1,0 +1,140 @@
+"""Ranks that differ or die: one clear error on all ranks, in time."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.api.models import FINE, create, embeddings, qkv
+from unisparse_flex import FlexPrefill, UniSparse, optimize
+from unisparse_flex.distributed import ContextParallel, context_parallel_attention
+
+from .ranks import GROUP_SECONDS, Failure, Ranks
+
+LENGTH = 203
+OTHER = UniSparse(block_size=16, c_q=4, c_k=4, top_k=4)
+
+
+def call(**changed: Any) -> None:
+    """One call in which rank 1 differs."""
+    differs = dist.get_rank() == 1
+    given: dict[str, Any] = {"block_size": 16, "selector": FINE, "is_causal": True, "scale": 1.0}
+    given |= {"length": LENGTH, "heads": (4, 2), "batch": 1, "dtype": torch.float32}
+    given |= changed if differs else {}
+    length, heads, batch, dtype, block_size = (
+        given.pop(name) for name in ("length", "heads", "batch", "dtype", "block_size")
+    )
+    context = ContextParallel(block_size=block_size)
+    tensors = (context.shard(t.to(dtype), 2) for t in qkv(length, heads=heads, batch=batch))
+    query, key, value = tensors
+    context_parallel_attention(query, key, value, context=context, **given)
+
+
+DIFFERENT: list[tuple[dict[str, Any], str]] = [
+    ({"selector": OTHER}, "selector must be the same on every rank .* rank 1: .*top_k=4"),
+    ({"is_causal": False}, "is_causal must be the same on every rank"),
+    ({"scale": 2.0}, "scale must be the same on every rank .*rank 0: 1.0, rank 1: 2.0"),
+    ({"heads": (2, 2)}, "query must be the same on every rank"),
+    ({"batch": 2}, "query must be the same on every rank"),
+    ({"dtype": torch.float64}, "dtype must be the same on every rank"),
+    ({"block_size": 32}, "layout must be the same on every rank"),
+    ({"length": 150}, "query must hold .* tokens on the ranks of the context"),
+    (
+        {"block_size": 32, "selector": UniSparse(block_size=64)},
+        "block_size of the context must be a multiple of the selector's 64, got 32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), DIFFERENT)
+def test_ranks_that_differ_all_raise(two: Ranks, changed: dict[str, Any], message: str) -> None:
+    failures = two.attempt(call_with, changed, seconds=GROUP_SECONDS)
+    for failure in failures:
+        assert isinstance(failure, Failure)
+        assert failure.kind == "ValueError"
+        with pytest.raises(ValueError, match=message):
+            raise ValueError(failure.message)
+
+
+def call_with(changed: dict[str, Any]) -> None:
+    call(**changed)
+
+
+def test_ranks_work_on_after_they_differed(two: Ranks) -> None:
+    two.attempt(call_with, {"scale": 2.0})
+    assert two.run(call_with, {}) == [None, None]
+
+
+def call_refused(options: dict[str, Any]) -> None:
+    context = ContextParallel(block_size=16)
+    query, key, value = (context.shard(t, 2) for t in qkv(LENGTH))
+    if options.pop("grad", False):
+        query.requires_grad_()
+    arguments = {"context": context, "selector": FINE, **options}
+    context_parallel_attention(query, key, value, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"grad": True}, "NotImplementedError", "no gradient"),
+        ({"selector": FlexPrefill(block_size=16)}, "NotImplementedError", "query rows that other"),
+        ({"context": "all"}, "TypeError", "context must be a ContextParallel"),
+        ({"pieces": (96, 96)}, "ValueError", "key must hold"),
+        ({"pieces": (100, 103)}, "ValueError", r"pieces\[0\] must be a multiple of block_size 16"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    two: Ranks, options: dict[str, Any], kind: str, message: str
+) -> None:
+    for failure in two.attempt(call_refused, options):
+        assert failure.kind == kind
+        with pytest.raises(ValueError, match=message):
+            raise ValueError(failure.message)
+
+
+def run_with_mask() -> None:
+    context = ContextParallel(block_size=16)
+    model: Any = optimize(create(layers=1), FINE, min_length=0, context=context)
+    x = context.shard(embeddings(LENGTH), 1)
+    with torch.no_grad():
+        model.layers[0].attention(x, torch.ones(x.shape[1], x.shape[1], dtype=torch.bool))
+
+
+def test_a_mask_over_shards_is_refused(two: Ranks) -> None:
+    for failure in two.attempt(run_with_mask):
+        assert failure.kind == "NotImplementedError"
+        assert "attn_mask" in failure.message
+
+
+def call_without(rank: int) -> tuple[float, str]:
+    """A rank leaves before the second call: seconds until the others know, and what they hear."""
+    context = ContextParallel(block_size=16)
+    query, key, value = (context.shard(t, 2) for t in qkv(LENGTH))
+    context_parallel_attention(query, key, value, context=context, selector=FINE)
+    if dist.get_rank() == rank:
+        os._exit(3)
+    start = time.monotonic()
+    try:
+        context_parallel_attention(query, key, value, context=context, selector=FINE)
+    except RuntimeError as error:
+        return time.monotonic() - start, str(error)
+    raise AssertionError("the call came back")
+
+
+def test_a_rank_that_dies_ends_the_others_call() -> None:
+    ranks = Ranks(3)
+    try:
+        results = ranks.attempt(call_without, 1, seconds=GROUP_SECONDS + 30)
+    finally:
+        ranks.close()
+    assert isinstance(results[1], Failure)
+    assert results[1].kind == "EOFError"
+    for seconds, message in (results[0], results[2]):
+        assert "lost the others while it compared settings: a rank died" in message
+        assert seconds < GROUP_SECONDS + 5

@@ -1,0 +1,243 @@
+"""Attention of the query rows that this rank holds.
+
+A run of rows sees keys of all ranks. What travels for the selection is what the selector reads:
+composite keys where these are all that it needs, otherwise the keys. For attention, only blocks
+travel that some local row keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from ..block_masks import BlockGeometry, BlockSelection
+from ..block_masks.granularity import CompositeKeys, pool_tokens
+from ..block_masks.scoring import default_scale
+from ..passes import (
+    Reason,
+    SdpaCall,
+    SparseConfig,
+    attend_selected,
+    observer_in_force,
+)
+from .exchange import Exchange
+from .layout import SequenceLayout, Span
+
+# Composite logits held at once where plain PyTorch scores.
+LOGITS_BYTES = 2**28
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SharedCall:
+    """One attention call of which each rank holds some tokens.
+
+    Attributes:
+        call: This rank's tokens: query [B, Hq, Sq / R, D], key and value [B, Hkv, Skv / R, D].
+        config: Its settings.
+        exchange: The ranks.
+        q_layout: Who holds which query rows.
+        kv_layout: Who holds which keys.
+    """
+
+    call: SdpaCall
+    config: SparseConfig
+    exchange: Exchange
+    q_layout: SequenceLayout
+    kv_layout: SequenceLayout
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The query rows of this rank."""
+        return self.q_layout.spans(self.exchange.rank)
+
+    @property
+    def causal_offset(self) -> int | None:
+        """Key position of query row 0 of the whole call."""
+        if not self.call.is_causal:
+            return None
+        behind = self.kv_layout.length - self.q_layout.length
+        return behind if self.call.causal_lower_right else 0
+
+    def whole(self) -> SdpaCall:
+        """The call as one process would make it, without its numbers: for decisions."""
+
+        def extend(tensor: Tensor, length: int) -> Tensor:
+            batch, heads, _, width = tensor.shape
+            return tensor.new_empty(()).expand(batch, heads, length, width)
+
+        query, key, value = self.call.query, self.call.key, self.call.value
+        kv_len = self.kv_layout.length
+        return replace(
+            self.call,
+            query=extend(query, self.q_layout.length),
+            key=extend(key, kv_len),
+            value=extend(value, kv_len),
+        )
+
+    def rows(self) -> Iterator[tuple[Span, Tensor]]:
+        """Runs of query rows, and their queries."""
+        at = 0
+        for span in self.spans:
+            yield span, self.call.query[:, :, at : at + span.length]
+            at += span.length
+
+    def geometry(self, rows: Span) -> BlockGeometry:
+        """The block grid of some rows and all keys."""
+        offset = self.causal_offset
+        return BlockGeometry(
+            q_len=rows.length,
+            kv_len=self.kv_layout.length,
+            block_size=self.config.selector.block_size,
+            causal_offset=None if offset is None else offset + rows.start,
+            rows_before=rows.start,
+            rows_after=self.q_layout.length - rows.stop,
+        )
+
+
+def attend_sparse(shared: SharedCall) -> Tensor:
+    """Selects for the local rows, fetches what they keep, attends.
+
+    Returns:
+        [B, Hq, Sq / R, Dv].
+    """
+    call, selector = shared.call, shared.config.selector
+    key: Tensor | None = None
+    with torch.no_grad():
+        if selector.keys_per_composite is None:
+            key = shared.exchange.gather(call.key, shared.kv_layout, 2, "keys")
+            selections = [_select(shared, span, query, key) for span, query in shared.rows()]
+        else:
+            composites = _gather_composites(shared, selector.keys_per_composite)
+            selections = [
+                _select_from_composites(shared, span, query, composites)
+                for span, query in shared.rows()
+            ]
+    key, value = _fetch(shared, selections, key)
+    outputs = []
+    observer = observer_in_force()
+    for (_, query), selection in zip(shared.rows(), selections, strict=True):
+        part = replace(call, query=query, key=key, value=value)
+        if observer is not None:
+            observer(part, shared.config, selection, None)
+        outputs.append(attend_selected(part, selection, backend=shared.config.backend))
+    return torch.cat(outputs, dim=2)
+
+
+def attend_dense(shared: SharedCall, reason: Reason) -> Tensor:
+    """Gathers all keys and values, and attends to every key that the local rows see.
+
+    Returns:
+        [B, Hq, Sq / R, Dv].
+    """
+    call = shared.call
+    key = shared.exchange.gather(call.key, shared.kv_layout, 2, "keys")
+    value = shared.exchange.gather(call.value, shared.kv_layout, 2, "values")
+    outputs = []
+    observer = observer_in_force()
+    for span, query in shared.rows():
+        if observer is not None:
+            part = replace(call, query=query, key=key, value=value)
+            observer(part, shared.config, None, reason)
+        offset, seen, mask = shared.causal_offset, key.shape[2], None
+        if offset is not None:
+            seen = min(seen, offset + span.stop)
+            mask = _causal_mask(span, offset, seen)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query,
+                key[:, :, :seen],
+                value[:, :, :seen],
+                attn_mask=mask,
+                scale=call.scale,
+                enable_gqa=bool(query.shape[1] != key.shape[1]),
+            )
+        )
+    return torch.cat(outputs, dim=2)
+
+
+def _causal_mask(rows: Span, offset: int, seen: int) -> Tensor:
+    if offset + rows.stop == seen:
+        bias: Tensor = causal_lower_right(rows.length, seen)
+        return bias
+    # Aligned top-left with more rows than keys.
+    position = torch.arange(rows.start, rows.stop)[:, None] + offset
+    return torch.arange(seen)[None, :] <= position
+
+
+def _scale(call: SdpaCall) -> float:
+    return default_scale(call.query.shape[3]) if call.scale is None else call.scale
+
+
+def _select(shared: SharedCall, rows: Span, query: Tensor, key: Tensor) -> BlockSelection:
+    return shared.config.selector.compute_selection(
+        query, key, geometry=shared.geometry(rows), scale=_scale(shared.call), attn_mask=None
+    )
+
+
+def _select_from_composites(
+    shared: SharedCall, rows: Span, query: Tensor, keys: CompositeKeys
+) -> BlockSelection:
+    """Some blocks of rows at a time: their logits would not fit at once."""
+    selector, size = shared.config.selector, shared.config.selector.block_size
+    row_bytes = query.shape[0] * query.shape[1] * keys.tokens.shape[2] * keys.tokens.itemsize
+    step = max(size, LOGITS_BYTES // (row_bytes * selector.cost.c_h) * selector.cost.c_q)
+    step = step // size * size
+    keep, visible = [], []
+    for start in range(0, rows.length, step):
+        part = Span(rows.start + start, min(rows.start + start + step, rows.stop))
+        selection = selector.select_from_composites(
+            query[:, :, start : start + part.length],
+            keys,
+            geometry=shared.geometry(part),
+            scale=_scale(shared.call),
+        )
+        keep.append(selection.keep)
+        visible.append(selection.visible)
+    return BlockSelection(
+        keep=torch.cat(keep, 2), visible=torch.cat(visible, 2), geometry=shared.geometry(rows)
+    )
+
+
+def _gather_composites(shared: SharedCall, group: int) -> CompositeKeys:
+    layout, key = shared.kv_layout, shared.call.key
+    size = layout.block_size
+    blocks = sum(span.length for span in layout.blocks(shared.exchange.rank))
+    # Only the sequence's last block is ragged, and the rank that holds it holds it last.
+    own, _ = pool_tokens(key, group, groups=blocks * size // group)
+    tokens = shared.exchange.gather(own, layout, 2, "composites", per_block=size // group)
+    groups = -(-layout.length // shared.config.selector.block_size)
+    groups *= shared.config.selector.block_size // group
+    start = torch.arange(groups, device=key.device) * group
+    counts = (layout.length - start).clamp(0, group).to(tokens.dtype)[None]
+    return CompositeKeys(tokens=tokens[:, :, :groups], counts=counts)
+
+
+def _fetch(
+    shared: SharedCall, selections: list[BlockSelection], key: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values in the places of the whole sequence, zeros where no local row looks."""
+    call, layout = shared.call, shared.kv_layout
+    need = _needed_blocks(shared, selections)
+    local = call.value if key is not None else torch.cat([call.key, call.value], dim=3)
+    fetched = shared.exchange.fetch_blocks(local, need, layout)[:, :, : layout.length]
+    if key is not None:
+        return key, fetched
+    head_dim = call.key.shape[3]
+    return fetched[..., :head_dim], fetched[..., head_dim:]
+
+
+def _needed_blocks(shared: SharedCall, selections: list[BlockSelection]) -> Tensor:
+    """Blocks of the layout that some local row of a key head's group keeps: bool [B, Hkv, N]."""
+    kv_heads, layout = shared.call.key.shape[1], shared.kv_layout
+    heads = shared.call.query.shape[1]
+    kept = torch.stack([selection.keep.any(2) for selection in selections]).any(0)
+    kept = kept.expand(-1, heads, -1).unflatten(1, (kv_heads, -1)).any(2)
+    finer = layout.block_size // shared.config.selector.block_size
+    blocks = -(-layout.length // layout.block_size)
+    kept = F.pad(kept, (0, blocks * finer - kept.shape[2]))
+    return kept.unflatten(2, (blocks, finer)).any(3)
