@@ -19,12 +19,13 @@ import torch
 from unisparse_flex.passes.device_rates import device_name
 
 from .contenders import SETTINGS, create_selector
+from .context_parallel import measure_context
 from .prefill import SHAPE, SMALL
 from .ranks import Rank, start_ranks
 from .record import Record, guarded
 from .tensor_parallel import measure_model
 
-PARTS = {"tensor_parallel": measure_model}
+PARTS = {"context_parallel": measure_context, "tensor_parallel": measure_model}
 # For starting, and for the row that is under way when the time is up.
 SPARE_SECONDS = 60.0
 

@@ -17,29 +17,37 @@ from .sdpa import SdpaCall
 from .sparse_attention import attend_masked_in_chunks, kernel_options
 
 
-def attend_selected(call: SdpaCall, selection: BlockSelection, *, backend: str = "auto") -> Tensor:
-    """Attends to the kept blocks: by a compiled flex kernel on CUDA, by masked SDPA elsewhere.
+def attend_selected(
+    call: SdpaCall,
+    selection: BlockSelection,
+    *,
+    backend: str = "auto",
+    compiled: bool | None = None,
+) -> Tensor:
+    """Attends to the kept blocks: by a compiled flex kernel, or by masked SDPA.
 
     Args:
         call: The call, without a mask; ``selection.geometry`` says what is causal.
         selection: The kept blocks.
         backend: See `flex_backend`.
+        compiled: Whether a kernel is compiled; by default on CUDA, where it can be.
 
     Returns:
         [B, Hq, Sq, Dv].
     """
-    if call.query.device.type != "cuda" or not flex_lowers(call):
+    if compiled is None:
+        compiled = call.query.device.type == "cuda" and flex_lowers(call)
+    if not compiled:
         return attend_masked_in_chunks(call, selection)
     geometry = selection.geometry
     mask = to_block_mask(selection, causal_mask_mod(geometry), compute_q_blocks=False)
-    options = kernel_options(
-        geometry.block_size,
-        backend=flex_backend(call, geometry.block_size, backend),
-        output_lse=False,
-    )
+    kernel = flex_backend(call, geometry.block_size, backend)
+    options = kernel_options(geometry.block_size, backend=kernel, output_lse=False)
+    # The function says itself what else the kernel writes; the operator is told.
+    given = tuple(item for item in options.items() if not item[0].startswith("OUTPUT_"))
     shapes = tuple(tuple(t.shape) for t in (call.query, call.key, call.value))
     place = (geometry.causal_offset, call.scale, mask.kv_indices.shape[1])
-    run = _compiled_flex(shapes, call.query.dtype, place, tuple(options.items()))
+    run = _compiled_flex(shapes, call.query.dtype, place, given)
     return run(call.query, call.key, call.value, mask)
 
 
