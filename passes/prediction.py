@@ -116,7 +116,7 @@ def forecast(shape: CallShape, selector: Selector, density: float | None = None)
         density: Kept over visible blocks where that was measured; the selector's own estimate by
             default.
     """
-    return _forecast(shape, selector, rates_of(shape, selector).rates, density)
+    return forecast_at(shape, selector, rates_of(shape, selector).rates, density)
 
 
 def rates_of(shape: CallShape, selector: Selector) -> FoundRates:
@@ -125,9 +125,10 @@ def rates_of(shape: CallShape, selector: Selector) -> FoundRates:
     return find_rates(shape.device, shape.dtype, plain=plain)
 
 
-def _forecast(
+def forecast_at(
     shape: CallShape, selector: Selector, rates: DeviceRates, density: float | None = None
 ) -> Forecast:
+    """`forecast` with the rates of a device that need not be here."""
     cost, block_size = selector.cost, selector.block_size
     if density is None:
         density = cost.density(
@@ -188,7 +189,7 @@ def _break_even_length(shape: CallShape, selector: Selector, self_attention: boo
     def is_faster(blocks: int) -> bool:
         length = blocks * size
         q_len = length if self_attention else shape.q_len
-        found = _forecast(shape._replace(q_len=q_len, kv_len=length), selector, rates)
+        found = forecast_at(shape._replace(q_len=q_len, kv_len=length), selector, rates)
         return found.sparse_seconds < found.dense_seconds
 
     aligned = not self_attention and shape.is_causal and shape.lower_right

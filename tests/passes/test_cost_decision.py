@@ -117,13 +117,13 @@ def test_decoding_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_shape_is_predicted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clear_caches()
     evaluated: list[Any] = []
-    original = prediction._forecast
+    original = prediction.forecast_at
 
     def count(*args: Any) -> Any:
         evaluated.append(args)
         return original(*args)
 
-    monkeypatch.setattr(prediction, "_forecast", count)
+    monkeypatch.setattr(prediction, "forecast_at", count)
     for _ in range(5):
         refuse(causal_call(2048), AUTOMATIC)
     assert len(evaluated) == 1

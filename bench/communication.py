@@ -1,0 +1,287 @@
+"""What context parallel attention moves between ranks: measured needs, simulated scaling.
+
+python -m bench.communication [--output FILE]      # needs of SmolLM2, then the study
+python -m bench.communication --page docs/distributed.md
+
+The study runs on no device. Bytes come from passes/communication.py, seconds of work from the cost
+model with the rates of one H100, extrapolated from 131072 tokens at most; links are nominal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from unisparse_flex import DEFAULT_SELECTOR, UniSparse
+from unisparse_flex.demo.model import MODEL_NAME, load_smollm2
+from unisparse_flex.demo.prompt import build_prompt
+from unisparse_flex.demo.texts import TextName
+from unisparse_flex.distributed import SequenceLayout
+from unisparse_flex.passes import communication, cost_model
+from unisparse_flex.passes.device_rates import RATES, DeviceRates
+from unisparse_flex.passes.prediction import CallShape, forecast_at
+
+from .tables import fill, markdown
+
+OUTPUT = Path("bench/results/communication-simulated.json")
+TEXTS: tuple[TextName, ...] = ("prose", "code")
+MEASURED_TOKENS, MEASURED_RANKS = 8192, (2, 4, 8)
+SELECTORS = {"paper": UniSparse(), "default": DEFAULT_SELECTOR}
+SETTINGS = {
+    "paper": UniSparse(),
+    "two": UniSparse(c_q=16, c_k=16, sampled_queries=4),
+}
+
+HEADS = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "value_dim": 128}
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+LENGTHS = (2**17, 2**20, 2**22, 2**24)
+DENSITIES = (0.05, 0.1)
+NEEDED = (1.0, 0.5)
+# Bytes a second into one device: NVLink 4 within a node of eight, a 400 Gb/s link across nodes.
+NODE, NODE_RATE, NETWORK_RATE = 8, 450e9, 50e9
+
+
+class Needs(TorchFunctionMode):
+    """Which blocks every layer keeps, of calls that stay dense."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, list[Tensor]] = {name: [] for name in SELECTORS}
+        self.density: dict[str, list[float]] = {name: [] for name in SELECTORS}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            query, key = args[:2]
+            for name, selector in SELECTORS.items():
+                selection = selector.select(query, key, is_causal=True)
+                groups = selection.keep[0].unflatten(0, (key.shape[1], -1)).any(1)
+                self.kept[name].append(groups.cpu())
+                self.density[name].append(selection.density())
+        return func(*args, **(kwargs or {}))
+
+
+def needed_share(kept: Tensor, layout: SequenceLayout) -> float:
+    """Share of the others' blocks that some row of a rank keeps, mean over ranks and key heads.
+
+    Args:
+        kept: bool [Hkv, N, N].
+        layout: Who holds which of the N blocks.
+    """
+    shares = []
+    for rank in range(layout.ranks):
+        spans = layout.blocks(rank)
+        wanted = torch.stack([kept[:, slice(*span)].any(1) for span in spans]).any(0)
+        others = torch.ones(kept.shape[-1], dtype=torch.bool)
+        for span in spans:
+            others[slice(*span)] = False
+        shares.append(wanted[:, others].float().mean())
+    return float(torch.stack(shares).mean())
+
+
+def measure() -> Iterator[dict[str, Any]]:
+    """Needs of a real model, one row for each text, selector and number of ranks."""
+    loaded = load_smollm2()
+    for text in TEXTS:
+        prompt = build_prompt(
+            loaded.tokenizer, text=text, tokens=MEASURED_TOKENS, depth=0.35, seed=0
+        )
+        needs = Needs()
+        with torch.inference_mode(), needs:
+            ids = prompt.input_ids.to(loaded.device)
+            loaded.model(ids, use_cache=False, logits_to_keep=1)
+        for name in SELECTORS:
+            for ranks in MEASURED_RANKS:
+                layout = SequenceLayout(pieces=(ids.shape[1],), ranks=ranks)
+                shares = [needed_share(kept, layout) for kept in needs.kept[name]]
+                yield {
+                    "text": text,
+                    "selector": name,
+                    "tokens": ids.shape[1],
+                    "ranks": ranks,
+                    "density": sum(needs.density[name]) / len(shares),
+                    "needed": sum(shares) / len(shares),
+                    "needed_least_layer": min(shares),
+                }
+
+
+def simulate() -> Iterator[dict[str, Any]]:
+    """The study: one row for each length, number of ranks, density and share of needed blocks."""
+    for name, selector in SETTINGS.items():
+        for tokens in LENGTHS:
+            for density in DENSITIES:
+                work = predict(tokens, selector, density)
+                for ranks in RANKS:
+                    for needed in NEEDED if ranks > 1 else (0.0,):
+                        yield {
+                            "selector": name,
+                            "tokens": tokens,
+                            "ranks": ranks,
+                            "density": density,
+                            "needed": needed,
+                            **simulate_one(tokens, selector, ranks, needed, work),
+                        }
+
+
+def simulate_one(
+    tokens: int, selector: UniSparse, ranks: int, needed: float, work: dict[str, float]
+) -> dict[str, Any]:
+    """Bytes a rank receives and seconds of one attention layer."""
+    composites = selector.keys_per_composite is not None
+    traffic = communication.context_traffic(composites=composites)
+    values = {
+        communication.R: ranks,
+        communication.needed: needed,
+        cost_model.B: 1,
+        cost_model.Hq: HEADS["q_heads"],
+        cost_model.Hkv: HEADS["kv_heads"],
+        cost_model.Sq: tokens,
+        cost_model.Skv: tokens,
+        cost_model.D: HEADS["head_dim"],
+        cost_model.Dv: HEADS["value_dim"],
+        cost_model.itemsize: 2,
+        cost_model.block: selector.block_size,
+        cost_model.c_k: selector.c_k,
+        cost_model.samples: selector.sampled_queries,
+    }
+    dense, sparse, selection, sampled = (
+        float(expr.subs(values))
+        for expr in (
+            traffic.dense_bytes,
+            traffic.sparse_bytes,
+            traffic.selection_bytes,
+            traffic.sampled_bytes,
+        )
+    )
+    rate = NODE_RATE if ranks <= NODE else NETWORK_RATE
+    # A ring passes keys on while it attends; the fetch comes before attention.
+    dense_seconds = max(work["dense"] / ranks, dense / rate)
+    sparse_seconds = work["sparse"] / ranks + sparse / rate
+    return {
+        "dense_bytes": dense,
+        "sparse_bytes": sparse,
+        "selection_bytes": selection,
+        "sampled_rows_bytes": sampled if selector.sampled_queries else None,
+        "dense_seconds": dense_seconds,
+        "dense_link_seconds": dense / rate,
+        "sparse_seconds": sparse_seconds,
+        "sparse_link_seconds": sparse / rate,
+        "speedup": dense_seconds / sparse_seconds,
+        "dense_efficiency": work["dense"] / ranks / dense_seconds,
+        "sparse_efficiency": work["sparse"] / ranks / sparse_seconds,
+    }
+
+
+def predict(tokens: int, selector: UniSparse, density: float) -> dict[str, float]:
+    """Seconds of one device for the whole call."""
+    shape = CallShape(
+        batch=1,
+        q_len=tokens,
+        kv_len=tokens,
+        is_causal=True,
+        lower_right=False,
+        masked=False,
+        dtype=torch.bfloat16,
+        device=torch.device("cuda"),
+        **HEADS,
+    )
+    found = forecast_at(shape, selector, rates(), density)
+    return {"dense": found.dense_seconds, "sparse": found.sparse_seconds}
+
+
+def rates() -> DeviceRates:
+    """Those of an H100."""
+    return next(r for r in RATES if (r.device, r.dtype) == ("cuda sm90", "bfloat16"))
+
+
+def describe(result: Mapping[str, Any], name: str) -> str:
+    """The tables of the file."""
+    parts = [
+        f"{name}: SIMULATED, but for the first table; `{' '.join(result['command'])}`",
+        f"### Needs of {result['model']}, measured, mean over layers and key heads",
+        markdown(
+            ("text", "selector", "tokens", "ranks", "density", "needed", "least layer"),
+            [
+                [r["text"], r["selector"], str(r["tokens"]), str(r["ranks"])]
+                + [f"{r[k]:.1%}" for k in ("density", "needed", "needed_least_layer")]
+                for r in result["measured"]
+            ],
+        ),
+    ]
+    for name_of in SETTINGS:
+        parts.append(f"### Simulated: {name_of}, density 10%, every block of others needed")
+        parts.append(markdown(STUDY_HEAD, list(_study_lines(result, name_of, 1.0))))
+        parts.append(f"### Simulated: {name_of}, density 10%, half of them needed")
+        parts.append(markdown(STUDY_HEAD, list(_study_lines(result, name_of, 0.5))))
+    return "\n\n".join(parts) + "\n"
+
+
+STUDY_HEAD = (
+    *("tokens", "ranks", "dense GB", "sparse GB", "sampled rows GB", "dense s", "sparse s"),
+    *("speed-up", "dense efficiency", "sparse efficiency"),
+)
+
+
+def _study_lines(result: Mapping[str, Any], name: str, needed: float) -> Iterator[list[str]]:
+    for row in result["rows"]:
+        shown = row["tokens"] > LENGTHS[0] and row["ranks"] in (1, 8, 64)
+        if row["selector"] != name or row["density"] != 0.1 or not shown:
+            continue
+        if row["ranks"] > 1 and row["needed"] != needed:
+            continue
+        sampled = row["sampled_rows_bytes"]
+        yield [
+            str(row["tokens"]),
+            str(row["ranks"]),
+            *(f"{row[k] / 1e9:.3g}" for k in ("dense_bytes", "sparse_bytes")),
+            "" if sampled is None else f"{sampled / 1e9:.3g}",
+            *(f"{row[k]:.3g}" for k in ("dense_seconds", "sparse_seconds")),
+            f"{row['speedup']:.2f}x",
+            *(f"{row[k]:.0%}" for k in ("dense_efficiency", "sparse_efficiency")),
+        ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.communication",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--page", type=Path, help="writes the tables of this page")
+    options = parser.parse_args(arguments)
+    if options.page is not None:
+        options.page.write_text(fill(options.page.read_text(), describe))
+        return
+    result = {
+        "schema": 1,
+        "simulated": True,
+        "model": MODEL_NAME,
+        "heads": HEADS,
+        "rates": rates().source,
+        "links": {"node": NODE, "node_bytes_a_second": NODE_RATE, "network": NETWORK_RATE},
+        "command": ["python", "-m", "bench.communication", *sys.argv[1:]],
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "measured": list(measure()),
+        "rows": list(simulate()),
+    }
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(describe(result, options.output.name))
+
+
+if __name__ == "__main__":
+    main()
