@@ -32,20 +32,24 @@ class Ranks:
 
     Args:
         size: How many.
+        patience: Seconds after which a collective that waits for a rank fails.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, patience: float = GROUP_SECONDS) -> None:
+        self.size, self.patience = size, patience
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
+        group = (self.size, store, self.patience)
         pipes = [context.Pipe() for _ in range(self.size)]
         self._pipes = [ours for ours, _ in pipes]
         self._processes = [
-            context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
+            context.Process(
+                target=_serve, args=(rank, self.size, store, theirs, self.patience), daemon=True
+            )
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self._processes:
@@ -117,7 +121,7 @@ class Failure:
         return f"{self.kind}: {self.message}\n{self.trace}"
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, store: str, patience: float, pipe: Connection) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -125,7 +129,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=GROUP_SECONDS),
+        timeout=timedelta(seconds=patience),
     )
     pipe.send(None)
     while True:

@@ -8,6 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from tests.api.models import FINE, Transformer, create, embeddings
 from unisparse_flex import FlexPrefill, Selector, UniSparse, explain, optimize, restore
@@ -163,8 +169,6 @@ def test_the_group_is_the_one_of_the_mesh(four: Ranks) -> None:
 
 def run_halves() -> tuple[int, int]:
     """Two contexts of two ranks each, side by side: which half and which rank in it."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
     context = ContextParallel(mesh["context"], block_size=16)
     half = dist.get_rank() // 2
@@ -174,3 +178,48 @@ def run_halves() -> tuple[int, int]:
     with torch.no_grad():
         assert difference(context.gather(model(context.shard(x, 1)), 1), alone(x)) < 1e-5
     return half, context.rank
+
+
+def run_heads_and_tokens() -> float:
+    """Heads over two ranks, tokens over two."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("heads", "context"))
+    context = ContextParallel(mesh["context"], block_size=16)
+    model: Any = optimize(create(), FINE, min_length=0, context=context)
+    columns = {name: ColwiseParallel() for name in ("query", "key", "value")}
+    for layer in model.layers:
+        plan: Any = {**columns, "out": RowwiseParallel()}
+        parallelize_module(layer.attention, mesh["heads"], plan)
+    x = embeddings(LENGTH, batch=2)
+    alone = optimize(create(), FINE, min_length=0)
+    with torch.no_grad():
+        return difference(context.gather(model(context.shard(x, 1)), 1), alone(x))
+
+
+def test_heads_and_tokens_can_both_be_shared(four: Ranks) -> None:
+    assert all(error < 1e-5 for error in four.run(run_heads_and_tokens))
+
+
+def run_encoder() -> tuple[float, bool]:
+    """`nn.MultiheadAttention`, not causal."""
+    context = ContextParallel(block_size=16)
+    encoder = nn.TransformerEncoderLayer(64, 4, 64, batch_first=True, dropout=0.0)
+    state = {
+        k: torch.randn(v.shape, generator=torch.Generator().manual_seed(v.numel())) * 0.2
+        for k, v in encoder.state_dict().items()
+    }
+    models: list[Any] = []
+    for _ in range(2):
+        models.append(nn.TransformerEncoderLayer(64, 4, 64, batch_first=True, dropout=0.0).eval())
+        models[-1].load_state_dict(state)
+    x = embeddings(LENGTH, batch=2)
+    alone = optimize(models[0], FINE, min_length=0)
+    model = optimize(models[1], FINE, min_length=0, context=context)
+    with torch.no_grad():
+        output = context.gather(model(context.shard(x, 1)), 1)
+        return difference(output, alone(x)), bool(context.received["blocks"])
+
+
+def test_an_encoder_over_shards_equals_one_process(two: Ranks) -> None:
+    for error, fetched in two.run(run_encoder):
+        assert fetched
+        assert error < 1e-5

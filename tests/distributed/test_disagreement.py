@@ -12,7 +12,11 @@ import torch.distributed as dist
 
 from tests.api.models import FINE, create, embeddings, qkv
 from unisparse_flex import FlexPrefill, UniSparse, optimize
-from unisparse_flex.distributed import ContextParallel, context_parallel_attention
+from unisparse_flex.distributed import (
+    ContextParallel,
+    context_parallel_attention,
+    validate_same_settings,
+)
 
 from .ranks import GROUP_SECONDS, Failure, Ranks
 
@@ -112,13 +116,15 @@ def test_a_mask_over_shards_is_refused(two: Ranks) -> None:
         assert "attn_mask" in failure.message
 
 
-def call_without(rank: int) -> tuple[float, str]:
-    """A rank leaves before the second call: seconds until the others know, and what they hear."""
+def call_without(rank: int, dies: bool) -> tuple[float, str] | None:
+    """A rank misses the second call: seconds until the others know, and what they hear."""
     context = ContextParallel(block_size=16)
     query, key, value = (context.shard(t, 2) for t in qkv(LENGTH))
     context_parallel_attention(query, key, value, context=context, selector=FINE)
     if dist.get_rank() == rank:
-        os._exit(3)
+        if dies:
+            os._exit(3)
+        return None
     start = time.monotonic()
     try:
         context_parallel_attention(query, key, value, context=context, selector=FINE)
@@ -130,7 +136,7 @@ def call_without(rank: int) -> tuple[float, str]:
 def test_a_rank_that_dies_ends_the_others_call() -> None:
     ranks = Ranks(3)
     try:
-        results = ranks.attempt(call_without, 1, seconds=GROUP_SECONDS + 30)
+        results = ranks.attempt(call_without, 1, True, seconds=GROUP_SECONDS + 30)
     finally:
         ranks.close()
     assert isinstance(results[1], Failure)
@@ -138,3 +144,45 @@ def test_a_rank_that_dies_ends_the_others_call() -> None:
     for seconds, message in (results[0], results[2]):
         assert "lost the others while it compared settings: a rank died" in message
         assert seconds < GROUP_SECONDS + 5
+
+
+def test_a_rank_that_does_not_come_is_waited_for_as_long_as_stated() -> None:
+    patience = 3.0
+    ranks = Ranks(2, patience)
+    try:
+        (seconds, message), nothing = ranks.run(call_without, 1, False, seconds=60)
+    finally:
+        ranks.close()
+    assert nothing is None
+    assert "did not come within the group's timeout" in message
+    assert patience - 0.5 < seconds < patience + 10
+
+
+def validate(change: bool) -> None:
+    model = optimize(create(), OTHER if change and dist.get_rank() == 1 else FINE)
+    validate_same_settings(model)
+
+
+def test_models_that_were_optimized_differently_are_found(two: Ranks) -> None:
+    assert two.run(validate, False) == [None, None]
+    for failure in two.attempt(validate, True):
+        assert failure.kind == "ValueError"
+        assert "with the same settings on every rank, got 2 different ones" in failure.message
+        assert "top_k=3" in failure.message
+        assert "top_k=4" in failure.message
+
+
+def call_with_thresholds(last: float) -> None:
+    """A selector whose text is longer than the message of facts."""
+    given = last if dist.get_rank() == 1 else 0.5
+    thresholds = (*(0.0123456789,) * 127, given)
+    selector = UniSparse(block_size=16, c_q=4, c_k=4, head_thresholds=thresholds)
+    context = ContextParallel(block_size=16)
+    query, key, value = (context.shard(t, 2) for t in qkv(LENGTH, heads=(128, 2)))
+    context_parallel_attention(query, key, value, context=context, selector=selector)
+
+
+def test_long_settings_are_compared_whole(two: Ranks) -> None:
+    assert two.run(call_with_thresholds, 0.5) == [None, None]
+    for failure in two.attempt(call_with_thresholds, 0.6):
+        assert "selector must be the same on every rank" in failure.message

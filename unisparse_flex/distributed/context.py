@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..block_masks.validation import validate_block_size
 from ..dispatch import leave_attention
 from ..passes import SdpaCall, SparseConfig, refuse, register_context
-from .exchange import REFUSAL, Exchange
+from .exchange import REFUSAL, Exchange, shorten
+from .group import find_group
 from .layout import SequenceLayout
 from .local_rows import SharedCall, attend_dense, attend_sparse
 
@@ -58,13 +59,8 @@ class ContextParallel:
         block_size: int = 128,
     ) -> None:
         validate_block_size(block_size)
-        if not dist.is_initialized():
-            raise RuntimeError(
-                "ContextParallel must have an initialised torch.distributed, got none; call "
-                "torch.distributed.init_process_group first"
-            )
         self.balanced, self.block_size = balanced, block_size
-        self._exchange = Exchange(_group_of(group))
+        self._exchange = Exchange(find_group(group))
         self.name = f"context{next(_names)}"
         register_context(self.name, self._attend)
 
@@ -136,7 +132,7 @@ class ContextParallel:
         query, key, value = call.query, call.key, call.value
         refusal = self._find_refusal(config)
         facts: dict[str, Any] = {
-            "selector": config.selector.text,
+            "selector": shorten(config.selector.text),
             "settings": [getattr(config, name) for name in SETTINGS],
             "layout": [self.balanced, self.block_size, list(pieces)],
             "query": [query.shape[0], query.shape[1], query.shape[3]],
@@ -182,20 +178,3 @@ class ContextParallel:
                 f"{self.block_size}; make ContextParallel(block_size={size})"
             )
         return ""
-
-
-def _group_of(group: Any) -> dist.ProcessGroup:
-    if group is None:
-        found = dist.group.WORLD
-        assert found is not None
-        return found
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(
-                f"group must be a mesh of one dimension, got {group.ndim}: {group}; pass the one "
-                "that the tokens are shared over, mesh['context'] say"
-            )
-        return group.get_group()
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a ProcessGroup or a DeviceMesh, got {type(group).__name__}")
-    return group

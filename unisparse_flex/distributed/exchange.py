@@ -5,6 +5,7 @@ Symbols: R ranks, B batch, H key heads, N key blocks, W numbers a token.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from .layout import SequenceLayout
 # Renamed in torch 2.13.
 _all_gather_flat: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # What each rank says of a call before anything else is exchanged.
-FACTS_BYTES = 1024
+FACTS_BYTES, TEXT_CHARACTERS = 1024, 300
 REFUSAL = "refusal"
 
 
@@ -66,19 +67,23 @@ class Exchange:
             ValueError: Ranks differ, or another rank refuses the call; the same on every rank.
             RuntimeError: A rank is gone.
         """
-        text = json.dumps(facts).encode()
-        if len(text) > FACTS_BYTES:
-            text = json.dumps({REFUSAL: str(facts.get(REFUSAL, "facts too long"))[:400]}).encode()
-        message = torch.zeros(FACTS_BYTES, dtype=torch.uint8)
-        message[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        found = self._all_gather(message.to(device), "facts", "compared settings").cpu()
-        told = [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in found]
+        told = self.tell(facts, device)
         for rank, said in enumerate(told):
             if REFUSAL in said and rank != self.rank:
                 raise ValueError(f"rank {rank} of the context refuses the call: {said[REFUSAL]}")
         if REFUSAL not in facts:
             _raise_where_different(told)
         return told
+
+    def tell(self, facts: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+        """The facts of all ranks; see `agree`."""
+        text = json.dumps(facts).encode()
+        if len(text) > FACTS_BYTES:
+            text = json.dumps({REFUSAL: str(facts.get(REFUSAL, "facts too long"))[:400]}).encode()
+        message = torch.zeros(FACTS_BYTES, dtype=torch.uint8)
+        message[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        found = self._all_gather(message.to(device), "facts", "compared settings").cpu()
+        return [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in found]
 
     def gather(
         self,
@@ -168,10 +173,17 @@ class Exchange:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"context parallel attention: rank {self.rank} of {self.ranks} lost the others "
-                f"while it {doing}: a rank died, or did not come within the group's timeout "
-                f"(init_process_group(timeout=...)); its own output says why. {error}"
+                f"rank {self.rank} of {self.ranks} lost the others while it {doing}: a rank died, "
+                "or did not come within the group's timeout (init_process_group(timeout=...)); its "
+                f"own output says why. {error}"
             ) from error
+
+
+def shorten(text: str) -> str:
+    """A text that is told whole where it is short, and else by its beginning and a digest."""
+    if len(text) <= TEXT_CHARACTERS:
+        return text
+    return f"{text[:TEXT_CHARACTERS]}... ({hashlib.sha256(text.encode()).hexdigest()[:16]})"
 
 
 def _count(ranks: Tensor, count: int) -> Tensor:

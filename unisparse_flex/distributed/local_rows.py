@@ -23,11 +23,15 @@ from ..passes import (
     SdpaCall,
     SparseConfig,
     attend_selected,
+    flex_lowers,
     observer_in_force,
 )
 from .exchange import Exchange
 from .layout import SequenceLayout, Span
 
+# Keys from which a kernel is compiled for dense rows: FlashAttention-4 takes rows that end where
+# their keys end, cuDNN does not, and FlashAttention-2 takes twice as long.
+COMPILED_LENGTH = 32768
 # Composite logits held at once where plain PyTorch scores.
 LOGITS_BYTES = 2**28
 
@@ -140,33 +144,43 @@ def attend_dense(shared: SharedCall, reason: Reason) -> Tensor:
     outputs = []
     observer = observer_in_force()
     for span, query in shared.rows():
+        part = replace(call, query=query, key=key, value=value)
         if observer is not None:
-            part = replace(call, query=query, key=key, value=value)
             observer(part, shared.config, None, reason)
-        offset, seen, mask = shared.causal_offset, key.shape[2], None
-        if offset is not None:
-            seen = min(seen, offset + span.stop)
-            mask = _causal_mask(span, offset, seen)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query,
-                key[:, :, :seen],
-                value[:, :, :seen],
-                attn_mask=mask,
-                scale=call.scale,
-                enable_gqa=bool(query.shape[1] != key.shape[1]),
-            )
-        )
+        outputs.append(_attend_all(shared, span, part))
     return torch.cat(outputs, dim=2)
 
 
-def _causal_mask(rows: Span, offset: int, seen: int) -> Tensor:
+def _attend_all(shared: SharedCall, rows: Span, part: SdpaCall) -> Tensor:
+    """Some rows and every key that they see."""
+    query, key, value, offset = part.query, part.key, part.value, shared.causal_offset
+    seen, mask = key.shape[2], None
+    long = query.device.type == "cuda" and flex_lowers(part) and seen >= COMPILED_LENGTH
+    if long and offset is not None:
+        geometry = shared.geometry(rows)
+        visible = geometry.visible_blocks(query.device)[None, None]
+        everything = BlockSelection(keep=visible, visible=visible, geometry=geometry)
+        return attend_selected(part, everything, backend=shared.config.backend)
+    if offset is not None:
+        seen = min(seen, offset + rows.stop)
+        mask = _causal_mask(rows, offset, seen, query.device)
+    return F.scaled_dot_product_attention(
+        query,
+        key[:, :, :seen],
+        value[:, :, :seen],
+        attn_mask=mask,
+        scale=part.scale,
+        enable_gqa=bool(query.shape[1] != key.shape[1]),
+    )
+
+
+def _causal_mask(rows: Span, offset: int, seen: int, device: torch.device) -> Tensor:
     if offset + rows.stop == seen:
         bias: Tensor = causal_lower_right(rows.length, seen)
         return bias
     # Aligned top-left with more rows than keys.
-    position = torch.arange(rows.start, rows.stop)[:, None] + offset
-    return torch.arange(seen)[None, :] <= position
+    position = torch.arange(*rows, device=device)[:, None] + offset
+    return torch.arange(seen, device=device)[None, :] <= position
 
 
 def _scale(call: SdpaCall) -> float:
