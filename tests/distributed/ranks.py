@@ -47,16 +47,15 @@ class Ranks:
         pipes = [context.Pipe() for _ in range(self.size)]
         self._pipes = [ours for ours, _ in pipes]
         self._processes = [
-            context.Process(
-                target=_serve, args=(rank, self.size, store, theirs, self.patience), daemon=True
-            )
+            context.Process(target=_serve, args=(rank, *group, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self._processes:
             process.start()
         for _, theirs in pipes:
             theirs.close()
-        self._collect(START_SECONDS)
+        if any(isinstance(answer, Failure) for answer in self._collect(START_SECONDS)):
+            raise RankFailed("a process ended while it started; its error is above")
 
     def run(self, function: Callable[..., Any], *args: Any, seconds: float = 60.0) -> list[Any]:
         """``function(*args)`` on every rank: what each returns.
