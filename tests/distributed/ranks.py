@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A collective that waits longer for a rank fails.
-GROUP_SECONDS = 20
+# A collective that waits longer for a rank fails; a rank may compile meanwhile.
+GROUP_SECONDS = 90
 START_SECONDS = 60
 
 
@@ -57,7 +57,7 @@ class Ranks:
         if any(isinstance(answer, Failure) for answer in self._collect(START_SECONDS)):
             raise RankFailed("a process ended while it started; its error is above")
 
-    def run(self, function: Callable[..., Any], *args: Any, seconds: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, seconds: float = 100.0) -> list[Any]:
         """``function(*args)`` on every rank: what each returns.
 
         Raises:
@@ -66,6 +66,8 @@ class Ranks:
         results = self.attempt(function, *args, seconds=seconds)
         failed = [f"rank {i}: {r}" for i, r in enumerate(results) if isinstance(r, Failure)]
         if failed:
+            # Their connections may be broken: the next test starts others.
+            self._end()
             raise RankFailed("\n".join(failed))
         return results
 
@@ -78,6 +80,11 @@ class Ranks:
         for pipe in self._pipes:
             pipe.send((function, args))
         return self._collect(seconds)
+
+    def _end(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
 
     def close(self) -> None:
         """Ends the processes."""
@@ -94,8 +101,7 @@ class Ranks:
         results: list[Any] = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(max(0.0, end - time.monotonic())):
-                for process in self._processes:
-                    process.kill()
+                self._end()
                 raise RankFailed(f"rank {rank} did not answer within {seconds:g} seconds")
             try:
                 results.append(pipe.recv())

@@ -18,7 +18,7 @@ from unisparse_flex.distributed import (
     validate_same_settings,
 )
 
-from .ranks import GROUP_SECONDS, Failure, Ranks
+from .ranks import Failure, Ranks
 
 LENGTH = 203
 OTHER = UniSparse(block_size=16, c_q=4, c_k=4, top_k=4)
@@ -57,7 +57,7 @@ DIFFERENT: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changed", "message"), DIFFERENT)
 def test_ranks_that_differ_all_raise(two: Ranks, changed: dict[str, Any], message: str) -> None:
-    failures = two.attempt(call_with, changed, seconds=GROUP_SECONDS)
+    failures = two.attempt(call_with, changed)
     for failure in failures:
         assert isinstance(failure, Failure)
         assert failure.kind == "ValueError"
@@ -134,16 +134,17 @@ def call_without(rank: int, dies: bool) -> tuple[float, str] | None:
 
 
 def test_a_rank_that_dies_ends_the_others_call() -> None:
-    ranks = Ranks(3)
+    patience = 20.0
+    ranks = Ranks(3, patience)
     try:
-        results = ranks.attempt(call_without, 1, True, seconds=GROUP_SECONDS + 30)
+        results = ranks.attempt(call_without, 1, True)
     finally:
         ranks.close()
     assert isinstance(results[1], Failure)
     assert results[1].kind == "EOFError"
     for seconds, message in (results[0], results[2]):
         assert "lost the others while it compared settings: a rank died" in message
-        assert seconds < GROUP_SECONDS + 5
+        assert seconds < patience + 5
 
 
 def test_a_rank_that_does_not_come_is_waited_for_as_long_as_stated() -> None:
