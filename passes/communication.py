@@ -21,8 +21,11 @@ from .cost_model import B, D, Dv, Hkv, Hq, Skv, Sq, block, c_k, density, itemsiz
 R = sympy.Symbol("R", integer=True, positive=True)
 needed = sympy.Symbol("needed", nonnegative=True)
 
-# Composite keys and block masses are float32; whether a block is needed takes a byte.
-COMPOSITE_BYTES, MASS_BYTES, NEED_BYTES = 4, 4, 1
+# Bytes of a number in composite keys: itemsize where the kernels pool, 4 where plain PyTorch does.
+composite_itemsize = sympy.Symbol("composite_itemsize", integer=True, positive=True)
+
+# Block masses are float32; whether a block is needed takes a byte.
+MASS_BYTES, NEED_BYTES = 4, 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +64,7 @@ def context_traffic(*, composites: bool) -> ContextTraffic:
     keys, values = (B * Hkv * Skv * width * itemsize for width in (D, Dv))
     kv_blocks = Skv / block
     rows = B * Hq * Sq / block * samples
-    composite_bytes = B * Hkv * Skv / c_k * D * COMPOSITE_BYTES
+    composite_bytes = B * Hkv * Skv / c_k * D * composite_itemsize
     masses = B * Hq * (Sq / block / R) * kv_blocks
     return ContextTraffic(
         dense_bytes=others * (keys + values),

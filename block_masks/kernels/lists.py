@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..block_lists import BlockLists
@@ -40,6 +41,24 @@ class Granularities:
     sampled: int
 
 
+def pool_keys(key: Tensor, *, group: int, block_size: int, blocks: int) -> Tensor:
+    """Composite keys as `compute_lists` takes them.
+
+    Args:
+        key: [B, Hkv, Skv, D] on the GPU.
+        group: Keys per composite key.
+        block_size: Tokens per block.
+        blocks: Key blocks in the result, ``ceil(Skv / block_size)`` or more.
+
+    Returns:
+        [B, Hkv, blocks * block_size / group, D] in key's dtype.
+    """
+    batch, kv_heads = key.shape[:2]
+    pooled, _ = pool(key, kv_heads=kv_heads, blocks=blocks, block_size=block_size, group=group)
+    assert pooled is not None
+    return pooled.tokens.unflatten(0, (batch, kv_heads))
+
+
 def compute_lists(
     query: Tensor,
     key: Tensor,
@@ -49,6 +68,7 @@ def compute_lists(
     rule: Rule,
     guards: Guards,
     scale: float,
+    are_composites: bool = False,
 ) -> BlockLists:
     """Chooses key blocks for every query block and head.
 
@@ -60,13 +80,15 @@ def compute_lists(
         rule: Which blocks are kept.
         guards: Blocks kept in any case.
         scale: Factor on the logits, above 0.
+        are_composites: Whether ``key`` holds what `pool_keys` made of the keys of all blocks;
+            nothing can be sampled then.
 
     Returns:
         The block lists.
     """
     batch, q_heads = query.shape[:2]
     kv_heads = key.shape[1]
-    if not takes_descriptor(key):
+    if not (are_composites or takes_descriptor(key)):
         key = key.contiguous()
     size, g = geometry.block_size, granularities
     q_blocks, kv_blocks = geometry.num_q_blocks, geometry.num_kv_blocks
@@ -83,16 +105,15 @@ def compute_lists(
     composite_keys = None
     if composites is not None:
         held = held_blocks(key, size // g.c_k) if g.c_k > 1 else 1
-        pooled, _ = pool(
-            key,
-            kv_heads=kv_heads,
-            blocks=-(-kv_blocks // held) * held,
-            block_size=size,
-            group=g.c_k,
-            held=held,
-        )
-        assert pooled is not None
-        composite_keys = pooled.tokens.unflatten(0, (batch, kv_heads))
+        blocks = -(-kv_blocks // held) * held
+        if are_composites:
+            composite_keys = _interleave(key, held, blocks, size // g.c_k)
+        else:
+            pooled, _ = pool(
+                key, kv_heads=kv_heads, blocks=blocks, block_size=size, group=g.c_k, held=held
+            )
+            assert pooled is not None
+            composite_keys = pooled.tokens.unflatten(0, (batch, kv_heads))
     counts = (batch, q_heads, q_blocks)
     shapes = (counts, (*counts, kv_blocks)) * 2
     lists = BlockLists(*(query.new_empty(shape, dtype=torch.int32) for shape in shapes))
@@ -127,6 +148,13 @@ def compute_lists(
                 **turn,
             )
     return lists
+
+
+def _interleave(composites: Tensor, held: int, blocks: int, groups: int) -> Tensor:
+    """Composite keys in the order in which `pool` writes those of ``held`` blocks."""
+    padded = F.pad(composites, (0, 0, 0, blocks * groups - composites.shape[2]))
+    tiles = padded.unflatten(2, (blocks // held, held, groups))
+    return tiles.transpose(3, 4).flatten(2, 4).contiguous()
 
 
 def turns(geometry: BlockGeometry, row_bytes: int) -> Iterator[slice]:

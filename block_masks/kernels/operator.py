@@ -29,7 +29,7 @@ _library = torch.library.Library("unisparse", "FRAGMENT")
 _library.define(
     "select_blocks(Tensor query, Tensor key, *, int block_size, SymInt? causal_offset, "
     "float scale, int c_q, int c_k, int c_h, int sampled_queries, str rule, float[] values, "
-    "int sink_blocks, int local_blocks, int last_query_blocks) "
+    "int sink_blocks, int local_blocks, int last_query_blocks, SymInt? kv_len=None) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -44,14 +44,11 @@ def takes(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) -> 
         scale: Factor on the logits.
     """
     return (
-        query.device.type == "cuda"
-        and _runs_on(query.device.index or 0)
-        and query.dtype in DTYPES
+        takes_keys(query)
         and key.dtype == query.dtype
         and geometry.mask is None
         # They know a row's own position where the call is whole or causal.
         and (geometry.causal_offset is not None or not geometry.is_part)
-        and query.shape[3] <= MAX_HEAD_DIM
         and scale > 0
         and guard_or_false(geometry.num_kv_blocks <= MAX_KEY_BLOCKS)
     )
@@ -69,12 +66,13 @@ def select_lists(
     rule: SelectionRule,
     guards: Guards,
     scale: float,
+    are_composites: bool = False,
 ) -> BlockLists:
     """Scores and selects by the kernels, for a call that `takes` accepts.
 
     Args:
         query: [B, Hq, Sq, D].
-        key: [B, Hkv, Skv, D].
+        key: [B, Hkv, Skv, D], or composite keys.
         geometry: The block grid.
         c_q: Query rows per composite query.
         c_k: Keys per composite key.
@@ -83,6 +81,7 @@ def select_lists(
         rule: `TopP`, `TopK`, `Threshold` or `TopPOrThreshold`.
         guards: Blocks kept in any case.
         scale: Factor on the logits, above 0.
+        are_composites: Whether ``key`` holds what `pool_keys` made of the keys.
 
     Returns:
         Block lists of B batches and Hq heads.
@@ -106,7 +105,30 @@ def select_lists(
             sink_blocks=guards.sink_blocks,
             local_blocks=guards.local_blocks,
             last_query_blocks=guards.last_query_blocks,
+            kv_len=geometry.kv_len if are_composites else None,
         )
+    )
+
+
+def pool_keys(key: Tensor, *, c_k: int, block_size: int, blocks: int) -> Tensor:
+    """Composite keys by the kernels, of key [B, Hkv, Skv, D] on a GPU that has them; eager only.
+
+    Returns:
+        [B, Hkv, blocks * block_size / c_k, D] in key's dtype.
+    """
+    from .lists import pool_keys as pool
+
+    with torch.cuda.device(key.device):
+        return pool(key, group=c_k, block_size=block_size, blocks=blocks)
+
+
+def takes_keys(key: Tensor) -> bool:
+    """Whether the kernels can pool key [B, Hkv, Skv, D]."""
+    return (
+        key.device.type == "cuda"
+        and _runs_on(key.device.index or 0)
+        and key.dtype in DTYPES
+        and key.shape[3] <= MAX_HEAD_DIM
     )
 
 
@@ -157,6 +179,7 @@ def _run(
     sink_blocks: int,
     local_blocks: int,
     last_query_blocks: int,
+    kv_len: int | None = None,
 ) -> tuple[Tensor, ...]:
     # Triton need not be there for what runs on the CPU.
     from .lists import Granularities, compute_lists
@@ -164,7 +187,7 @@ def _run(
 
     geometry = BlockGeometry(
         q_len=query.shape[2],
-        kv_len=key.shape[2],
+        kv_len=key.shape[2] if kv_len is None else kv_len,
         block_size=block_size,
         causal_offset=causal_offset,
     )
@@ -182,13 +205,17 @@ def _run(
                 last_query_blocks=last_query_blocks,
             ),
             scale=scale,
+            are_composites=kv_len is not None,
         )
     return lists.tensors()
 
 
-def _describe(query: Tensor, key: Tensor, *, block_size: int, **_: object) -> tuple[Tensor, ...]:
+def _describe(
+    query: Tensor, key: Tensor, *, block_size: int, kv_len: int | None = None, **_: object
+) -> tuple[Tensor, ...]:
     batch, heads, q_len = query.shape[:3]
-    geometry = BlockGeometry(q_len=q_len, kv_len=key.shape[2], block_size=block_size)
+    kv_len = key.shape[2] if kv_len is None else kv_len
+    geometry = BlockGeometry(q_len=q_len, kv_len=kv_len, block_size=block_size)
     counts = (batch, heads, geometry.num_q_blocks)
     shapes = (counts, (*counts, geometry.num_kv_blocks)) * 2
     return tuple(query.new_empty(shape, dtype=torch.int32) for shape in shapes)

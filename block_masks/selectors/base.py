@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
-from ..granularity import CompositeKeys
+from ..granularity import CompositeKeys, pool_tokens
 from ..scoring import default_scale
 from ..selection import Guards
 from ..selection_cost import SelectionCost
@@ -100,6 +100,16 @@ class Selector(ABC):
     def keys_per_composite(self) -> int | None:
         """Keys pooled into one where it needs no others; ``None`` where it needs every key."""
         return None
+
+    def pool_keys(self, key: Tensor, *, blocks: int) -> Tensor:
+        """Composite keys of key [B, Hkv, Skv, D], for `select_from_composites`.
+
+        Returns:
+            [B, Hkv, blocks * block_size / keys_per_composite, D]; empty behind the last key.
+        """
+        group = self.keys_per_composite
+        assert group is not None
+        return pool_tokens(key, group, groups=blocks * (self.block_size // group))[0]
 
     def select_from_composites(
         self, query: Tensor, keys: CompositeKeys, *, geometry: BlockGeometry, scale: float

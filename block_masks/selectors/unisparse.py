@@ -146,7 +146,7 @@ class UniSparse(Guarded, Selector):
             c_k=self.c_k,
             c_h=self.c_h,
             sampled_queries=self.sampled_queries,
-            has_kernels=self.head_thresholds is None,
+            has_kernels=self._has_kernels,
             row_blocks=forced if self.top_k is None else max(forced, self.top_k),
             last_query_blocks=self.last_query_blocks,
             share=0.0 if self.top_p is None else top_p_share(self.top_p),
@@ -171,24 +171,9 @@ class UniSparse(Guarded, Selector):
     ) -> BlockSelection:
         """See `Selector.compute_selection`."""
         validate_merged_heads(query.shape[1], key.shape[1], self.c_h)
-        one_rule = self.head_thresholds is None
-        if one_rule and attn_mask is None and kernels.takes(query, key, geometry, scale):
-            lists = kernels.select_lists(
-                query,
-                key,
-                geometry=geometry,
-                c_q=self.c_q,
-                c_k=self.c_k,
-                c_h=self.c_h,
-                sampled_queries=self.sampled_queries,
-                rule=self.rule,
-                guards=self.guards,
-                scale=scale,
-            )
-            visible = geometry.visible_blocks(query.device)[None, None]
-            return BlockSelection(
-                keep=lists.kept(), visible=visible, geometry=geometry, lists=lists
-            )
+        has_kernels = self._has_kernels and attn_mask is None
+        if has_kernels and kernels.takes(query, key, geometry, scale):
+            return self._select_by_kernels(query, key, geometry=geometry, scale=scale)
         mask = summarize(attn_mask, geometry, c_q=self.c_q, c_k=self.c_k, device=query.device)
         granularities: list[Pooled | Sampled] = [self.granularity]
         if self.sampled_queries:
@@ -209,19 +194,58 @@ class UniSparse(Guarded, Selector):
         return BlockSelection(keep=keep, visible=visible, geometry=geometry)
 
     @property
+    def _has_kernels(self) -> bool:
+        return self.head_thresholds is None
+
+    def _select_by_kernels(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        geometry: BlockGeometry,
+        scale: float,
+        are_composites: bool = False,
+    ) -> BlockSelection:
+        lists = kernels.select_lists(
+            query,
+            key,
+            geometry=geometry,
+            c_q=self.c_q,
+            c_k=self.c_k,
+            c_h=self.c_h,
+            sampled_queries=self.sampled_queries,
+            rule=self.rule,
+            guards=self.guards,
+            scale=scale,
+            are_composites=are_composites,
+        )
+        visible = geometry.visible_blocks(query.device)[None, None]
+        return BlockSelection(keep=lists.kept(), visible=visible, geometry=geometry, lists=lists)
+
+    @property
     def keys_per_composite(self) -> int | None:
         """See `Selector.keys_per_composite`: sampled queries meet every key."""
         return None if self.sampled_queries else self.c_k
 
+    def pool_keys(self, key: Tensor, *, blocks: int) -> Tensor:
+        """See `Selector.pool_keys`; by the kernels, and then in key's dtype, where these select."""
+        if self._has_kernels and kernels.takes_keys(key):
+            return kernels.pool_keys(key, c_k=self.c_k, block_size=self.block_size, blocks=blocks)
+        return Selector.pool_keys(self, key, blocks=blocks)
+
     def select_from_composites(
         self, query: Tensor, keys: CompositeKeys, *, geometry: BlockGeometry, scale: float
     ) -> BlockSelection:
-        """See `Selector.select_from_composites`; in plain PyTorch on every device."""
+        """See `Selector.select_from_composites`."""
         if self.sampled_queries:
             return Selector.select_from_composites(
                 self, query, keys, geometry=geometry, scale=scale
             )
         validate_merged_heads(query.shape[1], keys.tokens.shape[1], self.c_h)
+        if self._has_kernels and kernels.takes(query, keys.tokens, geometry, scale):
+            return self._select_by_kernels(
+                query, keys.tokens, geometry=geometry, scale=scale, are_composites=True
+            )
         scores = compute_block_scores(
             query, keys, geometry=geometry, granularity=self.granularity, scale=scale
         )

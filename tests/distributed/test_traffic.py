@@ -50,6 +50,7 @@ def test_the_formulas_count_every_byte(four: Ranks, selector: UniSparse, dense: 
             cost_model.D: 16,
             cost_model.Dv: 16,
             cost_model.itemsize: 4,
+            communication.composite_itemsize: 4,
             cost_model.block: SIZE,
             cost_model.c_k: selector.c_k,
         }

@@ -52,7 +52,13 @@ class KernelCall(Call):
 
 
 def run(
-    kernels: Kernels, call: Call, query: Tensor, key: Tensor, *, scale: float | None = None
+    kernels: Kernels,
+    call: Call,
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    are_composites: bool = False,
 ) -> BlockLists:
     """The kernels' lists, interpreted."""
     selector = call.selector
@@ -67,6 +73,7 @@ def run(
         rule=kernels.select.Rule(name, *values),
         guards=selector.guards,
         scale=default_scale(query.shape[3]) if scale is None else scale,
+        are_composites=are_composites,
     )
 
 

@@ -330,3 +330,25 @@ def test_the_scale_is_heeded(kernels: Kernels) -> None:
     for scale in (1e-6, 0.1, 3.0):
         reference = call.select(query, key, scale=scale).keep
         assert run(kernels, call, query, key, scale=scale).kept().equal(reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("c_k", "is_causal"), [(2, True), (4, False), (16, True)])
+def test_keys_pooled_in_parts_select_as_the_keys_do(
+    kernels: Kernels, dtype: torch.dtype, c_k: int, is_causal: bool
+) -> None:
+    call = fixed_call(
+        *(107, 187), is_causal=is_causal, c_k=c_k, c_h=2, top_p=0.7, kv_heads=2, dtype=dtype
+    )
+    query, key = call.query_key()
+    parts = [
+        kernels.lists.pool_keys(
+            key[:, :, start : start + 48], group=c_k, block_size=16, blocks=-(-length // 16)
+        )
+        for start, length in ((0, 48), (48, 48), (96, 48), (144, 43))
+    ]
+    composites = torch.cat(parts, dim=2)
+    found = run(kernels, call, query, composites, are_composites=True)
+    expected = run(kernels, call, query, key)
+    assert torch.equal(found.kept(), expected.kept())
+    assert_well_formed(call, found)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from ..block_masks import BlockGeometry, BlockSelection
-from ..block_masks.granularity import CompositeKeys, pool_tokens
+from ..block_masks.granularity import CompositeKeys
 from ..block_masks.scoring import default_scale
 from ..passes import (
     Reason,
@@ -196,25 +196,34 @@ def _select(shared: SharedCall, rows: Span, query: Tensor, key: Tensor) -> Block
 def _select_from_composites(
     shared: SharedCall, rows: Span, query: Tensor, keys: CompositeKeys
 ) -> BlockSelection:
-    """Some blocks of rows at a time: their logits would not fit at once."""
-    selector, size = shared.config.selector, shared.config.selector.block_size
-    row_bytes = query.shape[0] * query.shape[1] * keys.tokens.shape[2] * keys.tokens.itemsize
-    step = max(size, LOGITS_BYTES // (row_bytes * selector.cost.c_h) * selector.cost.c_q)
-    step = step // size * size
-    keep, visible = [], []
+    """Where plain PyTorch scores, some blocks of rows at a time: their logits would not fit."""
+    step = rows.length
+    if keys.tokens.dtype.itemsize >= 4:
+        step = _rows_at_once(shared, query, keys)
+    found = []
     for start in range(0, rows.length, step):
         part = Span(rows.start + start, min(rows.start + start + step, rows.stop))
-        selection = selector.select_from_composites(
+        selection = shared.config.selector.select_from_composites(
             query[:, :, start : start + part.length],
             keys,
             geometry=shared.geometry(part),
             scale=_scale(shared.call),
         )
-        keep.append(selection.keep)
-        visible.append(selection.visible)
+        if part == rows:
+            return selection
+        found.append(selection)
     return BlockSelection(
-        keep=torch.cat(keep, 2), visible=torch.cat(visible, 2), geometry=shared.geometry(rows)
+        keep=torch.cat([selection.keep for selection in found], 2),
+        visible=torch.cat([selection.visible for selection in found], 2),
+        geometry=shared.geometry(rows),
     )
+
+
+def _rows_at_once(shared: SharedCall, query: Tensor, keys: CompositeKeys) -> int:
+    size, cost = shared.config.selector.block_size, shared.config.selector.cost
+    heads = query.shape[0] * query.shape[1] // cost.c_h
+    row_bytes = heads * keys.tokens.shape[2] * keys.tokens.itemsize
+    return max(size, LOGITS_BYTES // row_bytes * cost.c_q // size * size)
 
 
 def _gather_composites(shared: SharedCall, group: int) -> CompositeKeys:
@@ -222,13 +231,17 @@ def _gather_composites(shared: SharedCall, group: int) -> CompositeKeys:
     size = layout.block_size
     blocks = sum(span.length for span in layout.blocks(shared.exchange.rank))
     # Only the sequence's last block is ragged, and the rank that holds it holds it last.
-    own, _ = pool_tokens(key, group, groups=blocks * size // group)
+    selector = shared.config.selector
+    own = selector.pool_keys(key, blocks=blocks * (size // selector.block_size))
     tokens = shared.exchange.gather(own, layout, 2, "composites", per_block=size // group)
-    groups = -(-layout.length // shared.config.selector.block_size)
-    groups *= shared.config.selector.block_size // group
+    groups = -(-layout.length // selector.block_size) * (selector.block_size // group)
     start = torch.arange(groups, device=key.device) * group
-    counts = (layout.length - start).clamp(0, group).to(tokens.dtype)[None]
+    counts = (layout.length - start).clamp(0, group)[None].to(_count_dtype(tokens))
     return CompositeKeys(tokens=tokens[:, :, :groups], counts=counts)
+
+
+def _count_dtype(tokens: Tensor) -> torch.dtype:
+    return torch.float64 if tokens.dtype is torch.float64 else torch.float32
 
 
 def _fetch(
