@@ -17,7 +17,7 @@ from unisparse_flex.passes import SdpaCall, SparseConfig, context_sdpa, observe_
 
 from .contenders import SHAPES, choose_top_k, compile_apart, create_selector
 from .ranks import Rank
-from .record import guarded
+from .record import describe, guarded
 from .stages import Heads, create_inputs, dense
 
 SMALL_HEADS = Heads(query=4, key=2, head_dim=32)
@@ -52,6 +52,7 @@ class Layer:
             return attention(query, key, value, is_causal=True, enable_gqa=True, selector=selector)
 
         self._compiled = compile_apart(whole, f"whole_{tokens}")
+        self.backend = "auto"
 
     def dense_alone(self) -> Tensor:
         return dense(*self.whole)
@@ -80,7 +81,13 @@ class Layer:
     def sparse_shared(self) -> Tensor:
         query, key, value = self.own
         return context_parallel_attention(
-            query, key, value, context=self.context, selector=self.selector, is_causal=True
+            query,
+            key,
+            value,
+            context=self.context,
+            selector=self.selector,
+            is_causal=True,
+            backend=self.backend,
         )
 
 
@@ -117,9 +124,10 @@ def _time(
         if ranks > 1 or rank.index == 0:
             function()
 
-    # Compiled calls need a first one; dense ones of a million tokens take many seconds.
-    if variant == "sparse":
-        row["first_call_seconds"] = round(rank.seconds(once), 2)
+    # Compiled calls need a first one; other dense ones of a million tokens take many seconds.
+    if variant == "sparse" or (variant == "dense" and ranks > 1):
+        row["first_call_seconds"] = round(_first_call(layer, row, once), 2)
+        row["backend"] = layer.backend
     rank.peak_bytes()
     layer.context.received.clear()
     row["ms"] = rank.seconds(once) * 1e3
@@ -135,6 +143,18 @@ def _time(
         row["best_dense_ms"] = min(times)
     if ranks > 1 and (variant, 1) in found:
         row["scaling_efficiency"] = found[variant, 1] / row["ms"] / ranks
+
+
+def _first_call(layer: Layer, row: dict[str, Any], once: Callable[[], None]) -> float:
+    """Seconds of the call that compiles; by Triton where the kernel of "auto" does not run."""
+    try:
+        return layer.rank.seconds(once)
+    except RuntimeError as error:
+        if layer.backend != "auto" or row["ranks"] == 1:
+            raise
+        row["auto_error"] = describe(error)
+        layer.backend = "triton"
+    return layer.rank.seconds(once)
 
 
 def compare(rank: Rank, options: Any) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bench.prefill import create_model
 from unisparse_flex import UniSparse, explain, optimize
+from unisparse_flex.distributed import ContextParallel
 
 from .check import difference, gather, kept_blocks
 from .ranks import Ranks
@@ -91,3 +93,24 @@ def test_a_model_spread_by_a_device_map_is_sparse(llama: Path, tmp_path: Path) -
         assert len(explain(model, ids, use_cache=False).sparse) == 2
         output = model(ids, use_cache=False).logits
         assert difference(output, alone(ids, use_cache=False).logits) < 1e-6
+
+
+def run_context() -> float:
+    """A Llama over tokens that ranks share: positions go with them, and it builds no mask."""
+    context = ContextParallel(block_size=16)
+    ids = prompt()
+    alone, model = (create_model(2, "cpu", small=True) for _ in range(2))
+    for layer in (*alone.model.layers, *model.model.layers):
+        layer.self_attn.q_proj.weight.data.mul_(30)
+        layer.self_attn.k_proj.weight.data.mul_(30)
+    optimize(alone, SELECTOR, min_length=0)
+    optimize(model, SELECTOR, min_length=0, context=context)
+    positions = context.shard(torch.arange(ids.shape[1])[None], 1)
+    with torch.no_grad():
+        own = model(context.shard(ids, 1), position_ids=positions, use_cache=False).logits
+        expected = alone(ids, use_cache=False).logits
+        return difference(context.gather(own, 1), expected)
+
+
+def test_a_llama_over_shared_tokens_equals_one_process(two: Ranks) -> None:
+    assert all(error < 1e-5 for error in two.run(run_context))

@@ -63,8 +63,9 @@ class SequenceLayout:
                 )
             if -(-tokens // self.block_size) < self.ranks:
                 raise ValueError(
-                    f"pieces[{i}] must hold a block of {self.block_size} tokens for each of "
-                    f"{self.ranks} ranks, got {tokens} tokens; use fewer ranks for short sequences"
+                    f"a sequence, and each piece of one, must hold a block of {self.block_size} "
+                    f"tokens for each of {self.ranks} ranks, got {tokens} tokens; use fewer ranks "
+                    "for short prompts, and decode without the context"
                 )
 
     @property
