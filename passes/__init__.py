@@ -20,12 +20,13 @@ from .report import RewriteReport
 from .rewrite import rewrite_sdpa
 from .sdpa import SdpaCall
 from .selected_attention import attend_selected
-from .sharding import is_dtensor
+from .sharding import HeadShard, is_dtensor, shard_selector
 from .sparse_attention import apply_autocast, call_geometry, select
 
 __all__ = [
     "MULTIHEAD_TARGETS",
     "CallPrediction",
+    "HeadShard",
     "Reason",
     "RewriteReport",
     "SdpaCall",
@@ -55,5 +56,6 @@ __all__ = [
     "register_context",
     "rewrite_sdpa",
     "select",
+    "shard_selector",
     "validate_selector",
 ]

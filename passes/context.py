@@ -23,7 +23,9 @@ _contexts: dict[str, ContextAttention] = {}
 _library = torch.library.Library("unisparse", "FRAGMENT")
 _library.define(
     "context_sdpa(Tensor query, Tensor key, Tensor value, *, bool is_causal, "
-    "bool causal_lower_right, float? scale, int[] pieces, str config) -> Tensor"
+    "bool causal_lower_right, float? scale, int[] pieces, str config) -> Tensor",
+    # What it exchanges depends on the data, so the host waits for it.
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 

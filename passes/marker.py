@@ -25,7 +25,7 @@ from .decision import Reason, flex_lowers, needs_grad, refuse, refuse_sharding
 from .flex_backend import flex_backend
 from .region import compiled_once
 from .sdpa import SdpaCall
-from .sharding import HeadShard, is_sharded, run_on_shards, shard_heads
+from .sharding import HeadShard, is_sharded, run_on_shards, shard_selector
 from .sparse_attention import (
     apply_autocast,
     attend_flex,
@@ -70,7 +70,7 @@ def _marked_shard(call: SdpaCall, shard: HeadShard, config: str) -> Tensor:
 @torch.compiler.assume_constant_result
 def _shard_config(config: str, index: int, count: int) -> str:
     settings = SparseConfig.decode(config)
-    selector = shard_heads(settings.selector, HeadShard(index=index, count=count))
+    selector = shard_selector(settings.selector, HeadShard(index=index, count=count))
     return replace(settings, selector=selector).encode()
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ else:
     DTensor = Shard = None  # type: ignore[assignment,misc]
 
 BATCH, HEADS, TOKENS = 0, 1, 2
+SelectorT = TypeVar("SelectorT", bound=Selector)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +92,7 @@ def run_on_shards(call: SdpaCall, run: Callable[[SdpaCall, HeadShard], Tensor]) 
     return DTensor.from_local(output, query.device_mesh, query.placements, run_check=False)
 
 
-def shard_heads(selector: Selector, shard: HeadShard) -> Selector:
+def shard_selector(selector: SelectorT, shard: HeadShard) -> SelectorT:
     """The selector for one share of the heads: its ``head_thresholds`` cut to these.
 
     Args:
@@ -106,7 +107,7 @@ def shard_heads(selector: Selector, shard: HeadShard) -> Selector:
     for field in fields(selector):
         value = getattr(selector, field.name)
         if isinstance(value, Selector):
-            changed[field.name] = shard_heads(value, shard)
+            changed[field.name] = shard_selector(value, shard)
         elif field.name == "head_thresholds" and value is not None:
             if len(value) % shard.count:
                 raise ValueError(
@@ -115,7 +116,9 @@ def shard_heads(selector: Selector, shard: HeadShard) -> Selector:
                 )
             each = len(value) // shard.count
             changed[field.name] = value[shard.index * each : (shard.index + 1) * each]
-    return replace(selector, **changed) if changed else selector
+    # Dataclasses all, as `Selector` says.
+    cut: Any = replace(selector, **changed)
+    return cut
 
 
 def _to_local(tensor: Any) -> Any:

@@ -16,7 +16,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tests.api.models import FINE, Transformer, create, embeddings, qkv
-from unisparse_flex import Selector, UniSparse, XAttention, attention, optimize
+from unisparse_flex import Calibration, Selector, UniSparse, XAttention, attention, optimize
+from unisparse_flex.distributed import shard_heads
 from unisparse_flex.passes import Reason, SdpaCall, SparseConfig
 from unisparse_flex.passes.decision import refuse
 
@@ -133,6 +134,51 @@ def test_thresholds_of_heads_are_cut_while_tracing(two: Ranks) -> None:
     selector = UniSparse(block_size=16, c_q=4, c_k=4, head_thresholds=THRESHOLDS)
     for error, _ in two.run(run_call, selector, "heads", True):
         assert error < 1e-5
+
+
+def run_with_thresholds() -> tuple[float, str]:
+    """A model whose attention sees plain tensors: with its own thresholds, and with all."""
+    x = embeddings(LENGTH, batch=2)
+    selector = UniSparse(block_size=16, c_q=4, c_k=4, head_thresholds=THRESHOLDS)
+    alone = optimize(create(), selector, min_length=0)
+    model = create()
+    parallelize(model, local=True, first=False)
+    with torch.no_grad():
+        optimize(model, shard_heads(selector, mesh()), min_length=0)
+        error = difference(model(x), alone(x))
+        optimize(model, selector, min_length=0)
+        with pytest.raises(ValueError, match="each of 2 heads, got 4; where ranks hold") as found:
+            model(x)
+    return error, str(found.value)
+
+
+def test_thresholds_of_plain_tensors_are_given_by_rank(two: Ranks) -> None:
+    for error, message in two.run(run_with_thresholds):
+        assert error < 1e-5
+        assert "give each the shares of its own" in message
+
+
+def shard_calibration() -> tuple[Any, Any]:
+    setting = UniSparse(head_thresholds=THRESHOLDS)
+    calibration = Calibration(
+        layers={"layers.0": setting, "layers.1": "dense", "layers.2": FINE},
+        quality="recall",
+        target=0.9,
+        reached=0.9,
+        density=0.5,
+        model="Model",
+        unisparse_flex="0",
+        torch="2",
+    )
+    layers = shard_heads(calibration).layers
+    first: Any = layers["layers.0"]
+    return first.head_thresholds, (layers["layers.1"], layers["layers.2"])
+
+
+def test_a_calibration_is_cut_layer_by_layer(two: Ranks) -> None:
+    rest = ("dense", FINE)
+    expected = [(THRESHOLDS[:2], rest), (THRESHOLDS[2:], rest)]
+    assert two.run(shard_calibration) == expected
 
 
 def test_composite_heads_stay_within_a_rank(two: Ranks) -> None:

@@ -7,6 +7,7 @@ Tensor, data and pipeline parallel models need nothing of this: `optimize` them 
 from .agreement import validate_same_settings
 from .attention import context_parallel_attention
 from .context import ContextParallel
+from .heads import shard_heads
 from .layout import SequenceLayout, Span
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "SequenceLayout",
     "Span",
     "context_parallel_attention",
+    "shard_heads",
     "validate_same_settings",
 ]
