@@ -1,7 +1,7 @@
 """What context parallel attention moves between ranks: measured needs, simulated scaling.
 
 python -m bench.communication [--output FILE]      # needs of SmolLM2, then the study
-python -m bench.communication --page docs/distributed.md
+python -m bench.distributed --page docs/distributed.md    # its tables
 
 The study runs on no device. Bytes come from passes/communication.py, seconds of work from the cost
 model with the rates of one H100, extrapolated from 131072 tokens at most; links are nominal.
@@ -30,7 +30,7 @@ from unisparse_flex.passes import communication, cost_model
 from unisparse_flex.passes.device_rates import RATES, DeviceRates
 from unisparse_flex.passes.prediction import CallShape, forecast_at
 
-from .tables import fill, markdown
+from .tables import markdown
 
 OUTPUT = Path("bench/results/communication-simulated.json")
 TEXTS: tuple[TextName, ...] = ("prose", "code")
@@ -266,11 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--keep-measured", action="store_true", help="takes the needs from the output as it is"
     )
-    parser.add_argument("--page", type=Path, help="writes the tables of this page")
     options = parser.parse_args(arguments)
-    if options.page is not None:
-        options.page.write_text(fill(options.page.read_text(), describe))
-        return
     if options.keep_measured:
         measured = json.loads(options.output.read_text())["measured"]
     else:

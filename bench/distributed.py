@@ -2,6 +2,7 @@
 
 python -m bench.distributed [--ranks N] [--backend auto|nccl|gloo] [--tokens N] [--layers 32]
     [--density 0.1] [--context-tokens N] [--max-seconds N] [--output FILE] [--small]
+python -m bench.distributed --page docs/distributed.md    # writes the tables of a page
 
 The same code for any number of devices. Starts its own processes, which talk over the loopback of
 this host. Every row is written when it is there. Without CUDA, --small is needed.
@@ -18,11 +19,13 @@ import torch
 
 from unisparse_flex.passes.device_rates import device_name
 
+from . import communication, distributed_tables
 from .contenders import SETTINGS, create_selector
 from .context_parallel import measure_context
 from .prefill import SHAPE, SMALL
 from .ranks import Rank, start_ranks
 from .record import Record, guarded
+from .tables import fill
 from .tensor_parallel import measure_model
 
 PARTS = {"context_parallel": measure_context, "tensor_parallel": measure_model}
@@ -47,7 +50,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-seconds", type=float, default=230.0, help="begins no row after it")
     parser.add_argument("--output", type=Path, help="bench/results/distributed-<device>-x<N>.json")
     parser.add_argument("--small", action="store_true", help="tiny shapes, on the CPU if need be")
+    parser.add_argument("--page", type=Path, help="measures nothing")
     options = parser.parse_args(arguments)
+    if options.page is not None:
+        options.page.write_text(fill(options.page.read_text(), describe))
+        return
     devices = torch.cuda.device_count()
     if not (devices or options.small):
         raise SystemExit("bench.distributed: no CUDA device here; --small tries it on the CPU")
@@ -69,6 +76,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if not finished:
         raise SystemExit("bench.distributed: ended early; the rows so far are written")
+
+
+def describe(result: dict[str, Any], name: str) -> str:
+    """The tables of a file of this benchmark, or of the simulated study."""
+    if result.get("simulated"):
+        return communication.describe(result, name)
+    return distributed_tables.describe(result, name)
 
 
 def work(rank: Rank, options: argparse.Namespace) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.distributed import describe, main
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -39,8 +41,33 @@ def test_two_ranks_leave_a_record_of_every_row(tmp_path: Path) -> None:
     assert all(rows[key]["ms"] > 0 for key in rows if key[0] in ("sparse", "dense"))
 
 
-def test_more_ranks_than_devices_are_refused() -> None:
-    from bench.distributed import main
+def test_tables_name_the_best_dense_and_what_failed() -> None:
+    common = {"part": "context_parallel", "ranks": 2, "tokens": 4096}
+    result = {
+        "device": "Card",
+        "ranks": 2,
+        "backend": "nccl",
+        "versions": {"torch": "2.11.0"},
+        "command": ["python", "-m", "bench.distributed"],
+        "statistic": "one call",
+        "rows": [
+            {**common, "variant": "selection", "compared_blocks": 64, "differing_blocks": 0}
+            | {"output_relative_error": 0.001},
+            {**common, "variant": "sparse", "ms": 10.0, "density_expected": 0.1}
+            | {"scaling_efficiency": 0.9, "bytes_received_per_rank": 2000000},
+            {**common, "variant": "dense", "ms": 50.0, "peak_bytes": 2**30},
+            {**common, "variant": "dense_ring", "ms": 40.0},
+            {**common, "variant": "dense_other", "errors": {"attention": "E: no"}},
+        ],
+    }
+    text = describe(result, "file.json")
+    assert "2 x Card, nccl, torch 2.11.0" in text
+    assert "| sparse 10% | 2 | 4096 | 10 | 4.00x | 90% | 2 |  |" in text
+    assert "| dense | 2 | 4096 | 50 |  |  |  | 1 |" in text
+    assert "0 of 64 blocks differ; relative error of the output 1.0e-03." in text
+    assert "dense_other on 2: E: no" in text
 
+
+def test_more_ranks_than_devices_are_refused() -> None:
     with pytest.raises(SystemExit, match=r"no CUDA device here|--ranks must be at most"):
         main(["--ranks", "64", "--backend", "nccl"])

@@ -1,4 +1,4 @@
-"""Processes of a gloo group that run functions for tests, one after the other.
+"""Processes of a group that run functions for tests, one after the other.
 
 Starting a process takes seconds, so tests share them. Loopback only.
 """
@@ -33,17 +33,20 @@ class Ranks:
     Args:
         size: How many.
         patience: Seconds after which a collective that waits for a rank fails.
+        backend: ``"gloo"``, or ``"nccl"`` for as many GPUs.
     """
 
-    def __init__(self, size: int, patience: float = GROUP_SECONDS) -> None:
-        self.size, self.patience = size, patience
+    def __init__(
+        self, size: int, patience: float = GROUP_SECONDS, *, backend: str = "gloo"
+    ) -> None:
+        self.size, self.patience, self.backend = size, patience, backend
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         store = os.path.join(self._folder.name, "store")
-        group = (self.size, store, self.patience)
+        group = (self.size, store, self.patience, self.backend)
         pipes = [context.Pipe() for _ in range(self.size)]
         self._pipes = [ours for ours, _ in pipes]
         self._processes = [
@@ -126,11 +129,17 @@ class Failure:
         return f"{self.kind}: {self.message}\n{self.trace}"
 
 
-def _serve(rank: int, size: int, store: str, patience: float, pipe: Connection) -> None:
+def _serve(
+    rank: int, size: int, store: str, patience: float, backend: str, pipe: Connection
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    if backend == "nccl":
+        # Multicast over NVLink needs rights that containers lack.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=size,
