@@ -85,6 +85,9 @@ def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:
 
 def refuse_sharding(call: SdpaCall) -> Reason | None:
     """Why the ranks cannot compute a call of DTensors each for itself; ``None`` where they can."""
+    if any(tensor.dim() != 4 for tensor in (call.query, call.key, call.value)):
+        # Which dimension holds heads is not known.
+        return Reason.NOT_4D
     if shards_tokens(call):
         return Reason.SHARDED_TOKENS
     if not is_sharded_alike(call):

@@ -19,7 +19,7 @@ from tests.api.models import FINE, Transformer, create, embeddings, qkv
 from unisparse_flex import Calibration, Selector, UniSparse, XAttention, attention, optimize
 from unisparse_flex.distributed import shard_heads
 from unisparse_flex.passes import Reason, SdpaCall, SparseConfig
-from unisparse_flex.passes.decision import refuse
+from unisparse_flex.passes.decision import refuse, refuse_sharding
 
 from .check import difference, gather, kept_blocks, mesh
 from .ranks import Ranks
@@ -241,6 +241,18 @@ def test_other_shardings_are_refused_by_name(
     reason: Reason | None,
 ) -> None:
     assert two.run(find_reason, heads, placements, mask) == [reason] * 2
+
+
+def refuse_three_dimensions(placement: str) -> Reason | None:
+    """Dimension 1 is heads in four dimensions alone."""
+    tensors = [t[:, 0] for t in qkv(LENGTH, heads=(2, 2), batch=2)]
+    query, key, value = distribute(tensors, [placement] * 3)
+    return refuse_sharding(SdpaCall(query=query, key=key, value=value))
+
+
+def test_three_dimensions_are_left_to_pytorch(two: Ranks) -> None:
+    for placement in ("heads", "batch"):
+        assert two.run(refuse_three_dimensions, placement) == [Reason.NOT_4D] * 2
 
 
 def call_by_name() -> None:
