@@ -15,9 +15,17 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from tests.api.models import FINE, Transformer, create, embeddings
-from unisparse_flex import FlexPrefill, Selector, UniSparse, explain, optimize, restore
-from unisparse_flex.distributed import ContextParallel
+from tests.api.models import FINE, Transformer, create, embeddings, qkv
+from unisparse_flex import (
+    FlexPrefill,
+    Selector,
+    UniSparse,
+    attention,
+    explain,
+    optimize,
+    restore,
+)
+from unisparse_flex.distributed import ContextParallel, context_parallel_attention
 from unisparse_flex.passes import Reason
 
 from .check import difference, kept_blocks
@@ -223,3 +231,30 @@ def test_an_encoder_over_shards_equals_one_process(two: Ranks) -> None:
     for error, fetched in two.run(run_encoder):
         assert fetched
         assert error < 1e-5
+
+
+def run_function() -> list[float]:
+    """`context_parallel_attention` inside somebody's compiled function, at several lengths."""
+    torch._dynamo.reset()
+    context = ContextParallel(block_size=16)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = context_parallel_attention(
+            2 * query, key, value, context=context, selector=FINE, is_causal=True
+        )
+        return output + 1
+
+    run = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    errors = []
+    for length in (LENGTH, 160, 333):
+        query, key, value = qkv(length, batch=2)
+        expected = attention(2 * query, key, value, is_causal=True, enable_gqa=True, selector=FINE)
+        with torch.no_grad():
+            output = run(*(context.shard(t, 2) for t in (query, key, value)))
+        errors.append(difference(context.gather(output - 1, 2), expected))
+    return errors
+
+
+def test_a_compiled_function_takes_other_lengths(two: Ranks) -> None:
+    for errors in two.run(run_function):
+        assert max(errors) < 1e-5
