@@ -16,14 +16,15 @@ from .decision import needs_grad
 from .sdpa import SdpaCall
 from .sparse_attention import apply_autocast
 
-# Gets the local call, its settings and the pieces of the keys; empty for one piece.
-ContextAttention = Callable[[SdpaCall, SparseConfig, tuple[int, ...]], Tensor]
+# Gets the local call, its settings, the pieces of the keys (empty for one piece), and why this rank
+# refuses the call (empty where it does not): the others are to know.
+ContextAttention = Callable[[SdpaCall, SparseConfig, tuple[int, ...], str], Tensor]
 _contexts: dict[str, ContextAttention] = {}
 
 _library = torch.library.Library("unisparse", "FRAGMENT")
 _library.define(
     "context_sdpa(Tensor query, Tensor key, Tensor value, *, bool is_causal, "
-    "bool causal_lower_right, float? scale, int[] pieces, str config) -> Tensor",
+    "bool causal_lower_right, float? scale, int[] pieces, str config, str refusal) -> Tensor",
     # What it exchanges depends on the data, so the host waits for it.
     tags=(torch.Tag.cudagraph_unsafe,),
 )
@@ -43,16 +44,11 @@ def context_sdpa(call: SdpaCall, config: SparseConfig, pieces: tuple[int, ...] =
         pieces: Tokens of each piece of the keys; empty for one piece.
 
     Raises:
-        NotImplementedError: A mask, dropout, or a call that needs a gradient.
+        NotImplementedError: When it runs: a mask, dropout, or a call that needs a gradient.
     """
-    masked = call.attn_mask is not None or bool(call.mask)
-    if masked or call.dropout_p != 0.0 or needs_grad(call):
-        found = "attn_mask" if masked else "dropout_p" if call.dropout_p else "requires_grad"
-        raise NotImplementedError(
-            "context parallel attention must have no attn_mask, no dropout and no gradient "
-            f"(causality is a flag), got {found}; let the model build no mask and run under "
-            "torch.no_grad()"
-        )
+    refusal = _refuse(call)
+    if refusal:
+        call = call.map_tensors(Tensor.detach)
     call = apply_autocast(call)
     return torch.ops.unisparse.context_sdpa(
         call.query,
@@ -63,6 +59,20 @@ def context_sdpa(call: SdpaCall, config: SparseConfig, pieces: tuple[int, ...] =
         scale=call.scale,
         pieces=list(pieces),
         config=config.encode(),
+        refusal=refusal,
+    )
+
+
+def _refuse(call: SdpaCall) -> str:
+    """Why a call cannot be shared whatever the others say; empty where it can."""
+    masked = call.attn_mask is not None or bool(call.mask)
+    if not (masked or call.dropout_p != 0.0 or needs_grad(call)):
+        return ""
+    found = "attn_mask" if masked else "dropout_p" if call.dropout_p else "requires_grad"
+    return (
+        "context parallel attention must have no attn_mask, no dropout and no gradient "
+        f"(causality is a flag), got {found}; let the model build no mask and run under "
+        "torch.no_grad()"
     )
 
 
@@ -76,6 +86,7 @@ def _run(
     scale: float | None,
     pieces: list[int],
     config: str,
+    refusal: str,
 ) -> Tensor:
     settings = SparseConfig.decode(config)
     assert settings.context is not None
@@ -93,7 +104,7 @@ def _run(
         scale=scale,
         enable_gqa=True,
     )
-    return _contexts[settings.context](call, settings, tuple(pieces))
+    return _contexts[settings.context](call, settings, tuple(pieces), refusal)
 
 
 def _describe(query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:

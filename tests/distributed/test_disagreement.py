@@ -102,18 +102,25 @@ def test_what_cannot_be_shared_is_refused(
             raise ValueError(failure.message)
 
 
-def run_with_mask() -> None:
+def run_with_mask(first_alone: bool) -> None:
     context = ContextParallel(block_size=16)
     model: Any = optimize(create(layers=1), FINE, min_length=0, context=context)
     x = context.shard(embeddings(LENGTH), 1)
     with torch.no_grad():
-        model.layers[0].attention(x, torch.ones(x.shape[1], x.shape[1], dtype=torch.bool))
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool)
+        model.layers[0].attention(x, None if first_alone and context.rank else mask)
 
 
 def test_a_mask_over_shards_is_refused(two: Ranks) -> None:
-    for failure in two.attempt(run_with_mask):
-        assert failure.kind == "NotImplementedError"
+    for failure in two.attempt(run_with_mask, False):
         assert "attn_mask" in failure.message
+
+
+def test_a_mask_on_one_rank_is_refused_by_all(two: Ranks) -> None:
+    first, second = two.attempt(run_with_mask, True)
+    assert first.kind == "NotImplementedError"
+    assert second.kind == "ValueError"
+    assert f"rank 0 of the context refuses the call: {first.message}" == second.message
 
 
 def call_without(rank: int, dies: bool) -> tuple[float, str] | None:

@@ -114,3 +114,19 @@ def run_context() -> float:
 
 def test_a_llama_over_shared_tokens_equals_one_process(two: Ranks) -> None:
     assert all(error < 1e-5 for error in two.run(run_context))
+
+
+def run_stock_context(path: Path) -> float:
+    """Stock Transformers, uncompiled: rows in one run make it build no mask."""
+    context = ContextParallel(block_size=16, balanced=False)
+    ids = prompt()
+    alone = optimize(load(path), SELECTOR, min_length=0)
+    model = optimize(load(path), SELECTOR, min_length=0, context=context)
+    positions = context.shard(torch.arange(ids.shape[1])[None], 1)
+    with torch.no_grad():
+        own = model(context.shard(ids, 1), position_ids=positions, use_cache=False).logits
+        return difference(context.gather(own, 1), alone(ids, use_cache=False).logits)
+
+
+def test_stock_transformers_over_single_runs_equal_one_process(two: Ranks, llama: Path) -> None:
+    assert all(error < 1e-5 for error in two.run(run_stock_context, llama))

@@ -109,8 +109,13 @@ class ContextParallel:
         layout = self.layout(sum(said["own"][0] for said in told))
         return self._exchange.gather(tensor.detach(), layout, dim, "gathered")
 
-    def _attend(self, call: SdpaCall, config: SparseConfig, pieces: tuple[int, ...]) -> Tensor:
+    def _attend(
+        self, call: SdpaCall, config: SparseConfig, pieces: tuple[int, ...], refusal: str
+    ) -> Tensor:
         """One attention call of local tensors."""
+        if refusal:
+            self._exchange.agree({REFUSAL: refusal}, call.query.device)
+            raise NotImplementedError(refusal)
         # A graph may run inside an optimized model's eager forward: nothing is caught again here.
         with leave_attention():
             return self._attend_shared(self._share(call, config, pieces))

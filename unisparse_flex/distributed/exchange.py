@@ -56,8 +56,8 @@ class Exchange:
         The message has one size whatever it says, so ranks that differ meet here and nowhere else.
 
         Args:
-            facts: Plain values by name. Those under ``"own"`` may differ; ``REFUSAL`` is the
-                text of an error that this rank is about to raise.
+            facts: Plain values by name. Those under ``"own"`` may differ. Or, under `REFUSAL`, the
+                text of an error that this rank raises next.
             device: Where the group communicates.
 
         Returns:
@@ -68,11 +68,12 @@ class Exchange:
             RuntimeError: A rank is gone.
         """
         told = self.tell(facts, device)
+        if REFUSAL in facts:
+            return told
         for rank, said in enumerate(told):
-            if REFUSAL in said and rank != self.rank:
+            if REFUSAL in said:
                 raise ValueError(f"rank {rank} of the context refuses the call: {said[REFUSAL]}")
-        if REFUSAL not in facts:
-            _raise_where_different(told)
+        _raise_where_different(told)
         return told
 
     def tell(self, facts: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
