@@ -55,7 +55,7 @@ def optimize(
             negative ones from the end.
         backend: The kernel on CUDA: ``"flash"`` (FlashAttention-4), ``"triton"``, or ``"auto"``,
             which takes FlashAttention-4 where it is installed and can run the call: 16-bit,
-            head_dim 128, blocks of 128, static lengths above 16384, inference, no mask.
+            head_dim up to 128, blocks of 128, inference, no mask, on Hopper.
 
     Returns:
         ``model``.

@@ -13,10 +13,6 @@ from .launch import Launch
 from .scratch import Rows, power_of_two
 
 
-# Rows that a program reads at once, unless a block has fewer.
-LEAST_ROWS = tl.constexpr(8)
-
-
 @triton.jit(do_not_specialize=["length", "blocks", "kv_heads"])
 def _pool(
     tokens,
@@ -55,23 +51,16 @@ def _pool(
     slot = (line + block) * HEADS + head % HEADS
     if GROUP > 0:
         groups: tl.constexpr = BLOCK // GROUP
-        # Where groups are few, each is read in several rows at once.
-        parts: tl.constexpr = 1 if groups >= LEAST_ROWS else LEAST_ROWS // groups
-        part = tl.arange(0, groups * parts)
-        begin = block * BLOCK + part // parts * GROUP + part % parts
-        sums = tl.zeros([groups * parts, WIDTH], dtype=tl.float32)
+        first = block * BLOCK + tl.arange(0, groups) * GROUP
+        total = tl.zeros([groups, WIDTH], dtype=tl.float32)
         for merged in tl.static_range(MERGED):
-            for i in tl.static_range(GROUP // parts):
-                row = begin + i * parts
+            for i in tl.static_range(GROUP):
+                row = first + i
                 at = base + merged * stride_h + row[:, None].to(tl.int64) * stride_s
                 exists = (row < length)[:, None] & inside[None, :]
-                sums += tl.load(at + column[None, :] * stride_d, mask=exists, other=0.0).to(
+                total += tl.load(at + column[None, :] * stride_d, mask=exists, other=0.0).to(
                     tl.float32
                 )
-        total = sums
-        if parts > 1:
-            total = tl.sum(tl.reshape(sums, [groups, parts, WIDTH]), 1)
-        first = block * BLOCK + tl.arange(0, groups) * GROUP
         count = tl.minimum(tl.maximum(length - first, 1), GROUP) * MERGED
         mean = total / count[:, None].to(tl.float32)
         # A NaN in the scores keeps a row whole; an infinity could vanish in a softmax.
