@@ -1,6 +1,6 @@
 """Markdown tables and plots from the files of this benchmark, but for those of its quality.
 
-python -m bench.tables [FILE ...] [--plots docs] [--selector two]
+python -m bench.tables [FILE ...] [--join] [--plots docs] [--selector two]
 python -m bench.tables --page docs/performance.md
 
 Without files, those in bench/results. Tables go to the screen, plots into a folder as PNG; or the
@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--join", action="store_true", help="all files as one")
     parser.add_argument("--plots", type=Path, default=Path("docs"), help="where PNGs go")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--selector", default="two", help="settings that are plotted")
@@ -54,9 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
     files = options.files or sorted(path for kind in KINDS for path in FOLDER.glob(f"{kind}-*"))
     if not files:
         raise SystemExit(f"bench.tables: no files of {', '.join(KINDS)} in {FOLDER}")
-    for path in files:
-        result = json.loads(path.read_text())
-        print(describe(result, path.name))
+    results = [(path.name, json.loads(path.read_text())) for path in files]
+    if options.join:
+        names = ", ".join(name for name, _ in results)
+        results = [(names, join([result for _, result in results]))]
+    for name, result in results:
+        print(describe(result, name))
         if any(row.get("stage") == "sparse" for row in result["rows"]) and not options.no_plots:
             for plot in draw(result, options.plots, options.selector):
                 print(f"plotted {plot}\n")
@@ -94,7 +98,7 @@ def join(results: Sequence[Result]) -> Result:
         for row in result["rows"]:
             key = (row.get(name) for name in ("stage", "shape", "tokens", *PARTS))
             rows.setdefault(tuple(key), row)
-    stopped = {"stopped": " ".join(r["stopped"] for r in results if "stopped" in r)}
+    stopped = {"stopped": ", ".join(r["stopped"] for r in results if "stopped" in r)}
     commands = {"commands": [result["command"] for result in results]}
     gates = {"gate": gate.summarize([row for row in rows.values() if row["stage"] == "gate"])}
     joined = {**first, **commands, **gates, "rows": list(rows.values())}
