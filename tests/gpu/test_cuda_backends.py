@@ -102,8 +102,7 @@ def test_an_optimized_model_takes_flash_at_every_length(monkeypatch: pytest.Monk
         for length in (1000, 1500, 2048):
             tensors = on_cuda(length, dtype=BF16)
             assert_attends(run(*tensors), tensors, BLOCKS, offset=0)
-    # The second length makes the graph one for all.
-    assert chosen == [None, None]
+    assert set(chosen) == {None}
 
 
 def test_flash_by_name_says_why_it_cannot() -> None:
