@@ -5,13 +5,14 @@ call, every other selector as the PyTorch code that it is, compiled only on dema
 a minute for each. A selector makes the same operations at every setting, so its selection is timed
 once, at the middle setting of its sweep, on the first call that it meets. Attention is timed at
 every setting, on the call itself, by the compiled kernel of FlexAttention over the blocks that the
-setting keeps. Launches from Python do not count: on CUDA both are replayed as a graph, on the CPU
-the seconds are those of the process.
+setting keeps. Launches from Python do not count: on CUDA both are replayed as a graph. On the CPU
+the seconds are those of the process on one thread: a thread that waits for another counts too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
@@ -86,7 +87,6 @@ class ShareClock:
     compile_selection: bool = False
     selections: dict[Selector, Timed] = field(default_factory=dict)
 
-    @torch.no_grad()
     def measure(self, selector: Selector, inputs: Inputs) -> dict[str, Any]:
         """Times one setting on one call.
 
@@ -98,6 +98,10 @@ class ShareClock:
             ``selection_share`` in [0, 1], selection over selection and attention; both in
             milliseconds, ``selection_ms`` and ``attention_ms``; ``selection_by`` as in `Timed`.
         """
+        with torch.no_grad(), _one_thread():
+            return self._measure(selector, inputs)
+
+    def _measure(self, selector: Selector, inputs: Inputs) -> dict[str, Any]:
         timed = self._middles[selector]
         if timed not in self.selections:
             self.selections[timed] = self._time_selection(timed, inputs)
@@ -143,6 +147,16 @@ class ShareClock:
 def middle(sweep: Sequence[Selector]) -> Selector:
     """The setting at which a sweep's selection is timed."""
     return sweep[len(sweep) // 2]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _milliseconds(function: Callable[[], Any], device: torch.device) -> float:

@@ -122,6 +122,17 @@ def test_repeated_keys_are_taken_once() -> None:
     assert repeated.key.is_contiguous()
 
 
-def test_on_the_cpu_the_seconds_are_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection_share, "measure", lambda *args, **options: [0.002, 0.003, 0.008])
-    assert selection_share._milliseconds(lambda: None, torch.device("cpu")) == pytest.approx(3.0)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.usefixtures("compiled")
+def test_on_the_cpu_the_median_of_one_thread_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    def clock(function: Callable[[], Any], device: str, **options: Any) -> list[float]:
+        threads.append(torch.get_num_threads())
+        return [0.002, 0.003, 0.008]
+
+    monkeypatch.setattr(selection_share, "measure", clock)
+    before = torch.get_num_threads()
+    row = ShareClock([PAPER]).measure(PAPER[0], Inputs.of(call(), 2))
+    assert row["selection_ms"] == row["attention_ms"] == pytest.approx(3.0)
+    assert (threads, torch.get_num_threads()) == ([1, 1], before)
