@@ -12,16 +12,13 @@ from .tables import COLORS, DASHES, MARKERS
 MEASURES = {"kl": "KL to dense", "recall": "recall", "selection_share": "selection's share of time"}
 
 
-def draw(result: Result, folder: Path, *, emphasized: str) -> Path:
+def draw(result: Result, path: Path, *, emphasized: str) -> None:
     """Plots every measure against density, a column of panels per text.
 
     Args:
         result: The file.
-        folder: Where the PNG goes.
+        path: The PNG that is written.
         emphasized: The selector whose line is thick.
-
-    Returns:
-        The PNG.
     """
     try:
         from matplotlib.figure import Figure
@@ -49,10 +46,8 @@ def draw(result: Result, folder: Path, *, emphasized: str) -> Path:
     lines, names = panels[0][0].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle(f"{result['model']}, {result['tokens']} tokens", fontsize=11)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"quality-{result['model']}-{result['tokens']}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    return path
 
 
 def _draw_panel(axes: Any, result: Result, text: str, measure: str, emphasized: str) -> None:

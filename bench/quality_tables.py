@@ -57,7 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
         result = json.loads(path.read_text())
         print(describe(result, path.name))
         if texts_of(result) and not options.no_plots:
-            print(f"plotted {draw(result, options.plots, emphasized=OURS)}\n")
+            plot = options.plots / f"{path.stem}.png"
+            draw(result, plot, emphasized=OURS)
+            print(f"plotted {plot}\n")
 
 
 def describe(result: Result, name: str) -> str:
