@@ -105,7 +105,26 @@ def release(module: nn.Module) -> None:
 
 def is_intercepted(module: nn.Module) -> bool:
     """Whether `intercept` was called on ``module`` (or on what it was copied from)."""
-    return isinstance(module, _Intercepted) and CONFIG_ATTRIBUTE in module.__dict__
+    return settings_of(module) is not None
+
+
+def settings_of(module: nn.Module) -> str | None:
+    """What `intercept` was called with; ``None`` where it was not."""
+    return module.__dict__.get(CONFIG_ATTRIBUTE) if isinstance(module, _Intercepted) else None
+
+
+def run_sparse(config: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls ``function``; attention calls inside become the marker operator with these settings."""
+    if torch.compiler.is_compiling():
+        with SparseAttentionMode(config):
+            return function(*args, **kwargs)
+    if _is_in_force(config):
+        return function(*args, **kwargs)
+    if not can_catch_attention():
+        with leave_attention(), SparseAttentionMode(config):
+            return function(*args, **kwargs)
+    with catch_attention(config):
+        return function(*args, **kwargs)
 
 
 def split_fused_layers(model: nn.Module) -> None:
@@ -201,5 +220,7 @@ __all__ = [
     "is_intercepted",
     "original_module",
     "release",
+    "run_sparse",
+    "settings_of",
     "split_fused_layers",
 ]
