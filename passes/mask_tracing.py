@@ -57,8 +57,11 @@ def trace_mask(
 
 
 def _trace(compute: Callable[..., Tensor], numbers: Sequence[int]) -> fx.GraphModule:
+    def run(*given: int) -> Tensor:
+        return compute(*given)
+
     # Numbers become symbols only in this mode, tensors that are no inputs need the flag.
-    trace = make_fx(compute, tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    trace = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     with torch.no_grad():
         traced = trace(*numbers)
     for node in traced.graph.find_nodes(op="get_attr"):
