@@ -31,6 +31,7 @@ from .dispatch import (
 from .passes import (
     MULTIHEAD_TARGETS,
     SdpaCall,
+    is_watched,
     marked_multihead,
     marked_sdpa,
     refuse_multihead,
@@ -127,6 +128,16 @@ def run_sparse(config: str, function: Callable[..., Any], *args: Any, **kwargs: 
         return function(*args, **kwargs)
 
 
+def is_plain_here() -> bool:
+    """Whether nobody catches, traces or watches the attention calls of this thread."""
+    return not (
+        torch.compiler.is_compiling()
+        or in_force.config is not None
+        or torch._C._len_torch_function_stack()
+        or is_watched()
+    )
+
+
 def split_fused_layers(model: nn.Module) -> None:
     """Makes torch's encoder layers call their attention by itself: no mode sees the fused call."""
     for layer in model.modules():
@@ -218,6 +229,7 @@ __all__ = [
     "fuse_split_layers",
     "intercept",
     "is_intercepted",
+    "is_plain_here",
     "original_module",
     "release",
     "run_sparse",

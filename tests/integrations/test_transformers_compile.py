@@ -12,12 +12,13 @@ from torch._dynamo.utils import counters
 
 from tests.api.reference import rmse
 from tests.models.cells import Traced
+from tests.models.families import BY_NAME
 from tests.models.family import EVERYTHING, LENGTH, SELECTOR, token_ids
 from tests.models.modes import forward, generate, padded_batch, prefill_in_chunks
 from unisparse_flex import optimize
 from unisparse_flex.passes import flex_lowers, marker
 
-from .named import BY_NAME, create, registered
+from .named import create, registered
 
 FAMILIES = ("Llama", "Mistral", "Gemma 3")
 

@@ -68,19 +68,21 @@ def padding(length: int, *padded: int) -> Tensor:
 
 def packed() -> Any:
     positions = torch.cat((torch.arange(20), torch.arange(LENGTH - 20)))[None].expand(2, -1)
-    return masking_utils.packed_sequence_compatibility_function(
-        masking_utils.causal_mask_function,
-        positions,
-        masking_utils.find_packed_sequence_indices(positions),
+    documents = masking_utils.find_packed_sequence_indices(positions)
+    return masking_utils.and_masks(
+        masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(documents)
     )
 
 
 def images() -> Any:
-    ids = torch.full((2, LENGTH), -1)
-    ids[:, 10:30], ids[1, 40:50] = 0, 1
-    return masking_utils.or_masks(
-        masking_utils.causal_mask_function, masking_utils.blockwise_overlay(ids)
-    )
+    """Tokens of an image see each other both ways."""
+    image = torch.full((2, LENGTH), -1)
+    image[:, 10:30], image[1, 40:50] = 0, 1
+
+    def of_one_image(b: Any, _: Any, q: Any, kv: Any) -> Any:
+        return (image[b, q] == image[b, kv]) & (image[b, q] >= 0)
+
+    return masking_utils.or_masks(masking_utils.causal_mask_function, of_one_image)
 
 
 CASES = {
@@ -94,7 +96,7 @@ CASES = {
         masking_utils.chunked_causal_mask_function(16, torch.tensor([0, 9])),
         "causal, document",
     ),
-    "packed": (packed(), "document, causal by position"),
+    "packed": (packed(), "causal, document"),
     "images": (images(), "other"),
 }
 
