@@ -119,8 +119,6 @@ def run_sparse(config: str, function: Callable[..., Any], *args: Any, **kwargs: 
     if torch.compiler.is_compiling():
         with SparseAttentionMode(config):
             return function(*args, **kwargs)
-    if _is_in_force(config):
-        return function(*args, **kwargs)
     if not can_catch_attention():
         with leave_attention(), SparseAttentionMode(config):
             return function(*args, **kwargs)
@@ -128,14 +126,18 @@ def run_sparse(config: str, function: Callable[..., Any], *args: Any, **kwargs: 
         return function(*args, **kwargs)
 
 
-def is_plain_here() -> bool:
-    """Whether nobody catches, traces or watches the attention calls of this thread."""
-    return not (
-        torch.compiler.is_compiling()
-        or in_force.config is not None
-        or torch._C._len_torch_function_stack()
-        or is_watched()
-    )
+def config_in_force() -> str | None:
+    """The settings that attention calls of this thread are caught with, traced or not."""
+    for depth in reversed(range(torch._C._len_torch_function_stack())):
+        mode = torch._C._get_function_stack_at(depth)
+        if isinstance(mode, SparseAttentionMode):
+            return mode.config
+    return None if torch.compiler.is_compiling() else in_force.config
+
+
+def is_seen_here() -> bool:
+    """Whether somebody traces or watches the attention calls of this thread."""
+    return torch.compiler.is_compiling() or is_watched() or torch._C._len_torch_function_stack() > 0
 
 
 def split_fused_layers(model: nn.Module) -> None:
@@ -226,10 +228,11 @@ def original_module(model: Any) -> Any:
 
 __all__ = [
     "SparseAttentionMode",
+    "config_in_force",
     "fuse_split_layers",
     "intercept",
     "is_intercepted",
-    "is_plain_here",
+    "is_seen_here",
     "original_module",
     "release",
     "run_sparse",

@@ -12,9 +12,11 @@ import transformers
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tests.api.capture import captured
+from tests.api.reference import rmse
 from tests.models.families import BY_NAME
 from tests.models.family import EVERYTHING, SELECTOR, token_ids
-from unisparse_flex import UniSparse, calibrate, explain, optimize
+from tests.models.modes import padded_batch
+from unisparse_flex import UniSparse, calibrate, explain, optimize, restore
 from unisparse_flex.integrations.transformers import register, unregister
 from unisparse_flex.passes import Reason
 
@@ -116,11 +118,35 @@ def test_by_default_short_prompts_stay_dense() -> None:
         assert decisions(create("Llama", name)) == [("dense", Reason.SHORT)] * 2
 
 
-def test_the_names_settings_win_over_those_of_an_optimized_model() -> None:
+@pytest.mark.parametrize("side", ["", "left"])
+def test_a_models_own_settings_win_over_those_of_its_name(side: str) -> None:
+    """So `sparse`, `calibrate` and `optimize` mean the same for every model."""
+    batch = padded_batch(side) if side else {"input_ids": token_ids()}
     with registered(EVERYTHING) as name:
-        model = optimize(create("Llama", name), SELECTOR, min_length=0)
-        assert [call.density for call in explain(model, token_ids()).calls] == [1.0] * 2
-        assert selectors(model) == [EVERYTHING] * 2
+        model = create("Llama", name)
+        optimize(model, SELECTOR, min_length=0, dense_layers=(1,))
+        calls = explain(model, **batch).calls
+        assert [(c.decision, c.reason) for c in calls] == [
+            ("sparse", None),
+            ("dense", Reason.EXCLUDED),
+        ]
+        assert calls[0].density is not None
+        assert calls[0].density < 1.0
+        (configs,) = captured(lambda: model(**batch)).configs()
+        assert [(c.selector, c.dense) for c in configs] == [(SELECTOR, False), (SELECTOR, True)]
+        with torch.no_grad():
+            output = model(**batch).logits
+            plain = optimize(BY_NAME["Llama"].create(), SELECTOR, min_length=0, dense_layers=(1,))
+            assert output.equal(plain(**batch).logits)
+            restore(model)
+            assert [call.density for call in explain(model, **batch).calls] == [1.0] * 2
+
+
+def test_a_named_model_is_calibrated_as_the_plain_one() -> None:
+    settings: dict[str, Any] = {"recall": 0.9, "ladder": [SELECTOR, EVERYTHING], "progress": False}
+    expected = calibrate(BY_NAME["Llama"].create(), [token_ids()], **settings)
+    with registered(SELECTOR) as name:
+        assert calibrate(create("Llama", name), [token_ids()], **settings) == expected
 
 
 def test_an_unregistered_name_is_unknown() -> None:
@@ -257,3 +283,22 @@ def test_scale_dropout_and_grouped_heads_reach_attention() -> None:
             torch.manual_seed(3)
             outputs.append(each(token_ids()).logits)
         assert outputs[0].equal(outputs[1])
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize("side", ["", "left"])
+def test_training_gives_the_gradients_of_sdpa(side: str, checkpointing: bool | None) -> None:
+    """With and without activation checkpointing, reentrant or not."""
+    batch = padded_batch(side) if side else {"input_ids": token_ids()}
+    real = batch["attention_mask"].bool() if side else slice(None)
+
+    def gradients(implementation: str) -> list[torch.Tensor]:
+        model = create("Gemma 3", implementation).requires_grad_(True).train()
+        if checkpointing is not None:
+            model.activation_checkpointing_enable({"use_reentrant": checkpointing})
+        model(**batch).logits[real].square().mean().backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    with registered(EVERYTHING) as name:
+        for ours, theirs in zip(gradients(name), gradients("sdpa"), strict=True):
+            assert rmse(ours, theirs) < 1e-5

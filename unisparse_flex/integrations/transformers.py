@@ -42,8 +42,9 @@ def register(
     ``{"text_config": "unisparse", "vision_config": "sdpa"}``. An attention and a mask function are
     registered: with the first alone, transformers would make no masks, and padding be attended to.
     Where a call runs dense it is what ``"sdpa"`` computes. Models run sparse compiled or not; on
-    CUDA an eager model's attention is compiled once for all layers. Registering again with the
-    same settings changes nothing; with others it replaces them, for every model of that name.
+    CUDA an eager model's attention is compiled once for all layers. Settings that a model got from
+    `optimize` or `sparse` win over those of its name. Registering again with the same settings
+    changes nothing; with others it replaces them, for every model of that name.
 
     Args:
         name: What models are asked for; several names have settings of their own.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..block_masks import Selector
 from ..deferred_mask import DeferredMask
-from ..interception import is_plain_here, run_sparse
+from ..interception import config_in_force, is_seen_here, run_sparse
 from ..passes import SdpaCall, SparseConfig, marked_sdpa, refuse
 from .transformers_refusals import refuse_arguments, refuse_module
 
@@ -53,8 +53,8 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
             ``F.scaled_dot_product_attention``; that one becomes sparse, or stays dense.
         settings: Which blocks are kept, and where.
     """
-    config, dense_layers = settings.config(), settings.dense_layers
-    sparse, dense = config.encode(), settings.config(dense=True).encode()
+    dense_layers, min_queries = settings.dense_layers, settings.config().min_queries
+    sparse, dense = settings.config().encode(), settings.config(dense=True).encode()
 
     def unisparse_attention(
         module: nn.Module,
@@ -68,17 +68,20 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
     ) -> tuple[Tensor, Tensor | None]:
         refuse_module(module)
         refuse_arguments(module, options)
-        excluded = bool(dense_layers) and _is_excluded(module, dense_layers)
+        outer = config_in_force()
+        own = dense if dense_layers and _is_excluded(module, dense_layers) else sparse
         if isinstance(attention_mask, DeferredMask):
             traced = torch.compiler.is_compiling()
-            if not (traced or excluded or dropout or _adds_to_the_call(options)):
-                call = _proved_call(module, query, key, value, attention_mask, scaling, config)
+            if not (traced or dropout or _adds_to_the_call(options)):
+                text = own if outer is None else outer
+                call = _proved_call(module, query, key, value, attention_mask, scaling, text)
                 if call is not None:
-                    return marked_sdpa(call, sparse).transpose(1, 2).contiguous(), None
+                    return marked_sdpa(call, text).transpose(1, 2).contiguous(), None
             attention_mask = attention_mask.compute()
-        attend: Attention = partial(run_sparse, dense if excluded else sparse, sdpa)
-        if is_plain_here() and query.shape[-2] < config.min_queries:
-            # Decoding comes to the same, 20 microseconds sooner.
+        attend: Attention = partial(run_sparse, own, sdpa)
+        few = not is_seen_here() and query.shape[-2] < min_queries
+        if outer is not None or few:
+            # Caught by who optimized the model; decoding, plain and 20 microseconds faster.
             attend = sdpa
         return attend(
             module,
@@ -114,7 +117,7 @@ def _proved_call(
     value: Tensor,
     mask: DeferredMask,
     scaling: float | None,
-    config: SparseConfig,
+    text: str,
 ) -> SdpaCall | None:
     """The call with its mask as a formula, keys and values not repeated for their query heads.
 
@@ -124,6 +127,7 @@ def _proved_call(
     if query.dim() != 4 or key.dim() != 4 or key.shape[1] * groups != query.shape[1]:
         return None
     call = SdpaCall(query=query, key=key, value=value, scale=scaling, enable_gqa=groups > 1)
+    config = SparseConfig.decode(text)
     if not _some_mask_is_sparse(call, config):
         return None
     call = mask.bind(call)
