@@ -180,10 +180,11 @@ def test_a_name_that_somebody_else_registered_is_refused(
         register("theirs")
     assert interface._global_mapping["theirs"] is print
     with registered() as name:
-        monkeypatch.setitem(interface._global_mapping, name, print)
+        interface._global_mapping[name] = print
         with pytest.raises(ValueError, match="choose another"):
             register(name, EVERYTHING)
-        monkeypatch.undo()
+        unregister(name)
+        assert interface._global_mapping.pop(name) is print
 
 
 @pytest.mark.parametrize(

@@ -94,11 +94,13 @@ def unregister(name: str = "unisparse") -> None:
     Args:
         name: As given to `register`; one that is not registered changes nothing.
     """
-    if _registered.pop(name, None) is None:
+    mine = _registered.pop(name, None)
+    if mine is None:
         return
     functions = _import_transformers()
     for mapping in (functions.attention, functions.masks):
-        mapping._global_mapping.pop(name, None)
+        if mapping._global_mapping.get(name) in (mine.attention, mine.mask):
+            del mapping._global_mapping[name]
 
 
 def validate_name(name: object) -> None:
