@@ -31,6 +31,7 @@ from .contenders import (
     find_backends,
     relative_error,
     tail_error,
+    takes,
 )
 from .gpu_clock import LONG_MS, STATISTIC, graph_ms, kernel_ms, peak_bytes, plain_ms
 from .record import Record, guarded, numbers
@@ -128,14 +129,15 @@ def run(options: argparse.Namespace, record: Record, backends: list[str]) -> Non
     cases: dict[tuple[str, int], Case] = {}
 
     def check(shape: str) -> None:
-        rows = gate.check_shape(shape, length, options.device, selectors, backends)
+        own = [name for name in backends if takes(name, SHAPES[shape])]
+        rows = gate.check_shape(shape, length, options.device, selectors, own)
         for row in rows:
             gated.append(row)
             record.content["gate"] = gate.summarize(gated)
             record.add(row)
         wrong = [row for row in gated if row["shape"] == shape and not row["passed"]]
         parts = {row["selector" if row["backend"] == "whole" else "backend"] for row in wrong}
-        allowed[shape] = [name for name in backends if name not in parts]
+        allowed[shape] = [name for name in own if name not in parts]
         usable[shape] = [name for name in options.selectors if name not in parts]
 
     if options.device == "cpu":

@@ -19,6 +19,7 @@ from unisparse_flex import UniSparse, attention
 from unisparse_flex.block_masks import BlockGeometry, BlockSelection, causal_mask_mod
 from unisparse_flex.block_masks.kernels.operator import select_lists
 from unisparse_flex.block_masks.scoring import default_scale
+from unisparse_flex.passes.flex_backend import takes_head_dim
 
 from .stages import SELECTOR, Heads, create_inputs, dense
 
@@ -48,6 +49,11 @@ def find_backends() -> list[str]:
     except Exception:
         has_flash = False
     return ["triton", *(["flash"] if has_flash else [])]
+
+
+def takes(backend: str, heads: Heads) -> bool:
+    """Whether the library would run these heads by ``backend``."""
+    return backend != "flash" or takes_head_dim(heads.head_dim)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unisparse_flex
-from unisparse_flex import UniSparse
+from unisparse_flex import DEFAULT_SELECTOR, UniSparse
 from unisparse_flex.passes.device_rates import device_name
 
 from .contenders import SHAPES
@@ -122,7 +122,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row per model, selector, length and number of queries."""
     heads = SHAPES[options.shape]
     for layers in options.layers:
-        for selector in (*(UniSparse(top_k=count) for count in options.top_k), UniSparse()):
+        for selector in (*(UniSparse(top_k=count) for count in options.top_k), DEFAULT_SELECTOR):
             torch._dynamo.reset()
             pair = Pair(heads, layers, selector)
             for length in options.lengths:

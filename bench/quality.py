@@ -1,12 +1,15 @@
 """Quality against density of every selector, on a real model and real texts.
 
 python -m bench.quality [--model smollm2] [--tokens 8192] [--texts prose,code]
-    [--selectors NAME,...] [--tasks niah_single,...] [--samples 50] [--output FILE]
+    [--seeds 0,1,2] [--selectors NAME,...] [--tasks niah_single,...] [--samples 50]
+    [--output FILE]
 python -m bench.quality --model gemma3-270m --weights FILE.gguf --tokens 32768
 
 Each point reads the text once with a selector at one setting and compares the next-token
-distributions of the last tokens with the dense model's. Density is what that run kept. Tasks are
-scored with the same settings.
+distributions of the last tokens with the dense model's. Density is what that run kept. Recall and
+the share of selection in the time are those of a few layers' calls as the dense model makes them:
+recall the mean of them, the share that of the middle one (bench/selection_share.py says what is
+timed). Tasks are scored with the same settings.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +31,9 @@ from unisparse_flex.demo.texts import TEXT_NAMES, draw_excerpt, load_text
 
 from .answers import Exam
 from .models import MODELS, Subject, load
-from .record import Record
+from .record import Record, guarded
 from .ruler import TASK_NAMES
+from .selection_share import Inputs, ShareClock, middle
 from .sweeps import SWEEPS
 from .trials import TRIALS
 
@@ -53,7 +58,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--every", type=int, default=1, help="takes every n-th point of a sweep")
-    parser.add_argument("--recall-layers", type=int, default=0, help="layers judged by recall")
+    parser.add_argument(
+        "--recall-layers",
+        type=int,
+        default=4,
+        help="evenly spread layers that recall is the mean of, the middle one timed; 0 for neither",
+    )
+    parser.add_argument(
+        "--compile-selection",
+        action="store_true",
+        help="times selection without kernels compiled, up to a minute more for each selector",
+    )
     parser.add_argument("--tasks", default="", help=f"of {','.join(TASK_NAMES)}")
     parser.add_argument("--samples", type=int, default=50, help="samples of each task")
     parser.add_argument("--max-seconds", type=float, default=3000.0)
@@ -70,6 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     loaded = subject.loaded
+    settings = {name: sweeps[name](options.block_size)[:: options.every] for name in names}
+    clock = ShareClock(list(settings.values()), options.compile_selection)
     output = options.output or Path(f"bench/results/quality-{subject.name}-{options.tokens}.json")
     record = Record.create(
         "bench.quality",
@@ -80,11 +97,13 @@ def main(arguments: list[str] | None = None) -> None:
         dense_layers=subject.dense_layers,
         tokens=options.tokens,
         judged=options.judged,
+        recall_layers=options.recall_layers,
+        selection_timed_at={name: repr(middle(sweep)) for name, sweep in settings.items()},
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
-    for labels, judge in _judges(subject, options):
-        for name in names:
-            for selector in sweeps[name](options.block_size)[:: options.every]:
+    for labels, judge in _judges(subject, clock, options):
+        for name, selectors in settings.items():
+            for selector in selectors:
                 if record.stop_if_over():
                     return
                 row = {"selector": name, "parameters": repr(selector), **labels}
@@ -92,12 +111,14 @@ def main(arguments: list[str] | None = None) -> None:
     record.write()
 
 
-def _judges(subject: Subject, options: Any) -> Iterator[tuple[dict[str, Any], Judge]]:
+def _judges(
+    subject: Subject, clock: ShareClock, options: Any
+) -> Iterator[tuple[dict[str, Any], Judge]]:
     """What judges a selector: one for every excerpt, then one for all tasks."""
     seeds = [int(seed) for seed in options.seeds.split(",")]
     for text in filter(None, options.texts.split(",")):
         for seed in seeds:
-            reading = Reading.create(subject, text, seed, options)
+            reading = Reading.create(subject, clock, text, seed, options)
             yield {"text": text, "seed": seed}, reading.judge
     if options.tasks:
         exam = Exam.create(
@@ -121,10 +142,15 @@ class Reading:
     """A text as the dense model reads it, and how well a selector reads it."""
 
     def __init__(
-        self, subject: Subject, input_ids: Tensor, judged: int, recall_layers: int
+        self,
+        subject: Subject,
+        clock: ShareClock,
+        input_ids: Tensor,
+        judged: int,
+        recall_layers: int,
     ) -> None:
         self.subject, self.model = subject, subject.loaded.model
-        self.input_ids, self.judged = input_ids, judged
+        self.clock, self.input_ids, self.judged = clock, input_ids, judged
         with _captured(recall_layers) as calls:
             self.dense = self._read()
         self.calls = calls
@@ -132,7 +158,9 @@ class Reading:
         self.perplexity = compute_perplexity(self.dense, self.targets)
 
     @classmethod
-    def create(cls, subject: Subject, text: Any, seed: int, options: Any) -> Reading:
+    def create(
+        cls, subject: Subject, clock: ShareClock, text: Any, seed: int, options: Any
+    ) -> Reading:
         """Reads exactly ``options.tokens`` tokens of an excerpt that ``seed`` picks."""
         loaded = subject.loaded
         characters = options.tokens * CHARACTERS_PER_TOKEN
@@ -143,10 +171,13 @@ class Reading:
                 f"--tokens must be at most {len(ids)} for {text}, got {options.tokens}"
             )
         input_ids = torch.tensor([ids], device=loaded.device)
-        return cls(subject, input_ids, options.judged, options.recall_layers)
+        return cls(subject, clock, input_ids, options.judged, options.recall_layers)
 
     def judge(self, selector: Selector) -> dict[str, Any]:
-        """Density, KL and perplexity ratio of the text read with ``selector``."""
+        """Density, KL and perplexity ratio of the text read with ``selector``.
+
+        With captured calls also their recall, and the share of selection in the middle one's time.
+        """
         optimize(self.model, selector, min_length=0, dense_layers=self.subject.dense_layers)
         try:
             with record_attention(self.model) as records:
@@ -155,13 +186,21 @@ class Reading:
             restore(self.model)
         kept = [record.density for record in records if record.density is not None]
         perplexity = compute_perplexity(found, self.targets)
-        row = {
+        row: dict[str, Any] = {
             "density": sum(kept) / len(kept),
             "kl": compute_kl(self.dense, found),
             "perplexity": perplexity,
             "perplexity_ratio": perplexity / self.perplexity,
         }
-        return row | ({"recall": self._recall(selector)} if self.calls else {})
+        if self.calls:
+            row["recall"] = self._recall(selector)
+            row |= guarded(row, "selection_share", partial(self._share, selector)) or {}
+        return row
+
+    def _share(self, selector: Selector) -> dict[str, Any]:
+        kv_heads = self.model.config.num_key_value_heads
+        call = self.calls[len(self.calls) // 2]
+        return self.clock.measure(selector, Inputs.of(call, kv_heads))
 
     @torch.inference_mode()
     def _read(self) -> Tensor:
@@ -195,7 +234,13 @@ def _captured(wanted: int) -> Iterator[list[CapturedAttention]]:
         return
     with CaptureAttention() as capture:
         yield calls
-    calls += capture.calls[:: max(1, len(capture.calls) // wanted)]
+    calls += [capture.calls[place] for place in spread(len(capture.calls), wanted)]
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """``wanted`` of the places 0 to ``count`` - 1, or all: the middles of equal parts."""
+    wanted = min(wanted, count)
+    return [(2 * part + 1) * count // (2 * wanted) for part in range(wanted)]
 
 
 if __name__ == "__main__":

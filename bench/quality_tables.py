@@ -11,32 +11,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
 
-from .tables import COLORS, DASHES, FOLDER, MARKERS, fill, interpolate, markdown
+from .quality_curves import (
+    Point,
+    Result,
+    Row,
+    curve,
+    density_at,
+    kl_at,
+    selectors_of,
+    texts_of,
+)
+from .quality_plots import draw
+from .tables import FOLDER, fill, markdown
 
 OURS = "unisparse-default"
 # Whose density ours is compared with, at equal KL.
 RIVALS = ("unisparse-paper", "xattention", "oracle")
 # The densities of a rival at which the comparison is made.
 DENSITIES = (0.2, 0.3, 0.4, 0.5)
-
-Result = dict[str, Any]
-
-
-class Point(NamedTuple):
-    """One setting of a selector on one text, mean over excerpts."""
-
-    density: float
-    kl: float
-    perplexity_ratio: float
-    parameters: str
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,52 +56,10 @@ def main(arguments: list[str] | None = None) -> None:
     for path in files:
         result = json.loads(path.read_text())
         print(describe(result, path.name))
-        if not options.no_plots:
-            print(f"plotted {draw(result, options.plots)}\n")
-
-
-def curve(result: Result, selector: str, text: str) -> list[Point]:
-    """The points of one selector on one text, by density."""
-    settings: dict[str, list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        if row["selector"] == selector and row.get("text") == text and "kl" in row:
-            settings.setdefault(row["parameters"], []).append(row)
-
-    def average(rows: list[dict[str, Any]], name: str) -> float:
-        return mean(row[name] for row in rows)
-
-    return sorted(
-        Point(
-            density=average(rows, "density"),
-            kl=average(rows, "kl"),
-            perplexity_ratio=average(rows, "perplexity_ratio"),
-            parameters=parameters,
-        )
-        for parameters, rows in settings.items()
-    )
-
-
-def density_at(points: Sequence[Point], kl: float) -> float | None:
-    """The density at which a curve has this KL, between two points in its logarithm."""
-    for few, many in pairwise(points):
-        if min(few.kl, many.kl) > 0 and many.kl <= kl <= few.kl:
-            span = math.log(few.kl) - math.log(many.kl)
-            part = 0.0 if span == 0 else (math.log(few.kl) - math.log(kl)) / span
-            return few.density + part * (many.density - few.density)
-    return None
-
-
-def kl_at(points: Sequence[Point], density: float) -> float | None:
-    """The KL of a curve at this density, between two points in its logarithm."""
-    return interpolate([(point.density, point.kl) for point in points], density)
-
-
-def texts_of(result: Result) -> list[str]:
-    return list(dict.fromkeys(row["text"] for row in result["rows"] if row.get("text")))
-
-
-def selectors_of(result: Result) -> list[str]:
-    return list(dict.fromkeys(row["selector"] for row in result["rows"] if "kl" in row))
+        if texts_of(result) and not options.no_plots:
+            plot = options.plots / f"{path.stem}.png"
+            draw(result, plot, emphasized=OURS)
+            print(f"plotted {plot}\n")
 
 
 def describe(result: Result, name: str) -> str:
@@ -142,74 +97,73 @@ def equal_kl_table(result: Result) -> str:
 
 
 def curves_table(result: Result, text: str) -> str:
-    """Density, KL and perplexity ratio of every point."""
+    """Every point: quality, recall, and selection's share of the time with what was timed."""
     lines = [
         [
             selector,
             f"{point.density:.3f}",
             f"{point.kl:.4f}",
             f"{point.perplexity_ratio:.3f}",
+            "" if point.recall is None else f"{point.recall:.4f}",
+            _share(point),
+            str(point.excerpts),
             f"`{point.parameters}`",
         ]
         for selector in selectors_of(result)
         for point in curve(result, selector, text)
     ]
-    return markdown(["selector", "density", "KL", "perplexity ratio", "setting"], lines)
+    measures = ["density", "KL", "perplexity ratio", "recall", "selection's share"]
+    return markdown(["selector", *measures, "excerpts", "setting"], lines)
 
 
 def tasks_table(result: Result) -> str:
-    """Scores of every task, and the dense model's."""
-    rows = [row for row in result["rows"] if "task_scores" in row]
-    names = list(dict.fromkeys(name for row in rows for name in row["task_scores"]))
-    lines = [["dense", "", *(f"{rows[0]['dense_scores'][n]:.2f}" for n in names)]] if rows else []
-    lines += [
-        [
-            row["selector"],
-            f"`{row['parameters']}`",
-            *(f"{row['task_scores'][n]:.2f}" for n in names),
-        ]
-        for row in rows
-    ]
-    return markdown(["selector", "setting", *names], lines)
+    """Scores of every task and their mean, and in brackets what they are of the dense model's."""
+    settings: dict[tuple[str, str], list[Row]] = {}
+    for row in result["rows"]:
+        if "task_scores" in row:
+            settings.setdefault((row["selector"], row["parameters"]), []).append(row)
+    if not settings:
+        return ""
+    every = [row for rows in settings.values() for row in rows]
+    names = list(dict.fromkeys(name for row in every for name in row["task_scores"]))
+    # The same samples for every selector; a file that was stopped may hold fewer for the last.
+    most = max(settings.values(), key=len)
+    dense = _scores(most, "dense_scores", names)
+    lines = [["dense", "", _samples(most), *(f"{score:.3f}" for score in dense), ""]]
+    for (selector, parameters), rows in settings.items():
+        own, ratios = _scores(rows, "task_scores", names), _scores(rows, "dense_scores", names)
+        cells = [_of_dense(score, base) for score, base in zip(own, ratios, strict=True)]
+        density = _density_on_texts(result, selector, parameters)
+        lines.append([selector, density, _samples(rows), *cells, f"`{parameters}`"])
+    head = ["selector", "density on the texts", "samples of a task", *names]
+    return markdown([*head, "mean", "setting"], lines)
 
 
-def draw(result: Result, folder: Path) -> Path:
-    """Plots KL against density, a panel per text."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SystemExit("bench.quality_tables: plots need matplotlib") from error
+def _scores(rows: Sequence[Row], kind: str, names: Sequence[str]) -> list[float]:
+    """The mean over rows of every task, and behind them the mean over tasks."""
+    scores = [mean(row[kind][name] for row in rows) for name in names]
+    return [*scores, mean(scores)]
 
-    texts, selectors = texts_of(result), selectors_of(result)
-    figure = Figure(figsize=(4.2 * len(texts) + 2.0, 4.0), layout="constrained")
-    panels = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
-    for axes, text in zip(panels, texts, strict=True):
-        for place, selector in enumerate(selectors):
-            points = [p for p in curve(result, selector, text) if p.kl > 0]
-            axes.plot(
-                [point.density for point in points],
-                [point.kl for point in points],
-                color="#000000" if selector == "oracle" else COLORS[place % len(COLORS)],
-                marker=MARKERS[place % len(MARKERS)],
-                linestyle=DASHES[(place + place // len(COLORS)) % len(DASHES)],
-                linewidth=2.4 if selector == OURS else 1.2,
-                markersize=4,
-                label=selector,
-            )
-        axes.set_yscale("log")
-        axes.set_title(text, fontsize=10)
-        axes.set_xlabel("density")
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("KL to dense")
-    lines, names = panels[0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside right center", frameon=False, fontsize=9)
-    figure.suptitle(f"{result['model']}, {result['tokens']} tokens", fontsize=11)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"quality-{result['model']}-{result['tokens']}.png"
-    figure.savefig(path, dpi=150)
-    return path
+
+def _samples(rows: Sequence[Row]) -> str:
+    return str(sum(row["samples"] for row in rows))
+
+
+def _of_dense(score: float, dense: float) -> str:
+    return f"{score:.3f} ({score / dense:.2f})" if dense else f"{score:.3f}"
+
+
+def _density_on_texts(result: Result, selector: str, parameters: str) -> str:
+    """What the setting keeps where texts were read with it: the tasks' own is not recorded."""
+    points = [point for text in texts_of(result) for point in curve(result, selector, text)]
+    found = [point.density for point in points if point.parameters == parameters]
+    return f"{mean(found):.3f}" if found else ""
+
+
+def _share(point: Point) -> str:
+    if point.selection_share is None:
+        return ""
+    return f"{100 * point.selection_share:.0f}% ({point.selection_by})"
 
 
 if __name__ == "__main__":

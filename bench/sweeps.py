@@ -33,6 +33,7 @@ def defaults(size: int) -> list[Selector]:
         replace(
             DEFAULT_SELECTOR,
             block_size=size,
+            c_k=min(DEFAULT_SELECTOR.c_k, size),
             threshold=threshold,
             top_p=default_top_p(threshold),
         )

@@ -1,10 +1,10 @@
 """Markdown tables and plots from the files of this benchmark, but for those of its quality.
 
-python -m bench.tables [FILE ...] [--plots docs] [--selector two]
+python -m bench.tables [FILE ...] [--join] [--plots docs] [--selector two]
 python -m bench.tables --page docs/performance.md
 
 Without files, those in bench/results. Tables go to the screen, plots into a folder as PNG; or the
-tables of a page are written anew, each between a comment that names its file and the next comment.
+tables of a page are written anew, each between a comment that names its files and the next comment.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from . import gate
 from .contenders import DENSE_KERNELS
 
 FOLDER = Path("bench/results")
-SECTION = r"(?P<start><!-- tables of (?P<name>[\w.-]+) -->)(?:(?!<!--).)*(?P<end><!-- end -->)"
+SECTION = r"(?P<start><!-- tables of (?P<names>[\w. -]+?) -->)(?:(?!<!--).)*(?P<end><!-- end -->)"
 KINDS = ("attention", "cost-decision", "prefill")
+# With stage, shape and length, what tells the rows of one benchmark apart.
+PARTS = ("density", "selector", "backend")
 # Okabe and Ito's colours, apart for colour-blind eyes; markers and dashes tell the same.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -40,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="*", type=Path)
+    parser.add_argument("--join", action="store_true", help="all files as one")
     parser.add_argument("--plots", type=Path, default=Path("docs"), help="where PNGs go")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument("--selector", default="two", help="settings that are plotted")
@@ -51,30 +55,62 @@ def main(arguments: list[str] | None = None) -> None:
     files = options.files or sorted(path for kind in KINDS for path in FOLDER.glob(f"{kind}-*"))
     if not files:
         raise SystemExit(f"bench.tables: no files of {', '.join(KINDS)} in {FOLDER}")
-    for path in files:
-        result = json.loads(path.read_text())
-        print(describe(result, path.name))
+    results = [(path.name, json.loads(path.read_text())) for path in files]
+    if options.join:
+        names = ", ".join(name for name, _ in results)
+        results = [(names, join([result for _, result in results]))]
+    for name, result in results:
+        print(describe(result, name))
         if any(row.get("stage") == "sparse" for row in result["rows"]) and not options.no_plots:
             for plot in draw(result, options.plots, options.selector):
                 print(f"plotted {plot}\n")
 
 
 def fill(page: str, describe: Callable[[Result, str], str]) -> str:
-    """The page with what ``describe`` says of each named file of `FOLDER` written anew."""
+    """The page with what ``describe`` says of the named files of `FOLDER` written anew."""
 
     def tables_of(match: re.Match[str]) -> str:
-        text = describe(json.loads((FOLDER / match["name"]).read_text()), match["name"])
+        names = match["names"].split()
+        results = [json.loads((FOLDER / name).read_text()) for name in names]
+        text = describe(join(results), ", ".join(names))
         return f"{match['start']}\n\n{text}\n{match['end']}"
 
     return re.sub(SECTION, tables_of, page, flags=re.DOTALL)
 
 
+def join(results: Sequence[Result]) -> Result:
+    """Files of one benchmark, device and versions as one: what an earlier one has counts.
+
+    Raises:
+        ValueError: The files are of different devices or versions.
+    """
+    first, *others = results
+    if not others:
+        return first
+    rows: dict[tuple[Any, ...], Row] = {}
+    for result in results:
+        if (result["device"], result["versions"]) != (first["device"], first["versions"]):
+            raise ValueError(
+                f"files must be of one device and its versions, got {first['device']} with "
+                f"{first['versions']} and {result['device']} with {result['versions']}; give each "
+                "a section of its own"
+            )
+        for row in result["rows"]:
+            key = (row.get(name) for name in ("stage", "shape", "tokens", *PARTS))
+            rows.setdefault(tuple(key), row)
+    stopped = {"stopped": ", ".join(r["stopped"] for r in results if "stopped" in r)}
+    commands = {"commands": [result["command"] for result in results]}
+    gates = {"gate": gate.summarize([row for row in rows.values() if row["stage"] == "gate"])}
+    joined = {**first, **commands, **gates, "rows": list(rows.values())}
+    return joined | (stopped if stopped["stopped"] else {})
+
+
 def describe(result: Result, name: str) -> str:
-    """Every table of one file."""
+    """Every table of one file, or of several that `join` made one."""
     is_prefill = any("variant" in row for row in result["rows"])
     is_decision = any("decision" in row for row in result["rows"])
     head = [f"{name}: {result['device']}, torch {result['versions'].get('torch')}"]
-    head += [f"`{shlex.join(result['command'])}`"]
+    head += [f"`{shlex.join(command)}`" for command in commands_of(result)]
     if "stopped" in result:
         head.append(f"Stopped: {result['stopped']}.")
     if is_prefill:
@@ -83,14 +119,18 @@ def describe(result: Result, name: str) -> str:
         return "\n\n".join([*head, prefill_table(result)]) + "\n"
     if is_decision:
         return "\n\n".join([*head, decision_table(result)]) + "\n"
-    gate = result["gate"]
-    if not gate.get("passed"):
+    if not result["gate"].get("passed"):
         head.append("THE GATE DID NOT PASS: no number below may be used.")
-    parts = [*head, f"Gate: {json.dumps(gate)}"]
+    parts = [*head, f"Gate: {json.dumps(result['gate'])}"]
     for shape in _unique(row["shape"] for row in result["rows"]):
         for title, table in tables(result, shape):
             parts += [f"### {shape}: {title}", table]
     return "\n\n".join([*parts, errors_table(result)]).rstrip() + "\n"
+
+
+def commands_of(result: Result) -> list[list[str]]:
+    """What was run for the rows of a result."""
+    return result.get("commands") or [result["command"]]
 
 
 def tables(result: Result, shape: str) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ TOP_P_SCALE, TOP_P_POWER, LENGTH_POWER = 0.235, 1.6, 0.44
 # The share that a threshold keeps of them depends on threshold * blocks alone:
 #   1 / (1 + (threshold * blocks / EVEN) ** EVEN_POWER),
 # fitted to the same file, thresholds .002 to .02 over two granularities.
-EVEN, EVEN_POWER = 0.12, 0.72
+EVEN, EVEN_POWER = 0.123, 0.71
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

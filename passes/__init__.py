@@ -12,6 +12,7 @@ from .marker import (
     observe_calls,
     observer_in_force,
 )
+from .mask_tracing import TracedMask, trace_mask
 from .masks import Unproved
 from .multihead import MULTIHEAD_TARGETS, marked_multihead, refuse_multihead
 from .predicted_call import CallPrediction, predict_call
@@ -32,6 +33,7 @@ __all__ = [
     "SdpaCall",
     "SparseAttentionPass",
     "SparseConfig",
+    "TracedMask",
     "Unproved",
     "apply_autocast",
     "attend_selected",
@@ -57,5 +59,6 @@ __all__ = [
     "rewrite_sdpa",
     "select",
     "shard_selector",
+    "trace_mask",
     "validate_selector",
 ]

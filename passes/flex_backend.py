@@ -8,11 +8,12 @@ from importlib.util import find_spec
 import torch
 
 from .decision import needs_grad
-from .sdpa import SdpaCall, is_symbolic
+from .sdpa import SdpaCall
 
-# FlashAttention-4's tile; with another head_dim its tiles differ from the sparse blocks.
-FLASH_BLOCK, FLASH_HEAD_DIM = 128, 128
-FLASH_CAPABILITIES = (9, 10)
+# Up to this head_dim FlashAttention-4's tile on Hopper is a block of 128 queries and 128 keys; on
+# Blackwell it has 256 queries.
+FLASH_BLOCK, FLASH_LARGEST_HEAD_DIM, FLASH_HEAD_DIM_STEP = 128, 128, 16
+FLASH_CAPABILITY = 9
 
 
 def flex_backend(call: SdpaCall, block_size: int, backend: str) -> str:
@@ -43,35 +44,34 @@ def flex_backend(call: SdpaCall, block_size: int, backend: str) -> str:
 
 def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
     """Why FlashAttention-4 cannot run a sparse call; ``None`` where it can."""
-    query, key, value = call.query, call.key, call.value
-    lengths = (query.shape[0], query.shape[2], key.shape[2])
+    query, value = call.query, call.value
     if query.device.type != "cuda":
         return f"it needs a CUDA device, got {query.device}"
     major, minor = torch.cuda.get_device_capability(query.device)
-    if major not in FLASH_CAPABILITIES:
-        return f"it needs compute capability 9 or 10, got {major}.{minor}"
+    if major != FLASH_CAPABILITY:
+        return f"it needs compute capability {FLASH_CAPABILITY}, got {major}.{minor}"
     if not is_flash_installed():
         return "flash_attn.cute cannot be imported (pip install --pre flash-attn-4)"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, got {query.dtype}"
     if block_size != FLASH_BLOCK:
         return f"it needs block_size {FLASH_BLOCK}, got {block_size}"
-    if {query.shape[3], value.shape[3]} != {FLASH_HEAD_DIM}:
+    if query.shape[3] != value.shape[3] or not takes_head_dim(query.shape[3]):
         return (
-            f"it needs head_dim {FLASH_HEAD_DIM} for queries and values, got {query.shape[3]} and "
+            f"it needs a head_dim of at most {FLASH_LARGEST_HEAD_DIM}, a multiple of "
+            f"{FLASH_HEAD_DIM_STEP} and the same for queries and values, got {query.shape[3]} and "
             f"{value.shape[3]}"
         )
     if call.attn_mask is not None or call.mask:
         return "it is used without masks other than causal ones"
-    if any(is_symbolic(length) for length in lengths):
-        return "it needs static lengths (torch.compile(dynamic=False))"
     if needs_grad(call):
         return "its backward is not used for sparse blocks"
-    blocks = -(-query.shape[2] // FLASH_BLOCK)
-    if blocks > 1 and (query.shape[2] - 1) // (blocks - 1) != FLASH_BLOCK:
-        # It divides the rows by the blocks; a short call has several answers.
-        return f"it cannot tell the block size from {query.shape[2]} queries in {blocks} blocks"
     return None
+
+
+def takes_head_dim(head_dim: int) -> bool:
+    """Whether FlashAttention-4's tiles are our blocks at this head_dim."""
+    return head_dim <= FLASH_LARGEST_HEAD_DIM and head_dim % FLASH_HEAD_DIM_STEP == 0
 
 
 @cache

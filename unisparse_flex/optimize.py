@@ -59,7 +59,7 @@ def optimize(
             negative ones from the end.
         backend: The kernel on CUDA: ``"flash"`` (FlashAttention-4), ``"triton"``, or ``"auto"``,
             which takes FlashAttention-4 where it is installed and can run the call: 16-bit,
-            head_dim 128, blocks of 128, static lengths above 16384, inference, no mask.
+            head_dim up to 128, blocks of 128, inference, no mask, on Hopper.
         context: The ranks that share the tokens, where ``model`` is given some of a sequence
             (`distributed.ContextParallel`); dense calls see the keys of all ranks too.
 
@@ -169,8 +169,9 @@ def validate_model(model: object) -> None:
     """Raises unless `optimize` takes ``model``."""
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}; for an exported "
-            "program or an FX graph call unisparse_flex.passes.rewrite_sdpa"
+            f"model must be a torch.nn.Module, got {type(model).__name__}; of a pipeline pass the "
+            "model inside (pipe.transformer), for an exported program or an FX graph call "
+            "unisparse_flex.passes.rewrite_sdpa"
         )
     if _is_graph(model):
         raise TypeError(

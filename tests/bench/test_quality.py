@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from bench import answers, quality
+from bench import answers, quality, selection_share
 from bench.sweeps import SWEEPS
 from unisparse_flex.demo.measure import generate_greedily
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_curve_is_written_with_density_and_divergence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -21,6 +22,7 @@ def test_a_curve_is_written_with_density_and_divergence(
         return generate_greedily(*args, max_tokens=min(2, max_tokens), **options)
 
     monkeypatch.setattr(answers, "generate_greedily", short)
+    monkeypatch.setattr(selection_share, "compile_apart", lambda function, name: function)
     output = tmp_path / "quality.json"
     options = "--tokens 320 --judged 64 --block-size 16 --texts code --selectors unisparse-paper"
     more = f"--every 5 --recall-layers 2 --output {output} --tasks niah_single --samples 1"
@@ -35,9 +37,23 @@ def test_a_curve_is_written_with_density_and_divergence(
     assert 0 < few["density"] < many["density"] < 1
     assert few["recall"] < many["recall"] <= 1
     assert few["kl"] > many["kl"] > 0
+    # Timed once for the selector, and so the same in both rows.
+    assert few["selection_ms"] == many["selection_ms"] > 0
+    for point in (few, many):
+        total = point["selection_ms"] + point["attention_ms"]
+        assert point["selection_share"] == pytest.approx(point["selection_ms"] / total)
+        assert point["selection_by"] == "PyTorch"
+    assert written["selection_timed_at"] == {"unisparse-paper": many["parameters"]}
     assert few["perplexity_ratio"] == pytest.approx(
         few["perplexity"] / (many["perplexity"] / many["perplexity_ratio"])
     )
+
+
+def test_layers_are_spread_evenly() -> None:
+    assert quality.spread(30, 4) == [3, 11, 18, 26]
+    assert quality.spread(3, 4) == [0, 1, 2]
+    assert quality.spread(30, 1) == [15]
+    assert quality.spread(0, 4) == []
 
 
 def test_an_unknown_selector_is_named(capsys: pytest.CaptureFixture[str]) -> None:

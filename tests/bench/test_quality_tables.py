@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from bench import quality_curves as curves
 from bench import quality_tables as tables
+from bench.quality_plots import draw
 from bench.tables import FOLDER, fill
 from unisparse_flex import DEFAULT_SELECTOR, UniSparse
 
@@ -35,13 +37,6 @@ def make_result() -> dict[str, Any]:
     for density in (0.2, 0.4, 0.6):
         kl = math.exp(-10 * density)
         rows += [row("unisparse-paper", density, kl), row(tables.OURS, density / 2, kl)]
-    scores: dict[str, Any] = {
-        "selector": tables.OURS,
-        "parameters": "x",
-        "text": None,
-        "samples": 2,
-    }
-    scores |= {"task_scores": {"vt": 0.5}, "dense_scores": {"vt": 0.75}}
     return {
         "model": "a-model",
         "tokens": 512,
@@ -49,8 +44,24 @@ def make_result() -> dict[str, Any]:
         "dtype": "float32",
         "device": "a device",
         "command": ["python", "-m", "bench.quality"],
-        "rows": [*rows, scores, {"selector": "oracle", "text": "prose", "error": "out of memory"}],
+        "rows": [*rows, {"selector": "oracle", "text": "prose", "error": "out of memory"}],
     }
+
+
+def scores(selector: str, parameters: str, **by_task: tuple[float, float]) -> dict[str, Any]:
+    """A row of tasks: each one's score and the dense model's."""
+    return {
+        "selector": selector,
+        "parameters": parameters,
+        "text": None,
+        "task_scores": {name: own for name, (own, _) in by_task.items()},
+        "dense_scores": {name: dense for name, (_, dense) in by_task.items()},
+        "samples": 20,
+    }
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_a_curve_is_sorted_and_averages_excerpts() -> None:
@@ -60,32 +71,33 @@ def test_a_curve_is_sorted_and_averages_excerpts() -> None:
         row("a", 0.2, 0.3) | {"parameters": "few"},
         row("a", 0.3, 0.5, seed=1) | {"parameters": "few"},
     ]
-    few, many = tables.curve(result, "a", "prose")
+    few, many = curves.curve(result, "a", "prose")
     assert (few.parameters, many.parameters) == ("few", "many")
     assert [few.density, few.kl] == pytest.approx([0.25, 0.4])
-    assert tables.curve(result, "a", "code") == []
+    assert (few.excerpts, many.excerpts) == (2, 1)
+    assert curves.curve(result, "a", "code") == []
 
 
 def test_between_points_the_logarithm_of_the_divergence_is_straight() -> None:
-    points = tables.curve(make_result(), "unisparse-paper", "prose")
-    assert tables.kl_at(points, 0.3) == pytest.approx(math.exp(-3))
-    assert tables.density_at(points, math.exp(-5)) == pytest.approx(0.5)
-    assert tables.kl_at(points, 0.2) == pytest.approx(math.exp(-2))
+    points = curves.curve(make_result(), "unisparse-paper", "prose")
+    assert curves.kl_at(points, 0.3) == pytest.approx(math.exp(-3))
+    assert curves.density_at(points, math.exp(-5)) == pytest.approx(0.5)
+    assert curves.kl_at(points, 0.2) == pytest.approx(math.exp(-2))
 
 
 @pytest.mark.parametrize("beyond", [0.1, 0.7])
 def test_nothing_is_extrapolated(beyond: float) -> None:
-    points = tables.curve(make_result(), "unisparse-paper", "prose")
-    assert tables.kl_at(points, beyond) is None
-    assert tables.density_at(points, math.exp(-10 * beyond)) is None
+    points = curves.curve(make_result(), "unisparse-paper", "prose")
+    assert curves.kl_at(points, beyond) is None
+    assert curves.density_at(points, math.exp(-10 * beyond)) is None
 
 
 def test_ours_is_compared_at_the_divergence_of_the_rival() -> None:
     table = tables.equal_kl_table(make_result())
     [_, _, line] = table.splitlines()
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[:2] == ["prose", "unisparse-paper"]
-    assert cells[2:] == [
+    assert cells(line) == [
+        "prose",
+        "unisparse-paper",
         "0.50 (KL 0.1353)",
         "0.50 (KL 0.0498)",
         "0.50 (KL 0.0183)",
@@ -93,17 +105,105 @@ def test_ours_is_compared_at_the_divergence_of_the_rival() -> None:
     ]
 
 
+def test_seeds_are_averaged_and_counted() -> None:
+    result = make_result()
+    measured = {"recall": 0.9, "selection_share": 0.25, "selection_by": "kernels"}
+    result["rows"] = [
+        row("a", 0.3, 0.1) | measured,
+        row("a", 0.31, 0.3, seed=1) | {"parameters": "a(0.3)"} | measured | {"recall": 0.7},
+        row("b", 0.3, 0.5) | measured,
+        row("b", 0.31, 0.5, seed=1) | {"parameters": "b(0.3)"},
+    ]
+    head, _, first, second = tables.curves_table(result, "prose").splitlines()
+    assert cells(head)[4:7] == ["recall", "selection's share", "excerpts"]
+    assert cells(first) == [
+        "a",
+        "0.305",
+        "0.2000",
+        "1.200",
+        "0.8000",
+        "25% (kernels)",
+        "2",
+        "`a(0.3)`",
+    ]
+    # A mean over some of the excerpts would be compared with one over all of them.
+    assert cells(second)[4:7] == ["", "", "2"]
+
+
+def test_scores_of_tasks_stand_beside_the_dense_ones() -> None:
+    result = make_result()
+    result["rows"] += [
+        scores(tables.OURS, f"{tables.OURS}(0.1)", vt=(0.6, 0.75), cwe=(0.0, 0.0)),
+        scores("oracle", "unread", vt=(0.75, 0.75), cwe=(0.2, 0.0)),
+    ]
+    head, _, *lines = tables.tasks_table(result).splitlines()
+    assert cells(head) == [
+        "selector",
+        "density on the texts",
+        "samples of a task",
+        "vt",
+        "cwe",
+        "mean",
+        "setting",
+    ]
+    dense, ours, oracle = map(cells, lines)
+    assert dense == ["dense", "", "20", "0.750", "0.000", "0.375", ""]
+    setting = f"`{tables.OURS}(0.1)`"
+    mean = "0.300 (0.80)"
+    assert ours == [tables.OURS, "0.100", "20", "0.600 (0.80)", "0.000", mean, setting]
+    assert oracle == ["oracle", "", "20", "0.750 (1.00)", "0.200", "0.475 (1.27)", "`unread`"]
+    result["rows"].append(scores("oracle", "unread", vt=(0.25, 0.25), cwe=(0.4, 0.0)))
+    *_, oracle = map(cells, tables.tasks_table(result).splitlines())
+    assert oracle[2:5] == ["40", "0.500 (1.00)", "0.300"]
+
+
 def test_a_file_becomes_tables_and_a_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "quality-x.json"
-    path.write_text(json.dumps(make_result()))
+    result = make_result()
+    result["rows"].append(scores(tables.OURS, "x", vt=(0.5, 0.75)))
+    path.write_text(json.dumps(result))
     tables.main([str(path), "--plots", str(tmp_path / "plots")])
     printed = capsys.readouterr().out
-    assert "| unisparse-paper | 0.400 | 0.0183 | 1.018 |" in printed
-    assert "| dense |  | 0.75 |" in printed
-    assert (tmp_path / "plots" / "quality-a-model-512.png").stat().st_size > 10_000
+    assert "| unisparse-paper | 0.400 | 0.0183 | 1.018 |  |  | 1 |" in printed
+    assert "| dense |  | 20 | 0.750 |" in printed
+    assert (tmp_path / "plots" / "quality-x.png").stat().st_size > 10_000
+
+
+def test_a_file_of_tasks_alone_has_no_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "quality-x.json"
+    path.write_text(json.dumps(make_result() | {"rows": [scores("oracle", "x", vt=(0.5, 0.75))]}))
+    tables.main([str(path), "--plots", str(tmp_path / "plots")])
+    printed = capsys.readouterr().out
+    assert "### Tasks" in printed
+    assert "Curves" not in printed
+    assert not (tmp_path / "plots").exists()
+
+
+def test_recall_and_selection_have_panels_where_they_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+
+    def keep(self: Any, path: Path, **options: Any) -> None:
+        drawn.append(self)
+
+    monkeypatch.setattr(figure.Figure, "savefig", keep)
+    plain, measured = make_result(), make_result()
+    for place, entry in enumerate(row for row in measured["rows"] if "kl" in row):
+        entry |= {"recall": 0.9, "selection_share": place / 10, "selection_by": "PyTorch"}
+    for result in (plain, measured):
+        draw(result, tmp_path / "plot.png", emphasized=tables.OURS)
+    labels = [[axes.get_ylabel() for axes in one.axes] for one in drawn]
+    assert labels == [["KL to dense"], ["KL to dense", "recall", "selection's share of time"]]
+    shares = drawn[1].axes[2].get_lines()
+    found = [list(line.get_ydata()) for line in shares]
+    assert found == [[0.0, 0.2, 0.4], [0.1, 0.3, 0.5]]
 
 
 def test_the_page_of_selectors_holds_what_the_files_say() -> None:

@@ -109,9 +109,36 @@ def test_a_decision_is_shown_with_its_ratio() -> None:
     assert "left alone ms" in tables.describe(result, "cost-decision.json")
 
 
+def test_of_files_made_one_the_first_to_have_a_row_counts() -> None:
+    first, second = make_result(), make_result()
+    second["command"] = ["python", "-m", "bench.attention", "--shapes", "smollm2"]
+    second["stopped"] = "after 1 seconds"
+    first["rows"] = [row for row in first["rows"] if row.get("tokens") != 16384]
+    for row in second["rows"]:
+        row["dense_ms"] = 7.0
+    joined = tables.join([first, second])
+    times = {r["tokens"]: r["dense_ms"] for r in joined["rows"] if r["stage"] == "dense"}
+    assert times == {8192: 4.0, 32768: 64.0, 131072: 1024.0, 16384: 7.0}
+    text = tables.describe(joined, "two files")
+    assert "`python -m bench.attention`\n\n`python -m bench.attention --shapes smollm2`" in text
+    assert "Stopped: after 1 seconds." in text
+    assert tables.join([first]) == first
+
+
+def test_files_of_different_devices_do_not_become_one() -> None:
+    with pytest.raises(ValueError, match=r"files must be of one device .* got a device"):
+        tables.join([make_result(), make_result() | {"device": "another"}])
+
+
+def test_a_gate_that_failed_in_one_file_failed_in_all() -> None:
+    failed = make_result()
+    failed["rows"][0] |= {"shape": "wide-256", "passed": False}
+    assert "THE GATE DID NOT PASS" in tables.describe(tables.join([make_result(), failed]), "two")
+
+
 def test_the_page_of_performance_holds_what_the_files_say() -> None:
     page = (ROOT / "docs/performance.md").read_text()
-    named = re.findall(r"<!-- tables of (\S+) -->", page)
+    named = " ".join(re.findall(r"<!-- tables of ([\w. -]+?) -->", page)).split()
     kept = [path.name for kind in tables.KINDS for path in tables.FOLDER.glob(f"{kind}-*.json")]
     assert sorted(named) == sorted(kept)
     assert tables.fill(page, tables.describe) == page

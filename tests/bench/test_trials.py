@@ -97,4 +97,4 @@ def test_a_rule_keeps_more_from_value_to_value(rule: str) -> None:
 
 def test_the_default_is_a_point_of_its_sweep() -> None:
     assert DEFAULT_SELECTOR in defaults(DEFAULT_SELECTOR.block_size)
-    assert replace(DEFAULT_SELECTOR, block_size=64) in defaults(64)
+    assert replace(DEFAULT_SELECTOR, block_size=64, c_k=64) in defaults(64)

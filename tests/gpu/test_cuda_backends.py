@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.api.reference import rmse
 from tests.gpu.test_cuda import BF16, BLOCKS, Sdpa, assert_attends, on_cuda
 from unisparse_flex import attention, optimize
+from unisparse_flex.passes import flex_backend
 from unisparse_flex.passes.flex_backend import is_flash_installed
 
 pytestmark = [
@@ -41,28 +44,65 @@ def test_modes_of_compile_are_right_for_every_new_selection(mode: str) -> None:
 
 
 @needs_flash
-@pytest.mark.parametrize(("q_len", "kv_len"), [(20480, 20480), (20480, 20600), (20500, 20500)])
-def test_flash_attends_to_the_same_blocks(q_len: int, kv_len: int) -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "head_dim"),
+    [
+        (20480, 20480, 128),
+        (8192, 8192, 64),
+        (1024, 1024, 96),
+        (1000, 1000, 112),
+        (777, 777, 80),
+        (500, 500, 48),
+        (300, 1000, 128),
+        (1000, 8200, 64),
+        (129, 20600, 32),
+    ],
+)
+def test_flash_attends_to_the_same_blocks(
+    q_len: int, kv_len: int, head_dim: int, dynamic: bool
+) -> None:
     torch._dynamo.reset()
-    tensors = on_cuda(q_len, kv_len, dtype=BF16, head_dim=128, batch=1)
-    is_causal = q_len == kv_len
 
-    def compiled(backend: str) -> torch.Tensor:
+    def compiled(backend: str) -> Any:
         def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             return attention(
                 query,
                 key,
                 value,
-                is_causal=is_causal,
+                is_causal=q_len == kv_len,
                 enable_gqa=True,
                 selector=BLOCKS,
                 backend=backend,
             )
 
-        with torch.no_grad():
-            return torch.compile(run, fullgraph=True, dynamic=False)(*tensors)
+        return torch.compile(run, fullgraph=True, dynamic=dynamic)
 
-    assert rmse(compiled("flash"), compiled("triton").double()) < 2.0**-8
+    flash, triton = compiled("flash"), compiled("triton")
+    for longer in (0, 128, 57) if dynamic else (0,):
+        lengths = (q_len + longer, kv_len + longer)
+        tensors = on_cuda(*lengths, dtype=BF16, head_dim=head_dim, batch=1)
+        with torch.no_grad():
+            assert rmse(flash(*tensors), triton(*tensors).double()) < 2.0**-8
+
+
+@needs_flash
+def test_an_optimized_model_takes_flash_at_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    chosen = []
+    choose = flex_backend.flash_obstacle
+
+    def spy(*call: Any) -> str | None:
+        chosen.append(choose(*call))
+        return chosen[-1]
+
+    monkeypatch.setattr(flex_backend, "flash_obstacle", spy)
+    run = torch.compile(optimize(Sdpa(), BLOCKS, min_length=0), fullgraph=True)
+    with torch.no_grad():
+        for length in (1000, 1500, 2048):
+            tensors = on_cuda(length, dtype=BF16)
+            assert_attends(run(*tensors), tensors, BLOCKS, offset=0)
+    assert set(chosen) == {None}
 
 
 def test_flash_by_name_says_why_it_cannot() -> None:

@@ -47,14 +47,15 @@ def test_auto_takes_flash_where_it_can_run(hopper: None) -> None:
     assert flex_backend.flex_backend(call(), 128, "auto") == "FLASH"
     assert flex_backend.flex_backend(call(), 128, "flash") == "FLASH"
     assert flex_backend.flex_backend(call(), 128, "triton") == "AUTO"
+    for head_dim in (32, 64, 96):
+        assert flash_obstacle(call(head_dim=head_dim, value_dim=head_dim, length=777), 128) is None
 
 
 OBSTACLES = [
     (call(dtype=torch.float32), 128, "float16 and bfloat16, got torch.float32"),
     (call(), 64, "block_size 128, got 64"),
     (call(head_dim=256, value_dim=256), 128, "got 256 and 256"),
-    (call(head_dim=64, value_dim=64), 128, "got 64 and 64"),
-    (call(length=8192), 128, "cannot tell the block size from 8192 queries in 64 blocks"),
+    (call(head_dim=72, value_dim=72), 128, "got 72 and 72"),
     (call(value_dim=64), 128, "got 128 and 64"),
     (SdpaCall(query=on_cuda(), key=on_cuda(), value=on_cuda(), attn_mask=0), 128, "masks"),
     (SdpaCall(query=on_cuda(), key=on_cuda(), value=on_cuda(), mask="kv <= q"), 128, "masks"),
@@ -76,8 +77,10 @@ def test_what_flash_cannot_run_is_left_to_triton_and_named(
 def test_flash_needs_its_package_and_its_architectures(
     hopper: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    assert "capability 9 or 10, got 8.0" in str(flash_obstacle(call(), 128))
+    for major in (8, 10):
+        found = (major, 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, f=found: f)
+        assert f"capability 9, got {major}.0" in str(flash_obstacle(call(), 128))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(flex_backend, "is_flash_installed", lambda: False)
     assert "pip install" in str(flash_obstacle(call(), 128))

@@ -1,0 +1,73 @@
+"""Plots of the curves of one file of `bench.quality`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .quality_curves import Result, curve, selectors_of, texts_of
+from .tables import COLORS, DASHES, MARKERS
+
+# What is drawn against density, a row of panels each, where the file holds it.
+MEASURES = {"kl": "KL to dense", "recall": "recall", "selection_share": "selection's share of time"}
+
+
+def draw(result: Result, path: Path, *, emphasized: str) -> None:
+    """Plots every measure against density, a column of panels per text.
+
+    Args:
+        result: The file.
+        path: The PNG that is written.
+        emphasized: The selector whose line is thick.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SystemExit("bench.quality_tables: plots need matplotlib") from error
+
+    texts = texts_of(result)
+    measures = [name for name in MEASURES if any(name in row for row in result["rows"])]
+    size = (4.2 * len(texts) + 2.0, 4.0 + 2.6 * (len(measures) - 1))
+    figure = Figure(figsize=size, layout="constrained")
+    heights = [3.4, *[2.4] * (len(measures) - 1)]
+    panels = figure.subplots(
+        len(measures), len(texts), sharex="col", sharey="row", squeeze=False, height_ratios=heights
+    )
+    for measure, row in zip(measures, panels, strict=True):
+        row[0].set_ylabel(MEASURES[measure])
+        for axes, text in zip(row, texts, strict=True):
+            _draw_panel(axes, result, text, measure, emphasized)
+    for axes, text in zip(panels[0], texts, strict=True):
+        axes.set_yscale("log")
+        axes.set_title(text, fontsize=10)
+    for axes in panels[-1]:
+        axes.set_xlabel("density")
+    figure.align_ylabels()
+    lines, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside right center", frameon=False, fontsize=9)
+    figure.suptitle(f"{result['model']}, {result['tokens']} tokens", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_panel(axes: Any, result: Result, text: str, measure: str, emphasized: str) -> None:
+    for place, selector in enumerate(selectors_of(result)):
+        found = [(p.density, getattr(p, measure)) for p in curve(result, selector, text)]
+        points = [(x, y) for x, y in found if y is not None and (y > 0 or measure != "kl")]
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            color="#000000" if selector == "oracle" else COLORS[place % len(COLORS)],
+            marker=MARKERS[place % len(MARKERS)],
+            linestyle=DASHES[(place + place // len(COLORS)) % len(DASHES)],
+            linewidth=2.4 if selector == emphasized else 1.2,
+            markersize=4,
+            label=selector,
+        )
+    if measure != "kl":
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    if measure == "selection_share":
+        axes.set_ylim(0, 1)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
