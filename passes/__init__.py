@@ -3,7 +3,7 @@
 from .config import SparseConfig, decode_selector, validate_selector
 from .decision import Reason, flex_lowers, refuse
 from .inductor import SparseAttentionPass, install
-from .marker import is_traced, is_watched, lowered_sdpa, marked_sdpa, observe_calls
+from .marker import is_traced, is_watched, lowered_sdpa, marked_sdpa, observe_calls, run_compiled
 from .masks import Unproved
 from .multihead import MULTIHEAD_TARGETS, marked_multihead, refuse_multihead
 from .predicted_call import CallPrediction, predict_call
@@ -39,6 +39,7 @@ __all__ = [
     "refuse",
     "refuse_multihead",
     "rewrite_sdpa",
+    "run_compiled",
     "select",
     "validate_selector",
 ]
