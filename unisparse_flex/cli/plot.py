@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ..figures import DensitySeries
 
 MAX_FILE_BYTES = 50_000_000
+# Of a selector in a legend.
+NAME_CHARACTERS = 48
 
 
 @click.command(
@@ -126,7 +129,7 @@ def _plot_model(
             maps = draw_block_maps(
                 blocks, output / f"block-maps.{suffix}", title=f"Blocks kept: {title}", heads=heads
             )
-            series = DensitySeries.of(options["selector"], blocks)
+            series = DensitySeries.of(shorten(options["selector"], NAME_CHARACTERS), blocks)
             path = output / f"density-by-layer.{suffix}"
             return [*maps, draw_densities([series], path, title=f"Density by layer: {title}")]
 

@@ -57,7 +57,7 @@ def create_input_ids(loaded: LoadedModel, text: str, tokens: int | None) -> Tens
     limit = context_length(loaded.model)
     if tokens is not None and limit is not None and tokens > limit:
         raise click.UsageError(
-            f"--tokens must be at most the model's context {limit}, got {tokens}"
+            f"--tokens must be at most the model's context, {limit}, got {tokens}"
         )
     wanted = tokens or min(DEFAULT_TOKENS, limit or DEFAULT_TOKENS)
     written = read_text(text, characters=wanted * CHARACTERS_PER_TOKEN)

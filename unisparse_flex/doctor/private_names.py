@@ -8,6 +8,8 @@ from .finding import Finding, Status
 
 # "module" or "module:attribute.attribute"; a test compares them with the sources.
 PRIVATE_NAMES = (
+    "torch:_C.DispatchKeySet",
+    "torch:_C._ExcludeDispatchKeyGuard",
     "torch:_C._IncludeDispatchKeyGuard",
     "torch:_C._dispatch_has_backend_fallback",
     "torch:_C._dispatch_tls_is_dispatch_key_included",
@@ -29,6 +31,7 @@ PRIVATE_NAMES = (
     "torch:_ops._higher_order_ops",
     "torch:_transformer_encoder_layer_fwd",
     "torch:cpu._is_avx2_supported",
+    "torch.fx:_symbolic_trace.is_fx_symbolic_tracing",
     "torch._higher_order_ops.flex_attention:flex_attention",
     "torch._higher_order_ops.invoke_subgraph:invoke_subgraph",
     "torch._inductor:config",

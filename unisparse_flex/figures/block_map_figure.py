@@ -36,7 +36,7 @@ def draw_block_maps(
         The files written, one for every six calls; none where all calls are dense.
     """
     sparse = [layer for layer in blocks if layer.keep is not None]
-    pages = list(_pages(sparse, LAYERS_PER_PAGE))
+    pages = _pages(sparse, LAYERS_PER_PAGE)
     written = []
     for number, page in enumerate(pages, 1):
         name = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
@@ -127,7 +127,7 @@ def _label_tokens(axes: Axes, layer: LayerBlocks) -> None:
     assert layer.keep is not None
     keys = layer.keep.shape[2]
     axes.set_xticks([-0.5, keys - 0.5], ["0", str(layer.kv_len)], fontsize=6)
-    axes.set_xlabel("key token", fontsize=7, labelpad=1)
+    axes.set_xlabel("key token (queries downwards)", fontsize=6.5, labelpad=1)
     axes.tick_params(length=2, pad=1)
 
 

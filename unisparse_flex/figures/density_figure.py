@@ -61,6 +61,7 @@ def draw_densities(series: Sequence[DensitySeries], path: Path, *, title: str) -
         ``path``.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     axes = figure.subplots()
@@ -68,7 +69,7 @@ def draw_densities(series: Sequence[DensitySeries], path: Path, *, title: str) -
         _draw_series(axes, one, place, spans=len(series) == 1)
     calls = max(len(one.densities) for one in series)
     axes.set_xlim(-0.6, calls - 0.4)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(0, 1.04)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("attention call, in the model's order", fontsize=9)
@@ -78,7 +79,10 @@ def draw_densities(series: Sequence[DensitySeries], path: Path, *, title: str) -
     tidy(axes)
     axes.set_title(title, fontsize=10)
     lines, names = axes.get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    columns = 1 if len(series) > 1 else 2
+    figure.legend(
+        lines, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
     save(figure, path)
     return path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +30,7 @@ class CallTime:
 
 @torch.no_grad()
 def time_call(call: SdpaCall, config: SparseConfig, *, repeats: int = REPEATS) -> CallTime:
-    """Times a call both ways, also where it stays dense for its speed; compiles where needed.
+    """Times a call both ways, also where speed or the settings keep it dense; compiles for it.
 
     Args:
         call: A call of real tensors.
@@ -38,25 +38,31 @@ def time_call(call: SdpaCall, config: SparseConfig, *, repeats: int = REPEATS) -
         repeats: Timed runs of each kind, after one that warms up.
     """
     device = call.query.device
-    dense_ms = _milliseconds(call.run_dense, device, repeats)
-    forced = replace(config, min_length=0)
-    if refuse(call, forced) is not None or not flex_lowers(call):
-        return CallTime(dense_ms=dense_ms, sparse_ms=None)
+    forced = replace(config, min_length=0, dense=False)
+    runs: list[Callable[[], object]] = [call.run_dense]
+    if refuse(call, forced) is None and flex_lowers(call):
+        runs.append(lambda: run_compiled(call, forced))
     with torch.compiler.set_stance("default"):
-        sparse_ms = _milliseconds(lambda: run_compiled(call, forced), device, repeats)
-    return CallTime(dense_ms=dense_ms, sparse_ms=sparse_ms)
+        dense_ms, *sparse_ms = _milliseconds(runs, device, repeats)
+    return CallTime(dense_ms=dense_ms, sparse_ms=sparse_ms[0] if sparse_ms else None)
 
 
-def _milliseconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    run()
-    seconds = []
-    for _ in range(repeats):
-        _synchronize(device)
-        start = time.perf_counter()
+def _milliseconds(
+    runs: Sequence[Callable[[], object]], device: torch.device, repeats: int
+) -> list[float]:
+    """The median of each run; they take turns, so that other load meets all of them."""
+    for run in runs:
         run()
-        _synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds) * 1e3
+    rounds = [[_once(run, device) for run in runs] for _ in range(repeats)]
+    return [statistics.median(column) * 1e3 for column in zip(*rounds, strict=True)]
+
+
+def _once(run: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - start
 
 
 def _synchronize(device: torch.device) -> None:
