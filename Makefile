@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test lint types docs format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
@@ -38,6 +38,9 @@ types: $(VENV)/.stamp-dev $(VENV)/.stamp-test  ## mypy on the built wheel, then 
 	cd $(TYPES)/site && MYPYPATH=$(CURDIR)/$(TYPES)/site:$(CURDIR) $(CURDIR)/$(BIN)/mypy \
 	    --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
 	    --explicit-package-bases $(CURDIR)/tests
+
+docs: $(VENV)/.stamp-docs  ## the pages of docs/ as a site in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: $(VENV)/.stamp-dev  ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

@@ -4,6 +4,7 @@ from .config import SparseConfig, decode_selector, validate_selector
 from .decision import Reason, flex_lowers, refuse
 from .inductor import SparseAttentionPass, install
 from .marker import is_traced, is_watched, lowered_sdpa, marked_sdpa, observe_calls, run_compiled
+from .mask_tracing import TracedMask, trace_mask
 from .masks import Unproved
 from .multihead import MULTIHEAD_TARGETS, marked_multihead, refuse_multihead
 from .predicted_call import CallPrediction, predict_call
@@ -21,6 +22,7 @@ __all__ = [
     "SdpaCall",
     "SparseAttentionPass",
     "SparseConfig",
+    "TracedMask",
     "Unproved",
     "apply_autocast",
     "call_geometry",
@@ -41,5 +43,6 @@ __all__ = [
     "rewrite_sdpa",
     "run_compiled",
     "select",
+    "trace_mask",
     "validate_selector",
 ]

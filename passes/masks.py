@@ -47,6 +47,7 @@ class Unproved(StrEnum):
     """Why a mask stays a tensor."""
 
     UNRECORDED = "no shapes are recorded"
+    UNTRACED = "what computes it cannot be traced"
     PAIRS = "it depends on query and key together in a way that is not understood"
     HEADS = "it differs between heads"
     BIAS = "it adds a bias to the logits"

@@ -21,6 +21,7 @@ from .block_masks import (
 )
 from .calibrate import calibrate
 from .calibration import Calibration
+from .context import sparse
 from .explain import AttentionRecord, Explanation, explain, record_attention
 from .functional import attention
 from .optimize import is_optimized, optimize, restore
@@ -57,4 +58,5 @@ __all__ = [
     "patch_attention",
     "record_attention",
     "restore",
+    "sparse",
 ]

@@ -31,6 +31,7 @@ from .dispatch import (
 from .passes import (
     MULTIHEAD_TARGETS,
     SdpaCall,
+    is_watched,
     marked_multihead,
     marked_sdpa,
     refuse_multihead,
@@ -105,7 +106,38 @@ def release(module: nn.Module) -> None:
 
 def is_intercepted(module: nn.Module) -> bool:
     """Whether `intercept` was called on ``module`` (or on what it was copied from)."""
-    return isinstance(module, _Intercepted) and CONFIG_ATTRIBUTE in module.__dict__
+    return settings_of(module) is not None
+
+
+def settings_of(module: nn.Module) -> str | None:
+    """What `intercept` was called with; ``None`` where it was not."""
+    return module.__dict__.get(CONFIG_ATTRIBUTE) if isinstance(module, _Intercepted) else None
+
+
+def run_sparse(config: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls ``function``; attention calls inside become the marker operator with these settings."""
+    if torch.compiler.is_compiling():
+        with SparseAttentionMode(config):
+            return function(*args, **kwargs)
+    if not can_catch_attention():
+        with leave_attention(), SparseAttentionMode(config):
+            return function(*args, **kwargs)
+    with catch_attention(config):
+        return function(*args, **kwargs)
+
+
+def config_in_force() -> str | None:
+    """The settings that attention calls of this thread are caught with, traced or not."""
+    for depth in reversed(range(torch._C._len_torch_function_stack())):
+        mode = torch._C._get_function_stack_at(depth)
+        if isinstance(mode, SparseAttentionMode):
+            return mode.config
+    return None if torch.compiler.is_compiling() else in_force.config
+
+
+def is_seen_here() -> bool:
+    """Whether somebody traces or watches the attention calls of this thread."""
+    return torch.compiler.is_compiling() or is_watched() or torch._C._len_torch_function_stack() > 0
 
 
 def split_fused_layers(model: nn.Module) -> None:
@@ -196,10 +228,14 @@ def original_module(model: Any) -> Any:
 
 __all__ = [
     "SparseAttentionMode",
+    "config_in_force",
     "fuse_split_layers",
     "intercept",
     "is_intercepted",
+    "is_seen_here",
     "original_module",
     "release",
+    "run_sparse",
+    "settings_of",
     "split_fused_layers",
 ]

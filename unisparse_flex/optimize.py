@@ -159,8 +159,9 @@ def validate_model(model: object) -> None:
     """Raises unless `optimize` takes ``model``."""
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}; for an exported "
-            "program or an FX graph call unisparse_flex.passes.rewrite_sdpa"
+            f"model must be a torch.nn.Module, got {type(model).__name__}; of a pipeline pass the "
+            "model inside (pipe.transformer), for an exported program or an FX graph call "
+            "unisparse_flex.passes.rewrite_sdpa"
         )
     if _is_graph(model):
         raise TypeError(

@@ -12,7 +12,7 @@ LEAST_PYTHON = (3, 11)
 # Package: least version, what it is for, how it is installed.
 OPTIONAL = {
     "triton": ("", "selection and attention on GPUs", "comes with torch's CUDA builds"),
-    "transformers": ("5", "Hugging Face models", "pip install 'unisparse-flex[transformers]'"),
+    "transformers": ("5.4", "Hugging Face models", "pip install 'unisparse-flex[transformers]'"),
     "matplotlib": ("", "pictures", "pip install 'unisparse-flex[viz]'"),
 }
 LEAST_TORCH = "2.11"

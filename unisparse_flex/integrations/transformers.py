@@ -1,0 +1,160 @@
+"""Hugging Face transformers: ``attn_implementation="unisparse"``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from ..block_masks import DEFAULT_SELECTOR, Selector
+from ..dispatch import set_up_key
+from .transformers_attention import AttentionSettings, create_attention_function
+from .transformers_masks import create_mask_function
+
+OLDEST = "5.4"
+# Hub kernels have a slash in their name, paged implementations a bar, and flash_attention_2 and
+# flex_attention are matched by parts of theirs.
+NAME = re.compile(r"(?!.*(sdpa|eager|flash|flex))[A-Za-z][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True, slots=True)
+class _Registered:
+    settings: AttentionSettings
+    attention: Any
+    mask: Any
+
+
+_registered: dict[str, _Registered] = {}
+
+
+def register(
+    name: str = "unisparse",
+    selector: Selector = DEFAULT_SELECTOR,
+    *,
+    min_length: int | None = None,
+    dense_layers: Collection[int] = (),
+    backend: str = "auto",
+) -> None:
+    """Makes ``attn_implementation=name`` and ``model.set_attn_implementation(name)`` work.
+
+    Call it once, before models are loaded with that name; for a sub-model too, as in
+    ``{"text_config": "unisparse", "vision_config": "sdpa"}``. An attention and a mask function are
+    registered: with the first alone, transformers would make no masks, and padding be attended to.
+    Where a call runs dense it is what ``"sdpa"`` computes. Models run sparse compiled or not; on
+    CUDA an eager model's attention is compiled once for all layers. Settings that a model got from
+    `optimize` or `sparse` win over those of its name. Registering again with the same settings
+    changes nothing; with others it replaces them, for every model of that name.
+
+    Args:
+        name: What models are asked for; several names have settings of their own.
+        selector: Which blocks are kept.
+        min_length: As `optimize` takes it.
+        dense_layers: Layers that stay dense, by the ``layer_idx`` of their attention, negative
+            ones from the end; modules without one are not affected.
+        backend: As `optimize` takes it.
+
+    Raises:
+        ImportError: transformers is missing or older than 5.4.
+        TypeError: ``selector`` is no selector (a `Calibration` names modules: `optimize` or
+            `sparse` take it), or a layer is no integer.
+        ValueError: ``name`` or ``backend`` is not one that can be, or the name is taken.
+    """
+    functions = _import_transformers()
+    validate_name(name)
+    settings = AttentionSettings(
+        selector=selector,
+        min_length=min_length,
+        dense_layers=_validate_layers(dense_layers),
+        backend=backend,
+    )
+    # Checks the settings too.
+    config = settings.config()
+    mine = _registered.get(name)
+    for mapping, registered in functions.taken(name):
+        if mine is None or registered not in (mine.attention, mine.mask):
+            raise ValueError(
+                f"name must not be registered by somebody else, got {name!r}, which {mapping} "
+                "holds; choose another"
+            )
+    if mine is not None and mine.settings == settings:
+        return
+    set_up_key()
+    attention = create_attention_function(functions.sdpa, settings)
+    mask = create_mask_function(functions.sdpa_mask, config.min_queries)
+    _registered[name] = _Registered(settings, attention, mask)
+    # Masks first: an attention function without them loses padding.
+    functions.masks.register(name, mask)
+    functions.attention.register(name, attention)
+
+
+def unregister(name: str = "unisparse") -> None:
+    """Undoes `register`; models that are still set to ``name`` then raise when they are called.
+
+    Args:
+        name: As given to `register`; one that is not registered changes nothing.
+    """
+    mine = _registered.pop(name, None)
+    if mine is None:
+        return
+    functions = _import_transformers()
+    for mapping in (functions.attention, functions.masks):
+        if mapping._global_mapping.get(name) in (mine.attention, mine.mask):
+            del mapping._global_mapping[name]
+
+
+def validate_name(name: object) -> None:
+    """Raises unless transformers takes ``name`` for an implementation of its own kind."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(
+            "name must be letters, digits and underscores, without the names of transformers' own "
+            f"implementations (sdpa, eager, flash, flex), got {name!r}; use 'unisparse'"
+        )
+
+
+def _validate_layers(dense_layers: Collection[int]) -> tuple[int, ...]:
+    for index in dense_layers:
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise TypeError(
+                f"dense_layers must hold integers, got {index!r} of type {type(index).__name__}"
+            )
+    return tuple(sorted(set(dense_layers)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Functions:
+    """What is used of transformers."""
+
+    attention: Any
+    masks: Any
+    sdpa: Any
+    sdpa_mask: Any
+
+    def taken(self, name: str) -> list[tuple[str, Any]]:
+        """The mappings that know a name, each with what it holds."""
+        mappings = {"ALL_ATTENTION_FUNCTIONS": self.attention}
+        mappings["ALL_MASK_ATTENTION_FUNCTIONS"] = self.masks
+        return [(said, mapping[name]) for said, mapping in mappings.items() if name in mapping]
+
+
+def _import_transformers() -> _Functions:
+    try:
+        import transformers
+        from transformers import masking_utils, modeling_utils
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    except ImportError as error:
+        raise ImportError(
+            f"this needs transformers {OLDEST} or newer: pip install 'unisparse-flex[transformers]'"
+        ) from error
+    version: str = transformers.__version__
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < tuple(map(int, OLDEST.split("."))):
+        raise ImportError(
+            f"this needs transformers {OLDEST} or newer, got {version}: "
+            "pip install 'unisparse-flex[transformers]'"
+        )
+    return _Functions(
+        attention=modeling_utils.ALL_ATTENTION_FUNCTIONS,
+        masks=masking_utils.ALL_MASK_ATTENTION_FUNCTIONS,
+        sdpa=sdpa_attention_forward,
+        sdpa_mask=masking_utils.sdpa_mask,
+    )

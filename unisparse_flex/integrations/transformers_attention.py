@@ -1,0 +1,143 @@
+"""The attention function that `register` registers.
+
+Symbols: B batch, Hq/Hkv heads, Sq/Skv tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..block_masks import Selector
+from ..deferred_mask import DeferredMask
+from ..interception import config_in_force, is_seen_here, run_sparse
+from ..passes import SdpaCall, SparseConfig, marked_sdpa, refuse
+from .transformers_refusals import refuse_arguments, refuse_module
+
+# Stands for any mask beside causality.
+SOME_MASK = "kv <= q"
+
+Attention = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionSettings:
+    """Settings of one registered name; see `register`."""
+
+    selector: Selector
+    min_length: int | None
+    dense_layers: tuple[int, ...]
+    backend: str
+
+    def config(self, *, dense: bool = False) -> SparseConfig:
+        """The settings of a call, ``dense`` those of the layers that stay so."""
+        return SparseConfig(
+            selector=self.selector,
+            min_length=self.min_length,
+            min_queries=getattr(self.selector, "block_size", 0),
+            dense=dense,
+            backend=self.backend,
+        )
+
+
+def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> Attention:
+    """An attention function for ``ALL_ATTENTION_FUNCTIONS``.
+
+    Args:
+        sdpa: transformers' own. It brings the call into the form of
+            ``F.scaled_dot_product_attention``; that one becomes sparse, or stays dense.
+        settings: Which blocks are kept, and where.
+    """
+    dense_layers, min_queries = settings.dense_layers, settings.config().min_queries
+    sparse, dense = settings.config().encode(), settings.config(dense=True).encode()
+
+    def unisparse_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        refuse_module(module)
+        refuse_arguments(module, options)
+        outer = config_in_force()
+        own = dense if dense_layers and _is_excluded(module, dense_layers) else sparse
+        if isinstance(attention_mask, DeferredMask):
+            traced = torch.compiler.is_compiling()
+            if not (traced or dropout or _adds_to_the_call(options)):
+                text = own if outer is None else outer
+                call = _proved_call(module, query, key, value, attention_mask, scaling, text)
+                if call is not None:
+                    return marked_sdpa(call, text).transpose(1, 2).contiguous(), None
+            attention_mask = attention_mask.compute()
+        attend: Attention = partial(run_sparse, own, sdpa)
+        few = not is_seen_here() and query.shape[-2] < min_queries
+        if outer is not None or few:
+            # Caught by who optimized the model; decoding, plain and 20 microseconds faster.
+            attend = sdpa
+        return attend(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            **options,
+        )
+
+    return unisparse_attention
+
+
+def _is_excluded(module: nn.Module, dense_layers: tuple[int, ...]) -> bool:
+    index: Any = getattr(module, "layer_idx", None)
+    if index is None:
+        return False
+    count = getattr(getattr(module, "config", None), "num_hidden_layers", None)
+    return index in dense_layers or (count is not None and index - count in dense_layers)
+
+
+def _adds_to_the_call(options: dict[str, Any]) -> bool:
+    """Whether transformers' function does more than call SDPA."""
+    return options.get("position_bias") is not None or options.get("cache") is not None
+
+
+def _proved_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: DeferredMask,
+    scaling: float | None,
+    text: str,
+) -> SdpaCall | None:
+    """The call with its mask as a formula, keys and values not repeated for their query heads.
+
+    ``None`` where the mask is not proved, or the call would be dense.
+    """
+    groups: int = getattr(module, "num_key_value_groups", 1)
+    if query.dim() != 4 or key.dim() != 4 or key.shape[1] * groups != query.shape[1]:
+        return None
+    call = SdpaCall(query=query, key=key, value=value, scale=scaling, enable_gqa=groups > 1)
+    config = SparseConfig.decode(text)
+    if not _some_mask_is_sparse(call, config):
+        return None
+    call = mask.bind(call)
+    return call if call.attn_mask is None and refuse(call, config) is None else None
+
+
+def _some_mask_is_sparse(call: SdpaCall, config: SparseConfig) -> bool:
+    """Whether the call is sparse under some mask: asked first, proving one takes milliseconds."""
+    return any(
+        refuse(replace(call, is_causal=is_causal, mask=mask), config) is None
+        for is_causal in (True, False)
+        for mask in ("", SOME_MASK)
+    )
