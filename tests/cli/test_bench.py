@@ -35,7 +35,7 @@ def test_a_benchmark_gets_its_own_arguments_and_gives_its_exit_code(run, monkeyp
         ran_commands.append((command, options))
         return subprocess.CompletedProcess(command, 3)
 
-    monkeypatch.setattr(bench.subprocess, "run", record)
+    monkeypatch.setattr(subprocess, "run", record)
     assert run("bench", "attention", "--device", "cpu", "--json").code == 3
     ((command, options),) = ran_commands
     assert command == [sys.executable, "-m", "bench.attention", "--device", "cpu", "--json"]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from unisparse_flex.block_masks.kernels import operator
 from unisparse_flex.doctor import Examination, Finding, Status, examination, examine
 from unisparse_flex.doctor import backends as backend_checks
 from unisparse_flex.doctor import compile_check as compile_checks
 from unisparse_flex.doctor import private_names as name_checks
 from unisparse_flex.doctor import versions as version_checks
+from unisparse_flex.passes.device_rates import RATES, FoundRates
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -61,8 +64,73 @@ def test_the_cpu_kernel_is_named_and_why_it_is_no_faster_one(on_cpu, monkeypatch
     assert "they need a CUDA device, got cpu" in kernels.detail
 
 
+class Hopper:
+    """A CUDA device of some capability, as far as the checks ask; its call is on the CPU."""
+
+    def __init__(self, monkeypatch, capability=(9, 0)):
+        self.device = torch.device("cuda", 0)
+        call = backend_checks._typical_call(CPU)
+        monkeypatch.setattr(backend_checks, "_typical_call", lambda device: call)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_flash_attention_that_is_not_installed_comes_with_its_command(monkeypatch, installed):
+    hopper = Hopper(monkeypatch)
+    obstacle = None if installed else "flash_attn.cute cannot be imported"
+    monkeypatch.setattr(backend_checks, "flash_obstacle", lambda call, size: obstacle)
+    monkeypatch.setattr(backend_checks, "is_flash_installed", lambda: installed)
+    finding = backend_checks.check_backend(hopper.device)
+    if installed:
+        assert (finding.status, finding.fix) == (Status.OK, "")
+        assert finding.detail.startswith("FlashAttention-4")
+    else:
+        assert (finding.status, finding.fix) == (Status.NOTE, "pip install --pre flash-attn-4")
+        assert "Triton kernel; not FlashAttention-4: flash_attn.cute" in finding.detail
+
+
+def test_a_gpu_that_flash_attention_is_not_used_on_needs_no_fix(monkeypatch):
+    ampere = Hopper(monkeypatch, (8, 0))
+    monkeypatch.setattr(backend_checks, "flash_obstacle", lambda call, size: "it needs 9, got 8.0")
+    finding = backend_checks.check_backend(ampere.device)
+    assert (finding.status, finding.fix) == (Status.OK, "")
+    assert "it needs 9, got 8.0" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "obstacle"),
+    [
+        ((8, 6), None, "they need compute capability 9.0, got 8.6"),
+        ((9, 4), "6.4", "they are not for ROCm"),
+        ((9, 0), None, "triton is not installed"),
+    ],
+)
+def test_selection_kernels_that_do_not_run_say_why(monkeypatch, capability, hip, obstacle):
+    hopper = Hopper(monkeypatch, capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    finding = backend_checks.check_selection_kernels(hopper.device)
+    assert finding.status is Status.NOTE
+    assert finding.detail.endswith(obstacle)
+    assert finding.fix == ("pip install triton" if "triton is" in obstacle else "")
+
+
+def test_selection_kernels_that_run_are_ok(monkeypatch):
+    monkeypatch.setattr(operator, "takes", lambda *_, **__: True)
+    assert backend_checks.check_selection_kernels(CPU).detail == "Triton scores and selects"
+
+
+def test_a_device_without_rates_says_which_are_used(monkeypatch):
+    monkeypatch.setattr(
+        backend_checks, "find_rates", lambda *_: FoundRates(rates=RATES[0], note="no rates for it")
+    )
+    finding = backend_checks.check_device(CPU)
+    assert finding.status is Status.NOTE
+    assert finding.detail.endswith("no rates for it")
+    assert "bench.cost_rates" in finding.fix
+
+
 def test_a_missing_compiler_is_a_problem(run, on_cpu, monkeypatch):
-    monkeypatch.setattr(backend_checks.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     ran = run("doctor", "--json")
     found = findings_of(ran)
     assert ran.code == 1
@@ -131,9 +199,12 @@ def test_the_private_names_are_those_of_the_sources():
         for path in (ROOT / folder).rglob("*.py"):
             used |= private_names_in(ast.parse(path.read_text(encoding="utf-8")))
     assert used
-    missing = {name for name in used if not any(f"{name}.".startswith(f"{n}.") for n in listed)}
-    assert missing == set()
-    assert {n for n in listed if not any(f"{n}.".startswith(f"{name}.") for name in used)} == set()
+
+    def holds(name, parent):
+        return f"{name}.".startswith(f"{parent}.")
+
+    assert {name for name in used if not any(holds(name, each) for each in listed)} == set()
+    assert {each for each in listed if not any(holds(name, each) for name in used)} == set()
 
 
 def private_names_in(tree):
@@ -178,7 +249,7 @@ def test_the_check_accepts_uncompiled_attention_and_no_wrong_one(monkeypatch):
     def uncompiled(function, **_):
         return function
 
-    monkeypatch.setattr(compile_checks.torch, "compile", uncompiled)
+    monkeypatch.setattr(torch, "compile", uncompiled)
     finding = compile_checks.check_compiled_call(CPU)
     assert finding.status is Status.OK, finding.detail
     monkeypatch.setattr(compile_checks, "_attend", lambda query, key, value: 1.001 * value)
@@ -188,7 +259,7 @@ def test_the_check_accepts_uncompiled_attention_and_no_wrong_one(monkeypatch):
 
 
 def test_an_output_that_is_not_a_number_is_a_problem(monkeypatch):
-    monkeypatch.setattr(compile_checks.torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(compile_checks, "_attend", lambda query, *_: query * torch.nan)
     assert compile_checks.check_compiled_call(CPU).status is Status.PROBLEM
 
@@ -197,7 +268,7 @@ def test_an_error_of_the_compiler_is_a_problem_with_its_first_line(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no compiler\nand much more")
 
-    monkeypatch.setattr(compile_checks.torch, "compile", broken)
+    monkeypatch.setattr(torch, "compile", broken)
     finding = compile_checks.check_compiled_call(CPU)
     assert finding.status is Status.PROBLEM
     assert finding.detail == "RuntimeError: no compiler"
@@ -211,7 +282,7 @@ def test_the_compiled_call_has_the_numbers_of_its_oracle(on_cpu):
 
 
 def test_the_compile_check_is_announced_and_counted(on_cpu, monkeypatch):
-    said = []
+    said: list[str] = []
     problem = Finding(name=compile_checks.NAME, status=Status.PROBLEM, detail="no", fix="yes")
     monkeypatch.setattr(examination, "check_compiled_call", lambda device: problem)
     found = examine(show=said.append)

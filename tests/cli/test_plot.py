@@ -93,6 +93,8 @@ def test_collected_blocks_have_the_densities_that_explain_says():
     assert series.densities == pytest.approx([record.density for record in records])
     assert [len(heads) for heads in series.heads] == [4, 4]
     for layer in blocks:
+        assert layer.keep is not None
+        assert layer.visible is not None
         assert layer.keep.shape == layer.visible.shape == (4, 10, 10)
         assert not (layer.keep & ~layer.visible).any()
 

@@ -8,9 +8,18 @@ from .finding import Finding, Status
 
 # "module" or "module:attribute.attribute"; a test compares them with the sources.
 PRIVATE_NAMES = (
+    "torch._higher_order_ops.flex_attention:flex_attention",
+    "torch._higher_order_ops.invoke_subgraph:invoke_subgraph",
+    "torch._inductor.compile_fx:compile_fx",
+    "torch._inductor.custom_graph_pass:CustomGraphPass",
+    "torch._inductor:config",
+    "torch.fx:_symbolic_trace.is_fx_symbolic_tracing",
+    "torch.utils:_pytree.tree_map_only",
+    "torch:Tensor._make_wrapper_subclass",
     "torch:_C.DispatchKeySet",
     "torch:_C._ExcludeDispatchKeyGuard",
     "torch:_C._IncludeDispatchKeyGuard",
+    "torch:_C._disabled_torch_function_impl",
     "torch:_C._dispatch_has_backend_fallback",
     "torch:_C._dispatch_tls_is_dispatch_key_included",
     "torch:_C._dispatch_tls_set_dispatch_key_excluded",
@@ -31,12 +40,6 @@ PRIVATE_NAMES = (
     "torch:_ops._higher_order_ops",
     "torch:_transformer_encoder_layer_fwd",
     "torch:cpu._is_avx2_supported",
-    "torch.fx:_symbolic_trace.is_fx_symbolic_tracing",
-    "torch._higher_order_ops.flex_attention:flex_attention",
-    "torch._higher_order_ops.invoke_subgraph:invoke_subgraph",
-    "torch._inductor:config",
-    "torch._inductor.compile_fx:compile_fx",
-    "torch._inductor.custom_graph_pass:CustomGraphPass",
 )
 WORKING_TORCH = "2.11 to 2.13"
 
