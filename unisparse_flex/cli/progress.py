@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Self
+
 from ..step_display import StepDisplay
 
 BAR_CHARACTERS = 24
+TICK_SECONDS = 0.5
 
 
 class Progress(StepDisplay):
-    """`StepDisplay` with a bar.
+    """`StepDisplay` with a bar, which also shows a step that begins early and takes long.
 
     Args:
         title: Who is at work.
@@ -19,6 +23,32 @@ class Progress(StepDisplay):
     def __init__(self, title: str, *, total: int = 0, shown: bool = True) -> None:
         super().__init__(title, shown=shown)
         self.total, self.done = total, 0
+        self._step = ""
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+        self._ticker.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._ticker.join()
+        super().__exit__(*error)
+
+    def show(self, step: str) -> None:
+        """Says what comes next."""
+        with self._lock:
+            self._step = step
+            super().show(step)
+
+    def _tick(self) -> None:
+        while not self._over.wait(TICK_SECONDS):
+            with self._lock:
+                if self._step:
+                    super().show(self._step)
 
     def advance(self, step: str) -> None:
         """Says which part comes next and counts it."""
