@@ -11,6 +11,7 @@ from .marker import (
     marked_sdpa,
     observe_calls,
     observer_in_force,
+    run_compiled,
 )
 from .mask_tracing import TracedMask, trace_mask
 from .masks import Unproved
@@ -57,6 +58,7 @@ __all__ = [
     "refuse_multihead",
     "register_context",
     "rewrite_sdpa",
+    "run_compiled",
     "select",
     "shard_selector",
     "trace_mask",

@@ -88,9 +88,21 @@ def observe_calls(observer: Observer) -> Iterator[None]:
     """Calls ``observer(call, config, selection, reason)`` for every marker run eagerly inside.
 
     The observer sees real tensors; ``selection`` is ``None`` where the call stays dense, and
-    ``reason`` then says why.
+    ``reason`` then says why. Observers outside see the same calls, before it.
     """
-    token = _observer.set(observer)
+    outer = _observer.get()
+
+    def both(
+        call: SdpaCall,
+        config: SparseConfig,
+        selection: BlockSelection | None,
+        reason: Reason | None,
+    ) -> None:
+        if outer is not None:
+            outer(call, config, selection, reason)
+        observer(call, config, selection, reason)
+
+    token = _observer.set(both)
     try:
         yield
     finally:
@@ -140,7 +152,7 @@ def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Ten
         # Also where no kernel is compiled: it was asked for by name.
         flex_backend(call, config.selector.block_size, config.backend)
     if observer is None and not tracing and _runs_compiled(call):
-        return _run_compiled(call, config)
+        return run_compiled(call, config)
     if for_inductor and flex_lowers(call):
         return compiled_once(call, config)
     selection = select(call, config)
@@ -183,7 +195,16 @@ def _runs_compiled(call: SdpaCall) -> bool:
     return call.query.device.type == "cuda" and flex_lowers(call) and not nested
 
 
-def _run_compiled(call: SdpaCall, config: SparseConfig) -> Tensor:
+def run_compiled(call: SdpaCall, config: SparseConfig) -> Tensor:
+    """Runs an eager call through the kernel that Inductor compiles for its kind, cached.
+
+    Args:
+        call: A call of real tensors that `decision.flex_lowers` accepts.
+        config: Its settings, which must not keep it dense.
+
+    Returns:
+        [B, Hq, Sq, Dv].
+    """
     mask = call.attn_mask
     run = _compiled_sdpa(
         config.encode(),

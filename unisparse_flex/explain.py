@@ -35,6 +35,10 @@ MASK_NOTE = (
     "where torch.compile proves what an attn_mask is, it keeps small windows whole: "
     "runs and density can differ"
 )
+NO_CALL_NOTE = (
+    "no attention call was seen: the model computes attention itself or with its own "
+    "kernels; for Hugging Face models load with attn_implementation='sdpa'"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,12 +115,19 @@ class Explanation:
         kept = [call.density for call in self.sparse if call.density is not None]
         return sum(kept) / len(kept) if kept else None
 
+    def notes(self) -> list[str]:
+        """What has to be known to read the calls, a sentence each."""
+        if not self.calls:
+            return [NO_CALL_NOTE]
+        predictions = [call.prediction for call in self.calls if call.prediction]
+        notes = list(dict.fromkeys(found.note for found in predictions if found.note))
+        if any(call.may_differ_compiled for call in self.calls):
+            notes.append(MASK_NOTE)
+        return notes
+
     def __str__(self) -> str:
         if not self.calls:
-            return (
-                "no attention call was seen: the model computes attention itself or with its own "
-                "kernels; for Hugging Face models load with attn_implementation='sdpa'"
-            )
+            return NO_CALL_NOTE
         rows = [COLUMNS, *(call.cells() for call in self.calls)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
         before = sum(widths[:-1]) + 2 * len(widths[:-1])
@@ -125,10 +136,7 @@ class Explanation:
         lines.insert(1, "  ".join("-" * width for width in widths))
         mean = "" if self.density is None else f", mean density {self.density:.3f}"
         lines.append(f"{len(self.sparse)} sparse{mean}, {len(self.dense)} dense")
-        predictions = [call.prediction for call in self.calls if call.prediction]
-        lines += dict.fromkeys(found.note for found in predictions if found.note)
-        if any(call.may_differ_compiled for call in self.calls):
-            lines.append(MASK_NOTE)
+        lines += self.notes()
         return "\n".join(line.rstrip() for line in lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Self
 
 QUIET_SECONDS = 2.0
 # Between two lines where they cannot overwrite one another.
@@ -21,7 +22,7 @@ class StepDisplay:
     def __init__(self, title: str, *, shown: bool = True) -> None:
         self.title, self.shown = title, shown
 
-    def __enter__(self) -> StepDisplay:
+    def __enter__(self) -> Self:
         self._start = time.monotonic()
         self._last: float | None = None
         return self

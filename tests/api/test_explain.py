@@ -17,7 +17,7 @@ from unisparse_flex import (
     record_attention,
 )
 from unisparse_flex.explain import MASK_NOTE
-from unisparse_flex.passes import CallPrediction, Reason
+from unisparse_flex.passes import CallPrediction, Reason, observe_calls
 
 from .capture import captured
 from .models import SELECTOR, WIDTH, Transformer, create, embeddings, split_heads
@@ -259,3 +259,24 @@ def test_recording_sees_every_forward_inside() -> None:
 def test_arguments_reach_the_model() -> None:
     model = optimize(create(), SELECTOR, min_length=0)
     assert explain(model, x=X).calls == explain(model, X).calls
+
+
+def test_observers_outside_see_the_calls_that_those_inside_see() -> None:
+    seen: list[str] = []
+    model = optimize(create(), SELECTOR, min_length=0)
+    with (
+        observe_calls(lambda *_: seen.append("outer")),
+        observe_calls(lambda *_: seen.append("inner")),
+    ):
+        model(X)
+    assert seen == ["outer", "inner"] * 2
+    with observe_calls(lambda *_: seen.append("alone")):
+        model(X)
+    assert seen[4:] == ["alone"] * 2
+
+
+def test_notes_are_the_last_lines_of_the_table() -> None:
+    explanation = explain(optimize(create(), SELECTOR, min_length=0), X)
+    lines = str(explanation).splitlines()
+    assert lines[len(lines) - len(explanation.notes()) :] == explanation.notes()
+    assert Explanation(()).notes() == [str(Explanation(()))]

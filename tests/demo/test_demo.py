@@ -123,6 +123,19 @@ def test_quiet_command_prints_the_paths_alone(tiny_model, monkeypatch, tmp_path,
     assert path.is_file()
 
 
+@pytest.mark.parametrize("place", [[], ["-"]])
+def test_json_without_a_path_goes_to_standard_output_alone(
+    tiny_model, monkeypatch, tmp_path, capsys, place
+):
+    monkeypatch.setattr(run, "load_smollm2", lambda: tiny_model)
+    arguments = ["--tokens", "512", "--no-compile", "--output", str(tmp_path), "--json", *place]
+    assert cli.main(arguments, program="unisparse-flex demo") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["command"] == ["unisparse-flex", "demo", *arguments]
+    assert "perplexity ratio" in printed.err
+    assert [path.name for path in tmp_path.iterdir()] == ["selected-blocks.png"]
+
+
 def test_missing_packages_name_the_extra(monkeypatch, capsys):
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "gguf" else sys)
     assert cli.main([]) == 1

@@ -18,7 +18,8 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "unisparse_flex", "passes", "block_masks")
 CODE_FOLDERS = ("unisparse_flex", "passes", "block_masks", "tests", "bench", "examples")
-OPTIONAL_MODULES = ("triton", "transformers", "matplotlib", "rich")
+OPTIONAL_MODULES = ("triton", "transformers", "matplotlib", "rich", "click", "jinja2")
+DATA_SUFFIXES = (".py", ".css", ".jinja", ".typed")
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +77,22 @@ def test_wheel_installs_nothing_outside_unisparse_flex(wheel: zipfile.ZipFile) -
     assert tops == {"unisparse_flex", f"unisparse_flex-{version}.dist-info"}
 
 
-def test_wheel_holds_every_module_of_the_tree_and_the_typing_marker(wheel: zipfile.ZipFile) -> None:
+def test_wheel_holds_every_module_and_data_file_of_the_tree(wheel: zipfile.ZipFile) -> None:
     tree = {
         (Path(folder) / file).relative_to(ROOT).as_posix()
         for folder, _, files in os.walk(ROOT / "unisparse_flex", followlinks=True)
         for file in files
-        if file.endswith(".py")
+        if file.endswith(DATA_SUFFIXES)
     }
     installed = {name for name in wheel.namelist() if name.startswith("unisparse_flex/")}
-    assert installed == tree | {"unisparse_flex/py.typed"}
+    assert installed == tree
+    assert "unisparse_flex/py.typed" in installed
+
+
+def test_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    entries = wheel.read(name).decode()
+    assert "[console_scripts]\nunisparse-flex = unisparse_flex.cli:main\n" in entries
 
 
 def test_wheel_requires_torch_and_sympy_alone(wheel: zipfile.ZipFile) -> None:
@@ -123,6 +131,7 @@ def test_unisparse_flex_imports_without_optional_packages() -> None:
         "import sys\n"
         f"sys.modules.update(dict.fromkeys({OPTIONAL_MODULES!r}))\n"
         "import unisparse_flex, unisparse_flex.passes, unisparse_flex.block_masks\n"
+        "import unisparse_flex.doctor, unisparse_flex.figures, unisparse_flex.reports\n"
     )
     ran = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False

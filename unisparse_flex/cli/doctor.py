@@ -1,0 +1,53 @@
+"""``unisparse-flex doctor``."""
+
+from __future__ import annotations
+
+import click
+
+from . import PROGRAM
+from .options import json_option, quiet_option
+from .output import print_json
+from .progress import Progress
+
+# Words, not colours, say what a finding means.
+COLORS = {"ok": "green", "note": "yellow", "problem": "red"}
+
+
+@click.command(
+    short_help="Check this machine, with a fix for each finding.",
+    epilog=f"""\b
+Example:
+  {PROGRAM} doctor --json
+
+\b
+Exit codes:
+  0  no problem
+  1  something does not work; its fix stands below it""",
+)
+@click.option(
+    "--compile/--no-compile",
+    "compile_check",
+    default=True,
+    show_default=True,
+    help="Compile a small sparse call and compare it with dense attention masked to its blocks.",
+)
+@json_option
+@quiet_option
+def doctor(compile_check: bool, as_json: bool, quiet: bool) -> int:
+    """Check this machine: versions, backend, kernels, compiler; with a fix for each finding."""
+    from ..doctor import examine
+
+    with Progress("doctor", shown=not quiet) as progress:
+        examination = examine(compile_check=compile_check, show=progress.show)
+    if as_json:
+        print_json(examination.to_json())
+    else:
+        width = max(len(finding.name) for finding in examination.findings)
+        for finding in examination.findings:
+            status = click.style(f"{finding.status:7}", fg=COLORS[finding.status])
+            click.echo(f"{status}  {finding.name:{width}}  {finding.detail}")
+            if finding.fix:
+                click.echo(f"{'':7}  {'':{width}}  fix: {finding.fix}")
+        count = len(examination.problems)
+        click.echo("no problem" if count == 0 else f"problems: {count}")
+    return 1 if examination.problems else 0

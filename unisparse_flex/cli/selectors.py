@@ -1,0 +1,39 @@
+"""--selector on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .. import DEFAULT_SELECTOR, Calibration, Selector, UniSparse
+from ..passes import decode_selector
+from .failures import failures, wrong_arguments
+
+NAMED: dict[str, Selector] = {"default": DEFAULT_SELECTOR, "paper": UniSparse()}
+
+
+def parse_selector(text: str) -> Selector | Calibration:
+    """Reads a selector; nothing in the text is executed.
+
+    Args:
+        text: ``"default"``, ``"paper"``, the path of a calibration (``*.json``), or a selector as
+            it prints, such as ``"UniSparse(top_p=0.95)"``.
+    """
+    if text in NAMED:
+        return NAMED[text]
+    if text.endswith(".json"):
+        if not Path(text).is_file():
+            raise click.UsageError(f"--selector: there is no file {text}")
+        with failures("read the calibration"):
+            return Calibration.load(text)
+    with wrong_arguments():
+        return decode_selector(text)
+
+
+def describe(selector: Selector | Calibration, text: str) -> str:
+    """A selector in words for reports."""
+    if isinstance(selector, Selector):
+        return selector.text
+    target = f"{selector.quality} {selector.target:g}"
+    return f"{text}: calibrated for {target}, {len(selector.sparse_layers)} layers sparse"

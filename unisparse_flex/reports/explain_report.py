@@ -1,0 +1,196 @@
+"""`explain` of a whole model with where it ran, what was predicted and what was measured."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..explain import AttentionRecord, Explanation, record_attention
+from ..interception import original_module
+from ..passes import SdpaCall, SparseConfig, observe_calls
+from .timing import CallTime, time_call
+
+SCHEMA = 1
+PACKAGES = ("unisparse-flex", "torch", "triton", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportedCall:
+    """One attention call.
+
+    Attributes:
+        record: What `explain` says of it.
+        module: Class name of the module that made it; empty where that is unknown.
+        time: What was measured; ``None`` where nothing was.
+    """
+
+    record: AttentionRecord
+    module: str
+    time: CallTime | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The call as values that JSON holds."""
+        values = asdict(self.record)
+        values["reason"] = None if self.record.reason is None else str(self.record.reason)
+        values["predicted"] = values.pop("prediction")
+        return values | {
+            "module": self.module,
+            "measured": None if self.time is None else asdict(self.time),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExplainReport:
+    """The attention calls of one forward pass and what they belong to.
+
+    Attributes:
+        calls: In their order.
+        model: What the user calls the model.
+        model_class: Its class name.
+        settings: Whatever decided: selector, lengths, texts, by name, in words.
+        device: In words.
+        dtype: Of the weights.
+        versions: Of Python and the packages; ``None`` for what is not installed.
+    """
+
+    calls: tuple[ReportedCall, ...]
+    model: str
+    model_class: str
+    settings: Mapping[str, str]
+    device: str
+    dtype: str
+    versions: Mapping[str, str | None]
+
+    @property
+    def explanation(self) -> Explanation:
+        """The calls as `explain` returns them."""
+        return Explanation(tuple(call.record for call in self.calls))
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether any call was timed."""
+        return any(call.time is not None for call in self.calls)
+
+    @property
+    def predicted_ms(self) -> tuple[float, float] | None:
+        """Predicted milliseconds of the calls with a prediction: all dense, and as decided."""
+        pairs = [
+            (p.dense_ms, p.sparse_ms if call.record.decision == "sparse" else p.dense_ms)
+            for call in self.calls
+            if (p := call.record.prediction) is not None
+        ]
+        return _sums(pairs)
+
+    @property
+    def measured_ms(self) -> tuple[float, float] | None:
+        """Measured milliseconds of the timed calls: all dense, and as decided."""
+        pairs = []
+        for call in self.calls:
+            if call.time is None:
+                continue
+            sparse = call.record.decision == "sparse" and call.time.sparse_ms is not None
+            pairs.append((call.time.dense_ms, call.time.sparse_ms if sparse else None))
+        return _sums([(dense, dense if other is None else other) for dense, other in pairs])
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as values that JSON holds."""
+        explanation = self.explanation
+        totals = {"predicted": self.predicted_ms, "measured": self.measured_ms}
+        return {
+            "schema": SCHEMA,
+            "kind": "explain",
+            "model": self.model,
+            "model_class": self.model_class,
+            "settings": dict(self.settings),
+            "device": {"name": self.device, "dtype": self.dtype},
+            "versions": dict(self.versions),
+            "summary": {
+                "sparse": len(explanation.sparse),
+                "dense": len(explanation.dense),
+                "density": explanation.density,
+                **{
+                    name: None if pair is None else {"dense_ms": pair[0], "decided_ms": pair[1]}
+                    for name, pair in totals.items()
+                },
+            },
+            "calls": [call.to_json() for call in self.calls],
+            "notes": list(explanation.notes()),
+        }
+
+
+def report_model(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    name: str,
+    settings: Mapping[str, str],
+    device: str,
+    measure: bool = False,
+    show: Callable[[str], None] = lambda step: None,
+) -> ExplainReport:
+    """Runs ``model(**inputs)`` once, uncompiled, and reports every attention call.
+
+    Args:
+        model: An optimized model, compiled or not.
+        inputs: Passed to the model by name.
+        name: What the user calls the model.
+        settings: See `ExplainReport`.
+        device: See `ExplainReport`.
+        measure: Times every call, dense and sparse, as it is made; the first of a kind waits for
+            a compilation.
+        show: Told which layer comes next.
+    """
+    module = original_module(model)
+    times: dict[int, CallTime] = {}
+    with record_attention(module) as records:
+
+        def observe(call: SdpaCall, config: SparseConfig, *_: Any) -> None:
+            # The record of this call is already there: observers outside come first.
+            show(f"{records[-1].layer}, call {len(records)}")
+            if measure:
+                times[len(records) - 1] = time_call(call, config)
+
+        with observe_calls(observe), torch.no_grad():
+            module(**inputs)
+    classes = {path: type(inner).__name__ for path, inner in module.named_modules()}
+    return ExplainReport(
+        calls=tuple(
+            ReportedCall(record=record, module=classes.get(record.layer, ""), time=times.get(index))
+            for index, record in enumerate(records)
+        ),
+        model=name,
+        model_class=type(module).__name__,
+        settings=settings,
+        device=device,
+        dtype=_dtype(module),
+        versions=find_versions(),
+    )
+
+
+def find_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that matter; ``None`` for what is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _dtype(module: nn.Module) -> str:
+    parameter = next(module.parameters(), None)
+    return "" if parameter is None else str(parameter.dtype).removeprefix("torch.")
+
+
+def _sums(pairs: list[tuple[float, float]]) -> tuple[float, float] | None:
+    if not pairs:
+        return None
+    first, second = (sum(column) for column in zip(*pairs, strict=True))
+    return first, second

@@ -1,0 +1,67 @@
+"""A report as one page of HTML that needs nothing else: no script, no file, no network."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from . import density_chart
+from .explain_report import ExplainReport
+from .tree import build_tree
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+TEMPLATE, STYLE = "page.html.jinja", "page.css"
+
+
+def render_page(report: ExplainReport) -> str:
+    """Renders a report for browsers and printers; everything in it is escaped.
+
+    Args:
+        report: What `report_model` found.
+
+    Returns:
+        A whole HTML document.
+
+    Raises:
+        ModuleNotFoundError: Jinja2 is not installed; the extra ``cli`` has it.
+    """
+    chart = {"width": density_chart.WIDTH, "height": density_chart.HEIGHT}
+    chart |= {"left": density_chart.LEFT, "bottom": density_chart.BOTTOM}
+    return _template().render(
+        report=report,
+        explanation=report.explanation,
+        rows=build_tree(report.calls, report.model_class),
+        bars=density_chart.compute_bars(report.calls),
+        chart=chart,
+        style=_read(STYLE),
+    )
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"ms": format_ms, "percent": format_percent}
+    return environment.from_string(_read(TEMPLATE))
+
+
+def format_ms(milliseconds: float | None) -> str:
+    """Milliseconds with three digits; an en dash for ``None``."""
+    if milliseconds is None:
+        return "–"
+    return f"{milliseconds:,.{max(0, 3 - len(str(int(milliseconds))))}f}"
+
+
+def format_percent(share: float | None) -> str:
+    """A share of 1 in percent; an en dash for ``None``."""
+    return "–" if share is None else f"{share:.1%}"
+
+
+def _read(name: str) -> Any:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
