@@ -1,6 +1,7 @@
 """Where in a graph: finds attention calls, proves them safe, rewrites them. Knows no models."""
 
-from .config import SparseConfig, decode_selector, validate_selector
+from ..block_masks.selectors import validate_selector
+from .config import SparseConfig, decode_selector
 from .decision import Reason, flex_lowers, refuse
 from .inductor import SparseAttentionPass, install
 from .marker import is_traced, is_watched, lowered_sdpa, marked_sdpa, observe_calls

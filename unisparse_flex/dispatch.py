@@ -173,6 +173,8 @@ def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     # Cheaper than a guard: decoding pays for what stands here.
     torch._C._dispatch_tls_set_dispatch_key_excluded(_key.key, True)
     try:
+        if query.is_nested:
+            return F.scaled_dot_product_attention(query, *args, **kwargs)
         if (
             type(query) is Tensor
             and query.dim() == 4

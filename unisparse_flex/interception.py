@@ -64,6 +64,10 @@ class SparseAttentionMode(TorchFunctionMode):
         """Passes every other function on."""
         if func is F.scaled_dot_product_attention:
             kwargs = kwargs or {}
+            query = args[0] if args else kwargs.get("query")
+            if isinstance(query, torch.Tensor) and query.is_nested:
+                # Torch's own kernels for it stand in front of any operator.
+                return func(*args, **kwargs)
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             if not isinstance(mask, CausalBias):
                 # As it came: whatever a trace reads here is compared at every compiled call.
