@@ -15,6 +15,7 @@ from .block_selection import BlockSelection
 from .geometry import BlockGeometry
 from .mask_summary import expand_mask
 from .pinning import pin
+from .validation import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from .selectors import Selector
@@ -66,7 +67,7 @@ def create_block_mask(
     """
     from .selectors import DEFAULT_SELECTOR, validate_selector
 
-    if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
+    if isinstance(attn_mask, Tensor) and attn_mask.dtype in FLOAT_DTYPES:
         raise TypeError(
             f"attn_mask must be bool here, got {attn_mask.dtype}: a BlockMask holds no bias; "
             "add it in flex_attention's score_mod, or call unisparse_flex.attention"

@@ -104,13 +104,16 @@ def _find_key() -> _Key | None:
 
 
 _key: _Key | None = None
+# Two threads that set up one key each would find it taken.
+_setting_up = threading.Lock()
 _compiled_attention_found = False
 
 
 def set_up_key() -> None:
     """Registers the kernels; again changes nothing."""
     global _key
-    _key = _find_key()
+    with _setting_up:
+        _key = _find_key()
 
 
 def can_catch_attention() -> bool:
@@ -136,9 +139,9 @@ def catch_attention(config: str) -> Iterator[None]:
     assert _key is not None
     outer, outer_config = _key.scope(), in_force.config
     scope = Scope.create(config)
-    torch._C._stash_obj_in_tls(SCOPE_NAME, scope)
-    in_force.config = config
     try:
+        torch._C._stash_obj_in_tls(SCOPE_NAME, scope)
+        in_force.config = config
         with torch._C._IncludeDispatchKeyGuard(_key.key):
             yield
     finally:

@@ -10,6 +10,7 @@ detour through the mode.
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -133,13 +134,15 @@ class _Intercepted:
 
 
 _subclasses: dict[type[nn.Module], type[nn.Module]] = {}
+_making = threading.Lock()
 
 
 def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
     """The intercepted subclass of a class, the same one every time."""
-    if cls not in _subclasses:
-        _subclasses[cls] = _make_subclass(cls)
-    return _subclasses[cls]
+    with _making:
+        if cls not in _subclasses:
+            _subclasses[cls] = _make_subclass(cls)
+        return _subclasses[cls]
 
 
 def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:

@@ -86,9 +86,6 @@ def test_what_is_wrong_is_named(
     function: Callable[..., Any] = create_block_mask
     if with_value:
         function, arguments["value"] = attention, V
-    elif "attn_mask" in changes:
-        function = SELECTOR.select
-        del arguments["selector"]
     with pytest.raises(error, match=message):
         function(**arguments)
 
@@ -134,3 +131,16 @@ def test_nested_tensors_are_left_to_sdpa(
     assert call.reason is Reason.NOT_DENSE
     for one, other in zip(output.unbind(), expected.unbind(), strict=True):
         assert one.equal(other)
+
+
+@pytest.mark.parametrize("rule", [{"threshold": 0.6}, {"head_thresholds": (0.6, 0.9)}])
+def test_rows_of_which_no_block_reaches_the_threshold_keep_their_highest(
+    rule: dict[str, Any],
+) -> None:
+    few: dict[str, Any] = {"sink_blocks": 0, "last_query_blocks": 0}
+    selector = UniSparse(block_size=16, sampled_queries=16, **rule, **few)
+    even = K[:, :, :1].expand(-1, -1, 31, -1)
+    selection = selector.select(Q, even)
+    assert selection.keep.equal(torch.tensor([True, False]).expand(1, 2, 3, 2))
+    output = attention(Q, even, V[:, :, :31], selector=selector)
+    torch.testing.assert_close(output, V[:, :, :16].mean(2, keepdim=True).expand_as(output))
