@@ -15,6 +15,7 @@ from .block_selection import BlockSelection
 from .geometry import BlockGeometry
 from .mask_summary import expand_mask
 from .pinning import pin
+from .validation import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from .selectors import Selector
@@ -64,14 +65,15 @@ def create_block_mask(
         TypeError: Not tensors, mixed dtypes, or a float ``attn_mask``.
         ValueError: Ranks, heads, devices or lengths that do not go together.
     """
-    from .selectors import DEFAULT_SELECTOR
+    from .selectors import DEFAULT_SELECTOR, validate_selector
 
-    if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
+    if isinstance(attn_mask, Tensor) and attn_mask.dtype in FLOAT_DTYPES:
         raise TypeError(
             f"attn_mask must be bool here, got {attn_mask.dtype}: a BlockMask holds no bias; "
             "add it in flex_attention's score_mod, or call unisparse_flex.attention"
         )
     selector = DEFAULT_SELECTOR if selector is None else selector
+    validate_selector(selector)
     selection = selector.select(query, key, is_causal=is_causal, attn_mask=attn_mask, scale=scale)
     mask_mod = selection_mask_mod(selection)
     if attn_mask is not None:
@@ -141,7 +143,7 @@ def _and_attn_mask(inner: MaskMod, mask: Tensor) -> MaskMod:
     batch, heads = mask.shape[:2]
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        allowed = mask[b if batch > 1 else 0, h if heads > 1 else 0, q_idx, kv_idx]
+        allowed = mask[b if batch != 1 else 0, h if heads > 1 else 0, q_idx, kv_idx]
         return allowed & inner(b, h, q_idx, kv_idx)
 
     return mask_mod

@@ -90,8 +90,8 @@ class Threshold(SelectionRule):
         validate_fraction(self.threshold, "threshold")
 
     def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
-        """See `SelectionRule.select`."""
-        return (forced | (scores >= self.threshold)) & visible
+        """See `SelectionRule.select`; a row that would keep nothing keeps its highest blocks."""
+        return _or_highest((forced | (scores >= self.threshold)) & visible, scores, visible)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +116,7 @@ class TopPOrThreshold(SelectionRule):
     def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
         """See `SelectionRule.select`; ties at the end of ``top_p`` go to the lower block index."""
         mass = TopP(top_p=self.top_p).select(scores, forced, visible)
-        return mass | Threshold(threshold=self.threshold).select(scores, forced, visible)
+        return mass | ((scores >= self.threshold) & visible)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +173,7 @@ class HeadThreshold(SelectionRule):
         shares = _per_head(self.thresholds, "head_thresholds", scores)
         kept = (forced | (scores >= shares)) & visible
         if self.top_p is None:
-            return kept
+            return _or_highest(kept, scores, visible)
         return kept | TopP(top_p=self.top_p).select(scores, forced, visible)
 
 
@@ -335,6 +335,12 @@ def _per_head(shares: tuple[float, ...], name: str, scores: Tensor) -> Tensor:
         )
     # Filled on the device: a tensor made from a tuple would wait for the copy.
     return torch.cat([scores.new_full((1, 1, 1), share) for share in shares])
+
+
+def _or_highest(kept: Tensor, scores: Tensor, visible: Tensor) -> Tensor:
+    """What is kept, and in rows without any the visible blocks of the highest score."""
+    highest = scores.masked_fill(~visible, -1.0).amax(-1, keepdim=True)
+    return kept | (visible & (scores >= highest) & ~kept.any(-1, keepdim=True))
 
 
 def _until_mass(scores: Tensor, forced: Tensor, visible: Tensor, share: Tensor | float) -> Tensor:

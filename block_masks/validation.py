@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 
 import torch
 from torch import Tensor
@@ -105,10 +106,11 @@ def validate_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
     """Raises unless ``attn_mask`` is bool or floating and broadcasts to [B, Hq, Sq, Skv]."""
     if not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a torch.Tensor, got {type(attn_mask).__name__}")
-    if attn_mask.dtype is not torch.bool and not attn_mask.dtype.is_floating_point:
+    _validate_layout(attn_mask, "attn_mask")
+    if attn_mask.dtype is not torch.bool and attn_mask.dtype not in FLOAT_DTYPES:
         raise TypeError(
-            f"attn_mask must be bool (True takes part) or floating (added), got {attn_mask.dtype}; "
-            "convert it with attn_mask.bool()"
+            "attn_mask must be bool (True takes part) or float16, bfloat16, float32 or float64 "
+            f"(added), got {attn_mask.dtype}; convert it with attn_mask.bool() or attn_mask.float()"
         )
     if attn_mask.device != query.device:
         raise ValueError(
@@ -127,9 +129,45 @@ def validate_attn_mask(attn_mask: Tensor, query: Tensor, key: Tensor) -> None:
         )
 
 
+def validate_scale(scale: float | None) -> None:
+    """Raises TypeError or ValueError unless ``scale`` is None or a number that a float holds."""
+    if scale is None:
+        return
+    if not isinstance(scale, (int, float)):
+        raise TypeError(
+            f"scale must be a number or None, got {scale!r} of type {type(scale).__name__}"
+        )
+    if isinstance(scale, int) and abs(scale) > sys.float_info.max:
+        raise ValueError(
+            f"scale must fit a float, got an int of {scale.bit_length()} bits; give a float"
+        )
+
+
+def validate_is_causal(is_causal: bool) -> None:
+    """Raises TypeError unless ``is_causal`` is a bool, or one that a graph makes symbolic."""
+    if not isinstance(is_causal, (bool, torch.SymBool)):
+        raise TypeError(
+            f"is_causal must be True or False, got {is_causal!r} of type {type(is_causal).__name__}"
+        )
+
+
+def _validate_layout(tensor: Tensor, name: str) -> None:
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} must be one dense tensor, got a nested one; pad it, and mask the padding with "
+            "attn_mask"
+        )
+    if tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor, got layout {tensor.layout}; convert it with "
+            f"{name}.to_dense()"
+        )
+
+
 def _validate_4d(tensor: Tensor, name: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    _validate_layout(tensor, name)
     if tensor.dim() != 4:
         raise ValueError(
             f"{name} must be [batch, heads, tokens, head_dim], got {tensor.dim()} dimensions "

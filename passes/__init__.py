@@ -1,6 +1,7 @@
 """Where in a graph: finds attention calls, proves them safe, rewrites them. Knows no models."""
 
-from .config import SparseConfig, decode_selector, validate_selector
+from ..block_masks.selectors import validate_selector
+from .config import SparseConfig, decode_selector
 from .context import context_sdpa, register_context
 from .decision import Reason, flex_lowers, refuse
 from .inductor import SparseAttentionPass, install

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ..block_masks.selectors import Selector
+from ..block_masks.selectors import Selector, validate_selector
 from ..block_masks.validation import validate_int
 
 SELECTOR_NAME = re.compile(r"=(\w+)\(")
@@ -137,12 +137,3 @@ def _decode_value(value: ast.AST, text: str) -> Any:
         return ast.literal_eval(value)
     except (TypeError, ValueError, RecursionError, MemoryError):
         return _decode_call(None, text)
-
-
-def validate_selector(selector: object) -> None:
-    """Raises TypeError unless ``selector`` is an instance of a Selector dataclass."""
-    if not isinstance(selector, Selector) or not is_dataclass(selector):
-        raise TypeError(
-            "selector must be a selector such as UniSparse(top_p=0.95), "
-            f"got {selector!r} of type {type(selector).__name__}"
-        )

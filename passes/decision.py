@@ -23,8 +23,9 @@ class Reason(StrEnum):
     """Why a call stays dense."""
 
     EXCLUDED = "layer excluded by the settings"
-    DROPOUT = "dropout_p > 0: no sparse kernel drops attention weights"
+    DROPOUT = "dropout_p is not 0: no sparse kernel drops attention weights"
     NOT_4D = "query, key and value are not [batch, heads, tokens, head_dim]"
+    NOT_DENSE = "query, key and value are not dense tensors: nested or sparse"
     FEW_QUERIES = "few queries (decoding): dense is faster"
     SHORT = "fewer keys than min_length"
     SLOWER = "the cost model predicts that dense is faster"
@@ -62,6 +63,8 @@ def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:
     if config.dense:
         return Reason.EXCLUDED
     query, key, value = call.query, call.key, call.value
+    if not all(t.layout is torch.strided and not t.is_nested for t in (query, key, value)):
+        return Reason.NOT_DENSE
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         return Reason.NOT_4D
     if is_sharded(call):
@@ -70,7 +73,7 @@ def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:
         return Reason.FEW_QUERIES
     if not guard_or_false(key.shape[2] >= max(config.min_length or 0, 1)):
         return Reason.SHORT
-    if call.dropout_p > 0.0:
+    if call.dropout_p != 0.0:
         return Reason.DROPOUT
     reason = (
         _refuse_tensors(call)
@@ -134,11 +137,11 @@ def _refuse_tensors(call: SdpaCall) -> Reason | None:
         key.shape[0] == value.shape[0]
     )
     lengths = guard_or_false(key.shape[2] == value.shape[2])
-    heads = key.shape[1] == value.shape[1] and (
+    heads = 0 < key.shape[1] == value.shape[1] and (
         query.shape[1] == key.shape[1]
-        or (call.enable_gqa and key.shape[1] > 0 and query.shape[1] % key.shape[1] == 0)
+        or (call.enable_gqa and query.shape[1] > 0 and query.shape[1] % key.shape[1] == 0)
     )
-    if not (batches and lengths and heads and query.shape[3] == key.shape[3]):
+    if not (batches and lengths and heads and 0 < query.shape[3] == key.shape[3]):
         return Reason.HEADS
     return None
 
@@ -155,7 +158,9 @@ def _refuse_mask(call: SdpaCall) -> Reason | None:
         return None
     if mask.requires_grad and torch.is_grad_enabled():
         return Reason.MASK_GRADIENT
-    if mask.dtype is not torch.bool and not mask.dtype.is_floating_point:
+    if mask.layout is not torch.strided or mask.is_nested:
+        return Reason.NOT_DENSE
+    if mask.dtype is not torch.bool and not supports_dtype(mask.dtype):
         return Reason.DTYPE
     if mask.device != call.query.device:
         return Reason.DEVICE

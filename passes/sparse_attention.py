@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..block_masks import BlockGeometry, BlockSelection, to_block_mask
 from ..block_masks.mask_program import is_known
@@ -152,11 +153,13 @@ def attend_masked(
         if own.dtype is torch.bool:
             mask = mask & own
         else:
-            mask = own.to(call.query.dtype).masked_fill(~mask, -torch.inf)
+            seen = mask & visible_tokens(own)
+            mask = own.to(call.query.dtype).masked_fill(~seen, -torch.inf)
+    query, key, value = (_rows_apart(t) for t in (call.query, call.key, call.value))
     return F.scaled_dot_product_attention(
-        call.query[:, :, rows],
-        call.key[:, :, keys],
-        call.value[:, :, keys],
+        query[:, :, rows],
+        key[:, :, keys],
+        value[:, :, keys],
         attn_mask=mask,
         scale=call.scale,
         enable_gqa=bool(call.query.shape[1] != call.key.shape[1]),
@@ -170,7 +173,7 @@ def attend_masked_in_chunks(call: SdpaCall, selection: BlockSelection) -> Tensor
     # One byte a pair as bool, and a copy in the query's dtype inside SDPA.
     row_bytes = batch * heads * geometry.kv_len * (1 + call.query.element_size())
     size = geometry.block_size
-    chunk = max(size, MASK_CHUNK_BYTES // row_bytes // size * size)
+    chunk = max(size, MASK_CHUNK_BYTES // max(row_bytes, 1) // size * size)
     outputs = []
     for start in range(0, q_len, chunk):
         stop = min(start + chunk, q_len)
@@ -178,6 +181,17 @@ def attend_masked_in_chunks(call: SdpaCall, selection: BlockSelection) -> Tensor
         seen = geometry.kv_len if offset is None else min(stop + offset, geometry.kv_len)
         outputs.append(attend_masked(call, selection, slice(start, stop), slice(0, seen)))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _rows_apart(tensor: Tensor) -> Tensor:
+    """The tensor, copied where a token's numbers overlap the next one's.
+
+    SDPA on the CPU hands the stride of tokens to BLAS, which takes none below the head_dim, and
+    returns memory that nobody wrote.
+    """
+    if guard_or_false(tensor.stride(2) >= tensor.shape[3]):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _scale(call: SdpaCall) -> float:

@@ -6,7 +6,7 @@ The file is JSON for people to read. Reading one executes nothing, whoever wrote
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -23,7 +23,12 @@ QUALITIES = ("recall", "kl")
 MAX_FILE_BYTES = 1_000_000
 WAY_OUT = "write a new file with unisparse_flex.calibrate(...).save"
 _TEXTS = ("model", "unisparse_flex", "torch")
-_NUMBERS = {"target": math.inf, "reached": math.inf, "density": 1.0}
+LARGEST = sys.float_info.max
+_NUMBERS = {"target": LARGEST, "reached": LARGEST, "density": 1.0}
+# An int of more is no number that a float holds, and Python reads none of many thousands.
+MAX_DIGITS = 400
+# A message quotes the file, which may hold anything.
+MAX_MESSAGE = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,9 +93,18 @@ class Calibration:
             ValueError: The text is anything else; the message names the key.
         """
         try:
-            values = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+            return cls._read(text)
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"a calibration must be JSON, got {error}; {WAY_OUT}") from None
+
+    @classmethod
+    def _read(cls, text: str) -> Calibration:
+        values = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_int=_parse_int,
+        )
         if not isinstance(values, dict):
             raise ValueError(
                 f"a calibration must be a JSON object, got {type(values).__name__}; {WAY_OUT}"
@@ -129,8 +143,12 @@ class Calibration:
                     f"a calibration must have at most {MAX_FILE_BYTES} bytes, got more; {WAY_OUT}"
                 )
             return cls.from_json(data.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}: a calibration must be UTF-8, got {error}; {WAY_OUT}"
+            ) from None
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {_shorten(str(error))}") from None
 
 
 def _decode(name: str, text: object) -> Setting:
@@ -155,6 +173,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _shorten(message: str) -> str:
+    """The message without what is in the middle of a long one."""
+    if len(message) <= MAX_MESSAGE:
+        return message
+    return f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"numbers must be finite, got one of {len(digits)} digits; {WAY_OUT}")
+    return int(digits)
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"numbers must be finite, got {name}; {WAY_OUT}")
 
@@ -162,11 +193,11 @@ def _refuse_constant(name: str) -> Any:
 def _validate_number(value: object, name: str, highest: float) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # No conversion: an int may be too large for a float.
-    if not number or not 0.0 <= value <= highest or value == math.inf:  # type: ignore[operator]
-        rule = "of at least 0" if math.isinf(highest) else f"in [0, {highest:g}]"
-        raise ValueError(f"{name} must be a finite number {rule}, got {value!r}")
+    if not number or not 0.0 <= value <= highest:  # type: ignore[operator]
+        rule = "of at least 0" if highest == LARGEST else f"in [0, {highest:g}]"
+        raise ValueError(f"{name} must be a finite number {rule}, got {value!r}; {WAY_OUT}")
 
 
 def _validate_text(value: object, name: str) -> None:
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} must be a text, got {value!r}")
+        raise ValueError(f"{name} must be a text, got {value!r}; {WAY_OUT}")

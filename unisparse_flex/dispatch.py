@@ -111,13 +111,16 @@ def _find_key() -> _Key | None:
 
 
 _key: _Key | None = None
+# Two threads that set up one key each would find it taken.
+_setting_up = threading.Lock()
 _compiled_attention_found = False
 
 
 def set_up_key() -> None:
     """Registers the kernels; again changes nothing."""
     global _key
-    _key = _find_key()
+    with _setting_up:
+        _key = _find_key()
 
 
 def can_catch_attention() -> bool:
@@ -143,9 +146,9 @@ def catch_attention(config: str) -> Iterator[None]:
     assert _key is not None
     outer, outer_config = _key.scope(), in_force.config
     scope = Scope.create(config)
-    torch._C._stash_obj_in_tls(SCOPE_NAME, scope)
-    in_force.config = config
     try:
+        torch._C._stash_obj_in_tls(SCOPE_NAME, scope)
+        in_force.config = config
         with torch._C._IncludeDispatchKeyGuard(_key.key):
             yield
     finally:
@@ -180,6 +183,8 @@ def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     # Cheaper than a guard: decoding pays for what stands here.
     torch._C._dispatch_tls_set_dispatch_key_excluded(_key.key, True)
     try:
+        if query.is_nested:
+            return F.scaled_dot_product_attention(query, *args, **kwargs)
         if (
             type(query) is Tensor
             and query.dim() == 4

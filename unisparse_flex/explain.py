@@ -208,7 +208,9 @@ class _LeftAlone(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            self.record(SdpaCall.bind(args, kwargs), None, None, Reason.NOT_OPTIMIZED)
+            call = SdpaCall.bind(args, kwargs)
+            nested = call.query.is_nested
+            self.record(call, None, None, Reason.NOT_DENSE if nested else Reason.NOT_OPTIMIZED)
         elif func in MULTIHEAD_TARGETS.values():
             reason = refuse_multihead(func, args, kwargs) or Reason.NOT_OPTIMIZED
             layer = self.path[-1] if self.path else ""
@@ -250,6 +252,9 @@ def _record(
     reason: Reason | None,
 ) -> AttentionRecord:
     query: Tensor = call.query
+    if query.is_nested:
+        # Of many lengths.
+        return AttentionRecord(layer=layer, decision="dense", reason=reason)
     four = query.dim() == 4
     return AttentionRecord(
         layer=layer,

@@ -6,7 +6,13 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
 from .block_masks import DEFAULT_SELECTOR, Selector
-from .block_masks.validation import validate_attn_mask, validate_query_key, validate_value
+from .block_masks.validation import (
+    validate_attn_mask,
+    validate_is_causal,
+    validate_query_key,
+    validate_scale,
+    validate_value,
+)
 from .causal_bias import resolve_causal_bias
 from .passes import SdpaCall, SparseConfig, marked_sdpa
 
@@ -31,16 +37,18 @@ def attention(
     kernel; eagerly it runs one on CUDA and masked SDPA on the CPU, over the same blocks.
 
     A NaN or infinity in ``query`` or ``key`` makes the query blocks that see it dense, so that it
-    reaches the output as in SDPA. One in ``value`` reaches it only through a kept block.
+    reaches the output as in SDPA. One in ``value`` reaches it through a kept block; elsewhere it
+    may, as what a mask hides may in SDPA.
 
     Args:
         query: [B, Hq, Sq, D], float16, bfloat16, float32 or float64.
         key: [B, Hkv, Skv, D].
         value: [B, Hkv, Skv, Dv].
         attn_mask: bool (True takes part) or float (added to the logits; an entry at the dtype's
-            minimum takes no part), broadcastable to [B, Hq, Sq, Skv]; or one of
-            `torch.nn.attention.bias.causal_lower_right` and ``causal_upper_left`` (made outside
-            compiled code: Dynamo cannot trace their construction).
+            minimum takes no part, and a row without any other is 0), broadcastable to
+            [B, Hq, Sq, Skv]; or one of `torch.nn.attention.bias.causal_lower_right` and
+            ``causal_upper_left`` (made outside compiled code: Dynamo cannot trace their
+            construction).
         dropout_p: Must be 0.0.
         is_causal: Row r sees keys up to r. As in SDPA this aligns top-left where Sq != Skv; for
             queries that end where the keys end, pass ``causal_lower_right(Sq, Skv)``.
@@ -65,8 +73,8 @@ def attention(
             "query and key must have the same number of heads unless enable_gqa=True, "
             f"got {query.shape[1]} and {key.shape[1]}"
         )
-    if scale is not None and not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {scale!r}")
+    validate_scale(scale)
+    validate_is_causal(is_causal)
     if dropout_p != 0.0:
         raise NotImplementedError(
             f"dropout_p must be 0.0 (no sparse kernel drops attention weights), got {dropout_p}; "
@@ -79,7 +87,7 @@ def attention(
             value=value,
             attn_mask=attn_mask,
             is_causal=is_causal,
-            scale=scale,
+            scale=None if scale is None else float(scale),
             enable_gqa=enable_gqa,
         )
     )
@@ -96,5 +104,6 @@ def attention(
                 f"{key.shape[2]}, got {bias.seq_len_q} and {bias.seq_len_kv}"
             )
         validate_attn_mask(call.attn_mask, query, key)
-    config = SparseConfig(selector=selector or DEFAULT_SELECTOR, strict=True, backend=backend)
+    selector = DEFAULT_SELECTOR if selector is None else selector
+    config = SparseConfig(selector=selector, strict=True, backend=backend)
     return marked_sdpa(call, config.encode())

@@ -10,6 +10,7 @@ detour through the mode.
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -66,6 +67,10 @@ class SparseAttentionMode(TorchFunctionMode):
         """Passes every other function on."""
         if func is F.scaled_dot_product_attention:
             kwargs = kwargs or {}
+            query = args[0] if args else kwargs.get("query")
+            if isinstance(query, torch.Tensor) and query.is_nested:
+                # Torch's own kernels for it stand in front of any operator.
+                return func(*args, **kwargs)
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
             query = args[0] if args else kwargs.get("query")
             if not isinstance(mask, CausalBias) and not is_dtensor(query):
@@ -165,13 +170,15 @@ class _Intercepted:
 
 
 _subclasses: dict[type[nn.Module], type[nn.Module]] = {}
+_making = threading.Lock()
 
 
 def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
     """The intercepted subclass of a class, the same one every time."""
-    if cls not in _subclasses:
-        _subclasses[cls] = _make_subclass(cls)
-    return _subclasses[cls]
+    with _making:
+        if cls not in _subclasses:
+            _subclasses[cls] = _make_subclass(cls)
+        return _subclasses[cls]
 
 
 def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from .block_masks import PatchOrder, Selector, UniSparse
 from .block_masks.validation import validate_query_key, validate_value
 from .functional import attention
-from .passes.config import validate_selector
+from .passes import validate_selector
 
 # Nothing is generated from the last patch, and the first is no sink.
 DEFAULT_PATCH_SELECTOR = UniSparse(sink_blocks=0, last_query_blocks=0)

@@ -190,6 +190,10 @@ def _select(
     candidate = visible & (forced == 0)
     if RULE == "threshold":
         chosen = candidate & (score >= value)
+        # A row that would keep nothing keeps its highest.
+        none = lane + tl.sum(tl.where(forced | chosen, 1, 0), 0) == 0
+        highest = tl.max(tl.where(candidate, score, -1.0), 0)
+        chosen = chosen | (candidate & none & (score >= highest))
     elif RULE == "top_k":
         one = tl.full([P], 1.0, dtype=tl.float32)
         need = value - tl.sum(tl.where(forced, one, 0.0), 0)

@@ -1,6 +1,6 @@
 """The selectors: one file and one line here for each."""
 
-from .base import Selector
+from .base import Selector, validate_selector
 from .dense_span import DenseSpan
 from .flash_prefill import FlashPrefill
 from .flex_prefill import FlexPrefill
@@ -21,4 +21,5 @@ __all__ = [
     "StreamingLLM",
     "UniSparse",
     "XAttention",
+    "validate_selector",
 ]

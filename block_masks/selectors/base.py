@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import is_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,10 @@ from ..selection_cost import SelectionCost
 from ..validation import (
     validate_attn_mask,
     validate_causal_lengths,
+    validate_is_causal,
     validate_literal,
     validate_query_key,
+    validate_scale,
 )
 
 
@@ -166,6 +169,8 @@ class Selector(ABC):
             ValueError: Ranks, heads, devices or lengths that do not go together.
         """
         validate_query_key(query, key)
+        validate_scale(scale)
+        validate_is_causal(is_causal)
         q_len, kv_len = query.shape[2], key.shape[2]
         if attn_mask is not None:
             if is_causal:
@@ -187,7 +192,7 @@ class Selector(ABC):
                 query,
                 key,
                 geometry=geometry,
-                scale=default_scale(query.shape[3]) if scale is None else scale,
+                scale=default_scale(query.shape[3]) if scale is None else float(scale),
                 attn_mask=attn_mask,
             )
 
@@ -227,3 +232,12 @@ class Guarded:
 
 def _make(cls: type[Selector], values: dict[str, Any]) -> Selector:
     return cls(**values)
+
+
+def validate_selector(selector: object) -> None:
+    """Raises TypeError unless ``selector`` is an instance of a Selector dataclass."""
+    if not isinstance(selector, Selector) or not is_dataclass(selector):
+        raise TypeError(
+            "selector must be a selector such as UniSparse(top_p=0.95), "
+            f"got {selector!r} of type {type(selector).__name__}"
+        )

@@ -46,7 +46,7 @@ class UniSparse(Guarded, Selector):
             0.95 where no rule is given.
         top_k: Blocks per row instead of ``top_p``, forced ones counted first.
         threshold: Least share of a row's estimated mass, in (0, 1], instead of ``top_p``; with
-            both, blocks that either keeps.
+            both, blocks that either keeps. A row that would keep nothing keeps its highest.
         head_thresholds: A threshold for each query head, in [0, 1], instead of ``threshold``; 0
             keeps every block. Needs ``c_h`` 1, and selects in plain PyTorch alone: the Triton
             kernels take one threshold.

@@ -102,7 +102,10 @@ def decided(call: Call, scores: Tensor, tolerance: float) -> tuple[Tensor, Tenso
     if selector.threshold is not None:
         reaching, missing = low >= selector.threshold, high < selector.threshold
     if selector.threshold is not None and selector.top_p is None:
-        kept, dropped = reaching, missing
+        # A row of which nothing reaches it keeps its highest.
+        peak = low.masked_fill(~candidates, -1.0).amax(-1, keepdim=True)
+        none = ~(forced | (reaching & candidates)).any(-1, keepdim=True)
+        kept, dropped = reaching, missing & ~(none & (high >= peak))
     else:
         weight = torch.ones_like(scores) if selector.top_k is not None else scores
         slack = 0.0 if selector.top_k is not None else tolerance

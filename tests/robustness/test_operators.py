@@ -1,0 +1,109 @@
+"""Every operator that is registered passes torch's own checks of operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.api.models import qkv
+from unisparse_flex import UniSparse
+from unisparse_flex.block_masks.kernels import operator as kernels
+from unisparse_flex.passes import SparseConfig
+
+SELECTOR = UniSparse(block_size=16, c_q=4, c_k=4, top_k=1, last_query_blocks=0)
+CONFIGS = {
+    "sparse": SparseConfig(selector=SELECTOR),
+    "dense": SparseConfig(selector=SELECTOR, dense=True),
+}
+MASKS: dict[str, Tensor | None] = {
+    "none": None,
+    "bool": torch.ones(40, 40, dtype=torch.bool).tril(),
+    "float": torch.zeros(1, 4, 1, 40),
+}
+# Everything that opcheck knows.
+FAKE = ("test_schema", "test_autograd_registration", "test_faketensor")
+ALL = (*FAKE, "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+
+
+def check(operator: Any, *args: Any, **kwargs: Any) -> None:
+    found = torch.library.opcheck(operator, args, kwargs, test_utils=ALL)
+    assert found == dict.fromkeys(ALL, "SUCCESS")
+
+
+def test_the_operators_are_those_that_are_checked_here() -> None:
+    names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("unisparse::")}
+    assert names == {"unisparse::sdpa", "unisparse::contiguous", "unisparse::select_blocks"}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_marker(config: str, mask: str, requires_grad: bool) -> None:
+    tensors = [t.requires_grad_(requires_grad) for t in qkv(40)]
+    check(
+        torch.ops.unisparse.sdpa.default,
+        *tensors,
+        MASKS[mask],
+        enable_gqa=True,
+        config=CONFIGS[config].encode(),
+    )
+
+
+def test_the_marker_of_a_proved_mask() -> None:
+    check(
+        torch.ops.unisparse.sdpa.default,
+        *qkv(40),
+        enable_gqa=True,
+        mask="kv <= q",
+        mask_tensors=[],
+        mask_numbers=[],
+        config=CONFIGS["sparse"].encode(),
+    )
+
+
+@pytest.mark.parametrize("causal_lower_right", [False, True])
+def test_the_marker_of_a_causal_call(causal_lower_right: bool) -> None:
+    check(
+        torch.ops.unisparse.sdpa.default,
+        *qkv(40, 60),
+        is_causal=True,
+        enable_gqa=True,
+        causal_lower_right=causal_lower_right,
+        config=CONFIGS["sparse"].encode(),
+    )
+
+
+def test_copies_that_keep_their_strides() -> None:
+    whole = torch.arange(24).view(2, 3, 4)
+    check(torch.ops.unisparse.contiguous.default, [whole.mT, whole[..., ::2], whole[:0], whole])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal_offset", [None, 0, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_selection_by_kernels(dtype: torch.dtype, causal_offset: int | None) -> None:
+    query, key, _ = (t.to("cuda", dtype) for t in qkv(300, 400, head_dim=64))
+    rule, values = kernels.spell(UniSparse(top_p=0.9).rule)
+    found = torch.library.opcheck(
+        torch.ops.unisparse.select_blocks.default,
+        (query, key),
+        {
+            "block_size": 64,
+            "causal_offset": causal_offset,
+            "scale": 0.125,
+            "c_q": 8,
+            "c_k": 8,
+            "c_h": 1,
+            "sampled_queries": 4,
+            "rule": rule,
+            "values": values,
+            "sink_blocks": 1,
+            "local_blocks": 1,
+            "last_query_blocks": 1,
+        },
+        test_utils=FAKE,
+    )
+    assert found == dict.fromkeys(FAKE, "SUCCESS")

@@ -1,0 +1,51 @@
+"""Random calls: each returns what attention over its blocks is, or raises a documented error.
+
+`python -m tests.robustness.fuzz` runs as many as it is told to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from .case_strategies import cases
+from .cases import Case
+from .entries import check_attention, check_block_mask, check_optimize, check_select
+
+few = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small are slower on several, far slower where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@few
+@given(cases())
+def test_attention_is_that_of_its_blocks_or_says_what_is_wrong(case: Case) -> None:
+    assert check_attention(case)
+
+
+@few
+@given(cases())
+def test_a_selection_holds_what_every_row_needs_or_says_what_is_wrong(case: Case) -> None:
+    assert check_select(case)
+
+
+@few
+@given(cases())
+def test_a_block_mask_is_its_selection_or_says_what_is_wrong(case: Case) -> None:
+    assert check_block_mask(case)
+
+
+@few
+@given(cases())
+def test_an_optimized_call_is_that_of_its_blocks_or_what_sdpa_does(case: Case) -> None:
+    assert check_optimize(case)
