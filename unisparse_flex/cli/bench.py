@@ -20,6 +20,7 @@ BENCHMARKS = {
     "cost_decision": "whether the cost model decides for the faster kernel",
     "expected_density": "densities that the default selector keeps, by length",
     "video": "attention over patches of clips",
+    "distributed": "attention over several devices: tensor and context parallel",
 }
 CHECKOUT = Path(__file__).resolve().parents[2]
 WAY = "clone the repository of unisparse-flex and there run: python -m bench.NAME --help"
