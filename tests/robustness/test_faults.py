@@ -185,6 +185,7 @@ def test_a_selection_that_fails_while_it_is_traced(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 @any_error
 def test_a_pass_that_fails_in_the_middle_of_a_compile(
     error: Stop, monkeypatch: pytest.MonkeyPatch
