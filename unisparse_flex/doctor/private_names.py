@@ -21,7 +21,6 @@ PRIVATE_NAMES = (
     "torch:_C._IncludeDispatchKeyGuard",
     "torch:_C._disabled_torch_function_impl",
     "torch:_C._dispatch_has_backend_fallback",
-    "torch:_C._dispatch_tls_is_dispatch_key_excluded",
     "torch:_C._dispatch_tls_is_dispatch_key_included",
     "torch:_C._dispatch_tls_is_dispatch_key_excluded",
     "torch:_C._dispatch_tls_set_dispatch_key_excluded",
