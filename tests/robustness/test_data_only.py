@@ -20,6 +20,17 @@ MODULES = {
 }
 
 
+# What the command does when it is asked to, and nothing else: it runs a benchmark of a checkout,
+# and loads a model by name, from the hub where --allow-download says so.
+ALLOWED = {
+    "unisparse_flex/cli/bench.py": ["import of subprocess"],
+    "unisparse_flex/cli/models.py": [
+        "AutoModelForCausalLM.from_pretrained",
+        "AutoTokenizer.from_pretrained",
+    ],
+}
+
+
 def sources() -> list[Path]:
     paths = {path for name in SHIPPED for path in (ROOT / name).rglob("*.py")}
     return sorted(path for path in paths if "unisparse_flex/passes" not in str(path))
@@ -48,7 +59,8 @@ def found(tree: ast.AST) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_source_holds_data_only(path: Path) -> None:
-    assert list(found(ast.parse(path.read_text()))) == []
+    names = [each.rpartition(" in line ")[0] for each in found(ast.parse(path.read_text()))]
+    assert names == ALLOWED.get(path.relative_to(ROOT).as_posix(), [])
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.api.models import qkv
 from unisparse_flex import UniSparse
 from unisparse_flex.block_masks.kernels import operator as kernels
-from unisparse_flex.passes import SparseConfig
+from unisparse_flex.passes import SdpaCall, SparseConfig, register_context
 
 SELECTOR = UniSparse(block_size=16, c_q=4, c_k=4, top_k=1, last_query_blocks=0)
 CONFIGS = {
@@ -35,7 +36,8 @@ def check(operator: Any, *args: Any, **kwargs: Any) -> None:
 
 def test_the_operators_are_those_that_are_checked_here() -> None:
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("unisparse::")}
-    assert names == {"unisparse::sdpa", "unisparse::contiguous", "unisparse::select_blocks"}
+    operators = ("sdpa", "contiguous", "select_blocks", "context_sdpa")
+    assert names == {f"unisparse::{name}" for name in operators}
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -74,6 +76,31 @@ def test_the_marker_of_a_causal_call(causal_lower_right: bool) -> None:
         causal_lower_right=causal_lower_right,
         config=CONFIGS["sparse"].encode(),
     )
+
+
+def test_a_call_whose_tokens_ranks_share() -> None:
+    # One rank has them all.
+    def attend(call: SdpaCall, config: SparseConfig, pieces: tuple[int, ...], _: str) -> Tensor:
+        return F.scaled_dot_product_attention(
+            call.query, call.key, call.value, is_causal=True, enable_gqa=True
+        )
+
+    register_context("alone", attend)
+    # It has no gradient: whoever needs one is refused before.
+    found = torch.library.opcheck(
+        torch.ops.unisparse.context_sdpa.default,
+        qkv(40),
+        {
+            "is_causal": True,
+            "causal_lower_right": False,
+            "scale": None,
+            "pieces": [],
+            "config": SparseConfig(selector=SELECTOR, context="alone").encode(),
+            "refusal": "",
+        },
+        test_utils=ALL,
+    )
+    assert found == dict.fromkeys(ALL, "SUCCESS")
 
 
 def test_copies_that_keep_their_strides() -> None:
