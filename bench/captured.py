@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from unisparse_flex.demo.model import load_smollm2
+from unisparse_flex.demo.model import LoadedModel, load_smollm2
 from unisparse_flex.demo.prompt import build_prompt
+from unisparse_flex.demo.recall import CaptureAttention, CapturedAttention
+from unisparse_flex.demo.texts import TextName
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -37,6 +39,14 @@ class _Capture(TorchFunctionMode):
                 self.found[self.count] = query, key, value
             self.count += 1
         return func(*args, **(kwargs or {}))
+
+
+def capture_calls(loaded: LoadedModel, text: TextName, tokens: int) -> list[CapturedAttention]:
+    """Queries and keys of every layer's causal call, in order, at the demo's prompt."""
+    prompt = build_prompt(loaded.tokenizer, text=text, tokens=tokens, depth=0.35, seed=0)
+    with torch.inference_mode(), CaptureAttention() as capture:
+        loaded.model(prompt.input_ids.to(loaded.device), use_cache=False, logits_to_keep=1)
+    return capture.calls
 
 
 def capture_smollm2(

@@ -12,24 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from unisparse_flex import DEFAULT_SELECTOR, UniSparse
 from unisparse_flex.demo.model import MODEL_NAME, load_smollm2
-from unisparse_flex.demo.prompt import build_prompt
+from unisparse_flex.demo.recall import CapturedAttention
 from unisparse_flex.demo.texts import TextName
 from unisparse_flex.distributed import SequenceLayout
 from unisparse_flex.passes import communication, cost_model
 from unisparse_flex.passes.device_rates import RATES, DeviceRates
 from unisparse_flex.passes.prediction import CallShape, forecast_at
 
+from .captured import capture_calls
 from .tables import markdown
 
 OUTPUT = Path("bench/results/communication-simulated.json")
@@ -48,31 +47,6 @@ DENSITIES = (0.05, 0.1)
 NEEDED = (1.0, 0.5)
 # Bytes a second into one device: NVLink 4 within a node of eight, a 400 Gb/s link across nodes.
 NODE, NODE_RATE, NETWORK_RATE = 8, 450e9, 50e9
-
-
-class Needs(TorchFunctionMode):
-    """Which blocks every layer keeps, of calls that stay dense."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: dict[str, list[Tensor]] = {name: [] for name in SELECTORS}
-        self.density: dict[str, list[float]] = {name: [] for name in SELECTORS}
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            query, key = args[:2]
-            for name, selector in SELECTORS.items():
-                selection = selector.select(query, key, is_causal=True)
-                groups = selection.keep[0].unflatten(0, (key.shape[1], -1)).any(1)
-                self.kept[name].append(groups.cpu())
-                self.density[name].append(selection.density())
-        return func(*args, **(kwargs or {}))
 
 
 def needed_share(kept: Tensor, layout: SequenceLayout) -> float:
@@ -97,26 +71,29 @@ def measure() -> Iterator[dict[str, Any]]:
     """Needs of a real model, one row for each text, selector and number of ranks."""
     loaded = load_smollm2()
     for text in TEXTS:
-        prompt = build_prompt(
-            loaded.tokenizer, text=text, tokens=MEASURED_TOKENS, depth=0.35, seed=0
-        )
-        needs = Needs()
-        with torch.inference_mode(), needs:
-            ids = prompt.input_ids.to(loaded.device)
-            loaded.model(ids, use_cache=False, logits_to_keep=1)
-        for name in SELECTORS:
+        calls = capture_calls(loaded, text, MEASURED_TOKENS)
+        tokens = calls[0].query.shape[2]
+        for name, selector in SELECTORS.items():
+            kept, densities = zip(*(_kept(selector, call) for call in calls), strict=True)
             for ranks in MEASURED_RANKS:
-                layout = SequenceLayout(pieces=(ids.shape[1],), ranks=ranks)
-                shares = [needed_share(kept, layout) for kept in needs.kept[name]]
+                layout = SequenceLayout(pieces=(tokens,), ranks=ranks)
+                shares = [needed_share(each, layout) for each in kept]
                 yield {
                     "text": text,
                     "selector": name,
-                    "tokens": ids.shape[1],
+                    "tokens": tokens,
                     "ranks": ranks,
-                    "density": sum(needs.density[name]) / len(shares),
+                    "density": sum(densities) / len(shares),
                     "needed": sum(shares) / len(shares),
                     "needed_least_layer": min(shares),
                 }
+
+
+def _kept(selector: UniSparse, call: CapturedAttention) -> tuple[Tensor, float]:
+    """Blocks that some head of a key head's group keeps, [Hkv, N, N], and the density."""
+    selection = selector.select(call.query, call.key, is_causal=True)
+    groups = selection.keep[0].unflatten(0, (call.key.shape[1], -1)).any(1)
+    return groups.cpu(), selection.density()
 
 
 def simulate() -> Iterator[dict[str, Any]]:

@@ -8,22 +8,18 @@ python -m bench.expected_density [--output FILE]
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from unisparse_flex import DEFAULT_SELECTOR, UniSparse
 from unisparse_flex.demo.model import MODEL_NAME, load_smollm2
-from unisparse_flex.demo.prompt import build_prompt
 from unisparse_flex.demo.texts import TextName
 
+from .captured import capture_calls
 from .sweeps import defaults
 
 TEXTS: tuple[TextName, ...] = ("prose", "code")
@@ -35,28 +31,6 @@ SELECTORS: dict[str, list[Any]] = {
 }
 
 
-class Densities(TorchFunctionMode):
-    """Selects blocks for every attention call inside, at every setting, and leaves it dense."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[list[float]] = []
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            query, key = args[:2]
-            settings = itertools.chain(*SELECTORS.values())
-            selections = (selector.select(query, key, is_causal=True) for selector in settings)
-            self.calls.append([selection.density() for selection in selections])
-        return func(*args, **(kwargs or {}))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.expected_density", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("bench/results/density-smollm2.json"))
@@ -64,17 +38,16 @@ def main() -> None:
     loaded, rows = load_smollm2(), []
     for text in TEXTS:
         for tokens in LENGTHS:
-            prompt = build_prompt(loaded.tokenizer, text=text, tokens=tokens, depth=0.35, seed=0)
-            densities = Densities()
-            with torch.inference_mode(), densities:
-                ids = prompt.input_ids.to(loaded.device)
-                loaded.model(ids, use_cache=False, logits_to_keep=1)
-            means = iter(torch.tensor(densities.calls).mean(0).tolist())
+            calls = capture_calls(loaded, text, tokens)
             for name, settings in SELECTORS.items():
                 for selector in settings:
                     row = {"text": text, "tokens": tokens, "selector": name}
                     row |= {"top_p": selector.top_p, "threshold": selector.threshold}
-                    rows.append(row | {"density": next(means)})
+                    densities = [
+                        selector.select(call.query, call.key, is_causal=True).density()
+                        for call in calls
+                    ]
+                    rows.append(row | {"density": sum(densities) / len(densities)})
                     print(json.dumps(rows[-1]), flush=True)
     result = {
         "schema": 1,

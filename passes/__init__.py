@@ -24,7 +24,7 @@ from .rewrite import rewrite_sdpa
 from .sdpa import SdpaCall
 from .selected_attention import attend_selected
 from .sharding import HeadShard, is_dtensor, shard_selector
-from .sparse_attention import apply_autocast, call_geometry, select
+from .sparse_attention import apply_autocast, call_geometry, logit_scale, select
 
 __all__ = [
     "MULTIHEAD_TARGETS",
@@ -49,6 +49,7 @@ __all__ = [
     "is_dtensor",
     "is_traced",
     "is_watched",
+    "logit_scale",
     "lowered_sdpa",
     "marked_multihead",
     "marked_sdpa",

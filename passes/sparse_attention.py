@@ -57,7 +57,7 @@ def select(call: SdpaCall, config: SparseConfig) -> BlockSelection:
             call.query.detach(),
             call.key.detach(),
             geometry=geometry,
-            scale=_scale(call),
+            scale=logit_scale(call),
             attn_mask=None if call.attn_mask is None else _mask_4d(call.attn_mask),
         )
 
@@ -117,7 +117,7 @@ def attend_flex(
         call.value,
         score_mod,
         (*block_mask.as_tuple()[:-1], mask_mod),
-        _scale(call),
+        logit_scale(call),
         kernel_options(
             selection.geometry.block_size,
             backend=flex_backend(call, selection.geometry.block_size, backend),
@@ -194,7 +194,8 @@ def _rows_apart(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _scale(call: SdpaCall) -> float:
+def logit_scale(call: SdpaCall) -> float:
+    """The factor on the logits of a call: its own, or 1 / sqrt(D)."""
     return default_scale(call.query.shape[3]) if call.scale is None else call.scale
 
 

@@ -72,7 +72,6 @@ class SparseAttentionMode(TorchFunctionMode):
                 # Torch's own kernels for it stand in front of any operator.
                 return func(*args, **kwargs)
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-            query = args[0] if args else kwargs.get("query")
             if not isinstance(mask, CausalBias) and not is_dtensor(query):
                 # As it came: whatever a trace reads here is compared at every compiled call.
                 return torch.ops.unisparse.sdpa(*args, **kwargs, config=self.config)

