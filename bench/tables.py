@@ -171,18 +171,18 @@ def dense_table(result: Result, shape: str) -> str:
 def speedup_table(result: Result, shape: str, selector: str) -> str:
     """Speed-up over default SDPA and, in brackets, over the fastest dense kernel."""
     rows = [row for row in sparse_rows(result, shape, selector) if row.get("speedup")]
-    densities = sorted(_unique(row["density"] for row in rows), key=_density_order)
+    densities = sorted(_unique(row["density"] for row in rows), key=density_order)
     lines = []
     for tokens in sorted(_unique(row["tokens"] for row in rows)):
         own = {row["density"]: row for row in rows if row["tokens"] == tokens}
         lines.append([str(tokens), *(_speedup(own.get(density)) for density in densities)])
-    return markdown(["tokens", *(_percent(density) for density in densities)], lines)
+    return markdown(["tokens", *(percent(density) for density in densities)], lines)
 
 
 def selection_table(result: Result, shape: str) -> str:
     """Selection, attention and their sum, with selection's share."""
     rows = [row for row in sparse_rows(result, shape) if row.get("selection_ms")]
-    rows.sort(key=lambda r: (r["tokens"], _density_order(r["density"]), r["selector"]))
+    rows.sort(key=lambda r: (r["tokens"], density_order(r["density"]), r["selector"]))
     lines = []
     for row in rows:
         stages = row.get("selection_stages_ms") or {}
@@ -213,7 +213,7 @@ def backends_table(result: Result, shape: str) -> str:
             [
                 str(row["tokens"]),
                 row["selector"],
-                _percent(row["density"]),
+                percent(row["density"]),
                 row["backend"],
                 f"{ideal_ms / attention_ms:.2f}",
                 _number(row.get("total_ms")),
@@ -240,7 +240,7 @@ def prefill_table(result: Result) -> str:
             [
                 str(row["tokens"]),
                 row["variant"],
-                _percent(row["density_expected"]) if "density_expected" in row else "",
+                percent(row["density_expected"]) if "density_expected" in row else "",
                 _number(row.get("ms")),
                 f"{row['speedup']:.2f}x" if "speedup" in row else "",
                 "" if memory is None else f"{memory / 2**30:.1f}",
@@ -258,7 +258,7 @@ def decision_table(result: Result) -> str:
             str(row["queries"]),
             _rule(row["selector"]),
             row.get("decision", ""),
-            "" if row.get("density") is None else _percent(row["density"]),
+            "" if row.get("density") is None else percent(row["density"]),
             _number(row.get("dense_ms")),
             _number(row.get("optimized_ms")),
             f"{row['ratio']:.2f}" if "ratio" in row else "",
@@ -328,7 +328,7 @@ def _draw_shape(rows: list[Row], title: str, path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    densities = sorted(_unique(row["density"] for row in rows), key=_density_order)
+    densities = sorted(_unique(row["density"] for row in rows), key=density_order)
     for place, density in enumerate(densities):
         own = sorted((r for r in rows if r["density"] == density), key=lambda r: r["tokens"])
         style = {
@@ -336,7 +336,7 @@ def _draw_shape(rows: list[Row], title: str, path: Path) -> None:
             "marker": MARKERS[place % len(MARKERS)],
             "linestyle": DASHES[place % len(DASHES)],
             "markersize": 5,
-            "label": _percent(density),
+            "label": percent(density),
         }
         tokens = [row["tokens"] for row in own]
         left.plot(tokens, [row["speedup"] for row in own], **style)
@@ -371,11 +371,11 @@ def _unique(items: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(items))
 
 
-def _density_order(density: float | None) -> float:
+def density_order(density: float | None) -> float:
     return 2.0 if density is None else density
 
 
-def _percent(density: float | None) -> str:
+def percent(density: float | None) -> str:
     return "own top_p" if density is None else f"{100 * density:.3g}%"
 
 
