@@ -7,9 +7,9 @@ python -m bench.quality --model gemma3-270m --weights FILE.gguf --tokens 32768
 
 Each point reads the text once with a selector at one setting and compares the next-token
 distributions of the last tokens with the dense model's. Density is what that run kept. Recall and
-the share of selection in the time are those of a few layers' calls as the dense model makes them:
-recall the mean of them, the share that of the middle one (bench/selection_share.py says what is
-timed). Tasks are scored with the same settings.
+the share of selection in the time are those of a few layers' calls as the dense model makes them,
+on the first excerpt of each text: recall the mean of them, the share that of the middle one
+(bench/selection_share.py says what is timed). Tasks are scored with the same settings.
 """
 
 from __future__ import annotations
@@ -118,7 +118,16 @@ def _judges(
     seeds = [int(seed) for seed in options.seeds.split(",")]
     for text in filter(None, options.texts.split(",")):
         for seed in seeds:
-            reading = Reading.create(subject, clock, text, seed, options)
+            layers = options.recall_layers if seed == seeds[0] else 0
+            reading = Reading.create(
+                subject,
+                clock,
+                text,
+                seed,
+                tokens=options.tokens,
+                judged=options.judged,
+                recall_layers=layers,
+            )
             yield {"text": text, "seed": seed}, reading.judge
     if options.tasks:
         exam = Exam.create(
@@ -159,19 +168,25 @@ class Reading:
 
     @classmethod
     def create(
-        cls, subject: Subject, clock: ShareClock, text: Any, seed: int, options: Any
+        cls,
+        subject: Subject,
+        clock: ShareClock,
+        text: Any,
+        seed: int,
+        *,
+        tokens: int,
+        judged: int,
+        recall_layers: int,
     ) -> Reading:
-        """Reads exactly ``options.tokens`` tokens of an excerpt that ``seed`` picks."""
+        """Reads exactly ``tokens`` tokens of an excerpt that ``seed`` picks."""
         loaded = subject.loaded
-        characters = options.tokens * CHARACTERS_PER_TOKEN
+        characters = tokens * CHARACTERS_PER_TOKEN
         excerpt = draw_excerpt(load_text(text), characters=characters, seed=seed)
-        ids = loaded.tokenizer.encode(excerpt)[: options.tokens]
-        if len(ids) < options.tokens:
-            raise ValueError(
-                f"--tokens must be at most {len(ids)} for {text}, got {options.tokens}"
-            )
+        ids = loaded.tokenizer.encode(excerpt)[:tokens]
+        if len(ids) < tokens:
+            raise ValueError(f"--tokens must be at most {len(ids)} for {text}, got {tokens}")
         input_ids = torch.tensor([ids], device=loaded.device)
-        return cls(subject, clock, input_ids, options.judged, options.recall_layers)
+        return cls(subject, clock, input_ids, judged, recall_layers)
 
     def judge(self, selector: Selector) -> dict[str, Any]:
         """Density, KL and perplexity ratio of the text read with ``selector``.

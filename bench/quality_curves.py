@@ -24,8 +24,8 @@ class Point:
         density: Kept over causal blocks.
         kl: KL to the dense model, in nats.
         perplexity_ratio: Perplexity over the dense model's.
-        recall: Dense attention mass in kept blocks; ``None`` where an excerpt was not judged by it.
-        selection_share: Selection over selection and attention in time; ``None`` as above.
+        recall: Dense attention mass in kept blocks, of the excerpts judged by it; else ``None``.
+        selection_share: Selection over selection and attention in time, likewise.
         selection_by: What was timed as selection, as in `selection_share.Timed`; empty for nothing.
         excerpts: How many were read.
     """
@@ -86,4 +86,4 @@ def selectors_of(result: Result) -> list[str]:
 
 def _mean(values: Sequence[float | None]) -> float | None:
     given = [value for value in values if value is not None]
-    return mean(given) if len(given) == len(values) else None
+    return mean(given) if given else None

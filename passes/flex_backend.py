@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from .decision import needs_grad
-from .sdpa import SdpaCall
+from .sdpa import SdpaCall, is_symbolic
 
 # Up to this head_dim FlashAttention-4's tile on Hopper is a block of 128 queries and 128 keys; on
 # Blackwell it has 256 queries.
@@ -25,13 +25,14 @@ def flex_backend(call: SdpaCall, block_size: int, backend: str) -> str:
         backend: One of `config.BACKENDS`: ``"auto"`` takes FlashAttention-4 where it can.
 
     Returns:
-        ``"FLASH"`` or ``"AUTO"``.
+        ``"FLASH"`` or ``"TRITON"``; not ``"AUTO"``, which gives few queries to a decoding kernel
+        whose tile, all queries of a group, need not divide a block.
 
     Raises:
         NotImplementedError: ``backend`` is ``"flash"`` and it cannot run the call.
     """
     if backend == "triton":
-        return "AUTO"
+        return "TRITON"
     obstacle = flash_obstacle(call, block_size)
     if obstacle is None:
         return "FLASH"
@@ -39,7 +40,7 @@ def flex_backend(call: SdpaCall, block_size: int, backend: str) -> str:
         raise NotImplementedError(
             f"backend='flash' cannot run this call: {obstacle}; use backend='auto'"
         )
-    return "AUTO"
+    return "TRITON"
 
 
 def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
@@ -64,6 +65,9 @@ def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
         )
     if call.attn_mask is not None or call.mask:
         return "it is used without masks other than causal ones"
+    if is_symbolic(call.causal_offset()):
+        # It would be a captured number computed from lengths, which CuTe code cannot hold.
+        return "it needs a causal offset that is known when it is compiled, got one of the lengths"
     if needs_grad(call):
         return "its backward is not used for sparse blocks"
     return None

@@ -10,6 +10,16 @@ hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, deran
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
+# What torch and FlashAttention-4 say of themselves on every card of a kind.
+CUDA_WARNINGS = (
+    "ignore:TensorFloat32 tensor cores",
+    r"ignore:\s*Online softmax",
+    "ignore:The CUDA Graph is empty",
+    "ignore:TypedStorage is deprecated",
+    "ignore:.* is deprecated, use:DeprecationWarning",
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-coverage",
@@ -19,9 +29,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if not item.get_closest_marker("gpu"):
+            continue
+        if not torch.cuda.is_available():
             item.add_marker(skip)
+        for warning in CUDA_WARNINGS:
+            item.add_marker(pytest.mark.filterwarnings(warning))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from os import PathLike
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -12,6 +13,10 @@ from .block_masks import Selector
 from .calibration import Calibration
 from .interception import intercept, settings_of, split_fused_layers
 from .optimize import ModelT, optimize, restore, validate_model
+from .passes import SparseConfig
+
+if TYPE_CHECKING:
+    from .distributed import ContextParallel
 
 
 @contextmanager
@@ -22,6 +27,7 @@ def sparse(
     min_length: int | None = None,
     dense_layers: Collection[int] = (),
     backend: str = "auto",
+    context: ContextParallel | None = None,
 ) -> Iterator[ModelT]:
     """`optimize` for the length of a ``with`` block; use it to try settings, or to compare.
 
@@ -36,20 +42,33 @@ def sparse(
         min_length: As `optimize` takes it.
         dense_layers: As `optimize` takes it.
         backend: As `optimize` takes it.
+        context: As `optimize` takes it; to be named again where ``model`` has one.
 
     Yields:
         ``model``.
 
     Raises:
         TypeError: What `optimize` raises, with ``model`` left as it came.
-        ValueError: The same.
+        ValueError: The same, or ``model`` was optimized for tokens that ranks share and no
+            ``context`` is given.
         OSError: The same.
     """
     validate_model(model)
     before = _settings(model)
+    if context is None and any(SparseConfig.decode(config).context for config in before.values()):
+        raise ValueError(
+            "context must be given for a model that was optimized with one, got None: its ranks "
+            "would attend to their own tokens alone; pass the same ContextParallel, or restore the "
+            "model first"
+        )
     try:
         yield optimize(
-            model, selector, min_length=min_length, dense_layers=dense_layers, backend=backend
+            model,
+            selector,
+            min_length=min_length,
+            dense_layers=dense_layers,
+            backend=backend,
+            context=context,
         )
     finally:
         restore(model)

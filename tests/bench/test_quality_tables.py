@@ -126,8 +126,8 @@ def test_seeds_are_averaged_and_counted() -> None:
         "2",
         "`a(0.3)`",
     ]
-    # A mean over some of the excerpts would be compared with one over all of them.
-    assert cells(second)[4:7] == ["", "", "2"]
+    # Recall and the share are judged on the first excerpt of each text, and on no other.
+    assert cells(second)[4:7] == ["0.9000", "25% (kernels)", "2"]
 
 
 def test_scores_of_tasks_stand_beside_the_dense_ones() -> None:

@@ -24,6 +24,7 @@ from unisparse_flex import (
     explain,
     optimize,
     restore,
+    sparse,
 )
 from unisparse_flex.distributed import ContextParallel, context_parallel_attention
 from unisparse_flex.passes import Reason
@@ -99,6 +100,31 @@ def test_explain_has_a_record_for_each_run_of_rows(two: Ranks) -> None:
     assert [call[1] for call in second] == [96, 96]
     assert [call[4] for call in second] == [None, Reason.EXCLUDED]
     assert second[0][3] is not None
+
+
+def run_inside_sparse() -> tuple[float, float, str]:
+    """Errors inside a block that names the context and behind it; then what one without it says."""
+    context = ContextParallel(block_size=16)
+    x = embeddings(LENGTH)
+    model = create()
+    with torch.no_grad():
+        with sparse(model, FINE, min_length=0, context=context):
+            output = context.gather(model(context.shard(x, 1)), 1)
+        alone = optimize(create(), FINE, min_length=0)
+        inside, behind = difference(output, alone(x)), difference(model(x), create()(x))
+    optimize(model, FINE, min_length=0, context=context)
+    try:
+        with sparse(model, FINE):
+            return inside, behind, "no error"
+    except ValueError as error:
+        return inside, behind, str(error)
+
+
+def test_a_block_can_be_for_shared_tokens(two: Ranks) -> None:
+    for inside, behind, message in two.run(run_inside_sparse):
+        assert inside < 1e-5
+        assert behind < 1e-6
+        assert message.startswith("context must be given")
 
 
 def change_settings() -> tuple[float, float, float]:

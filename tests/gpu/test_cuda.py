@@ -16,12 +16,7 @@ from unisparse_flex import UniSparse, attention, explain, optimize, record_atten
 from unisparse_flex.block_masks import BlockGeometry
 from unisparse_flex.passes import Reason
 
-pytestmark = [
-    pytest.mark.gpu,
-    # Inductor's advice on every card of this kind.
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
-    pytest.mark.filterwarnings(r"ignore:\s*Online softmax"),
-]
+pytestmark = pytest.mark.gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KINDS = [(BF16, 64, 128), (FP16, 128, 64), (FP32, 64, 32), (BF16, 64, 16)]

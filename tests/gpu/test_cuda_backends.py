@@ -13,16 +13,7 @@ from unisparse_flex import attention, optimize
 from unisparse_flex.passes import flex_backend
 from unisparse_flex.passes.flex_backend import is_flash_installed
 
-pytestmark = [
-    pytest.mark.gpu,
-    # Inductor's advice on every card of this kind.
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
-    pytest.mark.filterwarnings(r"ignore:\s*Online softmax"),
-    # What torch and FlashAttention-4 say of themselves.
-    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
-    pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),
-    pytest.mark.filterwarnings("ignore:.* is deprecated, use:DeprecationWarning"),
-]
+pytestmark = pytest.mark.gpu
 
 needs_flash = pytest.mark.skipif(
     not is_flash_installed(), reason="FlashAttention-4 is not installed"

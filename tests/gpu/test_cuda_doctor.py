@@ -9,11 +9,7 @@ from unisparse_flex.block_masks.kernels import operator
 from unisparse_flex.doctor import Status, examine
 from unisparse_flex.doctor.compile_check import NAME
 
-pytestmark = [
-    pytest.mark.gpu,
-    # Inductor's advice on every card of this kind.
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def test_this_machine_has_no_problem_and_its_kernels_are_named() -> None:

@@ -22,11 +22,7 @@ from unisparse_flex.block_masks.scoring import default_scale
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-pytestmark = [
-    pytest.mark.gpu,
-    # Inductor's advice on every card of this kind.
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)

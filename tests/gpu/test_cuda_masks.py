@@ -15,11 +15,7 @@ from tests.api.reference import attend, rmse
 from tests.gpu.test_cuda import BF16, BLOCKS, assert_attends, on_cuda
 from unisparse_flex import UniSparse, optimize
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
-    pytest.mark.filterwarnings(r"ignore:\s*Online softmax"),
-]
+pytestmark = pytest.mark.gpu
 
 Mask = Callable[[Tensor, Tensor], Tensor]
 

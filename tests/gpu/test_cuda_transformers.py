@@ -22,11 +22,7 @@ EVERYTHING = UniSparse(block_size=32, top_p=1.0)
 # Kinds of layers, each compiled once.
 FAMILIES = {"Llama": 1, "Mistral": 1, "Gemma 3": 2}
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
-    pytest.mark.filterwarnings(r"ignore:\s*Online softmax"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def batch_of(side: str) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tests.api.models import SELECTOR, create, embeddings, qkv
 from unisparse_flex import attention, optimize
@@ -16,7 +18,7 @@ from unisparse_flex.passes.flex_backend import flash_obstacle
 
 
 def on_cuda(
-    heads: int = 4, length: int = 32768, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
+    heads: int = 4, length: Any = 32768, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
 ) -> Any:
     """What the decision reads of a tensor, as if it were on a GPU."""
     return SimpleNamespace(
@@ -46,7 +48,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_flash_where_it_can_run(hopper: None) -> None:
     assert flex_backend.flex_backend(call(), 128, "auto") == "FLASH"
     assert flex_backend.flex_backend(call(), 128, "flash") == "FLASH"
-    assert flex_backend.flex_backend(call(), 128, "triton") == "AUTO"
+    assert flex_backend.flex_backend(call(), 128, "triton") == "TRITON"
     for head_dim in (32, 64, 96):
         assert flash_obstacle(call(head_dim=head_dim, value_dim=head_dim, length=777), 128) is None
 
@@ -69,9 +71,29 @@ def test_what_flash_cannot_run_is_left_to_triton_and_named(
     obstacle = flash_obstacle(made, block_size)
     assert obstacle is not None
     assert reason in obstacle
-    assert flex_backend.flex_backend(made, block_size, "auto") == "AUTO"
+    assert flex_backend.flex_backend(made, block_size, "auto") == "TRITON"
     with pytest.raises(NotImplementedError, match="backend='flash' cannot run this call"):
         flex_backend.flex_backend(made, block_size, "flash")
+
+
+def test_an_offset_that_lengths_make_is_left_to_triton(hopper: None) -> None:
+    env = ShapeEnv()
+    lengths = [
+        env.create_symintnode(
+            env.create_symbol(
+                size, ConstantSource(f"length{size}"), dynamic_dim=DimDynamic.DYNAMIC
+            ),
+            hint=size,
+        )
+        for size in (1024, 4096)
+    ]
+    query, key = (on_cuda(length=length) for length in lengths)
+    upper = SdpaCall(query=query, key=key, value=key, is_causal=True)
+    assert flash_obstacle(upper, 128) is None
+    lower = SdpaCall(query=query, key=key, value=key, is_causal=True, causal_lower_right=True)
+    assert "causal offset" in (flash_obstacle(lower, 128) or "")
+    whole = SdpaCall(query=key, key=key, value=key, is_causal=True, causal_lower_right=True)
+    assert flash_obstacle(whole, 128) is None
 
 
 def test_flash_needs_its_package_and_its_architectures(
