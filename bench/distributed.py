@@ -20,6 +20,7 @@ import torch
 from unisparse_flex.passes.device_rates import device_name
 
 from . import communication, distributed_tables
+from .context_model import measure_context_model
 from .contenders import SETTINGS, create_selector
 from .context_parallel import measure_context
 from .prefill import SHAPE, SMALL
@@ -28,7 +29,11 @@ from .record import Record, guarded
 from .tables import fill
 from .tensor_parallel import measure_model
 
-PARTS = {"context_parallel": measure_context, "tensor_parallel": measure_model}
+PARTS = {
+    "context_parallel": measure_context,
+    "tensor_parallel": measure_model,
+    "context_model": measure_context_model,
+}
 # For starting, and for the row that is under way when the time is up.
 SPARE_SECONDS = 50.0
 
@@ -44,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--tokens", type=int, help="of the model's prompt")
     parser.add_argument("--layers", type=int, help="of the model: 32, or 2 with --small")
-    parser.add_argument("--context-tokens", type=int, help="of the layer that is context parallel")
+    parser.add_argument("--context-tokens", type=int, help="of a sequence that ranks share")
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--selector", choices=tuple(SETTINGS), default="two")
     parser.add_argument("--max-seconds", type=float, default=230.0, help="begins no row after it")
@@ -100,8 +105,8 @@ def work(rank: Rank, options: argparse.Namespace) -> None:
         ranks=rank.count,
         model={"layers": options.layers, **(SMALL if options.small else SHAPE)},
         selector=repr(create_selector(options.selector)),
-        statistic="one call after a first one, the slowest rank; rows with ranks 1 ran on one "
-        "device of the same host",
+        statistic="one call after a first one (of one layer, where tokens of a model are over "
+        "devices), the slowest rank; rows with ranks 1 ran on one device of the same host",
     )
     with torch.no_grad():
         for part in options.parts.split(","):

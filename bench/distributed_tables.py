@@ -21,6 +21,7 @@ COLUMNS = {
 TITLES = {
     "context_parallel": "Attention of one layer, tokens over devices",
     "tensor_parallel": "First token of the model, heads over devices",
+    "context_model": "First token of the model, tokens over devices",
 }
 
 
@@ -41,6 +42,7 @@ def describe(result: Mapping[str, Any], name: str) -> str:
             lines = [_cells(row, timed) for row in timed]
             parts += [f"### {title}", markdown(tuple(COLUMNS.values()), lines)]
         parts += [_selection(row) for row in rows if row.get("variant") == "selection"]
+        parts += [_logits(row) for row in rows if row.get("variant") == "logits"]
         parts += [
             f"{row.get('variant', part)} on {row.get('ranks')}: {'; '.join(row['errors'].values())}"
             for row in rows
@@ -87,3 +89,17 @@ def _selection(row: Mapping[str, Any]) -> str:
     if "output_relative_error" in row:
         text += f"; relative error of the output {row['output_relative_error']:.1e}"
     return text + "."
+
+
+def _logits(row: Mapping[str, Any]) -> str:
+    errors = [
+        f"{variant} {row[name]:.1e}"
+        for variant in ("sparse", "dense")
+        if (name := f"{variant}_logits_relative_error") in row
+    ]
+    if not errors:
+        return "The logits were not compared."
+    return (
+        f"Relative error of the last token's logits against one device at {row['tokens']} tokens: "
+        f"{', '.join(errors)}."
+    )

@@ -28,8 +28,9 @@ def describe_mask(expr: Bool) -> str:
     names: dict[str, None] = {}
     for part in parts:
         names[_describe(part, bounds)] = None
-    order = ["causal"]
-    return ", ".join(sorted(names, key=lambda name: name not in order))
+    # In one order, whatever the order of a model's own conjunction.
+    last = ("causal by position",)
+    return ", ".join(sorted(names, key=lambda name: (name != "causal", name in last)))
 
 
 def _describe(part: Bool, offsets: list[Affine]) -> str:

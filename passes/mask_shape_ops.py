@@ -46,12 +46,14 @@ def _transpose(lifter: Lifter, node: fx.Node) -> Any:
     return _moved(lifter, node, places)
 
 
-@handles("getattr")
+@handles("getattr", "numpy_T", "mT", "matrix_H", "mH")
 def _attribute(lifter: Lifter, node: fx.Node) -> Any:
+    """``x.T`` and its relatives: an attribute, or from torch 2.14 on an operator."""
     rank = tensor_of(node).dim()
-    if node.args[1] not in ("T", "mT", "H", "mH") or rank < 2:
+    name = node.args[1] if operation(node) == "getattr" else operation(node)
+    whole = name in ("T", "H", "numpy_T", "matrix_H")
+    if not (whole or name in ("mT", "mH")) or rank < 2:
         raise NotUnderstood
-    whole = node.args[1] in ("T", "H")
     last_two = [*range(rank - 2), rank - 1, rank - 2]
     return _moved(lifter, node, list(range(rank))[::-1] if whole else last_two)
 

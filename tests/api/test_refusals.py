@@ -121,7 +121,8 @@ def with_compiled(model: nn.Module, name: str = "") -> nn.Module:
     return model
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+# torch.jit is deprecated, from torch 2.14 on as a FutureWarning.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
 def test_a_scripted_module_is_refused() -> None:
     with pytest.raises(TypeError, match="must be a module in Python, got the graph"):
         optimize(torch.jit.script(nn.Linear(2, 2)))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,11 +15,11 @@ from bench.distributed import describe, main
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-def test_two_ranks_leave_a_record_of_every_row(tmp_path: Path) -> None:
-    output = tmp_path / "rows.json"
+def measure(parts: str, folder: Path) -> list[dict[str, Any]]:
+    """The rows of two ranks on the CPU."""
+    output = folder / "rows.json"
     command = [sys.executable, "-m", "bench.distributed", "--small", "--ranks", "2"]
-    command += ["--backend", "gloo", "--parts", "context_parallel", "--context-tokens", "1100"]
+    command += ["--backend", "gloo", "--parts", parts, "--context-tokens", "1100"]
     done = subprocess.run(
         [*command, "--output", str(output)],
         cwd=ROOT,
@@ -27,8 +28,13 @@ def test_two_ranks_leave_a_record_of_every_row(tmp_path: Path) -> None:
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    record = json.loads(output.read_text())
-    rows = {(row["variant"], row["ranks"]): row for row in record["rows"]}
+    rows: list[dict[str, Any]] = json.loads(output.read_text())["rows"]
+    return rows
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_a_record_of_every_row(tmp_path: Path) -> None:
+    rows = {(row["variant"], row["ranks"]): row for row in measure("context_parallel", tmp_path)}
     assert list(rows) == [
         ("selection", 2),
         *(("sparse", 1), ("dense", 1), ("sparse", 2), ("dense", 2), ("dense_ring", 2)),
@@ -39,6 +45,20 @@ def test_two_ranks_leave_a_record_of_every_row(tmp_path: Path) -> None:
     # PyTorch has no ring on the CPU: its error is in the row, and the others are there.
     assert "errors" in rows["dense_ring", 2]
     assert all(rows[key]["ms"] > 0 for key in rows if key[0] in ("sparse", "dense"))
+
+
+@pytest.mark.slow
+def test_a_model_over_shared_tokens_is_compared_and_timed(tmp_path: Path) -> None:
+    logits, sparse, dense = measure("context_model", tmp_path)
+    assert logits["tokens"] == 1100
+    assert logits["sparse_logits_relative_error"] < 1e-5
+    assert logits["dense_logits_relative_error"] < 1e-5
+    assert (sparse["variant"], dense["variant"]) == ("sparse", "dense")
+    assert dense["sparse_speedup_over_this"] == dense["ms"] / sparse["ms"]
+    # Both are all of the layers, and exchange keys and values in each.
+    for row in (sparse, dense):
+        assert row["layers"] == 2
+        assert row["bytes_received_per_rank"] > 2 * 2 * 1100 / 2 * 2 * 16 * 4
 
 
 def test_tables_name_the_best_dense_and_what_failed() -> None:
@@ -58,6 +78,8 @@ def test_tables_name_the_best_dense_and_what_failed() -> None:
             {**common, "variant": "dense", "ms": 50.0, "peak_bytes": 2**30},
             {**common, "variant": "dense_ring", "ms": 40.0},
             {**common, "variant": "dense_other", "errors": {"attention": "E: no"}},
+            {**common, "part": "context_model", "variant": "logits"}
+            | {"sparse_logits_relative_error": 0.002},
         ],
     }
     text = describe(result, "file.json")
@@ -66,6 +88,7 @@ def test_tables_name_the_best_dense_and_what_failed() -> None:
     assert "| dense | 2 | 4096 | 50 |  |  |  | 1 |" in text
     assert "0 of 64 blocks differ; relative error of the output 1.0e-03." in text
     assert "dense_other on 2: E: no" in text
+    assert "logits against one device at 4096 tokens: sparse 2.0e-03." in text
 
 
 def test_more_ranks_than_devices_are_refused() -> None:
