@@ -20,8 +20,8 @@ import torch
 from unisparse_flex.passes.device_rates import device_name
 
 from . import communication, distributed_tables
-from .context_model import measure_context_model
 from .contenders import SETTINGS, create_selector
+from .context_model import measure_context_model
 from .context_parallel import measure_context
 from .prefill import SHAPE, SMALL
 from .ranks import Rank, start_ranks

@@ -8,6 +8,10 @@ from typing import Any
 from .quality_curves import Result, curve, selectors_of, texts_of
 from .tables import COLORS, DASHES, MARKERS
 
+# One more of each than lines that are compared with the oracle, whose own is black.
+LINE_COLORS = (*COLORS, "#777777")
+LINE_MARKERS = (*MARKERS, "X", "*")
+
 # What is drawn against density, a row of panels each, where the file holds it.
 MEASURES = {"kl": "KL to dense", "recall": "recall", "selection_share": "selection's share of time"}
 
@@ -51,15 +55,18 @@ def draw(result: Result, path: Path, *, emphasized: str) -> None:
 
 
 def _draw_panel(axes: Any, result: Result, text: str, measure: str, emphasized: str) -> None:
-    for place, selector in enumerate(selectors_of(result)):
+    selectors = selectors_of(result)
+    others = [selector for selector in selectors if selector != "oracle"]
+    colors = {name: LINE_COLORS[i % len(LINE_COLORS)] for i, name in enumerate(others)}
+    for place, selector in enumerate(selectors):
         found = [(p.density, getattr(p, measure)) for p in curve(result, selector, text)]
         points = [(x, y) for x, y in found if y is not None and (y > 0 or measure != "kl")]
         axes.plot(
             [x for x, _ in points],
             [y for _, y in points],
-            color="#000000" if selector == "oracle" else COLORS[place % len(COLORS)],
-            marker=MARKERS[place % len(MARKERS)],
-            linestyle=DASHES[(place + place // len(COLORS)) % len(DASHES)],
+            color=colors.get(selector, "#000000"),
+            marker=LINE_MARKERS[place % len(LINE_MARKERS)],
+            linestyle=DASHES[(place + place // len(DASHES)) % len(DASHES)],
             linewidth=2.4 if selector == emphasized else 1.2,
             markersize=4,
             label=selector,

@@ -1,15 +1,17 @@
 """Curves and tables from the files of `bench.quality`.
 
 python -m bench.quality_tables [FILE ...] [--plots docs]
-python -m bench.quality_tables --page docs/selectors.md
+python -m bench.quality_tables --page docs/quality.md
 
 Without files, those in bench/results. Tables go to the screen, plots into a folder as PNG; or the
-tables of a page are written anew, as `bench.tables` does.
+tables of a page are written anew, as `bench.tables` does: those of one file, or a summary of
+several.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import shlex
 from collections.abc import Sequence
@@ -27,13 +29,11 @@ from .quality_curves import (
     texts_of,
 )
 from .quality_plots import draw
+from .quality_summary import OURS, RIVALS, join, summary_table
 from .tables import FOLDER, fill, markdown
 
-OURS = "unisparse-default"
-# Whose density ours is compared with, at equal KL.
-RIVALS = ("unisparse-paper", "xattention", "oracle")
 # The densities of a rival at which the comparison is made.
-DENSITIES = (0.2, 0.3, 0.4, 0.5)
+DENSITIES = (0.15, 0.2, 0.3, 0.4, 0.5)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, help="writes the tables of this page, and no plots")
     options = parser.parse_args(arguments)
     if options.page is not None:
-        options.page.write_text(fill(options.page.read_text(), describe))
+        options.page.write_text(fill(options.page.read_text(), describe, join))
         return
     files = options.files or sorted(FOLDER.glob("quality-*.json"))
     if not files:
@@ -63,7 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def describe(result: Result, name: str) -> str:
-    """Every table of one file."""
+    """Every table of one file, or the summary of several."""
+    if "results" in result:
+        return summary_table(result["results"]) + "\n"
     head = [
         f"{name}: {result['model']}, {result['tokens']} tokens, the last {result['judged']} of "
         f"them judged, {result['dtype']}, {result['device']}",
@@ -73,7 +75,7 @@ def describe(result: Result, name: str) -> str:
         head.append(f"Stopped: {result['stopped']}.")
     tables = [("Density that gives the same KL", equal_kl_table(result))]
     tables += [(f"Curves on {text}", curves_table(result, text)) for text in texts_of(result)]
-    tables.append(("Tasks", tasks_table(result)))
+    tables += [("Tasks", tasks_table(result)), ("Settings", settings_table(result))]
     parts = [part for title, table in tables if table for part in (f"### {title}", table)]
     return "\n\n".join([*head, *parts]) + "\n"
 
@@ -98,6 +100,7 @@ def equal_kl_table(result: Result) -> str:
 
 def curves_table(result: Result, text: str) -> str:
     """Every point: quality, recall, and selection's share of the time with what was timed."""
+    varying = varying_settings(result)
     lines = [
         [
             selector,
@@ -107,7 +110,7 @@ def curves_table(result: Result, text: str) -> str:
             "" if point.recall is None else f"{point.recall:.4f}",
             _share(point),
             str(point.excerpts),
-            f"`{point.parameters}`",
+            f"`{varying[point.parameters]}`",
         ]
         for selector in selectors_of(result)
         for point in curve(result, selector, text)
@@ -125,6 +128,7 @@ def tasks_table(result: Result) -> str:
     if not settings:
         return ""
     every = [row for rows in settings.values() for row in rows]
+    varying = varying_settings(result)
     names = list(dict.fromkeys(name for row in every for name in row["task_scores"]))
     # The same samples for every selector; a file that was stopped may hold fewer for the last.
     most = max(settings.values(), key=len)
@@ -134,9 +138,52 @@ def tasks_table(result: Result) -> str:
         own, ratios = _scores(rows, "task_scores", names), _scores(rows, "dense_scores", names)
         cells = [_of_dense(score, base) for score, base in zip(own, ratios, strict=True)]
         density = _density_on_texts(result, selector, parameters)
-        lines.append([selector, density, _samples(rows), *cells, f"`{parameters}`"])
+        lines.append([selector, density, _samples(rows), *cells, f"`{varying[parameters]}`"])
     head = ["selector", "density on the texts", "samples of a task", *names]
     return markdown([*head, "mean", "setting"], lines)
+
+
+def settings_table(result: Result) -> str:
+    """What all points of a selector have in common."""
+    lines = []
+    for selector, settings in _settings(result).items():
+        calls = [_keywords(setting) for setting in settings]
+        name, first = calls[0]
+        common = [(k, v) for k, v in first.items() if all(c.get(k) == v for _, c in calls)]
+        if first:
+            lines.append([selector, f"`{name}({', '.join(f'{k}={v}' for k, v in common)})`"])
+    return markdown(["selector", "of all its points"], lines) if lines else ""
+
+
+def varying_settings(result: Result) -> dict[str, str]:
+    """For every setting of a file, what tells it from the others of its selector."""
+    short: dict[str, str] = {}
+    for settings in _settings(result).values():
+        calls = [_keywords(setting)[1] for setting in settings]
+        for setting, own in zip(settings, calls, strict=True):
+            parts = [f"{k}={v}" for k, v in own.items() if any(c.get(k) != v for c in calls)]
+            short[setting] = ", ".join(parts) or setting
+    return short
+
+
+def _settings(result: Result) -> dict[str, list[str]]:
+    """The settings of every selector that was measured."""
+    found: dict[str, dict[str, None]] = {}
+    for row in result["rows"]:
+        if "kl" in row or "task_scores" in row:
+            found.setdefault(row["selector"], {})[row["parameters"]] = None
+    return {selector: list(settings) for selector, settings in found.items()}
+
+
+def _keywords(setting: str) -> tuple[str, dict[str, str]]:
+    """The name and the keyword arguments of a selector's ``repr``; none of anything else."""
+    try:
+        call = ast.parse(setting, mode="eval").body
+    except SyntaxError:
+        return setting, {}
+    if not isinstance(call, ast.Call):
+        return setting, {}
+    return ast.unparse(call.func), {str(k.arg): ast.unparse(k.value) for k in call.keywords}
 
 
 def _scores(rows: Sequence[Row], kind: str, names: Sequence[str]) -> list[float]:

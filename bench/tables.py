@@ -66,13 +66,20 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"plotted {plot}\n")
 
 
-def fill(page: str, describe: Callable[[Result, str], str]) -> str:
-    """The page with what ``describe`` says of the named files of `FOLDER` written anew."""
+def fill(
+    page: str,
+    describe: Callable[[Result, str], str],
+    combine: Callable[[Sequence[Result]], Any] | None = None,
+) -> str:
+    """The page with what ``describe`` says of the named files of `FOLDER` written anew.
+
+    Several files of one section are made one by ``combine``, `join` by default.
+    """
 
     def tables_of(match: re.Match[str]) -> str:
         names = match["names"].split()
         results = [json.loads((FOLDER / name).read_text()) for name in names]
-        text = describe(join(results), ", ".join(names))
+        text = describe((combine or join)(results), ", ".join(names))
         return f"{match['start']}\n\n{text}\n{match['end']}"
 
     return re.sub(SECTION, tables_of, page, flags=re.DOTALL)

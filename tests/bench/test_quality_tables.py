@@ -13,6 +13,7 @@ import pytest
 from bench import quality_curves as curves
 from bench import quality_tables as tables
 from bench.quality_plots import draw
+from bench.quality_summary import HEAD, OURS, join, summary_table
 from bench.tables import FOLDER, fill
 from unisparse_flex import DEFAULT_SELECTOR, UniSparse
 
@@ -36,7 +37,7 @@ def make_result() -> dict[str, Any]:
     rows: list[Any] = []
     for density in (0.2, 0.4, 0.6):
         kl = math.exp(-10 * density)
-        rows += [row("unisparse-paper", density, kl), row(tables.OURS, density / 2, kl)]
+        rows += [row("unisparse-paper", density, kl), row(OURS, density / 2, kl)]
     return {
         "model": "a-model",
         "tokens": 512,
@@ -98,6 +99,7 @@ def test_ours_is_compared_at_the_divergence_of_the_rival() -> None:
     assert cells(line) == [
         "prose",
         "unisparse-paper",
+        "",
         "0.50 (KL 0.1353)",
         "0.50 (KL 0.0498)",
         "0.50 (KL 0.0183)",
@@ -133,7 +135,7 @@ def test_seeds_are_averaged_and_counted() -> None:
 def test_scores_of_tasks_stand_beside_the_dense_ones() -> None:
     result = make_result()
     result["rows"] += [
-        scores(tables.OURS, f"{tables.OURS}(0.1)", vt=(0.6, 0.75), cwe=(0.0, 0.0)),
+        scores(OURS, f"{OURS}(0.1)", vt=(0.6, 0.75), cwe=(0.0, 0.0)),
         scores("oracle", "unread", vt=(0.75, 0.75), cwe=(0.2, 0.0)),
     ]
     head, _, *lines = tables.tasks_table(result).splitlines()
@@ -148,9 +150,9 @@ def test_scores_of_tasks_stand_beside_the_dense_ones() -> None:
     ]
     dense, ours, oracle = map(cells, lines)
     assert dense == ["dense", "", "20", "0.750", "0.000", "0.375", ""]
-    setting = f"`{tables.OURS}(0.1)`"
+    setting = f"`{OURS}(0.1)`"
     mean = "0.300 (0.80)"
-    assert ours == [tables.OURS, "0.100", "20", "0.600 (0.80)", "0.000", mean, setting]
+    assert ours == [OURS, "0.100", "20", "0.600 (0.80)", "0.000", mean, setting]
     assert oracle == ["oracle", "", "20", "0.750 (1.00)", "0.200", "0.475 (1.27)", "`unread`"]
     result["rows"].append(scores("oracle", "unread", vt=(0.25, 0.25), cwe=(0.4, 0.0)))
     *_, oracle = map(cells, tables.tasks_table(result).splitlines())
@@ -163,7 +165,7 @@ def test_a_file_becomes_tables_and_a_plot(
     pytest.importorskip("matplotlib")
     path = tmp_path / "quality-x.json"
     result = make_result()
-    result["rows"].append(scores(tables.OURS, "x", vt=(0.5, 0.75)))
+    result["rows"].append(scores(OURS, "x", vt=(0.5, 0.75)))
     path.write_text(json.dumps(result))
     tables.main([str(path), "--plots", str(tmp_path / "plots")])
     printed = capsys.readouterr().out
@@ -198,7 +200,7 @@ def test_recall_and_selection_have_panels_where_they_were_measured(
     for place, entry in enumerate(row for row in measured["rows"] if "kl" in row):
         entry |= {"recall": 0.9, "selection_share": place / 10, "selection_by": "PyTorch"}
     for result in (plain, measured):
-        draw(result, tmp_path / "plot.png", emphasized=tables.OURS)
+        draw(result, tmp_path / "plot.png", emphasized=OURS)
     labels = [[axes.get_ylabel() for axes in one.axes] for one in drawn]
     assert labels == [["KL to dense"], ["KL to dense", "recall", "selection's share of time"]]
     shares = drawn[1].axes[2].get_lines()
@@ -206,11 +208,40 @@ def test_recall_and_selection_have_panels_where_they_were_measured(
     assert found == [[0.0, 0.2, 0.4], [0.1, 0.3, 0.5]]
 
 
-def test_the_page_of_selectors_holds_what_the_files_say() -> None:
-    page = (ROOT / "docs/selectors.md").read_text()
+def test_the_summary_compares_at_the_kl_of_one_setting() -> None:
+    result = make_result()
+    result["rows"][-1] = row("oracle", 0.1, math.exp(-4))
+    result["rows"].append(row("oracle", 0.3, math.exp(-8)))
+    [line] = summary_table([result], selector=f"{OURS}(0.2)").splitlines()[2:]
+    found = dict(zip(HEAD, cells(line), strict=True))
+    assert found["density"] == "0.200"
+    assert found["KL"] == f"{math.exp(-4):.4f}"
+    # The paper's curve has this KL at .4, the oracle's at .1; at .2 the oracle's is e**-6.
+    assert found["of unisparse-paper's density"] == "0.50"
+    assert found["of oracle's density"] == "2.00"
+    assert found["of xattention's density"] == ""
+    assert found["of the oracle's KL"] == f"{math.exp(2):.2f}"
+
+
+def test_settings_are_told_apart_by_what_differs() -> None:
+    few, many = UniSparse(top_p=0.7), UniSparse(top_p=0.9)
+    result = make_result()
+    result["rows"] = [
+        row("paper", 0.2, 0.1) | {"parameters": repr(few)},
+        row("paper", 0.3, 0.05) | {"parameters": repr(many)},
+    ]
+    assert tables.varying_settings(result) == {repr(few): "top_p=0.7", repr(many): "top_p=0.9"}
+    [line] = tables.settings_table(result).splitlines()[2:]
+    common = cells(line)[1].strip("`")
+    assert eval(common.replace(")", ", top_p=0.7)"), {"UniSparse": UniSparse}) == few
+    assert "top_p" not in common
+
+
+def test_the_page_of_quality_holds_what_the_files_say() -> None:
+    page = (ROOT / "docs/quality.md").read_text()
     named = re.findall(r"<!-- tables of (\S+) -->", page)
     assert sorted(named) == sorted(path.name for path in FOLDER.glob("quality-*.json"))
-    assert fill(page, tables.describe) == page
+    assert fill(page, tables.describe, join) == page
 
 
 def test_the_page_shows_the_default_as_it_is() -> None:

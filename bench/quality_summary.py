@@ -1,0 +1,60 @@
+"""The default at its own setting, over models and lengths: one line for each text of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from unisparse_flex import DEFAULT_SELECTOR
+
+from .quality_curves import Point, Result, curve, density_at, kl_at, texts_of
+from .tables import markdown
+
+OURS = "unisparse-default"
+# Whose density ours is compared with, at equal KL.
+RIVALS = ("unisparse-paper", "xattention", "oracle")
+HEAD = (
+    *("model", "tokens", "text", "excerpts", "density", "KL", "perplexity ratio"),
+    *(f"of {rival}'s density" for rival in RIVALS),
+    "of the oracle's KL",
+)
+
+
+def join(results: Sequence[Result]) -> Mapping[str, Any]:
+    """A section's files: one as it is, several for `summary_table`."""
+    return results[0] if len(results) == 1 else {"results": list(results)}
+
+
+def summary_table(results: Sequence[Result], selector: str | None = None) -> str:
+    """What the default keeps and costs, and what others need for the same KL.
+
+    Args:
+        results: Files of `bench.quality`, in the order of the lines.
+        selector: The setting that is looked for; that of `DEFAULT_SELECTOR` by default.
+    """
+    wanted = repr(DEFAULT_SELECTOR) if selector is None else selector
+    lines = []
+    for result in results:
+        for text in texts_of(result):
+            points = [p for p in curve(result, OURS, text) if p.parameters == wanted]
+            lines += [_line(result, text, point) for point in points]
+    return markdown(HEAD, lines)
+
+
+def _line(result: Result, text: str, own: Point) -> list[str]:
+    shares = []
+    for rival in RIVALS:
+        other = density_at(curve(result, rival, text), own.kl)
+        shares.append("" if other is None else f"{own.density / other:.2f}")
+    kl = kl_at(curve(result, "oracle", text), own.density)
+    return [
+        result["model"],
+        str(result["tokens"]),
+        text,
+        str(own.excerpts),
+        f"{own.density:.3f}",
+        f"{own.kl:.4f}",
+        f"{own.perplexity_ratio:.4f}",
+        *shares,
+        "" if not kl else f"{own.kl / kl:.2f}",
+    ]
