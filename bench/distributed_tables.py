@@ -81,9 +81,11 @@ def _selection(row: Mapping[str, Any]) -> str:
     compared = row.get("compared_blocks", row.get("compared_blocks_per_layer"))
     if compared is None:
         return "The selections were not compared."
-    each = "" if "compared_blocks" in row else " a layer"
-    text = f"Against one device at {row['tokens']} tokens: {row['differing_blocks']} of {compared} "
-    text += f"blocks{each} differ"
+    text = f"Against one device at {row['tokens']} tokens: {row['differing_blocks']} "
+    if "compared_blocks" in row:
+        text += f"of {compared} blocks differ"
+    else:
+        text += f"blocks differ in all layers together, of {compared} in each"
     if "differing_blocks_first_layer" in row:
         text += f", {row['differing_blocks_first_layer']} of them in the first layer"
     if "output_relative_error" in row:
