@@ -14,9 +14,8 @@ OURS = "unisparse-default"
 # Whose density ours is compared with, at equal KL.
 RIVALS = ("unisparse-paper", "xattention", "oracle")
 HEAD = (
-    *("model", "tokens", "text", "excerpts", "density", "KL", "perplexity ratio"),
-    *(f"of {rival}'s density" for rival in RIVALS),
-    "of the oracle's KL",
+    *("model, tokens, text (excerpts)", "density", "KL", "perplexity ratio"),
+    *("of the paper's density", "of xattention's", "of the oracle's (of its KL)"),
 )
 
 
@@ -47,14 +46,11 @@ def _line(result: Result, text: str, own: Point) -> list[str]:
         other = density_at(curve(result, rival, text), own.kl)
         shares.append("" if other is None else f"{own.density / other:.2f}")
     kl = kl_at(curve(result, "oracle", text), own.density)
+    shares[-1] += f" ({own.kl / kl:.2f})" if kl else ""
     return [
-        result["model"],
-        str(result["tokens"]),
-        text,
-        str(own.excerpts),
+        f"{result['model']}, {result['tokens']}, {text} ({own.excerpts})",
         f"{own.density:.3f}",
         f"{own.kl:.4f}",
         f"{own.perplexity_ratio:.4f}",
         *shares,
-        "" if not kl else f"{own.kl / kl:.2f}",
     ]
