@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from unisparse_flex.demo.model import LoadedModel, default_device, load_smollm2
+from unisparse_flex.demo.model import LoadedModel, load_smollm2
+from unisparse_flex.doctor.backends import default_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

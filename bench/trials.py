@@ -21,8 +21,6 @@ from unisparse_flex.block_masks.scoring import compute_mean_scores
 from unisparse_flex.block_masks.selection import (
     Threshold,
     TopPOrThreshold,
-    per_query_head,
-    select_blocks,
 )
 from unisparse_flex.block_masks.selectors.base import Guarded
 from unisparse_flex.block_masks.selectors.unisparse import default_top_p
@@ -146,15 +144,8 @@ class Trial(Guarded, Selector):
             attn_mask=attn_mask,
             mask=mask,
         )
-        keep, visible = select_blocks(
-            scores,
-            rule=RULES[self.rule](self.value),
-            guards=self.guards,
-            geometry=geometry,
-            mask=mask,
-        )
-        keep = per_query_head(keep, visible, query.shape[1])
-        return BlockSelection(keep=keep, visible=visible, geometry=geometry)
+        rule = RULES[self.rule](self.value)
+        return self.select_by(rule, scores, geometry=geometry, q_heads=query.shape[1], mask=mask)
 
 
 # Composite queries and keys, and single rows.

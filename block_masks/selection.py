@@ -291,7 +291,7 @@ def per_query_head(keep: Tensor, visible: Tensor, q_heads: int) -> Tensor:
     Returns:
         bool [B, 1 or Hq, Nq, Nk].
     """
-    if max(keep.shape[1], visible.shape[1]) == 1:
+    if keep.shape[1] == q_heads or max(keep.shape[1], visible.shape[1]) == 1:
         return keep
     return keep.repeat_interleave(q_heads // keep.shape[1], dim=1) & visible
 

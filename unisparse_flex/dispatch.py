@@ -6,8 +6,10 @@ but ``aten::scaled_dot_product_attention`` and the marker, which have kernels th
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -70,6 +72,7 @@ class _Key:
         if self.key is None or torch._C._dispatch_has_backend_fallback(self.key):
             raise RuntimeError(f"the dispatch key {KEY_NAME} is missing or taken")
         self.keys = torch._C.DispatchKeySet(self.key)
+        self._takes_reference = _stash_takes_reference()
         self._pass_higher_order_operators()
         self.libraries = [torch.library.Library(name, "IMPL", KEY_NAME) for name in _KERNELS]
         for library, (operator, kernel) in zip(self.libraries, _KERNELS.values(), strict=True):
@@ -84,6 +87,12 @@ class _Key:
         for operator in torch._ops._higher_order_ops.values():
             operator.fallthrough(self.key)
 
+    def stash(self, scope: Scope | None) -> None:
+        """Sets what the key does in this thread."""
+        if not self._takes_reference:
+            _increase_references(scope)
+        torch._C._stash_obj_in_tls(SCOPE_NAME, scope)
+
     def scope(self) -> Scope | None:
         """What the key does in this thread now."""
         if not torch._C._dispatch_tls_is_dispatch_key_included(self.key):
@@ -97,6 +106,23 @@ class _Key:
 
     def off(self) -> AbstractContextManager[None]:
         return torch._C._ExcludeDispatchKeyGuard(self.keys)
+
+
+_increase_references = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_IncRef", ctypes.pythonapi))
+
+
+def _stash_takes_reference() -> bool:
+    """Whether torch's thread-local store counts the reference that it later drops.
+
+    torch 2.11 does not: what is stashed again and again would be freed while it is in use.
+    """
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls(SCOPE_NAME, probe)
+    takes = sys.getrefcount(probe) > before
+    if not takes:
+        _increase_references(probe)
+    return takes
 
 
 @cache
@@ -147,12 +173,12 @@ def catch_attention(config: str) -> Iterator[None]:
     outer, outer_config = _key.scope(), in_force.config
     scope = Scope.create(config)
     try:
-        torch._C._stash_obj_in_tls(SCOPE_NAME, scope)
+        _key.stash(scope)
         in_force.config = config
         with torch._C._IncludeDispatchKeyGuard(_key.key):
             yield
     finally:
-        torch._C._stash_obj_in_tls(SCOPE_NAME, outer)
+        _key.stash(outer)
         in_force.config = outer_config
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
 from ..granularity import CompositeKeys, pool_tokens
+from ..mask_summary import MaskSummary
 from ..scoring import default_scale
-from ..selection import Guards
+from ..selection import Guards, SelectionRule, per_query_head, select_blocks
 from ..selection_cost import SelectionCost
 from ..validation import (
     validate_attn_mask,
@@ -228,6 +229,30 @@ class Guarded:
             local_blocks=self.local_blocks,
             last_query_blocks=self.last_query_blocks,
         )
+
+    def select_by(
+        self,
+        rule: SelectionRule,
+        scores: Tensor,
+        *,
+        geometry: BlockGeometry,
+        q_heads: int,
+        mask: MaskSummary | None = None,
+    ) -> BlockSelection:
+        """What a rule and the guards keep.
+
+        Args:
+            rule: Which blocks a row keeps.
+            scores: float [B, Hs, Nq, Nk]; Hs divides Hq.
+            geometry: The block grid.
+            q_heads: Hq.
+            mask: Summary of the call's ``attn_mask``.
+        """
+        keep, visible = select_blocks(
+            scores, rule=rule, guards=self.guards, geometry=geometry, mask=mask
+        )
+        keep = per_query_head(keep, visible, q_heads)
+        return BlockSelection(keep=keep, visible=visible, geometry=geometry)
 
 
 def _make(cls: type[Selector], values: dict[str, Any]) -> Selector:

@@ -15,7 +15,7 @@ from ..geometry import BlockGeometry
 from ..granularity import CompositeKeys
 from ..mask_summary import summarize
 from ..scoring import compute_pooled_key_scores
-from ..selection import RowMax, select_blocks
+from ..selection import RowMax
 from ..selection_cost import SelectionCost
 from ..validation import validate_block_size
 from .base import Guarded, Selector
@@ -73,10 +73,9 @@ class FlashPrefill(Guarded, Selector):
         """See `Selector.compute_selection`."""
         mask = summarize(attn_mask, geometry, c_q=1, c_k=self.block_size, device=query.device)
         scores = compute_pooled_key_scores(query, key, geometry=geometry, scale=scale, mask=mask)
-        keep, visible = select_blocks(
-            scores, rule=self.rule, guards=self.guards, geometry=geometry, mask=mask
+        return self.select_by(
+            self.rule, scores, geometry=geometry, q_heads=query.shape[1], mask=mask
         )
-        return BlockSelection(keep=keep, visible=visible, geometry=geometry)
 
     @property
     def keys_per_composite(self) -> int:
@@ -88,5 +87,4 @@ class FlashPrefill(Guarded, Selector):
     ) -> BlockSelection:
         """See `Selector.select_from_composites`."""
         scores = compute_pooled_key_scores(query, keys, geometry=geometry, scale=scale)
-        keep, visible = select_blocks(scores, rule=self.rule, guards=self.guards, geometry=geometry)
-        return BlockSelection(keep=keep, visible=visible, geometry=geometry)
+        return self.select_by(self.rule, scores, geometry=geometry, q_heads=query.shape[1])

@@ -11,7 +11,7 @@ from ..geometry import BlockGeometry
 from ..granularity import Sampled, mark_not_finite
 from ..mask_summary import summarize
 from ..scoring import compute_sampled_scores
-from ..selection import TopP, select_blocks
+from ..selection import TopP
 from ..selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ..validation import validate_block_size
 from .base import Guarded, Selector
@@ -81,7 +81,6 @@ class Oracle(Guarded, Selector):
             scale=scale,
             attn_mask=attn_mask,
         )
-        keep, visible = select_blocks(
-            scores, rule=self.rule, guards=self.guards, geometry=geometry, mask=mask
+        return self.select_by(
+            self.rule, scores, geometry=geometry, q_heads=query.shape[1], mask=mask
         )
-        return BlockSelection(keep=keep, visible=visible, geometry=geometry)

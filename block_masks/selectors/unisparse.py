@@ -23,8 +23,6 @@ from ..selection import (
     TopK,
     TopP,
     TopPOrThreshold,
-    per_query_head,
-    select_blocks,
 )
 from ..selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ..validation import validate_block_size, validate_int
@@ -187,11 +185,9 @@ class UniSparse(Guarded, Selector):
             attn_mask=attn_mask,
             mask=mask,
         )
-        keep, visible = select_blocks(
-            scores, rule=self.rule, guards=self.guards, geometry=geometry, mask=mask
+        return self.select_by(
+            self.rule, scores, geometry=geometry, q_heads=query.shape[1], mask=mask
         )
-        keep = per_query_head(keep, visible, query.shape[1])
-        return BlockSelection(keep=keep, visible=visible, geometry=geometry)
 
     @property
     def _has_kernels(self) -> bool:
@@ -249,9 +245,7 @@ class UniSparse(Guarded, Selector):
         scores = compute_block_scores(
             query, keys, geometry=geometry, granularity=self.granularity, scale=scale
         )
-        keep, visible = select_blocks(scores, rule=self.rule, guards=self.guards, geometry=geometry)
-        keep = per_query_head(keep, visible, query.shape[1])
-        return BlockSelection(keep=keep, visible=visible, geometry=geometry)
+        return self.select_by(self.rule, scores, geometry=geometry, q_heads=query.shape[1])
 
 
 # Chosen on real models, see docs/selectors.md: exact rows find single keys that matter, composites

@@ -10,7 +10,7 @@ from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
 from ..mask_summary import summarize
 from ..scoring import compute_antidiagonal_scores
-from ..selection import HeadTopP, SelectionRule, TopP, select_blocks
+from ..selection import HeadTopP, SelectionRule, TopP
 from ..selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ..validation import validate_block_size, validate_fraction, validate_int
 from .base import Guarded, Selector
@@ -108,7 +108,6 @@ class XAttention(Guarded, Selector):
         scores = compute_antidiagonal_scores(
             query, key, geometry=geometry, stride=stride, scale=scale, mask=mask
         )
-        keep, visible = select_blocks(
-            scores, rule=self.rule, guards=self.guards, geometry=geometry, mask=mask
+        return self.select_by(
+            self.rule, scores, geometry=geometry, q_heads=query.shape[1], mask=mask
         )
-        return BlockSelection(keep=keep, visible=visible, geometry=geometry)

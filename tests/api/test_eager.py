@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from unisparse_flex import UniSparse, attention, dispatch, explain, optimize
-from unisparse_flex.passes import observe_calls
+from unisparse_flex.passes import SparseConfig, observe_calls
 
 from .models import FINE, SELECTOR, WIDTH, Attention, create, embeddings, qkv, split_heads
 from .reference import assert_computes, assert_is_sparse
@@ -341,3 +342,20 @@ def test_what_is_compiled_while_a_call_is_caught_does_not_see_the_key() -> None:
         run(optimized(Calling(sdpa)))
     assert inside == [False]
     assert_computes(compiled(X), Calling(sdpa), None, X)
+
+
+def test_settings_in_force_are_kept_alive() -> None:
+    """torch 2.11 drops a reference that it never counted."""
+    dispatch.set_up_key()
+    if dispatch._key is None:
+        pytest.skip("this torch has no dispatch key to spare")
+    config = SparseConfig(selector=SELECTOR).encode()
+    with dispatch.catch_attention(config):
+        scope = dispatch._key.scope()
+        assert scope is not None
+        before = sys.getrefcount(scope)
+        for _ in range(10):
+            with dispatch.catch_attention(config):
+                assert dispatch._key.scope() is not scope
+            assert dispatch._key.scope() is scope
+        assert sys.getrefcount(scope) == before

@@ -8,7 +8,8 @@ from typing import Any
 import click
 import torch
 
-from ..demo.model import LoadedModel, default_device, load_smollm2, quiet_transformers
+from ..demo.model import LoadedModel, load_smollm2, quiet_transformers
+from ..doctor.backends import default_device
 from .failures import failures, require
 
 BUNDLED = "smollm2"

