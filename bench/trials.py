@@ -7,13 +7,13 @@ their names too. What they gave is in docs/selectors.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unisparse_flex import Selector
+from unisparse_flex import DEFAULT_SELECTOR, Selector
 from unisparse_flex.block_masks import BlockGeometry, BlockSelection, SelectionRule, TopP
 from unisparse_flex.block_masks.granularity import Pooled, Sampled
 from unisparse_flex.block_masks.mask_summary import summarize
@@ -182,8 +182,27 @@ def trials(granularity: str, rule: str) -> Callable[[int], list[Selector]]:
     return sweep
 
 
+def merged_heads(count: int) -> Callable[[int], list[Selector]]:
+    """The default's sweep with composites over ``count`` heads, which then keep the same blocks."""
+
+    def sweep(size: int) -> list[Selector]:
+        return [
+            replace(
+                DEFAULT_SELECTOR,
+                block_size=size,
+                c_k=min(DEFAULT_SELECTOR.c_k, size),
+                c_h=count,
+                threshold=threshold,
+                top_p=default_top_p(threshold),
+            )
+            for threshold in VALUES["top_p_or_threshold"]
+        ]
+
+    return sweep
+
+
 TRIALS: dict[str, Callable[[int], list[Selector]]] = {
     f"trial-{granularity}-{rule}": trials(granularity, rule)
     for granularity in GRANULARITIES
     for rule in RULES
-}
+} | {f"trial-{count}-heads": merged_heads(count) for count in (2, 3, 4)}
