@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unisparse_flex import Selector, optimize, restore
-from unisparse_flex.demo.measure import Prefill, generate_greedily, prefill
+from unisparse_flex.demo.measure import Prefill, cache_name, generate_greedily, prefill
 from unisparse_flex.demo.model import LoadedModel
 
 from .models import Subject
@@ -135,11 +135,11 @@ def generate_together(
             tokens[:, None],
             attention_mask=mask,
             position_ids=positions + step,
-            past_key_values=cache,
+            **{cache_name(): cache},
             use_cache=True,
             logits_to_keep=1,
         )
-        logits, cache = output.logits[:, -1], output.past_key_values
+        logits, cache = output.logits[:, -1], output[cache_name()]
     return answers
 
 

@@ -10,7 +10,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,7 +53,16 @@ def prefill(model: Callable[..., Any], input_ids: Tensor, *, logits_to_keep: int
     synchronize(input_ids.device)
     seconds = time.perf_counter() - start
     logger.debug("prefill of %d tokens: %.3f s", input_ids.shape[-1], seconds)
-    return Prefill(logits=output.logits, cache=output.past_key_values, seconds=seconds)
+    return Prefill(logits=output.logits, cache=output[cache_name()], seconds=seconds)
+
+
+@cache
+def cache_name() -> str:
+    """What transformers calls the keys and values of earlier tokens: ``cache`` from 5.24 on."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    names = {field.name for field in fields(CausalLMOutputWithPast)}
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def time_in_turn(runs: Sequence[Callable[[], Prefill]], *, repeats: int) -> list[float]:
@@ -81,15 +91,15 @@ def generate_greedily(
         stop_ids: Tokens that end the answer, not returned.
     """
     answer: list[int] = []
-    logits, cache = start.logits, start.cache
+    logits, before = start.logits, start.cache
     while len(answer) < max_tokens:
         token = logits[:, -1:].argmax(-1)  # [1, 1]
         if int(token) in stop_ids:
             break
         answer.append(int(token))
         if len(answer) < max_tokens:
-            output = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits, cache = output.logits, output.past_key_values
+            output = model(token, **{cache_name(): before}, use_cache=True, logits_to_keep=1)
+            logits, before = output.logits, output[cache_name()]
     return answer
 
 
