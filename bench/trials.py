@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unisparse_flex import DEFAULT_SELECTOR, Selector
+from unisparse_flex import Selector
 from unisparse_flex.block_masks import BlockGeometry, BlockSelection, SelectionRule, TopP
 from unisparse_flex.block_masks.granularity import Pooled, Sampled
 from unisparse_flex.block_masks.mask_summary import summarize
@@ -24,6 +24,8 @@ from unisparse_flex.block_masks.selection import (
 )
 from unisparse_flex.block_masks.selectors.base import Guarded
 from unisparse_flex.block_masks.selectors.unisparse import default_top_p
+
+from .sweeps import defaults
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,20 +187,7 @@ def trials(granularity: str, rule: str) -> Callable[[int], list[Selector]]:
 def merged_heads(count: int) -> Callable[[int], list[Selector]]:
     """The default's sweep with composites over ``count`` heads, which then keep the same blocks."""
 
-    def sweep(size: int) -> list[Selector]:
-        return [
-            replace(
-                DEFAULT_SELECTOR,
-                block_size=size,
-                c_k=min(DEFAULT_SELECTOR.c_k, size),
-                c_h=count,
-                threshold=threshold,
-                top_p=default_top_p(threshold),
-            )
-            for threshold in VALUES["top_p_or_threshold"]
-        ]
-
-    return sweep
+    return lambda size: [replace(selector, c_h=count) for selector in defaults(size)]
 
 
 TRIALS: dict[str, Callable[[int], list[Selector]]] = {
