@@ -18,9 +18,11 @@ from .sdpa import SdpaCall
 
 # Keys up to which a break-even is looked for.
 LONGEST = 2**22
-# Newer releases call it so; both take a fallback for sizes that nothing is known about.
-_first_seen: Callable[..., int] = (
-    getattr(symbolic_shapes, "optimization_hint", None) or symbolic_shapes.__dict__["hint_int"]
+# As torch 2.13, 2.11 and those between call it; all take a fallback for sizes nobody knows.
+_first_seen: Callable[..., int] = next(
+    getattr(symbolic_shapes, name)
+    for name in ("optimization_hint", "size_hint", "hint_int")
+    if hasattr(symbolic_shapes, name)
 )
 
 
