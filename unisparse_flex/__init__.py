@@ -4,29 +4,34 @@ model = unisparse_flex.optimize(model)
 model = torch.compile(model)
 """
 
-from .block_masks import (
-    DEFAULT_SELECTOR,
-    BlockSelection,
-    DenseSpan,
-    FlashPrefill,
-    FlexPrefill,
-    MInference,
-    Oracle,
-    PatchOrder,
-    Selector,
-    StreamingLLM,
-    UniSparse,
-    XAttention,
-    create_block_mask,
-)
-from .calibrate import calibrate
-from .calibration import Calibration
-from .context import sparse
-from .explain import AttentionRecord, Explanation, explain, record_attention
-from .functional import attention
-from .optimize import is_optimized, optimize, restore
-from .passes import install as _install
-from .patches import patch_attention
+try:
+    from .block_masks import (
+        DEFAULT_SELECTOR,
+        BlockSelection,
+        DenseSpan,
+        FlashPrefill,
+        FlexPrefill,
+        MInference,
+        Oracle,
+        PatchOrder,
+        Selector,
+        StreamingLLM,
+        UniSparse,
+        XAttention,
+        create_block_mask,
+    )
+    from .calibrate import calibrate
+    from .calibration import Calibration
+    from .context import sparse
+    from .explain import AttentionRecord, Explanation, explain, record_attention
+    from .functional import attention
+    from .optimize import is_optimized, optimize, restore
+    from .passes import install as _install
+    from .patches import patch_attention
+except Exception as error:
+    from .private_names import explain_failed_import
+
+    raise explain_failed_import(error) from error
 
 # Once, before any thread compiles: settings travel in the graphs, so it serves every model.
 _install()

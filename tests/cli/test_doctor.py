@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from unisparse_flex import private_names as name_checks
 from unisparse_flex.block_masks.kernels import operator
 from unisparse_flex.doctor import Examination, Finding, Status, examination, examine
 from unisparse_flex.doctor import backends as backend_checks
 from unisparse_flex.doctor import compile_check as compile_checks
-from unisparse_flex.doctor import private_names as name_checks
 from unisparse_flex.doctor import versions as version_checks
 from unisparse_flex.passes.device_rates import RATES, FoundRates
 

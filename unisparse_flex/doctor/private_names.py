@@ -1,65 +1,14 @@
-"""torch's private names that the library uses: they may move in any release."""
+"""Whether torch has the private names that the library uses."""
 
 from __future__ import annotations
 
-from importlib import import_module
-
+from ..private_names import PRIVATE_NAMES, WORKING_TORCH, missing_names
 from .finding import Finding, Status
-
-# "module" or "module:attribute.attribute"; a test compares them with the sources.
-PRIVATE_NAMES = (
-    "torch._higher_order_ops.flex_attention:flex_attention",
-    "torch._higher_order_ops.invoke_subgraph:invoke_subgraph",
-    "torch._inductor.compile_fx:compile_fx",
-    "torch._inductor.custom_graph_pass:CustomGraphPass",
-    "torch._inductor:config",
-    "torch.fx:_symbolic_trace.is_fx_symbolic_tracing",
-    "torch.utils:_pytree.tree_map_only",
-    "torch:Tensor._make_wrapper_subclass",
-    "torch:_C.DispatchKeySet",
-    "torch:_C._ExcludeDispatchKeyGuard",
-    "torch:_C._IncludeDispatchKeyGuard",
-    "torch:_C._disabled_torch_function_impl",
-    "torch:_C._dispatch_has_backend_fallback",
-    "torch:_C._dispatch_tls_is_dispatch_key_included",
-    "torch:_C._dispatch_tls_is_dispatch_key_excluded",
-    "torch:_C._dispatch_tls_set_dispatch_key_excluded",
-    "torch:_C._get_function_stack_at",
-    "torch:_C._get_obj_in_tls",
-    "torch:_C._get_tracing_state",
-    "torch:_C._len_torch_dispatch_stack",
-    "torch:_C._len_torch_function_stack",
-    "torch:_C._nn.scaled_dot_product_attention",
-    "torch:_C._parse_dispatch_key",
-    "torch:_C._stash_obj_in_tls",
-    "torch:_dynamo.OptimizedModule",
-    "torch:_guards.detect_fake_mode",
-    "torch:_ops.HigherOrderOperator",
-    "torch:_ops.OpOverload",
-    "torch:_ops.OpOverloadPacket",
-    "torch:_ops._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS",
-    "torch:_ops._higher_order_ops",
-    "torch:_transformer_encoder_layer_fwd",
-    "torch:cpu._is_avx2_supported",
-)
-WORKING_TORCH = "2.11 to 2.13"
-
-
-def is_present(name: str) -> bool:
-    """Whether torch has one of `PRIVATE_NAMES`."""
-    module, _, attributes = name.partition(":")
-    try:
-        found: object = import_module(module)
-        for attribute in attributes.split("."):
-            found = getattr(found, attribute)
-    except (ImportError, AttributeError):
-        return False
-    return True
 
 
 def check_private_names() -> Finding:
     """Whether torch has the private names that the library uses."""
-    missing = [name.replace(":", ".") for name in PRIVATE_NAMES if not is_present(name)]
+    missing = missing_names()
     if missing:
         return Finding(
             name="torch's private names",

@@ -1,0 +1,76 @@
+"""torch's private names that the library uses: they may move in any release."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+# "module" or "module:attribute.attribute"; a test compares them with the sources.
+PRIVATE_NAMES = (
+    "torch._higher_order_ops.flex_attention:flex_attention",
+    "torch._higher_order_ops.invoke_subgraph:invoke_subgraph",
+    "torch._inductor.compile_fx:compile_fx",
+    "torch._inductor.custom_graph_pass:CustomGraphPass",
+    "torch._inductor:config",
+    "torch.fx:_symbolic_trace.is_fx_symbolic_tracing",
+    "torch.utils:_pytree.tree_map_only",
+    "torch:Tensor._make_wrapper_subclass",
+    "torch:_C.DispatchKeySet",
+    "torch:_C._ExcludeDispatchKeyGuard",
+    "torch:_C._IncludeDispatchKeyGuard",
+    "torch:_C._disabled_torch_function_impl",
+    "torch:_C._dispatch_has_backend_fallback",
+    "torch:_C._dispatch_tls_is_dispatch_key_included",
+    "torch:_C._dispatch_tls_is_dispatch_key_excluded",
+    "torch:_C._dispatch_tls_set_dispatch_key_excluded",
+    "torch:_C._get_function_stack_at",
+    "torch:_C._get_obj_in_tls",
+    "torch:_C._get_tracing_state",
+    "torch:_C._len_torch_dispatch_stack",
+    "torch:_C._len_torch_function_stack",
+    "torch:_C._nn.scaled_dot_product_attention",
+    "torch:_C._parse_dispatch_key",
+    "torch:_C._stash_obj_in_tls",
+    "torch:_dynamo.OptimizedModule",
+    "torch:_guards.detect_fake_mode",
+    "torch:_ops.HigherOrderOperator",
+    "torch:_ops.OpOverload",
+    "torch:_ops.OpOverloadPacket",
+    "torch:_ops._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS",
+    "torch:_ops._higher_order_ops",
+    "torch:_transformer_encoder_layer_fwd",
+    "torch:cpu._is_avx2_supported",
+)
+WORKING_TORCH = "2.11 to 2.14"
+
+
+def is_present(name: str) -> bool:
+    """Whether torch has one of `PRIVATE_NAMES`."""
+    module, _, attributes = name.partition(":")
+    try:
+        found: object = import_module(module)
+        for attribute in attributes.split("."):
+            found = getattr(found, attribute)
+    except ImportError as error:
+        # A package that torch itself does not find says nothing of its names.
+        return not (error.name or "torch").startswith("torch")
+    except AttributeError:
+        return False
+    return True
+
+
+def missing_names() -> list[str]:
+    """Those of `PRIVATE_NAMES` that this torch does not have."""
+    return [name.replace(":", ".") for name in PRIVATE_NAMES if not is_present(name)]
+
+
+def explain_failed_import(error: Exception) -> Exception:
+    """What to raise where importing the library failed: an ImportError if torch lacks names."""
+    missing = missing_names()
+    if not missing:
+        return error
+    import torch
+
+    return ImportError(
+        f"unisparse_flex needs private names that torch {torch.__version__} does not have: "
+        f"{', '.join(missing)}; install a torch that works with this release: {WORKING_TORCH}"
+    )
