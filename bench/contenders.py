@@ -64,6 +64,12 @@ class TopK:
     density: float
 
 
+def at_density(name: str, tokens: int, density: float) -> tuple[UniSparse, TopK]:
+    """Settings that keep about ``density`` of a causal prompt, and the ``top_k`` among them."""
+    top = choose_top_k(-(-tokens // create_selector(name).block_size), density)
+    return create_selector(name, top.count), top
+
+
 def choose_top_k(blocks: int, density: float) -> TopK:
     """The ``top_k`` of `UniSparse` whose density on a causal grid is nearest to ``density``.
 

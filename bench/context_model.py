@@ -12,7 +12,7 @@ import unisparse_flex
 from unisparse_flex import UniSparse
 from unisparse_flex.distributed import ContextParallel
 
-from .contenders import choose_top_k, create_selector
+from .contenders import at_density, create_selector
 from .prefill import create_model, release
 from .ranks import Rank
 from .record import guarded
@@ -31,10 +31,9 @@ def measure_context_model(rank: Rank, options: Any) -> Iterator[dict[str, Any]]:
     shape = (1, options.context_tokens)
     ids = torch.randint(model.config.vocab_size, shape, device=rank.device, generator=generator)
     tokens = options.context_tokens
-    plain = create_selector(options.selector)
-    top = choose_top_k(-(-tokens // plain.block_size), options.density)
-    selector = create_selector(options.selector, top.count)
-    yield compare(model, ids[:, :COMPARED_TOKENS], context, plain, rank)
+    selector, top = at_density(options.selector, tokens, options.density)
+    short = ids[:, :COMPARED_TOKENS]
+    yield compare(model, short, context, create_selector(options.selector), rank)
     sparse_ms = None
     for variant in ("sparse", "dense"):
         row: dict[str, Any] = {"part": "context_model", "ranks": rank.count, "variant": variant}

@@ -15,7 +15,7 @@ from unisparse_flex import attention
 from unisparse_flex.distributed import ContextParallel, context_parallel_attention
 from unisparse_flex.passes import SdpaCall, SparseConfig, context_sdpa, observe_calls
 
-from .contenders import SHAPES, choose_top_k, compile_apart, create_selector
+from .contenders import SHAPES, at_density, compile_apart
 from .ranks import Rank
 from .record import describe, guarded
 from .stages import Heads, create_inputs, dense
@@ -44,9 +44,8 @@ class Layer:
         self.context = ContextParallel(rank.mesh)
         query, key, value = (self.context.shard(tensor, 2) for tensor in self.whole)
         self.own: Tensors = query, key, value
-        plain = create_selector(options.selector)
-        self.top = choose_top_k(-(-tokens // plain.block_size), options.density)
-        self.selector = selector = create_selector(options.selector, self.top.count)
+        self.selector, self.top = at_density(options.selector, tokens, options.density)
+        selector = self.selector
 
         def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return attention(query, key, value, is_causal=True, enable_gqa=True, selector=selector)

@@ -23,7 +23,7 @@ import unisparse_flex
 from unisparse_flex import UniSparse
 from unisparse_flex.passes.device_rates import device_name
 
-from .contenders import SETTINGS, choose_top_k, create_selector
+from .contenders import SETTINGS, at_density, create_selector
 from .gpu_clock import kernel_ms
 from .record import Record, guarded, numbers
 
@@ -120,12 +120,10 @@ def measure(model: Any, options: argparse.Namespace, device: str) -> Iterator[di
             row = {"variant": variant, "tokens": tokens, "layers": options.layers}
             yield _measure_variant(model, ids, row, None, options, dense)
         for density in options.densities:
-            size = create_selector(options.selector).block_size
-            top = choose_top_k(-(-tokens // size), density)
+            selector, top = at_density(options.selector, tokens, density)
             row = {"variant": "sparse", "tokens": tokens, "layers": options.layers}
             row |= {"selector": options.selector, "density": density}
             row |= {"top_k": top.count, "density_expected": top.density}
-            selector = create_selector(options.selector, top.count)
             yield _measure_variant(model, ids, row, selector, options, dense)
 
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import unisparse_flex
 from unisparse_flex.passes import observe_calls
 
-from .contenders import choose_top_k, create_selector
+from .contenders import at_density, create_selector
 from .prefill import create_model, prepare, release
 from .ranks import Rank
 from .record import guarded
@@ -69,9 +69,7 @@ def _measure(
     row |= {"tokens": ids.shape[1], "layers": options.layers}
     selector = None
     if variant == "sparse":
-        plain = create_selector(options.selector)
-        top = choose_top_k(-(-ids.shape[1] // plain.block_size), options.density)
-        selector = create_selector(options.selector, top.count)
+        selector, top = at_density(options.selector, ids.shape[1], options.density)
         row |= {"density_expected": top.density, "top_k": top.count}
     torch._dynamo.reset()
 
