@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,7 +15,16 @@ from unisparse_flex import attention
 from unisparse_flex.distributed import ContextParallel, context_parallel_attention
 from unisparse_flex.passes import SdpaCall, SparseConfig, context_sdpa, observe_calls
 
-from .contenders import SHAPES, at_density, compile_apart
+from .contenders import (
+    DENSE_KERNELS,
+    SHAPES,
+    Case,
+    Lists,
+    at_density,
+    causal_lists,
+    find_backends,
+    takes,
+)
 from .ranks import Rank
 from .record import describe, guarded
 from .stages import Heads, create_inputs, dense
@@ -23,6 +32,9 @@ from .stages import Heads, create_inputs, dense
 SMALL_HEADS = Heads(query=4, key=2, head_dim=32)
 # At which every rank makes the whole call itself, to compare.
 COMPARED_TOKENS = {"cuda": 32768, "cpu": 2048}
+SHAPE = "llama3-8b"
+
+FLASH = f"dense_{DENSE_KERNELS['flash']}"
 
 Tensors = tuple[Tensor, Tensor, Tensor]
 
@@ -38,23 +50,28 @@ class Layer:
 
     def __init__(self, rank: Rank, options: Any, tokens: int) -> None:
         self.rank, self.tokens = rank, tokens
-        self.heads = SMALL_HEADS if options.small else SHAPES["llama3-8b"]
+        self.heads = SMALL_HEADS if options.small else SHAPES[SHAPE]
         dtype = torch.bfloat16 if rank.device == "cuda" else torch.float32
         self.whole: Tensors = create_inputs(self.heads, tokens, dtype, rank.device)
         self.context = ContextParallel(rank.mesh)
         query, key, value = (self.context.shard(tensor, 2) for tensor in self.whole)
         self.own: Tensors = query, key, value
         self.selector, self.top = at_density(options.selector, tokens, options.density)
-        selector = self.selector
-
-        def whole(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attention(query, key, value, is_causal=True, enable_gqa=True, selector=selector)
-
-        self._compiled = compile_apart(whole, f"whole_{tokens}")
         self.backend = "auto"
 
     def dense_alone(self) -> Tensor:
         return dense(*self.whole)
+
+    def dense_flash_alone(self) -> Tensor:
+        """FlashAttention-4 over all blocks, which dense attention over ranks runs too."""
+        case, lists = self._every_block
+        return case.attend("flash", lists)
+
+    @cached_property
+    def _every_block(self) -> tuple[Case, Lists]:
+        case = Case(SHAPE, self.tokens, self.rank.device)
+        case.use(self.whole)
+        return case, causal_lists(case.geometry, self.rank.device)
 
     def sparse_alone(self) -> Tensor:
         query, key, value = self.whole
@@ -99,6 +116,8 @@ def measure_context(rank: Rank, options: Any) -> Iterator[dict[str, Any]]:
         ("sparse", 1, layer.sparse_alone),
         ("dense", 1, layer.dense_alone),
     ]
+    if not options.small and "flash" in find_backends() and takes("flash", layer.heads):
+        variants.append((FLASH, 1, layer.dense_flash_alone))
     if rank.count > 1:
         variants += [
             ("sparse", rank.count, layer.sparse_shared),
@@ -119,17 +138,31 @@ def _time(
 ) -> None:
     rank, variant, ranks = layer.rank, row["variant"], row["ranks"]
 
+    failed: list[Exception] = []
+
     def once() -> None:
-        if ranks > 1 or rank.index == 0:
+        if ranks > 1:
             function()
+        elif rank.index == 0:
+            # The others wait for this one at the next collective.
+            try:
+                function()
+            except Exception as error:
+                failed.append(error)
+
+    def call() -> float:
+        took = rank.seconds(once)
+        if rank.largest(len(failed)) > 0:
+            raise failed[0] if failed else RuntimeError("rank 0 failed")
+        return took
 
     # Compiled calls need a first one; other dense ones of a million tokens take many seconds.
-    if variant == "sparse" or (variant == "dense" and ranks > 1):
-        row["first_call_seconds"] = round(_first_call(layer, row, once), 2)
+    if variant in ("sparse", FLASH) or (variant == "dense" and ranks > 1):
+        row["first_call_seconds"] = round(_first_call(layer, row, call), 2)
         row["backend"] = layer.backend
     rank.peak_bytes()
     layer.context.received.clear()
-    row["ms"] = rank.seconds(once) * 1e3
+    row["ms"] = call() * 1e3
     row["peak_bytes"] = rank.peak_bytes()
     found[variant, ranks] = row["ms"]
     if ranks > 1 and layer.context.received:
@@ -140,20 +173,28 @@ def _time(
     if variant != "sparse" and ("sparse", ranks) in found:
         row["sparse_speedup_over_this"] = row["ms"] / found["sparse", ranks]
         row["best_dense_ms"] = min(times)
-    if ranks > 1 and (variant, 1) in found:
-        row["scaling_efficiency"] = found[variant, 1] / row["ms"] / ranks
+    alone = _fastest_alone(variant, found)
+    if ranks > 1 and alone:
+        row["scaling_efficiency"] = alone / row["ms"] / ranks
 
 
-def _first_call(layer: Layer, row: dict[str, Any], once: Callable[[], None]) -> float:
+def _fastest_alone(variant: str, found: dict[Any, float]) -> float | None:
+    """Milliseconds of one device: of the sparse call, or of the fastest dense kernel."""
+    is_sparse = variant == "sparse"
+    times = [ms for (name, n), ms in found.items() if n == 1 and (name == "sparse") == is_sparse]
+    return min(times, default=None)
+
+
+def _first_call(layer: Layer, row: dict[str, Any], call: Callable[[], float]) -> float:
     """Seconds of the call that compiles; by Triton where the kernel of "auto" does not run."""
     try:
-        return layer.rank.seconds(once)
+        return call()
     except RuntimeError as error:
         if layer.backend != "auto" or row["ranks"] == 1:
             raise
         row["auto_error"] = describe(error)
         layer.backend = "triton"
-    return layer.rank.seconds(once)
+    return call()
 
 
 def compare(rank: Rank, options: Any) -> dict[str, Any]:
