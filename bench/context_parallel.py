@@ -141,19 +141,18 @@ def _time(
     failed: list[Exception] = []
 
     def once() -> None:
-        if ranks > 1:
-            function()
-        elif rank.index == 0:
-            # The others wait for this one at the next collective.
-            try:
+        # A rank that leaves here would meet the others in the wrong collective.
+        try:
+            if ranks > 1 or rank.index == 0:
                 function()
-            except Exception as error:
-                failed.append(error)
+        except Exception as error:
+            failed.append(error)
 
     def call() -> float:
         took = rank.seconds(once)
-        if rank.largest(len(failed)) > 0:
-            raise failed[0] if failed else RuntimeError("rank 0 failed")
+        first = rank.first(bool(failed))
+        if first is not None:
+            raise failed[0] if failed else RuntimeError(f"rank {first} failed")
         return took
 
     # Compiled calls need a first one; other dense ones of a million tokens take many seconds.

@@ -56,6 +56,11 @@ class Rank:
         dist.all_reduce(found)
         return float(found)
 
+    def first(self, yes: bool) -> int | None:
+        """The first rank that says yes; ``None`` where none does."""
+        found = -self.largest(-self.index if yes else -self.count)
+        return int(found) if found < self.count else None
+
     def wait(self) -> None:
         """Until all ranks are here and their devices idle."""
         if self.device == "cuda":

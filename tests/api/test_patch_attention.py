@@ -44,10 +44,10 @@ def sdpa_over_kept(
     query: Tensor, key: Tensor, value: Tensor, order: PatchOrder, selector: UniSparse
 ) -> tuple[Tensor, Tensor]:
     """Masked SDPA in raster order, float64, and its mask: pairs of patches of kept blocks."""
-    size, places = selector.block_size, order.inverse()
+    size, places = selector.block_size, order.inverse(query.device)
     keep = selector.select(order.permute(query), order.permute(key)).keep
     blocks = -(-order.num_tokens // size)
-    text = torch.arange(1, blocks + 1) * size > order.num_patches
+    text = torch.arange(1, blocks + 1, device=query.device) * size > order.num_patches
     text = text & (order.num_tokens > order.num_patches)
     keep = keep | text[:, None] | text
     block = places // size
