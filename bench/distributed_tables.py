@@ -69,12 +69,17 @@ def _cells(row: Mapping[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         what,
         str(row["ranks"]),
         str(row["tokens"]),
-        f"{row['ms']:.4g}",
+        _number(row["ms"]),
         speedup,
         "" if efficiency is None else f"{efficiency:.0%}",
-        "" if received is None else f"{received / 1e6:.4g}",
+        "" if received is None else _number(received / 1e6),
         "" if peak is None else f"{peak / 2**30:.3g}",
     ]
+
+
+def _number(value: float) -> str:
+    """Four digits, or all before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _selection(row: Mapping[str, Any]) -> str:
