@@ -103,6 +103,7 @@ class Trial(Guarded, Selector):
         c_q: Query rows per composite query; 0 for no composites.
         c_k: Keys per composite key.
         sampled_queries: Rows of a block that meet every key; 0 for none.
+        power: Of the power mean over rows and granularities; 1 is the mean.
         rule: A name in `RULES`.
         value: Its number.
         sink_blocks: First key blocks, kept for every row.
@@ -114,6 +115,7 @@ class Trial(Guarded, Selector):
     c_q: int = 0
     c_k: int = 1
     sampled_queries: int = 0
+    power: int = 1
     rule: str = "top_p"
     value: float = 0.95
     sink_blocks: int = 1
@@ -145,6 +147,7 @@ class Trial(Guarded, Selector):
             scale=scale,
             attn_mask=attn_mask,
             mask=mask,
+            power=self.power,
         )
         rule = RULES[self.rule](self.value)
         return self.select_by(rule, scores, geometry=geometry, q_heads=query.shape[1], mask=mask)
@@ -161,6 +164,11 @@ GRANULARITIES: dict[str, dict[str, int]] = {
     "q16k16s8": {"c_q": 16, "c_k": 16, "sampled_queries": 8},
     "s4": {"sampled_queries": 4},
     "oracle": {"sampled_queries": 128},
+    # Blocks that few rows attend to much count for more.
+    "oracle-rms": {"sampled_queries": 128, "power": 2},
+    "q16k128s4-rms": {"c_q": 16, "c_k": 128, "sampled_queries": 4, "power": 2},
+    "q1k128s4-rms": {"c_q": 1, "c_k": 128, "sampled_queries": 4, "power": 2},
+    "q1k16s4-rms": {"c_q": 1, "c_k": 16, "sampled_queries": 4, "power": 2},
     # The default's, without a last block of queries that keeps everything.
     "q16k16s4-no-last": {"c_q": 16, "c_k": 16, "sampled_queries": 4, "last_query_blocks": 0},
 }
