@@ -32,8 +32,8 @@ from .stages import Heads, create_inputs, dense
 SMALL_HEADS = Heads(query=4, key=2, head_dim=32)
 # At which every rank makes the whole call itself, to compare.
 COMPARED_TOKENS = {"cuda": 32768, "cpu": 2048}
-SHAPE = "llama3-8b"
 
+SHAPE = "llama3-8b"
 FLASH = f"dense_{DENSE_KERNELS['flash']}"
 
 Tensors = tuple[Tensor, Tensor, Tensor]
@@ -138,62 +138,48 @@ def _time(
 ) -> None:
     rank, variant, ranks = layer.rank, row["variant"], row["ranks"]
 
-    failed: list[Exception] = []
-
     def once() -> None:
-        # A rank that leaves here would meet the others in the wrong collective.
-        try:
-            if ranks > 1 or rank.index == 0:
-                function()
-        except Exception as error:
-            failed.append(error)
-
-    def call() -> float:
-        took = rank.seconds(once)
-        first = rank.first(bool(failed))
-        if first is not None:
-            raise failed[0] if failed else RuntimeError(f"rank {first} failed")
-        return took
+        if ranks > 1 or rank.index == 0:
+            function()
 
     # Compiled calls need a first one; other dense ones of a million tokens take many seconds.
     if variant in ("sparse", FLASH) or (variant == "dense" and ranks > 1):
-        row["first_call_seconds"] = round(_first_call(layer, row, call), 2)
+        row["first_call_seconds"] = round(_first_call(layer, row, once), 2)
         row["backend"] = layer.backend
     rank.peak_bytes()
     layer.context.received.clear()
-    row["ms"] = call() * 1e3
+    row["ms"] = rank.seconds(once) * 1e3
     row["peak_bytes"] = rank.peak_bytes()
     found[variant, ranks] = row["ms"]
     if ranks > 1 and layer.context.received:
         received = layer.context.received
         row["bytes_received"] = {k: int(rank.largest(received[k])) for k in sorted(received)}
         row["bytes_received_per_rank"] = int(rank.largest(sum(received.values())))
-    times = [ms for (name, n), ms in found.items() if n == ranks and name != "sparse"]
     if variant != "sparse" and ("sparse", ranks) in found:
         row["sparse_speedup_over_this"] = row["ms"] / found["sparse", ranks]
-        row["best_dense_ms"] = min(times)
-    alone = _fastest_alone(variant, found)
+        row["best_dense_ms"] = _fastest(found, variant, ranks)
+    alone = _fastest(found, variant, 1)
     if ranks > 1 and alone:
         row["scaling_efficiency"] = alone / row["ms"] / ranks
 
 
-def _fastest_alone(variant: str, found: dict[Any, float]) -> float | None:
-    """Milliseconds of one device: of the sparse call, or of the fastest dense kernel."""
-    is_sparse = variant == "sparse"
-    times = [ms for (name, n), ms in found.items() if n == 1 and (name == "sparse") == is_sparse]
+def _fastest(found: dict[Any, float], variant: str, ranks: int) -> float | None:
+    """Milliseconds of the sparse call on so many ranks, or of the fastest dense kernel there."""
+    sparse = variant == "sparse"
+    times = [ms for (name, n), ms in found.items() if n == ranks and (name == "sparse") == sparse]
     return min(times, default=None)
 
 
-def _first_call(layer: Layer, row: dict[str, Any], call: Callable[[], float]) -> float:
+def _first_call(layer: Layer, row: dict[str, Any], once: Callable[[], None]) -> float:
     """Seconds of the call that compiles; by Triton where the kernel of "auto" does not run."""
     try:
-        return call()
+        return layer.rank.seconds(once)
     except RuntimeError as error:
         if layer.backend != "auto" or row["ranks"] == 1:
             raise
         row["auto_error"] = describe(error)
         layer.backend = "triton"
-    return call()
+    return layer.rank.seconds(once)
 
 
 def compare(rank: Rank, options: Any) -> dict[str, Any]:

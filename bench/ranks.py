@@ -34,14 +34,27 @@ class Rank:
     mesh: DeviceMesh
 
     def seconds(self, function: Callable[[], Any]) -> float:
-        """Seconds of the slowest rank."""
+        """Seconds of the slowest rank.
+
+        Raises:
+            Exception: What ``function`` raised here; a RuntimeError where it did on other ranks
+                alone. All ranks raise or none: one that left would meet the others in the wrong
+                collective.
+        """
         self.wait()
+        failure: Exception | None = None
         start = time.perf_counter()
-        function()
+        try:
+            function()
+        except Exception as error:
+            failure = error
         if self.device == "cuda":
             torch.cuda.synchronize()
         took = torch.tensor(time.perf_counter() - start, device=self.device)
         dist.all_reduce(took, dist.ReduceOp.MAX)
+        first = self.first(failure is not None)
+        if first is not None:
+            raise failure or RuntimeError(f"rank {first} failed")
         return float(took)
 
     def largest(self, number: float) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bench.distributed import describe, main
+from bench.ranks import Rank, start_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +60,28 @@ def test_a_model_over_shared_tokens_is_compared_and_timed(tmp_path: Path) -> Non
     for row in (sparse, dense):
         assert row["layers"] == 2
         assert row["bytes_received_per_rank"] > 2 * 2 * 1100 / 2 * 2 * 16 * 4
+
+
+def fail_alone(rank: Rank, folder: str) -> None:
+    """Rank 1 fails while it is timed; then all meet again."""
+
+    def function() -> None:
+        if rank.index == 1:
+            raise ValueError("one alone")
+
+    try:
+        rank.seconds(function)
+    except (ValueError, RuntimeError) as error:
+        said = f"{type(error).__name__}: {error}"
+    total = rank.total(rank.index + 1)
+    (Path(folder) / str(rank.index)).write_text(f"{said}, {total:g}")
+
+
+def test_what_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
+    assert start_ranks(3, "gloo", fail_alone, str(tmp_path), seconds=100)
+    said = [(tmp_path / str(index)).read_text() for index in range(3)]
+    other = "RuntimeError: rank 1 failed, 6"
+    assert said == [other, "ValueError: one alone, 6", other]
 
 
 def test_tables_name_the_best_dense_and_what_failed() -> None:
