@@ -167,6 +167,7 @@ GRANULARITIES: dict[str, dict[str, int]] = {
     # Blocks that few rows attend to much count for more.
     "oracle-rms": {"sampled_queries": 128, "power": 2},
     "q16k128s4-rms": {"c_q": 16, "c_k": 128, "sampled_queries": 4, "power": 2},
+    "q16k128s16-rms": {"c_q": 16, "c_k": 128, "sampled_queries": 16, "power": 2},
     "q1k128s4-rms": {"c_q": 1, "c_k": 128, "sampled_queries": 4, "power": 2},
     "q1k16s4-rms": {"c_q": 1, "c_k": 16, "sampled_queries": 4, "power": 2},
     # The default's, without a last block of queries that keeps everything.
