@@ -42,7 +42,7 @@ class _Capture(TorchFunctionMode):
 
 
 def capture_calls(loaded: LoadedModel, text: TextName, tokens: int) -> list[CapturedAttention]:
-    """Queries and keys of every layer's causal call, in order, at the demo's prompt."""
+    """The inputs of every layer's causal call, in order, at the demo's prompt."""
     prompt = build_prompt(loaded.tokenizer, text=text, tokens=tokens, depth=0.35, seed=0)
     with torch.inference_mode(), CaptureAttention() as capture:
         loaded.model(prompt.input_ids.to(loaded.device), use_cache=False, logits_to_keep=1)

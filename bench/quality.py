@@ -6,10 +6,11 @@ python -m bench.quality [--model smollm2] [--tokens 8192] [--texts prose,code]
 python -m bench.quality --model gemma3-270m --weights FILE.gguf --tokens 32768
 
 Each point reads the text once with a selector at one setting and compares the next-token
-distributions of the last tokens with the dense model's. Density is what that run kept. Recall and
-the share of selection in the time are those of a few layers' calls as the dense model makes them,
-on the first excerpt of each text: recall the mean of them, the share that of the middle one
-(bench/selection_share.py says what is timed). Tasks are scored with the same settings.
+distributions of the last tokens with the dense model's. Density is what that run kept. Recall, the
+output's error and the share of selection in the time are those of a few layers' calls as the dense
+model makes them, on the first excerpt of each text: recall and error the mean of them, the share
+that of the middle one (bench/selection_share.py says what is timed). Tasks are scored with the same
+settings.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -26,7 +28,12 @@ from torch import Tensor
 
 from unisparse_flex import Selector, optimize, record_attention, restore
 from unisparse_flex.demo.measure import compute_kl, compute_log_probs, compute_perplexity
-from unisparse_flex.demo.recall import CaptureAttention, CapturedAttention, compute_recall
+from unisparse_flex.demo.recall import (
+    CaptureAttention,
+    CapturedAttention,
+    compute_output_error,
+    compute_recall,
+)
 from unisparse_flex.demo.texts import TEXT_NAMES, draw_excerpt, load_text
 
 from .answers import Exam
@@ -62,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--recall-layers",
         type=int,
         default=4,
-        help="evenly spread layers that recall is the mean of, the middle one timed; 0 for neither",
+        help="evenly spread layers for recall and error, means, and a time, the middle's; 0: none",
     )
     parser.add_argument(
         "--compile-selection",
@@ -191,7 +198,8 @@ class Reading:
     def judge(self, selector: Selector) -> dict[str, Any]:
         """Density, KL and perplexity ratio of the text read with ``selector``.
 
-        With captured calls also their recall, and the share of selection in the middle one's time.
+        With captured calls also their recall and error of the output, and the share of selection
+        in the middle one's time.
         """
         optimize(self.model, selector, min_length=0, dense_layers=self.subject.dense_layers)
         try:
@@ -208,7 +216,7 @@ class Reading:
             "perplexity_ratio": perplexity / self.perplexity,
         }
         if self.calls:
-            row["recall"] = self._recall(selector)
+            row |= self._compare_calls(selector)
             row |= guarded(row, "selection_share", partial(self._share, selector)) or {}
         return row
 
@@ -224,25 +232,21 @@ class Reading:
         return compute_log_probs(output.logits[0, :-1])
 
     @torch.inference_mode()
-    def _recall(self, selector: Selector) -> float:
-        shares = []
+    def _compare_calls(self, selector: Selector) -> dict[str, float]:
+        """Recall and relative error of the output, means over the captured calls."""
+        recalls, errors = [], []
         for call in self.calls:
-            selection = selector.select(call.query, call.key, is_causal=True, scale=call.scale)
-            shares.append(
-                compute_recall(
-                    call.query,
-                    call.key,
-                    selection.keep,
-                    block_size=selector.block_size,
-                    scale=call.scale,
-                )
-            )
-        return sum(shares) / len(shares)
+            found = selector.select(call.query, call.key, is_causal=True, scale=call.scale)
+            blocks: Any = {"block_size": selector.block_size, "scale": call.scale}
+            inputs = (call.query, call.key)
+            recalls.append(compute_recall(*inputs, found.keep, **blocks))
+            errors.append(compute_output_error(*inputs, call.value, found.keep, **blocks))
+        return {"recall": mean(recalls), "output_error": mean(errors)}
 
 
 @contextmanager
 def _captured(wanted: int) -> Iterator[list[CapturedAttention]]:
-    """Queries and keys of ``wanted`` causal calls, evenly spread, in a list filled at the end."""
+    """Inputs of ``wanted`` causal calls, evenly spread, in a list filled at the end."""
     calls: list[CapturedAttention] = []
     if not wanted:
         yield calls

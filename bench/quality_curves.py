@@ -25,6 +25,7 @@ class Point:
         kl: KL to the dense model, in nats.
         perplexity_ratio: Perplexity over the dense model's.
         recall: Dense attention mass in kept blocks, of the excerpts judged by it; else ``None``.
+        output_error: Relative error of attention's output by the selection, likewise.
         selection_share: Selection over selection and attention in time, likewise.
         selection_by: What was timed as selection, as in `selection_share.Timed`; empty for nothing.
         excerpts: How many were read.
@@ -35,6 +36,7 @@ class Point:
     kl: float
     perplexity_ratio: float
     recall: float | None
+    output_error: float | None
     selection_share: float | None
     selection_by: str
     excerpts: int
@@ -42,7 +44,7 @@ class Point:
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Point:
         """The mean of the rows of one setting and text."""
-        names = ("density", "kl", "perplexity_ratio", "recall", "selection_share")
+        names = ("density", "kl", "perplexity_ratio", "recall", "output_error", "selection_share")
         means: dict[str, Any] = {name: _mean([row.get(name) for row in rows]) for name in names}
         return cls(
             **means,

@@ -13,7 +13,12 @@ LINE_COLORS = (*COLORS, "#777777")
 LINE_MARKERS = (*MARKERS, "X", "*")
 
 # What is drawn against density, a row of panels each, where the file holds it.
-MEASURES = {"kl": "KL to dense", "recall": "recall", "selection_share": "selection's share of time"}
+MEASURES = {
+    "kl": "KL to dense",
+    "recall": "recall",
+    "output_error": "error of the output",
+    "selection_share": "selection's share of time",
+}
 
 
 def draw(result: Result, path: Path, *, emphasized: str) -> None:

@@ -99,7 +99,7 @@ def equal_kl_table(result: Result) -> str:
 
 
 def curves_table(result: Result, text: str) -> str:
-    """Every point: quality, recall, and selection's share of the time with what was timed."""
+    """Every point: quality, recall, error, and selection's share of the time by what was timed."""
     varying = varying_settings(result)
     lines = [
         [
@@ -108,6 +108,7 @@ def curves_table(result: Result, text: str) -> str:
             f"{point.kl:.4f}",
             f"{point.perplexity_ratio:.3f}",
             "" if point.recall is None else f"{point.recall:.4f}",
+            "" if point.output_error is None else f"{point.output_error:.3f}",
             _share(point),
             str(point.excerpts),
             f"`{varying[point.parameters]}`",
@@ -115,7 +116,7 @@ def curves_table(result: Result, text: str) -> str:
         for selector in selectors_of(result)
         for point in curve(result, selector, text)
     ]
-    measures = ["density", "KL", "perplexity ratio", "recall", "selection's share"]
+    measures = ["density", "KL", "perplexity ratio", "recall", "output error", "selection's share"]
     return markdown(["selector", *measures, "excerpts", "setting"], lines)
 
 

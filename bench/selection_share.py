@@ -52,12 +52,14 @@ class Inputs:
 
     @classmethod
     def of(cls, call: CapturedAttention, kv_heads: int) -> Inputs:
-        """Copies a call; keys that a model repeated for its query heads lose their copies.
-
-        Values are the keys once more: how long attention takes does not depend on them.
-        """
-        key = call.key[:, :: call.key.shape[1] // kv_heads]
-        return cls(call.query.clone(), key.contiguous(), key.clone(), call.scale)
+        """Copies a call; heads that a model repeated for its query heads lose their copies."""
+        step = call.key.shape[1] // kv_heads
+        return cls(
+            query=call.query.clone(),
+            key=call.key[:, ::step].clone(memory_format=torch.contiguous_format),
+            value=call.value[:, ::step].clone(memory_format=torch.contiguous_format),
+            scale=call.scale,
+        )
 
 
 @dataclass(frozen=True, slots=True)

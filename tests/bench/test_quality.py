@@ -36,6 +36,7 @@ def test_a_curve_is_written_with_density_and_divergence(
     assert few["parameters"] != many["parameters"]
     assert 0 < few["density"] < many["density"] < 1
     assert few["recall"] < many["recall"] <= 1
+    assert 1 > few["output_error"] > many["output_error"] > 0
     assert few["kl"] > many["kl"] > 0
     # Timed once for the selector, and so the same in both rows.
     assert few["selection_ms"] == many["selection_ms"] > 0

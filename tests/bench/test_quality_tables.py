@@ -109,27 +109,36 @@ def test_ours_is_compared_at_the_divergence_of_the_rival() -> None:
 
 def test_seeds_are_averaged_and_counted() -> None:
     result = make_result()
-    measured = {"recall": 0.9, "selection_share": 0.25, "selection_by": "kernels"}
+    measured = {
+        "recall": 0.9,
+        "output_error": 0.2,
+        "selection_share": 0.25,
+        "selection_by": "kernels",
+    }
     result["rows"] = [
         row("a", 0.3, 0.1) | measured,
-        row("a", 0.31, 0.3, seed=1) | {"parameters": "a(0.3)"} | measured | {"recall": 0.7},
+        row("a", 0.31, 0.3, seed=1)
+        | {"parameters": "a(0.3)"}
+        | measured
+        | {"recall": 0.7, "output_error": 0.3},
         row("b", 0.3, 0.5) | measured,
         row("b", 0.31, 0.5, seed=1) | {"parameters": "b(0.3)"},
     ]
     head, _, first, second = tables.curves_table(result, "prose").splitlines()
-    assert cells(head)[4:7] == ["recall", "selection's share", "excerpts"]
+    assert cells(head)[4:8] == ["recall", "output error", "selection's share", "excerpts"]
     assert cells(first) == [
         "a",
         "0.305",
         "0.2000",
         "1.200",
         "0.8000",
+        "0.250",
         "25% (kernels)",
         "2",
         "`a(0.3)`",
     ]
-    # Recall and the share are judged on the first excerpt of each text, and on no other.
-    assert cells(second)[4:7] == ["0.9000", "25% (kernels)", "2"]
+    # These three are judged on the first excerpt of each text, and on no other.
+    assert cells(second)[4:8] == ["0.9000", "0.200", "25% (kernels)", "2"]
 
 
 def test_scores_of_tasks_stand_beside_the_dense_ones() -> None:
@@ -169,7 +178,7 @@ def test_a_file_becomes_tables_and_a_plot(
     path.write_text(json.dumps(result))
     tables.main([str(path), "--plots", str(tmp_path / "plots")])
     printed = capsys.readouterr().out
-    assert "| unisparse-paper | 0.400 | 0.0183 | 1.018 |  |  | 1 |" in printed
+    assert "| unisparse-paper | 0.400 | 0.0183 | 1.018 |  |  |  | 1 |" in printed
     assert "| dense |  | 20 | 0.750 |" in printed
     assert (tmp_path / "plots" / "quality-x.png").stat().st_size > 10_000
 
@@ -186,7 +195,7 @@ def test_a_file_of_tasks_alone_has_no_plot(
     assert not (tmp_path / "plots").exists()
 
 
-def test_recall_and_selection_have_panels_where_they_were_measured(
+def test_what_was_measured_on_captured_calls_has_panels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figure = pytest.importorskip("matplotlib.figure")
@@ -198,12 +207,14 @@ def test_recall_and_selection_have_panels_where_they_were_measured(
     monkeypatch.setattr(figure.Figure, "savefig", keep)
     plain, measured = make_result(), make_result()
     for place, entry in enumerate(row for row in measured["rows"] if "kl" in row):
-        entry |= {"recall": 0.9, "selection_share": place / 10, "selection_by": "PyTorch"}
+        entry |= {"recall": 0.9, "output_error": 0.2}
+        entry |= {"selection_share": place / 10, "selection_by": "PyTorch"}
     for result in (plain, measured):
         draw(result, tmp_path / "plot.png", emphasized=OURS)
     labels = [[axes.get_ylabel() for axes in one.axes] for one in drawn]
-    assert labels == [["KL to dense"], ["KL to dense", "recall", "selection's share of time"]]
-    shares = drawn[1].axes[2].get_lines()
+    more = ["recall", "error of the output", "selection's share of time"]
+    assert labels == [["KL to dense"], ["KL to dense", *more]]
+    shares = drawn[1].axes[3].get_lines()
     found = [list(line.get_ydata()) for line in shares]
     assert found == [[0.0, 0.2, 0.4], [0.1, 0.3, 0.5]]
 

@@ -20,11 +20,13 @@ RIVAL: list[Selector] = [FlashPrefill(block_size=BLOCK, alpha=alpha) for alpha i
 
 
 def call(seed: int = 0, key_heads: int = 2) -> CapturedAttention:
-    """Queries [1, 4, S, 16] and keys [1, 2, S, 16], repeated where there are more ``key_heads``."""
+    """Queries [1, 4, S, 16]; keys and values [1, 2, S, 16], repeated for more ``key_heads``."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(1, 4, LENGTH, 16, generator=generator)
-    key = torch.randn(1, 2, LENGTH, 16, generator=generator)
-    return CapturedAttention(query=query, key=key.repeat_interleave(key_heads // 2, 1), scale=0.3)
+    key, value = torch.randn(2, 1, 2, LENGTH, 16, generator=generator).repeat_interleave(
+        key_heads // 2, dim=2
+    )
+    return CapturedAttention(query=query, key=key, value=value, scale=0.3)
 
 
 @pytest.fixture
@@ -108,18 +110,21 @@ def test_graphs_of_selection_and_attention_are_timed(selector: Selector) -> None
     generator = torch.Generator("cuda").manual_seed(0)
     options: Any = {"generator": generator, "device": "cuda", "dtype": torch.bfloat16}
     query, key = torch.randn(1, 4, 1024, 64, **options), torch.randn(1, 2, 1024, 64, **options)
-    inputs = Inputs.of(CapturedAttention(query=query, key=key, scale=None), 2)
+    inputs = Inputs.of(CapturedAttention(query=query, key=key, value=key, scale=None), 2)
     row = ShareClock([[selector]]).measure(selector, inputs)
     has_kernels = selector.select(query, key, is_causal=True).lists is not None
     assert row["selection_by"] == ("kernels" if has_kernels else "PyTorch")
     assert 0 < row["selection_share"] < 1
 
 
-def test_repeated_keys_are_taken_once() -> None:
+def test_repeated_heads_are_taken_once() -> None:
     plain, repeated = Inputs.of(call(), 2), Inputs.of(call(key_heads=4), 2)
-    assert plain.key.shape[1] == 2
+    assert plain.key.shape[1] == plain.value.shape[1] == 2
     assert torch.equal(plain.key, repeated.key)
+    assert torch.equal(plain.value, repeated.value)
+    assert not torch.equal(plain.key, plain.value)
     assert repeated.key.is_contiguous()
+    assert repeated.value.is_contiguous()
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

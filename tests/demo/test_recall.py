@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from unisparse_flex import UniSparse
-from unisparse_flex.demo.recall import CaptureAttention, compute_recall
+from unisparse_flex.demo.recall import CaptureAttention, compute_output_error, compute_recall
 
 BLOCK = 16
 
@@ -59,13 +59,58 @@ def test_recall_follows_the_selector():
     assert recalls[0] < recalls[1]
 
 
+def brute_force_error(query, key, value, keep, stride):
+    """Both attentions in float64, one row at a time over the keys that it has."""
+    heads, length, head_dim = query.shape[1:]
+    group = heads // key.shape[1]
+    lost = whole = 0.0
+    for head in range(heads):
+        for row in range(stride - 1, length, stride):
+            logits = key[0, head // group, : row + 1].double() @ query[0, head, row].double()
+            values = value[0, head // group, : row + 1].double()
+            dense = (logits / head_dim**0.5).softmax(0) @ values
+            kept = [j for j in range(row + 1) if keep[0, head, row // BLOCK, j // BLOCK]]
+            sparse = (logits[kept] / head_dim**0.5).softmax(0) @ values[kept]
+            lost += float((sparse - dense).square().sum())
+            whole += float(dense.square().sum())
+    return (lost / whole) ** 0.5
+
+
+@pytest.mark.parametrize("length", [64, 100])
+@pytest.mark.parametrize("stride", [1, 5, 16])
+def test_the_error_equals_brute_force(length, stride):
+    query, key = draw(length)
+    value = torch.randn(key.shape)
+    keep = keep_all(length, 4) & (torch.rand(1, 4, -(-length // BLOCK), 1) < 0.5)
+    keep |= torch.eye(keep.shape[-1], dtype=torch.bool)
+    error = compute_output_error(query, key, value, keep, block_size=BLOCK, row_stride=stride)
+    expected = brute_force_error(query, key, value, keep, stride)
+    assert expected > 0.05
+    assert error == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_everything_kept_has_no_error_and_nothing_kept_loses_it_all(heads):
+    query, key = draw(100)
+    keep = keep_all(100, heads)
+    errors = [
+        compute_output_error(query, key, key, kept, block_size=BLOCK, row_stride=4)
+        for kept in (keep, torch.zeros_like(keep))
+    ]
+    assert errors == pytest.approx([0.0, 1.0], abs=1e-6)
+
+
 def test_capture_keeps_the_causal_calls_only():
     query, key = draw(32)
+    value = torch.randn(key.shape)
     seen: list[None] = []
     with CaptureAttention(on_call=lambda: seen.append(None)) as capture:
-        F.scaled_dot_product_attention(query, key, key, is_causal=True, scale=0.5, enable_gqa=True)
+        F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=0.5, enable_gqa=True
+        )
         F.scaled_dot_product_attention(query[:, :, :1], key, key, enable_gqa=True)
     assert len(seen) == len(capture.calls) == 1
     assert capture.calls[0].query is query
     assert capture.calls[0].key is key
+    assert capture.calls[0].value is value
     assert capture.calls[0].scale == 0.5

@@ -1,11 +1,11 @@
-"""What the selected blocks hold of dense attention, from a model's own queries and keys.
+"""What the selected blocks hold of dense attention, from a model's own queries, keys and values.
 
 Symbols: Hq/Hkv heads, S tokens, D head_dim, N blocks, R sampled rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,17 +24,19 @@ class CapturedAttention:
     Attributes:
         query: [1, Hq, S, D].
         key: [1, Hkv, S, D].
+        value: [1, Hkv, S, D].
         scale: Factor on the logits; ``None`` is 1 / sqrt(D).
     """
 
     query: Tensor
     key: Tensor
+    value: Tensor
     scale: float | None
 
 
 @dataclass(eq=False)
 class CaptureAttention(TorchFunctionMode):
-    """Keeps query and key of every causal ``F.scaled_dot_product_attention`` call inside.
+    """Keeps the inputs of every causal ``F.scaled_dot_product_attention`` call inside.
 
     Attributes:
         on_call: Called after each of them.
@@ -58,8 +60,9 @@ class CaptureAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention and kwargs.get("is_causal"):
-            query, key = args[:2]
-            self.calls.append(CapturedAttention(query=query, key=key, scale=kwargs.get("scale")))
+            query, key, value = args[:3]
+            scale = kwargs.get("scale")
+            self.calls.append(CapturedAttention(query=query, key=key, value=value, scale=scale))
             self.on_call()
         return output
 
@@ -90,19 +93,73 @@ def compute_recall(
     Returns:
         A number in [0, 1].
     """
-    heads, length, head_dim = query.shape[1:]
-    scale = head_dim**-0.5 if scale is None else scale
-    group = heads // key.shape[1]
-    blocks = keep.shape[-1]
-    rows = torch.arange(row_stride - 1, length, row_stride, device=query.device)
-    keep = keep.expand(-1, heads, -1, -1)[0, :, rows // block_size]  # [Hq, R, N]
-    future = torch.arange(length, device=query.device) > rows[:, None]  # [R, S]
+    blocks, length = keep.shape[-1], key.shape[2]
+    rows = _sampled_rows(query, row_stride)
+    keep = keep.expand(-1, query.shape[1], -1, -1)[0, :, rows // block_size]  # [Hq, R, N]
     kept = torch.zeros((), dtype=torch.float64, device=query.device)
-    for head in range(heads):
-        logits = (query[0, head, rows] * scale).float() @ key[0, head // group].float().T
-        weights = logits.masked_fill_(future, -torch.inf).softmax(-1)  # [R, S]
+    for head, weights in enumerate(_dense_weights(query, key, rows, scale)):
         if length % block_size:
             weights = F.pad(weights, (0, blocks * block_size - length))
         mass = weights.unflatten(-1, (blocks, block_size)).sum(-1)  # [R, N]
         kept += (mass * keep[head]).sum(dtype=torch.float64)
-    return float(kept) / (heads * len(rows))
+    return float(kept) / (query.shape[1] * len(rows))
+
+
+def compute_output_error(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keep: Tensor,
+    *,
+    block_size: int,
+    scale: float | None = None,
+    row_stride: int = ROW_STRIDE,
+) -> float:
+    """Computes how far attention over kept blocks is from dense causal attention.
+
+    Of the same rows as in `compute_recall`, exactly and in float32: what the selection alone
+    changes, without a kernel's rounding. A row that keeps nothing has an output of zeros.
+
+    Args:
+        query: [1, Hq, S, D].
+        key: [1, Hkv, S, D]; Hkv divides Hq.
+        value: [1, Hkv, S, D].
+        keep: bool [1, Hq or 1, N, N].
+        block_size: Tokens per block.
+        scale: Factor on the logits; 1 / sqrt(D) by default.
+        row_stride: Distance of the sampled rows.
+
+    Returns:
+        |sparse - dense| / |dense| over all sampled rows and heads, Frobenius norms.
+    """
+    group = query.shape[1] // value.shape[1]
+    rows = _sampled_rows(query, row_stride)
+    own_block = torch.arange(key.shape[2], device=query.device) // block_size  # [S]
+    keep = keep.expand(-1, query.shape[1], -1, -1)[0, :, rows // block_size]  # [Hq, R, N]
+    lost = torch.zeros((), dtype=torch.float64, device=query.device)
+    whole = torch.zeros_like(lost)
+    for head, weights in enumerate(_dense_weights(query, key, rows, scale)):
+        values = value[0, head // group].float()
+        kept = weights * keep[head][:, own_block]
+        mass = kept.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        dense = weights @ values
+        lost += (kept @ values / mass - dense).double().square().sum()
+        whole += dense.double().square().sum()
+    return float((lost / whole).sqrt())
+
+
+def _sampled_rows(query: Tensor, row_stride: int) -> Tensor:
+    return torch.arange(row_stride - 1, query.shape[2], row_stride, device=query.device)
+
+
+def _dense_weights(
+    query: Tensor, key: Tensor, rows: Tensor, scale: float | None
+) -> Iterator[Tensor]:
+    """Causal attention [R, S] of some rows, float32, one head after the other."""
+    heads, length, head_dim = query.shape[1:]
+    scale = head_dim**-0.5 if scale is None else scale
+    group = heads // key.shape[1]
+    future = torch.arange(length, device=query.device) > rows[:, None]  # [R, S]
+    for head in range(heads):
+        logits = (query[0, head, rows] * scale).float() @ key[0, head // group].float().T
+        yield logits.masked_fill_(future, -torch.inf).softmax(-1)

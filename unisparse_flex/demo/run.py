@@ -105,7 +105,7 @@ def run_demo(options: DemoOptions, progress: Progress) -> DemoResult:
 def _run_dense(
     model: Any, read: Callable[..., Prefill], judge: Judge, progress: Progress
 ) -> tuple[Row, list[CapturedAttention]]:
-    """The dense row, and queries and keys of every layer."""
+    """The dense row, and the attention inputs of every layer."""
     with (
         progress.step("Dense: read the prompt", model.config.num_hidden_layers) as advance,
         CaptureAttention(on_call=advance) as capture,
