@@ -81,11 +81,12 @@ def describe(result: Result, name: str) -> str:
 
 
 def equal_kl_table(result: Result) -> str:
-    """Our density over a rival's at the KL that the rival has at some densities."""
+    """Our density over a rival's, or a trial's, at the KL that it has at some densities."""
+    trials = [name for name in selectors_of(result) if name.startswith("trial-")]
     lines = []
     for text in texts_of(result):
         ours = curve(result, OURS, text)
-        for rival in RIVALS:
+        for rival in (*RIVALS, *trials):
             points = curve(result, rival, text)
             cells = []
             for density in DENSITIES:

@@ -107,6 +107,15 @@ def test_ours_is_compared_at_the_divergence_of_the_rival() -> None:
     ]
 
 
+def test_trials_are_compared_behind_the_rivals() -> None:
+    result = make_result()
+    result["rows"] += [row("trial-x", d / 2 + 0.1, math.exp(-10 * d)) for d in (0.2, 0.4, 0.6)]
+    *_, line = tables.equal_kl_table(result).splitlines()
+    assert cells(line)[:2] == ["prose", "trial-x"]
+    # Ours keeps .1 less for any KL.
+    assert cells(line)[2:] == ["", "0.50 (KL 0.1353)", "0.67 (KL 0.0183)", "0.75 (KL 0.0025)", ""]
+
+
 def test_seeds_are_averaged_and_counted() -> None:
     result = make_result()
     measured = {
