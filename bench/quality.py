@@ -1,16 +1,16 @@
 """Quality against density of every selector, on a real model and real texts.
 
 python -m bench.quality [--model smollm2] [--tokens 8192] [--texts prose,code]
-    [--seeds 0,1,2] [--selectors NAME,...] [--tasks niah_single,...] [--samples 50]
-    [--output FILE]
+    [--seeds 0,1,2] [--selectors NAME,...] [--spread] [--tasks niah_single,...]
+    [--samples 50] [--output FILE]
 python -m bench.quality --model gemma3-270m --weights FILE.gguf --tokens 32768
 
 Each point reads the text once with a selector at one setting and compares the next-token
-distributions of the last tokens with the dense model's. Density is what that run kept. Recall, the
-output's error and the share of selection in the time are those of a few layers' calls as the dense
-model makes them, on the first excerpt of each text: recall and error the mean of them, the share
-that of the middle one (bench/selection_share.py says what is timed). Tasks are scored with the same
-settings.
+distributions of the last tokens, or of tokens all over it, with the dense model's. Density is what
+that run kept. Recall, the output's error and the share of selection in the time are those of a few
+layers' calls as the dense model makes them, on the first excerpt of each text: recall and error the
+mean of them, the share that of the middle one (bench/selection_share.py says what is timed). Tasks
+are scored with the same settings.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, help="a GGUF file, where no package holds them")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--judged", type=int, default=1024, help="last tokens that are judged")
+    parser.add_argument(
+        "--spread", action="store_true", help="judges as many, spread evenly over the text"
+    )
     parser.add_argument("--texts", default="prose,code", help=f"of {','.join(TEXT_NAMES)}")
     parser.add_argument("--seeds", default="0", help="excerpts of each text")
     parser.add_argument(
@@ -104,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         dense_layers=subject.dense_layers,
         tokens=options.tokens,
         judged=options.judged,
+        spread=options.spread,
         recall_layers=options.recall_layers,
         selection_timed_at={name: repr(middle(sweep)) for name, sweep in settings.items()},
         dtype=str(loaded.dtype).removeprefix("torch."),
@@ -133,6 +137,7 @@ def _judges(
                 seed,
                 tokens=options.tokens,
                 judged=options.judged,
+                spread_out=options.spread,
                 recall_layers=layers,
             )
             yield {"text": text, "seed": seed}, reading.judge
@@ -162,15 +167,16 @@ class Reading:
         subject: Subject,
         clock: ShareClock,
         input_ids: Tensor,
-        judged: int,
+        positions: Tensor,
         recall_layers: int,
     ) -> None:
+        """``positions``, int64 [judged], are tokens whose predictions of the next are judged."""
         self.subject, self.model = subject, subject.loaded.model
-        self.clock, self.input_ids, self.judged = clock, input_ids, judged
+        self.clock, self.input_ids, self.positions = clock, input_ids, positions
         with _captured(recall_layers) as calls:
             self.dense = self._read()
         self.calls = calls
-        self.targets = input_ids[0, -judged:]
+        self.targets = input_ids[0, positions + 1]
         self.perplexity = compute_perplexity(self.dense, self.targets)
 
     @classmethod
@@ -183,6 +189,7 @@ class Reading:
         *,
         tokens: int,
         judged: int,
+        spread_out: bool,
         recall_layers: int,
     ) -> Reading:
         """Reads exactly ``tokens`` tokens of an excerpt that ``seed`` picks."""
@@ -193,7 +200,10 @@ class Reading:
         if len(ids) < tokens:
             raise ValueError(f"--tokens must be at most {len(ids)} for {text}, got {tokens}")
         input_ids = torch.tensor([ids], device=loaded.device)
-        return cls(subject, clock, input_ids, judged, recall_layers)
+        # The last token predicts none of the text.
+        places = spread(tokens - 1, judged) if spread_out else range(tokens - 1)[-judged:]
+        positions = torch.tensor(list(places), device=loaded.device)
+        return cls(subject, clock, input_ids, positions, recall_layers)
 
     def judge(self, selector: Selector) -> dict[str, Any]:
         """Density, KL and perplexity ratio of the text read with ``selector``.
@@ -227,9 +237,9 @@ class Reading:
 
     @torch.inference_mode()
     def _read(self) -> Tensor:
-        """Log-probabilities [judged, V] of the last tokens."""
-        output = self.model(self.input_ids, use_cache=False, logits_to_keep=self.judged + 1)
-        return compute_log_probs(output.logits[0, :-1])
+        """Log-probabilities [judged, V] of the tokens behind ``positions``."""
+        output = self.model(self.input_ids, use_cache=False, logits_to_keep=self.positions)
+        return compute_log_probs(output.logits[0])
 
     @torch.inference_mode()
     def _compare_calls(self, selector: Selector) -> dict[str, float]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unisparse_flex import DEFAULT_SELECTOR
+from unisparse_flex.passes.config import decode_selector
 
 from .quality_curves import Point, Result, curve, density_at, kl_at, texts_of
 from .tables import markdown
@@ -29,15 +30,21 @@ def summary_table(results: Sequence[Result], selector: str | None = None) -> str
 
     Args:
         results: Files of `bench.quality`, in the order of the lines.
-        selector: The setting that is looked for; that of `DEFAULT_SELECTOR` by default.
+        selector: The setting that is looked for; `DEFAULT_SELECTOR` by default.
     """
-    wanted = repr(DEFAULT_SELECTOR) if selector is None else selector
     lines = []
     for result in results:
         for text in texts_of(result):
-            points = [p for p in curve(result, OURS, text) if p.parameters == wanted]
+            points = [p for p in curve(result, OURS, text) if _is(p.parameters, selector)]
             lines += [_line(result, text, point) for point in points]
     return markdown(HEAD, lines)
+
+
+def _is(parameters: str, selector: str | None) -> bool:
+    """Whether a setting is the one looked for; a file may be older than some of its fields."""
+    if selector is not None:
+        return parameters == selector
+    return decode_selector(parameters) == DEFAULT_SELECTOR
 
 
 def _line(result: Result, text: str, own: Point) -> list[str]:

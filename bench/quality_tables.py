@@ -66,9 +66,12 @@ def describe(result: Result, name: str) -> str:
     """Every table of one file, or the summary of several."""
     if "results" in result:
         return summary_table(result["results"]) + "\n"
+    judged = f"the last {result['judged']} of them judged"
+    if result.get("spread"):
+        judged = f"{result['judged']} of them judged, evenly spread"
     head = [
-        f"{name}: {result['model']}, {result['tokens']} tokens, the last {result['judged']} of "
-        f"them judged, {result['dtype']}, {result['device']}",
+        f"{name}: {result['model']}, {result['tokens']} tokens, {judged}, {result['dtype']}, "
+        f"{result['device']}",
         f"`{shlex.join(result['command'])}`",
     ]
     if "stopped" in result:

@@ -91,6 +91,8 @@ RULES: dict[str, Callable[[float], SelectionRule]] = {
     ),
     "mass_budget": lambda value: MassBudget(least=value),
     "even_share": lambda value: EvenShare(part=value, least=0.005, top_p=max(1 - value / 3, 1e-9)),
+    # The default's threshold and share at 64 blocks, and what is even with them at any other.
+    "even_share_all": lambda value: EvenShare(part=value, least=0.0, top_p=1 - 12 * value / 64),
 }
 
 
@@ -179,6 +181,7 @@ VALUES: dict[str, tuple[float, ...]] = {
     "top_p_or_threshold": (0.016, 0.0095, 0.0065, 0.004),
     "mass_budget": (0.001, 0.0006, 0.00035, 0.0002),
     "even_share": (0.8, 0.5, 0.3, 0.15),
+    "even_share_all": (1.3, 0.9, 0.6, 0.4, 0.25),
 }
 
 
@@ -199,8 +202,15 @@ def merged_heads(count: int) -> Callable[[int], list[Selector]]:
     return lambda size: [replace(selector, c_h=count) for selector in defaults(size)]
 
 
+def roots(size: int) -> list[Selector]:
+    """The default's sweep with a threshold that goes with the root of a row's blocks."""
+    return [replace(selector, threshold_blocks=64) for selector in defaults(size)]
+
+
 TRIALS: dict[str, Callable[[int], list[Selector]]] = {
     f"trial-{granularity}-{rule}": trials(granularity, rule)
     for granularity in GRANULARITIES
     for rule in RULES
-} | {f"trial-{count}-heads": merged_heads(count) for count in (2, 3, 4)}
+}
+TRIALS |= {f"trial-{count}-heads": merged_heads(count) for count in (2, 3, 4)}
+TRIALS["trial-root"] = roots

@@ -82,16 +82,20 @@ class Threshold(SelectionRule):
 
     Attributes:
         threshold: Share of the mass in (0, 1].
+        threshold_blocks: Visible blocks of a row for which it is stated, see `scale_threshold`.
     """
 
     threshold: float
+    threshold_blocks: int | None = None
 
     def __post_init__(self) -> None:
         validate_fraction(self.threshold, "threshold")
+        _validate_threshold_blocks(self.threshold_blocks)
 
     def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
         """See `SelectionRule.select`; a row that would keep nothing keeps its highest blocks."""
-        return _or_highest((forced | (scores >= self.threshold)) & visible, scores, visible)
+        least = scale_threshold(self.threshold, self.threshold_blocks, visible)
+        return _or_highest((forced | (scores >= least)) & visible, scores, visible)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,19 +108,23 @@ class TopPOrThreshold(SelectionRule):
     Attributes:
         top_p: Share of a row's estimated mass in (0, 1]; 1.0 keeps every visible block.
         threshold: Share of the mass in (0, 1] from which a block is kept in any case.
+        threshold_blocks: Visible blocks of a row for which it is stated, see `scale_threshold`.
     """
 
     top_p: float
     threshold: float
+    threshold_blocks: int | None = None
 
     def __post_init__(self) -> None:
         validate_fraction(self.top_p, "top_p")
         validate_fraction(self.threshold, "threshold")
+        _validate_threshold_blocks(self.threshold_blocks)
 
     def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
         """See `SelectionRule.select`; ties at the end of ``top_p`` go to the lower block index."""
         mass = TopP(top_p=self.top_p).select(scores, forced, visible)
-        return mass | ((scores >= self.threshold) & visible)
+        least = scale_threshold(self.threshold, self.threshold_blocks, visible)
+        return mass | ((scores >= least) & visible)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,10 +160,12 @@ class HeadThreshold(SelectionRule):
         thresholds: Shares of the mass in [0, 1], one for each head of the scores; 0 keeps every
             visible block.
         top_p: Share of a row's estimated mass in (0, 1]; ``None`` for thresholds alone.
+        threshold_blocks: Visible blocks of a row for which they are stated, see `scale_threshold`.
     """
 
     thresholds: tuple[float, ...]
     top_p: float | None = None
+    threshold_blocks: int | None = None
 
     def __post_init__(self) -> None:
         for i, share in enumerate(self.thresholds):
@@ -163,6 +173,7 @@ class HeadThreshold(SelectionRule):
                 validate_fraction(share, f"head_thresholds[{i}]")
         if self.top_p is not None:
             validate_fraction(self.top_p, "top_p")
+        _validate_threshold_blocks(self.threshold_blocks)
 
     def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
         """See `SelectionRule.select`.
@@ -171,7 +182,8 @@ class HeadThreshold(SelectionRule):
             ValueError: More or fewer thresholds than heads.
         """
         shares = _per_head(self.thresholds, "head_thresholds", scores)
-        kept = (forced | (scores >= shares)) & visible
+        least = scale_threshold(shares, self.threshold_blocks, visible)
+        kept = (forced | (scores >= least)) & visible
         if self.top_p is None:
             return _or_highest(kept, scores, visible)
         return kept | TopP(top_p=self.top_p).select(scores, forced, visible)
@@ -335,6 +347,34 @@ def _per_head(shares: tuple[float, ...], name: str, scores: Tensor) -> Tensor:
         )
     # Filled on the device: a tensor made from a tuple would wait for the copy.
     return torch.cat([scores.new_full((1, 1, 1), share) for share in shares])
+
+
+def scale_threshold(
+    threshold: float | Tensor, threshold_blocks: int | None, visible: Tensor
+) -> float | Tensor:
+    """The threshold of every row, by the square root of the blocks that it sees.
+
+    A row of n visible blocks has ``threshold * sqrt(threshold_blocks / n)``, between one threshold
+    for all rows and an even share, 1 / n: the last spares most at the end of a prompt and leaves
+    the least to its beginning.
+
+    Args:
+        threshold: Share of the mass, or one for each head, [H, 1, 1].
+        threshold_blocks: Blocks of a row for which it is stated; ``None`` for all rows alike.
+        visible: bool [B or 1, H or 1, Nq, Nk].
+
+    Returns:
+        What a score must reach, broadcastable to scores.
+    """
+    if threshold_blocks is None:
+        return threshold
+    blocks = visible.sum(-1, keepdim=True).clamp_min(1)
+    return threshold * (threshold_blocks / blocks).sqrt()
+
+
+def _validate_threshold_blocks(value: int | None) -> None:
+    if value is not None:
+        validate_int(value, "threshold_blocks", minimum=1)
 
 
 def _or_highest(kept: Tensor, scores: Tensor, visible: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ LONGEST_FITTED = 64
 TOP_P_SCALE, TOP_P_POWER, LENGTH_POWER = 0.235, 1.6, 0.44
 # The share that a threshold keeps of them depends on threshold * blocks alone:
 #   1 / (1 + (threshold * blocks / EVEN) ** EVEN_POWER),
-# fitted to the same file, thresholds .002 to .02 over two granularities.
+# fitted to the same file, thresholds .002 to .02 over two granularities. Where it goes with the
+# root of a row's blocks, it is taken at the mean row, rows counted by their blocks.
 EVEN, EVEN_POWER = 0.123, 0.71
 
 
@@ -40,6 +41,7 @@ class SelectionCost:
             not extrapolated to longer calls.
         thresholds: Blocks are also kept that hold this share of a row's mass: one number for all
             heads, or one for each; empty for no such rule.
+        threshold_blocks: Blocks of a row for which they are stated, as in `UniSparse`.
     """
 
     c_q: int = 8
@@ -52,6 +54,7 @@ class SelectionCost:
     share: float = 0.5
     share_power: float = 0.0
     thresholds: tuple[float, ...] = ()
+    threshold_blocks: int | None = None
 
     def density(self, *, q_len: int, kv_len: int, block_size: int, is_causal: bool) -> float:
         """Expected kept blocks over visible blocks, in [0, 1].
@@ -72,7 +75,11 @@ class SelectionCost:
         length = max(length, 1.0)
         share = min(1.0, self.share * length**-self.share_power)
         if self.thresholds:
-            shares = [1 / (1 + (t * length / EVEN) ** EVEN_POWER) for t in self.thresholds]
+            even = EVEN
+            if self.threshold_blocks is not None:
+                mean_row = length * 2 / 3 if is_causal and rows == columns else length
+                even *= math.sqrt(mean_row / self.threshold_blocks)
+            shares = [1 / (1 + (t * length / even) ** EVEN_POWER) for t in self.thresholds]
             share = max(share, sum(shares) / len(shares))
         return min(1.0, (forced + (visible - forced) * share) / visible)
 

@@ -143,9 +143,10 @@ def spell(rule: SelectionRule) -> tuple[str, list[float]]:
     if isinstance(rule, TopK):
         return "top_k", [float(rule.top_k)]
     if isinstance(rule, Threshold):
-        return "threshold", [rule.threshold]
+        return "threshold", [rule.threshold, 0.0, float(rule.threshold_blocks or 0)]
     if isinstance(rule, TopPOrThreshold):
-        return "top_p_or_threshold", [rule.top_p, rule.threshold]
+        blocks = float(rule.threshold_blocks or 0)
+        return "top_p_or_threshold", [rule.top_p, rule.threshold, blocks]
     raise TypeError(
         "rule must be TopP, TopK, Threshold or TopPOrThreshold, got " + type(rule).__name__
     )

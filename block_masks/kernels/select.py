@@ -126,6 +126,7 @@ def _select(
     offset,
     value,
     least,
+    threshold_blocks,
     sinks,
     locals_,
     last_rows,
@@ -188,8 +189,12 @@ def _select(
     judged = lane + tl.sum(tl.where(score != score, 1, 0), 0) == 0
     score = tl.where(visible & judged, score, 0.0)
     candidate = visible & (forced == 0)
+    # What a threshold is multiplied by: one number for the row, in every lane.
+    sees = tl.maximum(lane + tl.sum(tl.where(visible, 1, 0), 0), 1).to(tl.float32)
+    root = tl.sqrt_rn(tl.div_rn(threshold_blocks + 0.0 * sees, sees))
+    root = tl.where(lane + threshold_blocks > 0.0, root, 1.0)
     if RULE == "threshold":
-        chosen = candidate & (score >= value)
+        chosen = candidate & (score >= value * root)
         # A row that would keep nothing keeps its highest.
         none = lane + tl.sum(tl.where(forced | chosen, 1, 0), 0) == 0
         highest = tl.max(tl.where(candidate, score, -1.0), 0)
@@ -204,7 +209,7 @@ def _select(
         spare = tl.sum(tl.where(candidate, score, 0.0), 0) - need
         chosen = _reach(score, candidate, score, need, 0.99 * spare / blocks, STEPS)
         if RULE == "top_p_or_threshold":
-            chosen = chosen | (candidate & (score >= least))
+            chosen = chosen | (candidate & (score >= least * root))
     keep = forced | chosen | (visible & (judged == 0))
     if RULE == "top_p" or RULE == "top_p_or_threshold":
         # An estimate of zero is no proof of zero: all means all.
@@ -241,14 +246,16 @@ BLOCKS_OF_A_WARP, MOST_WARPS, WARP_ELEMENTS = 256, 4, 2048
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A selection rule by name, and its number or two.
+    """A selection rule by name, and its numbers.
 
-    ``top_p``, ``top_k``, ``threshold``, or ``top_p_or_threshold`` with the threshold in ``least``.
+    ``top_p``, ``top_k``, ``threshold``, or ``top_p_or_threshold`` with the threshold in ``least``;
+    ``threshold_blocks`` are the blocks of a row for which a threshold is stated, 0 for all alike.
     """
 
     name: str
     value: float
     least: float = 0.0
+    threshold_blocks: float = 0.0
 
 
 def select(
@@ -304,6 +311,7 @@ def select(
         geometry.causal_offset or 0,
         float(rule.value),
         float(rule.least),
+        float(rule.threshold_blocks),
         guards.sink_blocks,
         guards.local_blocks,
         guards.last_query_blocks,

@@ -45,6 +45,9 @@ class UniSparse(Guarded, Selector):
         top_k: Blocks per row instead of ``top_p``, forced ones counted first.
         threshold: Least share of a row's estimated mass, in (0, 1], instead of ``top_p``; with
             both, blocks that either keeps. A row that would keep nothing keeps its highest.
+        threshold_blocks: Visible blocks of a row for which the threshold is stated: a row of n has
+            it times ``sqrt(threshold_blocks / n)``. The end of a prompt then costs less for the
+            same quality, its beginning is read less exactly. ``None``: all rows alike.
         head_thresholds: A threshold for each query head, in [0, 1], instead of ``threshold``; 0
             keeps every block. Needs ``c_h`` 1, and selects in plain PyTorch alone: the Triton
             kernels take one threshold.
@@ -68,6 +71,7 @@ class UniSparse(Guarded, Selector):
     local_blocks: int = 1
     last_query_blocks: int = 1
     head_thresholds: tuple[float, ...] | None = None
+    threshold_blocks: int | None = None
 
     rows_alone = True
 
@@ -96,6 +100,11 @@ class UniSparse(Guarded, Selector):
                 "leave them None"
             )
         self._validate_head_thresholds()
+        if self.threshold_blocks is not None and not self._thresholds:
+            raise ValueError(
+                "threshold_blocks must be given with threshold or head_thresholds, got "
+                f"{self.threshold_blocks} alone; give one of them, or leave it None"
+            )
         if not rules:
             object.__setattr__(self, "top_p", DEFAULT_TOP_P)
         # Built here so that a wrong value is reported where it was given.
@@ -120,13 +129,21 @@ class UniSparse(Guarded, Selector):
     def rule(self) -> SelectionRule:
         """The rule that ``top_p``, ``top_k`` and the thresholds ask for."""
         if self.head_thresholds is not None:
-            return HeadThreshold(thresholds=self.head_thresholds, top_p=self.top_p)
+            return HeadThreshold(
+                thresholds=self.head_thresholds,
+                top_p=self.top_p,
+                threshold_blocks=self.threshold_blocks,
+            )
         if self.top_k is not None:
             return TopK(top_k=self.top_k)
         if self.threshold is not None and self.top_p is not None:
-            return TopPOrThreshold(top_p=self.top_p, threshold=self.threshold)
+            return TopPOrThreshold(
+                top_p=self.top_p,
+                threshold=self.threshold,
+                threshold_blocks=self.threshold_blocks,
+            )
         if self.threshold is not None:
-            return Threshold(threshold=self.threshold)
+            return Threshold(threshold=self.threshold, threshold_blocks=self.threshold_blocks)
         assert self.top_p is not None
         return TopP(top_p=self.top_p)
 
@@ -150,6 +167,7 @@ class UniSparse(Guarded, Selector):
             share=0.0 if self.top_p is None else top_p_share(self.top_p),
             share_power=LENGTH_POWER,
             thresholds=self._thresholds,
+            threshold_blocks=self.threshold_blocks,
         )
 
     @property

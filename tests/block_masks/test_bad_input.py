@@ -85,6 +85,12 @@ BAD_FIELDS = [
     ({"head_thresholds": (0.1,), "top_k": 2}, ValueError, "top_k must not be given"),
     ({"threshold": float("nan")}, ValueError, r"threshold must be in \(0, 1\], got nan"),
     *[({"threshold": t}, TypeError, "threshold must be a number") for t in (True, "0.1")],
+    ({"threshold_blocks": 64}, ValueError, "must be given with threshold .*, got 64 alone"),
+    ({"threshold_blocks": 64, "top_p": 0.9}, ValueError, "threshold_blocks must be given with"),
+    *[
+        ({"threshold": 0.1, "threshold_blocks": n}, error, f"threshold_blocks must be {rule}")
+        for n, error, rule in ((0, ValueError, "at least 1"), (6.5, TypeError, "an int"))
+    ],
     *[
         ({"sampled_queries": n}, ValueError, f"sampled_queries must divide block_size 128, got {n}")
         for n in (3, 48, 256)

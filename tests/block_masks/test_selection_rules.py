@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from unisparse_flex.block_masks import TopK, TopP, compute_block_scores
 from unisparse_flex.block_masks.scoring import default_scale
-from unisparse_flex.block_masks.selection import Threshold, TopPOrThreshold
+from unisparse_flex.block_masks.selection import HeadThreshold, Threshold, TopPOrThreshold
 
 from . import oracle
 from .strategies import HEAD_DIM, Call, calls
@@ -83,6 +84,39 @@ def test_top_p_or_threshold_keeps_what_either_does(
     mass = TopP(top_p=share / 64).select(scores, forced, visible)
     high = (scores >= least / 64) & visible
     assert chosen.select(scores, forced, visible).equal(mass | high)
+
+
+@settings(max_examples=200)
+@given(rows(), st.integers(1, 64), st.integers(1, 64), st.integers(1, 20))
+def test_a_threshold_falls_with_the_root_of_the_visible_blocks(
+    row: tuple[list[float], list[bool], list[bool]], share: int, least: int, stated: int
+) -> None:
+    scores, forced, visible = row
+    reached = least / 64 * math.sqrt(stated / max(sum(visible), 1))
+    assume(all(abs(score - reached) > 1e-6 for score in scores))
+    blocks = as_row(scores), as_row(forced), as_row(visible)
+    high = [v and (f or s >= reached) for s, f, v in zip(scores, forced, visible, strict=True)]
+    both = TopPOrThreshold(top_p=share / 64, threshold=least / 64, threshold_blocks=stated)
+    mass = TopP(top_p=share / 64).select(*blocks)
+    assert both.select(*blocks).equal(mass | as_row(high))
+    if any(high):
+        alone = Threshold(threshold=least / 64, threshold_blocks=stated)
+        of_heads = HeadThreshold(thresholds=(least / 64,), threshold_blocks=stated)
+        assert alone.select(*blocks)[0, 0, 0].tolist() == high
+        assert of_heads.select(*blocks)[0, 0, 0].tolist() == high
+
+
+def test_a_row_of_the_stated_blocks_has_the_stated_threshold() -> None:
+    scores = torch.tensor([[0.6, 0.4, 0, 0], [0.5, 0.2, 0.2, 0.1]])[None, None]
+    visible, forced = scores > 0, torch.zeros(1, 1, 2, 4, dtype=torch.bool)
+    kept = Threshold(threshold=0.3, threshold_blocks=4).select(scores, forced, visible)
+    # 0.3 for four blocks, 0.42 for two.
+    assert kept[0, 0].tolist() == [[True, False, False, False], [True, False, False, False]]
+    kept = Threshold(threshold=0.3).select(scores, forced, visible)
+    assert kept[0, 0, 0].tolist() == [True, True, False, False]
+    kept = Threshold(threshold=0.3, threshold_blocks=2).select(scores, forced, visible)
+    # 0.3 for two blocks, 0.21 for four.
+    assert kept[0, 0].tolist() == [[True, True, False, False], [True, False, False, False]]
 
 
 @settings(max_examples=30)

@@ -131,6 +131,16 @@ def test_a_threshold_and_a_top_p_are_one_rule() -> None:
     assert selector.rule == TopPOrThreshold(top_p=0.8, threshold=0.01)
 
 
+def test_the_blocks_of_a_threshold_reach_every_rule_that_has_one() -> None:
+    options: Any = {"threshold_blocks": 64}
+    alone = UniSparse(threshold=0.01, **options)
+    assert alone.rule == Threshold(threshold=0.01, threshold_blocks=64)
+    both = UniSparse(threshold=0.01, top_p=0.8, **options)
+    assert both.rule == TopPOrThreshold(top_p=0.8, threshold=0.01, threshold_blocks=64)
+    heads = UniSparse(head_thresholds=(0.01,), top_p=0.8, **options)
+    assert heads.rule == HeadThreshold(thresholds=(0.01,), top_p=0.8, threshold_blocks=64)
+
+
 def test_fields_reach_granularity_and_guards() -> None:
     selector = UniSparse(c_q=2, c_k=4, c_h=3, sink_blocks=5, local_blocks=6, last_query_blocks=7)
     assert selector.granularity == Pooled(q=2, k=4, heads=3)

@@ -97,6 +97,12 @@ CALLS = {
     "two rules, float32": cuda_call(
         4096, dtype=FP32, top_p=0.7, threshold=0.01, c_q=16, c_k=16, sampled_queries=4
     ),
+    "a threshold by the root of the blocks": cuda_call(
+        4096, c_q=16, c_k=128, top_p=0.6, threshold=0.01, threshold_blocks=64, sampled_queries=4
+    ),
+    "root of the blocks, chunk": cuda_call(
+        1000, 4097, dtype=FP32, threshold=0.02, threshold_blocks=8, sampled_queries=4
+    ),
     "float32, ragged": cuda_call(777, dtype=FP32, top_p=0.9, sampled_queries=4),
     "float32": cuda_call(4096, dtype=FP32, threshold=0.01, c_h=4, sampled_queries=4),
     "float32, long": cuda_call(16384, dtype=FP32, top_p=0.9),

@@ -20,6 +20,7 @@ from unisparse_flex.block_masks.block_lists import BlockLists
 from unisparse_flex.block_masks.granularity import Sampled
 from unisparse_flex.block_masks.kernels import operator
 from unisparse_flex.block_masks.scoring import compute_sampled_scores, default_scale
+from unisparse_flex.block_masks.selection import scale_threshold
 
 from .interpreter import Kernels
 
@@ -100,7 +101,13 @@ def decided(call: Call, scores: Tensor, tolerance: float) -> tuple[Tensor, Tenso
     candidates = visible & ~forced
     low, high = scores * (1 - tolerance), scores * (1 + tolerance)
     if selector.threshold is not None:
-        reaching, missing = low >= selector.threshold, high < selector.threshold
+        # Its root, too, is rounded.
+        reached = scale_threshold(
+            torch.tensor(selector.threshold, dtype=torch.float64, device=scores.device),
+            selector.threshold_blocks,
+            visible,
+        )
+        reaching, missing = low >= reached, high < reached
     if selector.threshold is not None and selector.top_p is None:
         # A row of which nothing reaches it keeps its highest.
         peak = low.masked_fill(~candidates, -1.0).amax(-1, keepdim=True)
@@ -168,9 +175,16 @@ def assert_same_lists(one: BlockLists, other: BlockLists) -> None:
 RULES: dict[str, tuple[dict[str, Any], ...]] = {
     "top_p": tuple({"top_p": p} for p in (0.5, 0.9, 0.95, 1.0)),
     "top_k": tuple({"top_k": k} for k in (1, 2, 3)),
-    "threshold": tuple({"threshold": t} for t in (0.05, 0.2, 0.5)),
-    "top_p_or_threshold": tuple(
-        {"top_p": p, "threshold": t} for p, t in ((0.4, 0.1), (0.7, 0.3), (0.2, 0.05), (1.0, 0.5))
+    "threshold": (
+        *({"threshold": t} for t in (0.05, 0.2, 0.5)),
+        *({"threshold": t, "threshold_blocks": 3} for t in (0.05, 0.2)),
+    ),
+    "top_p_or_threshold": (
+        *(
+            {"top_p": p, "threshold": t}
+            for p, t in ((0.4, 0.1), (0.7, 0.3), (0.2, 0.05), (1.0, 0.5))
+        ),
+        *({"top_p": 0.3, "threshold": t, "threshold_blocks": 4} for t in (0.05, 0.2)),
     ),
 }
 HEADS = ((2, 1), (4, 2), (6, 2), (3, 1))

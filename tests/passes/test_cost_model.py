@@ -225,5 +225,8 @@ def test_expected_densities_follow_the_settings() -> None:
     assert density(threshold=0.02) < density(threshold=0.005) < 1.0
     assert density(threshold=0.02, top_p=0.99) == density(top_p=0.99)
     assert density(threshold=0.02, top_p=0.1) == density(threshold=0.02)
+    # Stated for more blocks than its rows have, a threshold is higher for these.
+    assert density(threshold=0.01, threshold_blocks=64) < density(threshold=0.01)
+    assert density(threshold=0.01, threshold_blocks=1) > density(threshold=0.01)
     assert density(top_p=0.8, sink_blocks=8) > density(top_p=0.8)
     assert forecast(shape(4096), Stripes()).density == 0.5

@@ -89,7 +89,7 @@ class DemoOptions:
         }
         if self.top_p is None:
             return replace(selector, **fits)
-        return replace(selector, **fits, top_p=self.top_p, threshold=None)
+        return replace(selector, **fits, top_p=self.top_p, threshold=None, threshold_blocks=None)
 
     @property
     def effective_min_length(self) -> int:
