@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unisparse_flex import Selector, optimize, restore
+from unisparse_flex import Selector, optimize, record_attention, restore
 from unisparse_flex.demo.measure import Prefill, cache_name, generate_greedily, prefill
 from unisparse_flex.demo.model import LoadedModel
 
@@ -49,15 +49,21 @@ class Exam:
         return cls(subject=subject, samples=drawn, dense=_scores(loaded, drawn))
 
     def judge(self, selector: Selector) -> dict[str, Any]:
-        """Mean scores with ``selector``, and the dense ones beside them."""
+        """Mean scores with ``selector``, the dense ones, and what was kept of the prompts."""
         model = self.subject.loaded.model
         optimize(model, selector, min_length=0, dense_layers=self.subject.dense_layers)
         try:
-            found = _scores(self.subject.loaded, self.samples)
+            with record_attention(model) as records:
+                found = _scores(self.subject.loaded, self.samples)
         finally:
             restore(model)
-        count = len(next(iter(self.samples.values())))
-        return {"task_scores": found, "dense_scores": self.dense, "samples": count}
+        return {
+            # Answers are generated densely.
+            "density": mean(r.density for r in records if r.density is not None),
+            "task_scores": found,
+            "dense_scores": self.dense,
+            "samples": len(next(iter(self.samples.values()))),
+        }
 
 
 def _draw(

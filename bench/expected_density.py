@@ -1,6 +1,7 @@
 """Measures what UniSparse keeps of SmolLM2's attention: the densities that its `cost` is fitted to.
 
-The paper's settings at several top_p, and the default's rule at several thresholds.
+The paper's settings at several top_p, and the default's rule at several thresholds, for all rows
+alike and by the root of a row's blocks.
 
 python -m bench.expected_density [--output FILE]
 """
@@ -21,6 +22,7 @@ from unisparse_flex.demo.texts import TextName
 
 from .captured import capture_calls
 from .sweeps import defaults
+from .trials import roots
 
 TEXTS: tuple[TextName, ...] = ("prose", "code")
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -28,6 +30,7 @@ TOP_P = (0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 SELECTORS: dict[str, list[Any]] = {
     "paper": [UniSparse(top_p=p) for p in TOP_P],
     "default": defaults(DEFAULT_SELECTOR.block_size),
+    "root": roots(DEFAULT_SELECTOR.block_size),
 }
 
 
@@ -42,7 +45,8 @@ def main() -> None:
             for name, settings in SELECTORS.items():
                 for selector in settings:
                     row = {"text": text, "tokens": tokens, "selector": name}
-                    row |= {"top_p": selector.top_p, "threshold": selector.threshold}
+                    rule = ("top_p", "threshold", "threshold_blocks")
+                    row |= {field: getattr(selector, field) for field in rule}
                     densities = [
                         selector.select(call.query, call.key, is_causal=True).density()
                         for call in calls

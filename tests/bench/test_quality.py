@@ -32,6 +32,7 @@ def test_a_curve_is_written_with_density_and_divergence(
     assert [row["samples"] for row in answered] == [1, 1]
     assert all(0 <= row["task_scores"]["niah_single"] <= 1 for row in answered)
     assert answered[0]["dense_scores"] == answered[1]["dense_scores"]
+    assert 0 < answered[0]["density"] < answered[1]["density"] < 1
     assert written["tokens"] == 320
     assert few["parameters"] != many["parameters"]
     assert 0 < few["density"] < many["density"] < 1

@@ -159,7 +159,7 @@ def test_scores_of_tasks_stand_beside_the_dense_ones() -> None:
     head, _, *lines = tables.tasks_table(result).splitlines()
     assert cells(head) == [
         "selector",
-        "density on the texts",
+        "density",
         "samples of a task",
         "vt",
         "cwe",
@@ -175,6 +175,9 @@ def test_scores_of_tasks_stand_beside_the_dense_ones() -> None:
     result["rows"].append(scores("oracle", "unread", vt=(0.25, 0.25), cwe=(0.4, 0.0)))
     *_, oracle = map(cells, tables.tasks_table(result).splitlines())
     assert oracle[2:5] == ["40", "0.500 (1.00)", "0.300"]
+    result["rows"][-3] |= {"density": 0.25}
+    _, _, _, ours, _ = map(cells, tables.tasks_table(result).splitlines())
+    assert ours[1] == "0.250"
 
 
 def test_a_file_becomes_tables_and_a_plot(

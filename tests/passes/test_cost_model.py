@@ -205,8 +205,9 @@ def test_expected_densities_are_near_those_of_the_demo(name: str) -> None:
 
 def test_expected_densities_are_near_those_that_were_measured() -> None:
     rows = json.loads((RESULTS / "density-smollm2.json").read_text())["rows"]
-    settings = {"paper": UniSparse(), "default": DEFAULT_SELECTOR}
-    rules = [{"top_p": row["top_p"], "threshold": row["threshold"]} for row in rows]
+    settings = {"paper": UniSparse(), "default": DEFAULT_SELECTOR, "root": DEFAULT_SELECTOR}
+    rule = ("top_p", "threshold", "threshold_blocks")
+    rules = [{field: row[field] for field in rule} for row in rows]
     selectors = [
         replace(settings[row["selector"]], **rule) for row, rule in zip(rows, rules, strict=True)
     ]
