@@ -23,7 +23,7 @@ from unisparse_flex.block_masks.selection import (
     TopPOrThreshold,
 )
 from unisparse_flex.block_masks.selectors.base import Guarded
-from unisparse_flex.block_masks.selectors.unisparse import default_top_p
+from unisparse_flex.block_masks.selectors.unisparse import DROPPED_THRESHOLDS, default_top_p
 
 from .sweeps import defaults
 
@@ -92,7 +92,9 @@ RULES: dict[str, Callable[[float], SelectionRule]] = {
     "mass_budget": lambda value: MassBudget(least=value),
     "even_share": lambda value: EvenShare(part=value, least=0.005, top_p=max(1 - value / 3, 1e-9)),
     # The default's threshold and share at 64 blocks, and what is even with them at any other.
-    "even_share_all": lambda value: EvenShare(part=value, least=0.0, top_p=1 - 12 * value / 64),
+    "even_share_all": lambda value: EvenShare(
+        part=value, least=0.0, top_p=1 - DROPPED_THRESHOLDS * value / 64
+    ),
 }
 
 
