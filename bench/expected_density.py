@@ -1,7 +1,7 @@
 """Measures what UniSparse keeps of SmolLM2's attention: the densities that its `cost` is fitted to.
 
-The paper's settings at several top_p, and the default's rule at several thresholds, for all rows
-alike and by the root of a row's blocks.
+The paper's settings at several top_p, and the default's rule at several thresholds, by the root of
+a row's blocks as it is, and one for all rows.
 
 python -m bench.expected_density [--output FILE]
 """
@@ -22,7 +22,7 @@ from unisparse_flex.demo.texts import TextName
 
 from .captured import capture_calls
 from .sweeps import defaults
-from .trials import roots
+from .trials import rows_alike
 
 TEXTS: tuple[TextName, ...] = ("prose", "code")
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -30,7 +30,7 @@ TOP_P = (0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 SELECTORS: dict[str, list[Any]] = {
     "paper": [UniSparse(top_p=p) for p in TOP_P],
     "default": defaults(DEFAULT_SELECTOR.block_size),
-    "root": roots(DEFAULT_SELECTOR.block_size),
+    "rows-alike": rows_alike(DEFAULT_SELECTOR.block_size),
 }
 
 

@@ -31,8 +31,7 @@ from unisparse_flex.demo.measure import compute_kl, compute_log_probs, compute_p
 from unisparse_flex.demo.recall import (
     CaptureAttention,
     CapturedAttention,
-    compute_output_error,
-    compute_recall,
+    compute_recall_and_error,
 )
 from unisparse_flex.demo.texts import TEXT_NAMES, draw_excerpt, load_text
 
@@ -244,13 +243,12 @@ class Reading:
     @torch.inference_mode()
     def _compare_calls(self, selector: Selector) -> dict[str, float]:
         """Recall and relative error of the output, means over the captured calls."""
-        recalls, errors = [], []
+        found = []
         for call in self.calls:
-            found = selector.select(call.query, call.key, is_causal=True, scale=call.scale)
+            kept = selector.select(call.query, call.key, is_causal=True, scale=call.scale).keep
             blocks: Any = {"block_size": selector.block_size, "scale": call.scale}
-            inputs = (call.query, call.key)
-            recalls.append(compute_recall(*inputs, found.keep, **blocks))
-            errors.append(compute_output_error(*inputs, call.value, found.keep, **blocks))
+            found.append(compute_recall_and_error(call.query, call.key, call.value, kept, **blocks))
+        recalls, errors = zip(*found, strict=True)
         return {"recall": mean(recalls), "output_error": mean(errors)}
 
 

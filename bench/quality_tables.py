@@ -142,7 +142,7 @@ def tasks_table(result: Result) -> str:
     for (selector, parameters), rows in settings.items():
         own, ratios = _scores(rows, "task_scores", names), _scores(rows, "dense_scores", names)
         cells = [_of_dense(score, base) for score, base in zip(own, ratios, strict=True)]
-        density = _density(result, rows, selector, parameters)
+        density = f"{mean(row['density'] for row in rows):.3f}"
         lines.append([selector, density, _samples(rows), *cells, f"`{varying[parameters]}`"])
     head = ["selector", "density", "samples of a task", *names]
     return markdown([*head, "mean", "setting"], lines)
@@ -203,15 +203,6 @@ def _samples(rows: Sequence[Row]) -> str:
 
 def _of_dense(score: float, dense: float) -> str:
     return f"{score:.3f} ({score / dense:.2f})" if dense else f"{score:.3f}"
-
-
-def _density(result: Result, rows: Sequence[Row], selector: str, parameters: str) -> str:
-    """What the setting keeps of the prompts; of the texts in files that do not say."""
-    if all("density" in row for row in rows):
-        return f"{mean(row['density'] for row in rows):.3f}"
-    points = [point for text in texts_of(result) for point in curve(result, selector, text)]
-    found = [point.density for point in points if point.parameters == parameters]
-    return f"{mean(found):.3f}" if found else ""
 
 
 def _share(point: Point) -> str:

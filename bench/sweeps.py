@@ -24,7 +24,7 @@ THRESHOLDS = (0.032, 0.016, 0.008, 0.004, 0.002)
 # Two granularities: single rows against every key, and composites of 16.
 TWO: dict[str, Any] = {"c_q": 16, "c_k": 16, "sampled_queries": 4}
 
-DEFAULT_THRESHOLDS = (0.02, 0.014, 0.0095, 0.0065, 0.004, 0.002)
+DEFAULT_THRESHOLDS = (0.02, 0.014, 0.0095, 0.006, 0.004, 0.002)
 
 
 def defaults(size: int) -> list[Selector]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unisparse_flex import Selector
+from unisparse_flex import DEFAULT_SELECTOR, Selector
 from unisparse_flex.block_masks import BlockGeometry, BlockSelection, SelectionRule, TopP
 from unisparse_flex.block_masks.granularity import Pooled, Sampled
 from unisparse_flex.block_masks.mask_summary import summarize
@@ -60,41 +60,37 @@ class MassBudget(SelectionRule):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvenShare(SelectionRule):
-    """`TopPOrThreshold` whose threshold is a part of an even share, for rows of few blocks.
+    """`TopPOrThreshold` whose threshold is a part of an even share.
 
-    A row of n visible blocks keeps those that hold ``part / n`` of its mass; from the length on
-    where that falls below ``least``, those that hold ``least``.
+    A row of n visible blocks keeps those that hold ``part / n`` of its mass.
 
     Attributes:
         part: Of an even share, above 0.
-        least: Smallest threshold, at least 0.
         top_p: Share of the mass that is kept at least, in (0, 1].
     """
 
     part: float
-    least: float
     top_p: float
 
     def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
         """See `SelectionRule.select`."""
         blocks = visible.expand_as(scores).sum(-1, keepdim=True).clamp_min(1)
-        threshold = (self.part / blocks).clamp_min(self.least)
-        high = (forced | (scores >= threshold)) & visible
+        high = (forced | (scores >= self.part / blocks)) & visible
         return high | TopP(top_p=self.top_p).select(scores, forced, visible)
 
 
 RULES: dict[str, Callable[[float], SelectionRule]] = {
     "top_p": lambda value: TopP(top_p=value),
     "threshold": lambda value: Threshold(threshold=value),
+    # The default's.
     "top_p_or_threshold": lambda value: TopPOrThreshold(
-        top_p=default_top_p(value), threshold=value
+        top_p=default_top_p(value),
+        threshold=value,
+        threshold_blocks=DEFAULT_SELECTOR.threshold_blocks,
     ),
     "mass_budget": lambda value: MassBudget(least=value),
-    "even_share": lambda value: EvenShare(part=value, least=0.005, top_p=max(1 - value / 3, 1e-9)),
     # The default's threshold and share at 64 blocks, and what is even with them at any other.
-    "even_share_all": lambda value: EvenShare(
-        part=value, least=0.0, top_p=1 - DROPPED_THRESHOLDS * value / 64
-    ),
+    "even_share": lambda value: EvenShare(part=value, top_p=1 - DROPPED_THRESHOLDS * value / 64),
 }
 
 
@@ -182,8 +178,7 @@ VALUES: dict[str, tuple[float, ...]] = {
     "threshold": (0.016, 0.011, 0.008, 0.0055),
     "top_p_or_threshold": (0.016, 0.0095, 0.0065, 0.004),
     "mass_budget": (0.001, 0.0006, 0.00035, 0.0002),
-    "even_share": (0.8, 0.5, 0.3, 0.15),
-    "even_share_all": (1.3, 0.9, 0.6, 0.4, 0.25),
+    "even_share": (1.3, 0.9, 0.6, 0.4, 0.25),
 }
 
 
@@ -204,9 +199,9 @@ def merged_heads(count: int) -> Callable[[int], list[Selector]]:
     return lambda size: [replace(selector, c_h=count) for selector in defaults(size)]
 
 
-def roots(size: int) -> list[Selector]:
-    """The default's sweep with a threshold that goes with the root of a row's blocks."""
-    return [replace(selector, threshold_blocks=64) for selector in defaults(size)]
+def rows_alike(size: int) -> list[Selector]:
+    """The default's sweep with one threshold for all rows, however many blocks they see."""
+    return [replace(selector, threshold_blocks=None) for selector in defaults(size)]
 
 
 TRIALS: dict[str, Callable[[int], list[Selector]]] = {
@@ -215,4 +210,4 @@ TRIALS: dict[str, Callable[[int], list[Selector]]] = {
     for rule in RULES
 }
 TRIALS |= {f"trial-{count}-heads": merged_heads(count) for count in (2, 3, 4)}
-TRIALS["trial-root"] = roots
+TRIALS["trial-rows-alike"] = rows_alike

@@ -16,9 +16,9 @@ LONGEST_FITTED = 64
 TOP_P_SCALE, TOP_P_POWER, LENGTH_POWER = 0.235, 1.6, 0.44
 # The share that a threshold keeps of them depends on threshold * blocks alone:
 #   1 / (1 + (threshold * blocks / EVEN) ** EVEN_POWER),
-# fitted to the same file, thresholds .002 to .02 over two granularities, one for all rows. Where it
-# goes with the root of a row's blocks, it is taken at the mean row, rows counted by their blocks.
-EVEN, EVEN_POWER = 0.123, 0.71
+# fitted to the same file, thresholds .002 to .02 over two granularities, both one for all rows and
+# by the root of a row's blocks; the latter is taken at the mean row, rows counted by their blocks.
+EVEN, EVEN_POWER = 0.126, 0.76
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

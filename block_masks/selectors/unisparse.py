@@ -267,8 +267,11 @@ class UniSparse(Guarded, Selector):
 
 
 # Chosen on real models, see docs/selectors.md: exact rows find single keys that matter, composites
-# see every row; and a threshold spends blocks where they hold most, above a mass for every row.
-DEFAULT_SELECTOR = UniSparse(c_q=16, c_k=128, sampled_queries=4, top_p=0.922, threshold=0.0065)
+# see every row; a threshold spends blocks where they hold most, above a mass for every row, and
+# falls along the prompt, whose end needs more exact rows than its beginning.
+DEFAULT_SELECTOR = UniSparse(
+    c_q=16, c_k=128, sampled_queries=4, top_p=0.928, threshold=0.006, threshold_blocks=64
+)
 # A row may drop so many thresholds of mass before blocks under the threshold are kept too.
 DROPPED_THRESHOLDS = 12
 

@@ -45,17 +45,15 @@ def test_a_mass_budget_keeps_what_the_definition_keeps(
 
 
 def test_an_even_share_depends_on_the_blocks_of_the_row() -> None:
-    scores = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.1, 0, 0], [0.8, 0.12, 0.08, 0]])[None, None]
+    scores = torch.tensor([[1.0, 0, 0], [0.9, 0.1, 0], [0.8, 0.12, 0.08]])[None, None]
     visible = scores > 0
     forced = torch.zeros_like(visible)
-    rule = EvenShare(part=0.3, least=0.05, top_p=0.5)
+    rule = EvenShare(part=0.3, top_p=0.5)
     # 0.3 / 2 is more than 0.1; 0.3 / 3 is between 0.08 and 0.12.
     expected = [[True, False, False], [True, False, False], [True, True, False]]
-    assert rule.select(scores, forced, visible)[0, 0, :, :3].tolist() == expected
-    high = EvenShare(part=0.3, least=0.15, top_p=0.5).select(scores, forced, visible)
-    assert high[0, 0, 2].tolist() == [True, False, False, False]
-    whole = EvenShare(part=0.3, least=0.15, top_p=0.95).select(scores, forced, visible)
-    assert whole[0, 0, 2].tolist() == [True, True, True, False]
+    assert rule.select(scores, forced, visible)[0, 0].tolist() == expected
+    whole = EvenShare(part=0.3, top_p=0.95).select(scores, forced, visible)
+    assert whole[0, 0, 2].tolist() == [True, True, True]
 
 
 def test_a_mass_budget_of_power_zero_is_a_threshold() -> None:

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from unisparse_flex import UniSparse
-from unisparse_flex.demo.recall import CaptureAttention, compute_output_error, compute_recall
+from unisparse_flex.demo.recall import CaptureAttention, compute_recall, compute_recall_and_error
 
 BLOCK = 16
 
@@ -78,26 +78,30 @@ def brute_force_error(query, key, value, keep, stride):
 
 @pytest.mark.parametrize("length", [64, 100])
 @pytest.mark.parametrize("stride", [1, 5, 16])
-def test_the_error_equals_brute_force(length, stride):
+def test_recall_and_error_equal_brute_force(length, stride):
     query, key = draw(length)
     value = torch.randn(key.shape)
     keep = keep_all(length, 4) & (torch.rand(1, 4, -(-length // BLOCK), 1) < 0.5)
     keep |= torch.eye(keep.shape[-1], dtype=torch.bool)
-    error = compute_output_error(query, key, value, keep, block_size=BLOCK, row_stride=stride)
+    recall, error = compute_recall_and_error(
+        query, key, value, keep, block_size=BLOCK, row_stride=stride
+    )
     expected = brute_force_error(query, key, value, keep, stride)
     assert expected > 0.05
     assert error == pytest.approx(expected, rel=1e-5)
+    assert recall == pytest.approx(brute_force_recall(query, key, keep, stride), abs=1e-6)
 
 
 @pytest.mark.parametrize("heads", [1, 4])
 def test_everything_kept_has_no_error_and_nothing_kept_loses_it_all(heads):
     query, key = draw(100)
     keep = keep_all(100, heads)
-    errors = [
-        compute_output_error(query, key, key, kept, block_size=BLOCK, row_stride=4)
+    all_of_it, nothing = (
+        compute_recall_and_error(query, key, key, kept, block_size=BLOCK, row_stride=4)
         for kept in (keep, torch.zeros_like(keep))
-    ]
-    assert errors == pytest.approx([0.0, 1.0], abs=1e-6)
+    )
+    assert all_of_it == pytest.approx((1.0, 0.0), abs=1e-6)
+    assert nothing == pytest.approx((0.0, 1.0), abs=1e-6)
 
 
 def test_capture_keeps_the_causal_calls_only():

@@ -205,7 +205,7 @@ def test_expected_densities_are_near_those_of_the_demo(name: str) -> None:
 
 def test_expected_densities_are_near_those_that_were_measured() -> None:
     rows = json.loads((RESULTS / "density-smollm2.json").read_text())["rows"]
-    settings = {"paper": UniSparse(), "default": DEFAULT_SELECTOR, "root": DEFAULT_SELECTOR}
+    settings = {"paper": UniSparse(), "default": DEFAULT_SELECTOR, "rows-alike": DEFAULT_SELECTOR}
     rule = ("top_p", "threshold", "threshold_blocks")
     rules = [{field: row[field] for field in rule} for row in rows]
     selectors = [
@@ -214,8 +214,8 @@ def test_expected_densities_are_near_those_that_were_measured() -> None:
     calls = [shape(row["tokens"]) for row in rows]
     expected = [forecast(*pair).density for pair in zip(calls, selectors, strict=True)]
     for row, density in zip(rows, expected, strict=True):
-        # Nothing was fitted to thresholds by the root of a row's blocks.
-        bound = 0.2 if row["selector"] == "root" else 0.12
+        # At the same threshold the two texts differ by up to an eighth themselves.
+        bound = 0.12 if row["selector"] == "paper" else 0.13
         assert density == pytest.approx(row["density"], rel=bound)
 
 

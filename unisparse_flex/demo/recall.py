@@ -105,7 +105,7 @@ def compute_recall(
     return float(kept) / (query.shape[1] * len(rows))
 
 
-def compute_output_error(
+def compute_recall_and_error(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -114,10 +114,10 @@ def compute_output_error(
     block_size: int,
     scale: float | None = None,
     row_stride: int = ROW_STRIDE,
-) -> float:
-    """Computes how far attention over kept blocks is from dense causal attention.
+) -> tuple[float, float]:
+    """Computes recall, and how far attention over kept blocks is from dense causal attention.
 
-    Of the same rows as in `compute_recall`, exactly and in float32: what the selection alone
+    Both of the rows that `compute_recall` takes, exactly and in float32: what the selection alone
     changes, without a kernel's rounding. A row that keeps nothing has an output of zeros.
 
     Args:
@@ -130,22 +130,24 @@ def compute_output_error(
         row_stride: Distance of the sampled rows.
 
     Returns:
-        |sparse - dense| / |dense| over all sampled rows and heads, Frobenius norms.
+        The recall, and |sparse - dense| / |dense| over all sampled rows and heads, Frobenius norms.
     """
-    group = query.shape[1] // value.shape[1]
+    heads = query.shape[1]
+    group = heads // value.shape[1]
     rows = _sampled_rows(query, row_stride)
     own_block = torch.arange(key.shape[2], device=query.device) // block_size  # [S]
-    keep = keep.expand(-1, query.shape[1], -1, -1)[0, :, rows // block_size]  # [Hq, R, N]
-    lost = torch.zeros((), dtype=torch.float64, device=query.device)
-    whole = torch.zeros_like(lost)
+    keep = keep.expand(-1, heads, -1, -1)[0, :, rows // block_size]  # [Hq, R, N]
+    held = torch.zeros((), dtype=torch.float64, device=query.device)
+    lost, whole = torch.zeros_like(held), torch.zeros_like(held)
     for head, weights in enumerate(_dense_weights(query, key, rows, scale)):
         values = value[0, head // group].float()
         kept = weights * keep[head][:, own_block]
-        mass = kept.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        dense = weights @ values
-        lost += (kept @ values / mass - dense).double().square().sum()
+        mass = kept.sum(-1, keepdim=True)
+        dense, tiny = weights @ values, torch.finfo(torch.float32).tiny
+        held += mass.sum(dtype=torch.float64)
+        lost += (kept @ values / mass.clamp_min(tiny) - dense).double().square().sum()
         whole += dense.double().square().sum()
-    return float((lost / whole).sqrt())
+    return float(held) / (heads * len(rows)), float((lost / whole).sqrt())
 
 
 def _sampled_rows(query: Tensor, row_stride: int) -> Tensor:
