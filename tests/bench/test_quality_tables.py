@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -273,5 +274,5 @@ def test_the_page_of_quality_holds_what_the_files_say() -> None:
 
 def test_the_page_shows_the_default_as_it_is() -> None:
     page = (ROOT / "docs/selectors.md").read_text()
-    [shown] = re.findall(r"^    (UniSparse\(.*\))$", page, flags=re.MULTILINE)
-    assert eval(shown, {"UniSparse": UniSparse}) == DEFAULT_SELECTOR
+    [shown] = re.findall(r"## The default\n\n((?:    .*\n)+)", page)
+    assert eval(dedent(shown), {"UniSparse": UniSparse}) == DEFAULT_SELECTOR
