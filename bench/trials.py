@@ -18,10 +18,7 @@ from unisparse_flex.block_masks import BlockGeometry, BlockSelection, SelectionR
 from unisparse_flex.block_masks.granularity import Pooled, Sampled
 from unisparse_flex.block_masks.mask_summary import summarize
 from unisparse_flex.block_masks.scoring import compute_mean_scores
-from unisparse_flex.block_masks.selection import (
-    Threshold,
-    TopPOrThreshold,
-)
+from unisparse_flex.block_masks.selection import Threshold
 from unisparse_flex.block_masks.selectors.base import Guarded
 from unisparse_flex.block_masks.selectors.unisparse import DROPPED_THRESHOLDS, default_top_p
 
@@ -83,10 +80,8 @@ RULES: dict[str, Callable[[float], SelectionRule]] = {
     "top_p": lambda value: TopP(top_p=value),
     "threshold": lambda value: Threshold(threshold=value),
     # The default's.
-    "top_p_or_threshold": lambda value: TopPOrThreshold(
-        top_p=default_top_p(value),
-        threshold=value,
-        threshold_blocks=DEFAULT_SELECTOR.threshold_blocks,
+    "top_p_or_threshold": lambda value: (
+        replace(DEFAULT_SELECTOR, threshold=value, top_p=default_top_p(value)).rule
     ),
     "mass_budget": lambda value: MassBudget(least=value),
     # The default's threshold and share at 64 blocks, and what is even with them at any other.

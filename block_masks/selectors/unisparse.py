@@ -268,7 +268,7 @@ class UniSparse(Guarded, Selector):
 
 # Chosen on real models, see docs/selectors.md: exact rows find single keys that matter, composites
 # see every row; a threshold spends blocks where they hold most, above a mass for every row, and
-# falls along the prompt, whose end needs more exact rows than its beginning.
+# falls with the blocks that a row sees: how a prompt's beginning is read hardly shows at its end.
 DEFAULT_SELECTOR = UniSparse(
     c_q=16, c_k=128, sampled_queries=4, top_p=0.928, threshold=0.006, threshold_blocks=64
 )

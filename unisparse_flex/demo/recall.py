@@ -93,16 +93,11 @@ def compute_recall(
     Returns:
         A number in [0, 1].
     """
-    blocks, length = keep.shape[-1], key.shape[2]
-    rows = _sampled_rows(query, row_stride)
-    keep = keep.expand(-1, query.shape[1], -1, -1)[0, :, rows // block_size]  # [Hq, R, N]
-    kept = torch.zeros((), dtype=torch.float64, device=query.device)
-    for head, weights in enumerate(_dense_weights(query, key, rows, scale)):
-        if length % block_size:
-            weights = F.pad(weights, (0, blocks * block_size - length))
-        mass = weights.unflatten(-1, (blocks, block_size)).sum(-1)  # [R, N]
-        kept += (mass * keep[head]).sum(dtype=torch.float64)
-    return float(kept) / (query.shape[1] * len(rows))
+    rows = _sampled_weights(
+        query, key, keep, block_size=block_size, scale=scale, row_stride=row_stride
+    )
+    masses = [kept.sum(-1).mean(dtype=torch.float64) for _, kept in rows]
+    return float(torch.stack(masses).mean())
 
 
 def compute_recall_and_error(
@@ -132,36 +127,39 @@ def compute_recall_and_error(
     Returns:
         The recall, and |sparse - dense| / |dense| over all sampled rows and heads, Frobenius norms.
     """
-    heads = query.shape[1]
-    group = heads // value.shape[1]
-    rows = _sampled_rows(query, row_stride)
-    own_block = torch.arange(key.shape[2], device=query.device) // block_size  # [S]
-    keep = keep.expand(-1, heads, -1, -1)[0, :, rows // block_size]  # [Hq, R, N]
-    held = torch.zeros((), dtype=torch.float64, device=query.device)
-    lost, whole = torch.zeros_like(held), torch.zeros_like(held)
-    for head, weights in enumerate(_dense_weights(query, key, rows, scale)):
+    group, tiny = query.shape[1] // value.shape[1], torch.finfo(torch.float32).tiny
+    masses: list[Tensor] = []
+    lost, whole = torch.zeros(2, dtype=torch.float64, device=query.device)
+    rows = _sampled_weights(
+        query, key, keep, block_size=block_size, scale=scale, row_stride=row_stride
+    )
+    for head, (weights, kept) in enumerate(rows):
         values = value[0, head // group].float()
-        kept = weights * keep[head][:, own_block]
-        mass = kept.sum(-1, keepdim=True)
-        dense, tiny = weights @ values, torch.finfo(torch.float32).tiny
-        held += mass.sum(dtype=torch.float64)
+        mass, dense = kept.sum(-1, keepdim=True), weights @ values
+        masses.append(mass.mean(dtype=torch.float64))
         lost += (kept @ values / mass.clamp_min(tiny) - dense).double().square().sum()
         whole += dense.double().square().sum()
-    return float(held) / (heads * len(rows)), float((lost / whole).sqrt())
+    return float(torch.stack(masses).mean()), float((lost / whole).sqrt())
 
 
-def _sampled_rows(query: Tensor, row_stride: int) -> Tensor:
-    return torch.arange(row_stride - 1, query.shape[2], row_stride, device=query.device)
-
-
-def _dense_weights(
-    query: Tensor, key: Tensor, rows: Tensor, scale: float | None
-) -> Iterator[Tensor]:
-    """Causal attention [R, S] of some rows, float32, one head after the other."""
+def _sampled_weights(
+    query: Tensor,
+    key: Tensor,
+    keep: Tensor,
+    *,
+    block_size: int,
+    scale: float | None,
+    row_stride: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Causal attention [R, S] of sampled rows, and that in kept blocks; float32, head by head."""
     heads, length, head_dim = query.shape[1:]
     scale = head_dim**-0.5 if scale is None else scale
     group = heads // key.shape[1]
-    future = torch.arange(length, device=query.device) > rows[:, None]  # [R, S]
+    columns = torch.arange(length, device=query.device)
+    rows = columns[row_stride - 1 :: row_stride]
+    future = columns > rows[:, None]  # [R, S]
+    keep = keep.expand(-1, heads, -1, -1)[0, :, rows // block_size]  # [Hq, R, N]
     for head in range(heads):
         logits = (query[0, head, rows] * scale).float() @ key[0, head // group].float().T
-        yield logits.masked_fill_(future, -torch.inf).softmax(-1)
+        weights = logits.masked_fill_(future, -torch.inf).softmax(-1)
+        yield weights, weights * keep[head][:, columns // block_size]
