@@ -21,13 +21,16 @@ from .predicted_call import CallPrediction, predict_call
 from .prediction import call_shape, forecast
 from .report import RewriteReport
 from .rewrite import rewrite_sdpa
-from .sdpa import SdpaCall
+from .sdpa import POSITIONAL, SDPA_TARGETS, TORCH_SDPA, SdpaCall
 from .selected_attention import attend_selected
 from .sharding import HeadShard, is_dtensor, shard_selector
 from .sparse_attention import apply_autocast, call_geometry, logit_scale, select
 
 __all__ = [
     "MULTIHEAD_TARGETS",
+    "POSITIONAL",
+    "SDPA_TARGETS",
+    "TORCH_SDPA",
     "CallPrediction",
     "HeadShard",
     "Reason",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 
 import torch
@@ -121,7 +122,17 @@ def flex_lowers(call: SdpaCall) -> bool:
     numbers = (*(call.mask_numbers or ()), call.causal_offset())
     capture_free = capture_free and not any(is_symbolic(number) for number in numbers)
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    return capture_free and call.query.dtype in dtypes and torch.cpu._is_avx2_supported()
+    return capture_free and call.query.dtype in dtypes and _has_cpu_kernel()
+
+
+def _has_cpu_kernel() -> bool:
+    """Whether Inductor has a flex kernel for this CPU, as it runs in this process.
+
+    What its `check_cpu_supported` asks: vector units of AVX2 or newer that ATEN_CPU_CAPABILITY
+    does not switch off, on a system with that kernel.
+    """
+    vectorised = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return vectorised and sys.platform != "darwin" and not torch.xpu.is_available()
 
 
 def _refuse_tensors(call: SdpaCall) -> Reason | None:

@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from .. import block_masks
 from ..block_masks.selectors import Selector
 from .rewrite import rewrite_sdpa
+from .sdpa import SDPA_TARGETS
 
 CONFIG_KEY = "pre_grad_custom_pass"
 
@@ -88,6 +89,7 @@ def install() -> None:
     A pass that someone assigns later replaces it; markers then run their own kernel, which
     computes the same without graph-level rewrites.
     """
+    _list_attention_as_overridable()
     current = getattr(inductor_config, CONFIG_KEY)
     if _holds_ours(current):
         return
@@ -102,6 +104,16 @@ def install() -> None:
         setattr(inductor_config, CONFIG_KEY, [*current, SparseAttentionPass()])
     else:
         setattr(inductor_config, CONFIG_KEY, ChainedPass(current))
+
+
+def _list_attention_as_overridable() -> None:
+    """Makes Dynamo show every spelling of SDPA to function modes.
+
+    torch lists once what they see, by the public names as they are then: behind a patch of SDPA's
+    the function itself would not be among them, and its operator never is.
+    """
+    listed = torch.overrides.get_overridable_functions()[torch.nn.functional]
+    listed += [target for target in SDPA_TARGETS if target not in listed]
 
 
 def _holds_ours(value: Any) -> bool:

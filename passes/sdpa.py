@@ -7,19 +7,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from ..block_masks import MaskProgram
 
 POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-SDPA_TARGETS: frozenset[Callable[..., Any]] = frozenset(
-    {
-        F.scaled_dot_product_attention,
-        torch._C._nn.scaled_dot_product_attention,
-        torch.ops.aten.scaled_dot_product_attention,
-        torch.ops.aten.scaled_dot_product_attention.default,
-    }
+# What torch defined. The name in torch.nn.functional may be somebody's patch, which calls this one:
+# it is what modes and graphs see, and what runs where a call stays dense.
+TORCH_SDPA: Callable[..., Any] = torch._C._nn.scaled_dot_product_attention
+# A tuple: Dynamo looks these up in it.
+SDPA_TARGETS: tuple[Callable[..., Any], ...] = (
+    TORCH_SDPA,
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
 )
 
 
@@ -150,16 +150,17 @@ class SdpaCall:
     def run_dense(self) -> torch.Tensor:
         """Runs the call as it stands, through PyTorch's own kernels."""
         mask, is_causal = self.attn_mask, self.is_causal
-        q_len, kv_len = self.query.shape[-2], self.key.shape[-2]
-        if self.is_causal and self.causal_lower_right and q_len != kv_len:
+        program = self.mask_program()
+        if self.causal_lower_right or program is not None:
+            # Read here alone: what is no attention call at all meets SDPA's own error.
+            q_len, kv_len = self.query.shape[-2], self.key.shape[-2]
             row = torch.arange(q_len, device=self.query.device)
             key = torch.arange(kv_len, device=self.query.device)
-            mask, is_causal = key <= row[:, None] + (kv_len - q_len), False
-        program = self.mask_program()
-        if program is not None:
-            row = torch.arange(q_len, device=self.query.device)
-            mask = program.pairs(row, torch.arange(kv_len, device=self.query.device))
-        return F.scaled_dot_product_attention(
+            if program is not None:
+                mask = program.pairs(row, key)
+            elif self.is_causal and q_len != kv_len:
+                mask, is_causal = key <= row[:, None] + (kv_len - q_len), False
+        output: torch.Tensor = TORCH_SDPA(
             self.query,
             self.key,
             self.value,
@@ -169,6 +170,7 @@ class SdpaCall:
             scale=self.scale,
             enable_gqa=self.enable_gqa,
         )
+        return output
 
 
 def is_symbolic(number: Any) -> bool:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
 from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -21,7 +20,7 @@ from ..block_masks.scoring import default_scale
 from .config import SparseConfig
 from .decision import needs_grad
 from .flex_backend import flex_backend
-from .sdpa import SdpaCall, is_symbolic
+from .sdpa import TORCH_SDPA, SdpaCall, is_symbolic
 
 # Bytes of expanded mask per step where blocks are applied as a token mask.
 MASK_CHUNK_BYTES = 256 * 2**20
@@ -156,7 +155,7 @@ def attend_masked(
             seen = mask & visible_tokens(own)
             mask = own.to(call.query.dtype).masked_fill(~seen, -torch.inf)
     query, key, value = (_rows_apart(t) for t in (call.query, call.key, call.value))
-    return F.scaled_dot_product_attention(
+    output: Tensor = TORCH_SDPA(
         query[:, :, rows],
         key[:, :, keys],
         value[:, :, keys],
@@ -164,6 +163,7 @@ def attend_masked(
         scale=call.scale,
         enable_gqa=bool(call.query.shape[1] != call.key.shape[1]),
     )
+    return output
 
 
 def attend_masked_in_chunks(call: SdpaCall, selection: BlockSelection) -> Tensor:

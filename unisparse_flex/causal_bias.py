@@ -17,6 +17,8 @@ def resolve_causal_bias(call: SdpaCall) -> SdpaCall:
     bias = call.attn_mask
     if not isinstance(bias, CausalBias) or call.is_causal:
         return call
+    if call.query.dim() < 2 or call.key.dim() < 2:
+        return call
     if (bias.seq_len_q, bias.seq_len_kv) != (call.query.shape[-2], call.key.shape[-2]):
         return call
     lower_right = bias.variant is CausalVariant.LOWER_RIGHT

@@ -11,20 +11,19 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention.bias import CausalBias
 
 from .causal_bias import resolve_causal_bias
-from .passes import SdpaCall, SparseConfig, is_traced, is_watched, marked_sdpa
+from .passes import TORCH_SDPA, SdpaCall, SparseConfig, is_traced, is_watched, marked_sdpa
 
 logger = logging.getLogger(__name__)
 
@@ -202,15 +201,19 @@ def _find_compiled_attention() -> None:
     _compiled_attention_found = True
 
 
+# Annotated for the type checker alone: a call of the builtin itself.
+_plain: Callable[..., Tensor] = TORCH_SDPA
+
+
 def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`F.scaled_dot_product_attention` where the key is on."""
+    """`torch.ops.aten.scaled_dot_product_attention` where the key is on."""
     assert _key is not None
     scope: Scope = torch._C._get_obj_in_tls(SCOPE_NAME)
     # Cheaper than a guard: decoding pays for what stands here.
     torch._C._dispatch_tls_set_dispatch_key_excluded(_key.key, True)
     try:
         if query.is_nested:
-            return F.scaled_dot_product_attention(query, *args, **kwargs)
+            return _plain(query, *args, **kwargs)
         if (
             type(query) is Tensor
             and query.dim() == 4
@@ -218,11 +221,11 @@ def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             and not torch._C._len_torch_dispatch_stack()
             and not is_watched()
         ):
-            return F.scaled_dot_product_attention(query, *args, **kwargs)
+            return _plain(query, *args, **kwargs)
         call = SdpaCall.bind((query, *args), kwargs)
         if is_traced(call):
             _find_compiled_attention()
-            return F.scaled_dot_product_attention(query, *args, **kwargs)
+            return _plain(query, *args, **kwargs)
         return marked_sdpa(call, scope.config)
     finally:
         torch._C._dispatch_tls_set_dispatch_key_excluded(_key.key, False)

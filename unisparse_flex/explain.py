@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -17,6 +16,7 @@ from .block_masks import BlockSelection
 from .interception import original_module
 from .passes import (
     MULTIHEAD_TARGETS,
+    TORCH_SDPA,
     CallPrediction,
     Reason,
     SdpaCall,
@@ -31,6 +31,10 @@ COLUMNS = (
     *("dense ms", "sparse ms", "break-even", "reason"),
 )
 TABLE_WIDTH, LEAST_REASON_WIDTH = 118, 19
+SLOWER_NOTE = (
+    "sparse is predicted slower than dense for some calls, at the density that was measured: bound "
+    "it with top_k, or leave these layers dense (dense_layers, calibrate)"
+)
 MASK_NOTE = (
     "where torch.compile proves what an attn_mask is, it keeps small windows whole: "
     "runs and density can differ"
@@ -90,8 +94,10 @@ class AttentionRecord:
 class Explanation:
     """The attention calls of one forward pass, in order; prints as a table.
 
-    Its milliseconds are predictions of the cost model, and so is its break-even: the fewest keys
-    from which a call of that shape is predicted to be faster sparse.
+    Its milliseconds are predictions of the cost model, at the density that was measured where the
+    call runs sparse and at the one that the selector expects where it stays dense. Its break-even
+    is the fewest keys from which a call of that shape is predicted to be faster sparse, at the
+    density that the selector expects.
 
     Attributes:
         calls: One record per call.
@@ -121,6 +127,8 @@ class Explanation:
             return [NO_CALL_NOTE]
         predictions = [call.prediction for call in self.calls if call.prediction]
         notes = list(dict.fromkeys(found.note for found in predictions if found.note))
+        if any(p.sparse_ms > p.dense_ms for c in self.sparse if (p := c.prediction) is not None):
+            notes.append(SLOWER_NOTE)
         if any(call.may_differ_compiled for call in self.calls):
             notes.append(MASK_NOTE)
         return notes
@@ -207,7 +215,7 @@ class _LeftAlone(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is TORCH_SDPA:
             call = SdpaCall.bind(args, kwargs)
             nested = call.query.is_nested
             self.record(call, None, None, Reason.NOT_DENSE if nested else Reason.NOT_OPTIMIZED)
@@ -256,14 +264,15 @@ def _record(
         # Of many lengths.
         return AttentionRecord(layer=layer, decision="dense", reason=reason)
     four = query.dim() == 4
+    density = None if selection is None else selection.density()
     return AttentionRecord(
         layer=layer,
-        q_len=query.shape[-2],
-        kv_len=call.key.shape[-2],
+        q_len=query.shape[-2] if query.dim() > 1 else 0,
+        kv_len=call.key.shape[-2] if call.key.dim() > 1 else 0,
         heads=f"{query.shape[1]}/{call.key.shape[1]}" if four else "",
         masked=call.attn_mask is not None,
         decision="dense" if selection is None else "sparse",
         reason=reason,
-        density=None if selection is None else selection.density(),
-        prediction=None if config is None else predict_call(call, config.selector),
+        density=density,
+        prediction=None if config is None else predict_call(call, config.selector, density),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-import types
+from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,6 +31,9 @@ from .dispatch import (
 )
 from .passes import (
     MULTIHEAD_TARGETS,
+    POSITIONAL,
+    SDPA_TARGETS,
+    TORCH_SDPA,
     SdpaCall,
     is_dtensor,
     is_watched,
@@ -42,6 +45,9 @@ from .passes import (
 CONFIG_ATTRIBUTE = "_unisparse_config"
 # True where only a function mode catches all attention of an eager forward.
 MODE_ATTRIBUTE = "_unisparse_mode"
+# Stands in the classes made here, not in classes derived from them.
+MADE_HERE = "_unisparse_made_here"
+SDPA_OPERATORS = SDPA_TARGETS[1:]
 UNFLATTEN = torch.Tensor.unflatten
 HANDLED = (*MULTIHEAD_TARGETS.values(), UNFLATTEN)
 
@@ -65,13 +71,15 @@ class SparseAttentionMode(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Passes every other function on."""
-        if func is F.scaled_dot_product_attention:
+        if func is TORCH_SDPA or func in SDPA_OPERATORS:
             kwargs = kwargs or {}
             query = args[0] if args else kwargs.get("query")
             if isinstance(query, torch.Tensor) and query.is_nested:
                 # Torch's own kernels for it stand in front of any operator.
                 return func(*args, **kwargs)
             mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            if _is_array(kwargs.get("scale")):
+                args, kwargs = _scaled_before(args, kwargs)
             if not isinstance(mask, CausalBias) and not is_dtensor(query):
                 # As it came: whatever a trace reads here is compared at every compiled call.
                 return torch.ops.unisparse.sdpa(*args, **kwargs, config=self.config)
@@ -91,6 +99,24 @@ class SparseAttentionMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _is_array(scale: Any) -> bool:
+    """Whether a scale is a tensor or a scalar of NumPy's, which a trace takes for a tensor."""
+    return isinstance(scale, torch.Tensor) or type(scale).__module__ == "numpy"
+
+
+def _scaled_before(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The arguments of a call without its scale, which the operator takes as a number alone.
+
+    While a graph is traced nobody knows the number: the query is multiplied by it instead.
+    """
+    bound = dict(zip(POSITIONAL, args, strict=False)) | kwargs
+    scale = bound.pop("scale")
+    if not torch.compiler.is_compiling():
+        return (), {**bound, "scale": float(scale)}
+    scale = torch.as_tensor(scale).detach()
+    return (), {**bound, "query": bound["query"] * scale, "scale": 1.0}
+
+
 def intercept(module: nn.Module, config: str) -> None:
     """Makes attention inside ``module``'s forward sparse; again only changes the settings."""
     module.__dict__[CONFIG_ATTRIBUTE] = config
@@ -104,7 +130,7 @@ def intercept(module: nn.Module, config: str) -> None:
 
 def release(module: nn.Module) -> None:
     """Undoes `intercept`."""
-    base = type(module).__bases__[0]
+    base = type(module).__bases__[-1]
     # What made a class of its own out of ours (fully_shard) keeps it: without settings it is plain.
     if _subclasses.get(base) is type(module):
         module.__class__ = base
@@ -165,7 +191,15 @@ def fuse_split_layers(model: nn.Module) -> None:
 
 
 class _Intercepted:
-    """Mark of the subclasses made here."""
+    """Mark of the subclasses made here, in front of the class that each stands for.
+
+    Hooks of the user's classes that run when a class is made do not run for these: such a hook may
+    want arguments, and a registry would take ours for one of the user's.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if MADE_HERE not in cls.__dict__:
+            super().__init_subclass__(**kwargs)
 
 
 _subclasses: dict[type[nn.Module], type[nn.Module]] = {}
@@ -200,17 +234,19 @@ def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (cls,), self.__getstate__()
 
-    def fill(namespace: dict[str, Any]) -> None:
-        namespace.update(
-            forward=forward,
-            __reduce_ex__=__reduce_ex__,
-            __module__=cls.__module__,
-            __qualname__=cls.__qualname__,
-            __doc__=cls.__doc__,
-        )
-
+    namespace = {
+        MADE_HERE: True,
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
     set_up_key()
-    subclass: Any = types.new_class(cls.__name__, (cls, _Intercepted), exec_body=fill)
+    # Past what a metaclass of the user does when a class is made.
+    metaclass: Any = type(cls)
+    make: Any = ABCMeta.__new__ if issubclass(metaclass, ABCMeta) else type.__new__
+    subclass: Any = make(metaclass, cls.__name__, (_Intercepted, cls), namespace)
     return subclass
 
 

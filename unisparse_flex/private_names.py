@@ -38,7 +38,6 @@ PRIVATE_NAMES = (
     "torch:_ops._HIGHER_ORDER_OP_DEFAULT_FALLTHROUGH_DISPATCH_KEYS",
     "torch:_ops._higher_order_ops",
     "torch:_transformer_encoder_layer_fwd",
-    "torch:cpu._is_avx2_supported",
 )
 WORKING_TORCH = "2.11 to 2.14"
 

@@ -141,7 +141,7 @@ def test_a_missing_compiler_is_a_problem(run, on_cpu, monkeypatch):
 
 
 def test_a_cpu_without_avx2_is_a_problem(on_cpu, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     finding = backend_checks.check_backend(CPU)
     assert finding.status is Status.PROBLEM
     assert "AVX2" in finding.detail

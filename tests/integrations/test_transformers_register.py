@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from typing import Any
 
@@ -81,6 +82,48 @@ def test_registering_again_replaces_the_settings_of_models_that_have_the_name() 
         register(name, EVERYTHING, min_length=0)
         assert selectors(model) == [EVERYTHING] * 2
         assert [call.density for call in explain(model, token_ids()).calls] == [1.0] * 2
+
+
+def around(function: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Around:
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+WRAPPERS = [around, Around, functools.partial, lambda f: functools.wraps(f)(around(around(f)))]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_what_somebody_wraps_around_the_functions_stays_and_goes_with_them(wrap: Any) -> None:
+    mappings: Any = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
+    with registered(SELECTOR) as name:
+        for mapping in mappings:
+            mapping[name] = wrap(mapping[name])
+        wrapped = [mapping[name] for mapping in mappings]
+        register(name, SELECTOR, min_length=0)
+        assert [mapping[name] for mapping in mappings] == wrapped
+        assert decisions(create("Llama", name)) == [("sparse", None)] * 2
+        register(name, EVERYTHING, min_length=0)
+        assert [c.density for c in explain(create("Llama", name), token_ids()).calls] == [1.0] * 2
+    assert not any(name in mapping for mapping in mappings)
+
+
+def test_somebody_elses_function_of_the_name_is_left_to_them() -> None:
+    mapping: Any = AttentionInterface._global_mapping
+    with registered(SELECTOR) as name:
+        foreign = mapping[name] = around(print)
+        with pytest.raises(ValueError, match="registered by somebody else"):
+            register(name, SELECTOR, min_length=0)
+    assert mapping.pop(name) is foreign
 
 
 def test_a_compiled_model_follows_the_settings() -> None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from ..passes import TORCH_SDPA
 
 ROW_STRIDE = 16
 
@@ -59,7 +60,7 @@ class CaptureAttention(TorchFunctionMode):
         """Passes every function on."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func is F.scaled_dot_product_attention and kwargs.get("is_causal"):
+        if func is TORCH_SDPA and kwargs.get("is_causal"):
             query, key, value = args[:3]
             scale = kwargs.get("scale")
             self.calls.append(CapturedAttention(query=query, key=key, value=value, scale=scale))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from types import CellType
 from typing import Any
 
 from ..block_masks import DEFAULT_SELECTOR, Selector
@@ -16,6 +17,8 @@ OLDEST = "5.4"
 # Hub kernels have a slash in their name, paged implementations a bar, and flash_attention_2 and
 # flex_attention are matched by parts of theirs.
 NAME = re.compile(r"(?!.*(sdpa|eager|flash|flex))[A-Za-z][A-Za-z0-9_]*")
+# More than anybody puts around a function.
+MOST_WRAPPERS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,38 @@ class _Registered:
     settings: AttentionSettings
     attention: Any
     mask: Any
+
+    def is_called_by(self, function: object) -> bool:
+        """Whether a function is one of these, or what somebody wrapped around one of them.
+
+        Libraries wrap every function that they find in transformers' mappings.
+        """
+        return any(found in (self.attention, self.mask) for found in _wrapped(function))
+
+
+def _wrapped(function: Any) -> Iterator[Any]:
+    """A function and what it wraps: by attribute, as a partial, an object or a closure."""
+    pending, seen = [function], set[int]()
+    while pending and len(seen) < MOST_WRAPPERS:
+        current = pending.pop()
+        if not callable(current) or isinstance(current, type) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        pending += [getattr(current, name, None) for name in ("__wrapped__", "__func__", "func")]
+        pending += [cell.cell_contents for cell in _filled(getattr(current, "__closure__", None))]
+        pending += getattr(current, "__defaults__", None) or ()
+        pending += [*(getattr(current, "__kwdefaults__", None) or {}).values()]
+        pending += [*(getattr(current, "__dict__", None) or {}).values()]
+
+
+def _filled(cells: Collection[CellType] | None) -> Iterator[CellType]:
+    for cell in cells or ():
+        try:
+            cell.cell_contents  # noqa: B018
+        except ValueError:
+            continue
+        yield cell
 
 
 _registered: dict[str, _Registered] = {}
@@ -44,7 +79,8 @@ def register(
     Where a call runs dense it is what ``"sdpa"`` computes. Models run sparse compiled or not; on
     CUDA an eager model's attention is compiled once for all layers. Settings that a model got from
     `optimize` or `sparse` win over those of its name. Registering again with the same settings
-    changes nothing; with others it replaces them, for every model of that name.
+    changes nothing, whatever somebody has wrapped around the functions since; with others it
+    replaces them, wrappers too, for every model of that name.
 
     Args:
         name: What models are asked for; several names have settings of their own.
@@ -72,7 +108,7 @@ def register(
     config = settings.config()
     mine = _registered.get(name)
     for mapping, registered in functions.taken(name):
-        if mine is None or registered not in (mine.attention, mine.mask):
+        if mine is None or not mine.is_called_by(registered):
             raise ValueError(
                 f"name must not be registered by somebody else, got {name!r}, which {mapping} "
                 "holds; choose another"
@@ -99,7 +135,7 @@ def unregister(name: str = "unisparse") -> None:
         return
     functions = _import_transformers()
     for mapping in (functions.attention, functions.masks):
-        if mapping._global_mapping.get(name) in (mine.attention, mine.mask):
+        if mine.is_called_by(mapping._global_mapping.get(name)):
             del mapping._global_mapping[name]
 
 

@@ -1,0 +1,219 @@
+"""What somebody else does to torch and to a model's classes keeps its effect, once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unisparse_flex import UniSparse, explain, optimize, restore
+
+from .models import Attention, create, embeddings
+
+FEW = UniSparse(block_size=32, top_k=2)
+SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
+OPERATORS = [
+    torch.ops.aten.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+]
+
+
+class Call(nn.Module):
+    """One causal attention call, through whatever the name stands for when it runs."""
+
+    scale: Any = None
+    function: Any = None
+
+    def forward(self, q: Tensor) -> Tensor:
+        function = F.scaled_dot_product_attention if self.function is None else self.function
+        return function(q, q, q, is_causal=True, scale=self.scale)
+
+
+def twice(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return SDPA(2 * query, key, value, *rest, **options)
+
+
+def twice_by_name(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    return SDPA(2 * query, key, value, **options)
+
+
+def tokens_first(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    return SDPA(2 * q, k, v, **options).transpose(1, 2)
+
+
+@pytest.fixture(params=[twice, twice_by_name, tokens_first])
+def patch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr(F, "scaled_dot_product_attention", request.param)
+    yield request.param
+    torch._dynamo.reset()
+
+
+def tokens(patch: Any = None) -> Tensor:
+    shape = (1, 256, 2, 16) if patch is tokens_first else (1, 2, 256, 16)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def expected(patch: Any, q: Tensor) -> Tensor:
+    """The patch's computation, written out, sparse."""
+    q = q.transpose(1, 2) if patch is tokens_first else q
+    keep = FEW.select(2 * q, q, is_causal=True).token_mask()
+    out = SDPA(2 * q, q, q, attn_mask=keep)
+    return out.transpose(1, 2) if patch is tokens_first else out
+
+
+def test_a_patched_attention_runs_once_where_the_call_stays_dense(patch: Any) -> None:
+    q = tokens(patch)
+    torch.testing.assert_close(optimize(Call())(q), Call()(q), rtol=0, atol=0)
+    short = optimize(Call(), FEW, min_length=10**6)
+    torch.testing.assert_close(short(q), Call()(q), rtol=0, atol=0)
+
+
+def test_a_patched_attention_is_sparse_eagerly_under_a_mode_and_compiled(patch: Any) -> None:
+    q = tokens(patch)
+    model = optimize(Call(), FEW, min_length=0)
+    want = expected(patch, q)
+    assert (want - Call()(q)).abs().max() > 0.1
+    torch.testing.assert_close(model(q), want)
+    with torch.device("cpu"):
+        torch.testing.assert_close(model(q), want)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(q), want)
+    assert [call.decision for call in explain(model, q).calls] == ["sparse"]
+
+
+def test_a_patched_attention_under_a_mode_or_compiled_runs_once_where_it_is_dense(
+    patch: Any,
+) -> None:
+    q = tokens(patch)
+    model, want = optimize(Call(), FEW, min_length=10**6), Call()(q)
+    with torch.device("cpu"):
+        torch.testing.assert_close(model(q), want, rtol=0, atol=0)
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(q), want)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+def test_the_aten_operator_is_sparse_eagerly_and_compiled(operator: Any) -> None:
+    q = tokens()
+    model = optimize(Call(), FEW, min_length=0)
+    model.function = operator
+    want = SDPA(q, q, q, attn_mask=FEW.select(q, q, is_causal=True).token_mask())
+    torch.testing.assert_close(model(q), want)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), want)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.3), np.float32(0.3), np.float64(0.3), 1])
+def test_a_scale_of_any_kind_of_number_that_torch_takes(scale: Any) -> None:
+    q = tokens()
+    model = optimize(Call(), FEW, min_length=0)
+    model.scale = scale
+    keep = FEW.select(q, q, is_causal=True, scale=float(scale)).token_mask()
+    want = SDPA(q, q, q, attn_mask=keep, scale=float(scale))
+    torch.testing.assert_close(model(q), want)
+    with torch.device("cpu"):
+        torch.testing.assert_close(model(q), want)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), want)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (5, 8), (4, 5, 8)])
+def test_what_is_no_attention_call_meets_what_torch_says_of_it(shape: tuple[int, ...]) -> None:
+    q, model = torch.randn(shape), optimize(Call(), FEW, min_length=0)
+    if len(shape) > 1:
+        torch.testing.assert_close(model(q), Call()(q))
+        return
+    with pytest.raises(RuntimeError) as of_torch:
+        Call()(q)
+    for run in (model, lambda q: explain(model, q)):
+        with pytest.raises(RuntimeError) as ours:
+            run(q)
+        assert str(ours.value) == str(of_torch.value)
+
+
+class Registry(nn.Module):
+    """Keeps its subclasses by kind, which each must give."""
+
+    kinds: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, *, kind: str, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.kinds[kind] = cls
+
+
+class Meta(type):
+    """Keeps every class that is made with it by name."""
+
+    made: ClassVar[list[type]] = []
+
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> None:
+        super().__init__(name, bases, namespace)
+        Meta.made.append(cls)
+
+
+class OfKind(Registry, kind="attention"):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x)
+
+
+class OfMeta(Attention, metaclass=Meta):
+    """Made by a metaclass of its own."""
+
+
+@pytest.mark.parametrize("cls", [OfKind, OfMeta])
+def test_hooks_of_the_users_classes_do_not_run(cls: type[nn.Module]) -> None:
+    before = dict(Registry.kinds), list(Meta.made)
+    model = optimize(create(cls), FEW, min_length=0)
+    assert isinstance(model, cls)
+    assert [call.decision for call in explain(model, embeddings(256)).calls] == ["sparse"]
+    assert (Registry.kinds, Meta.made) == before
+    restore(model)
+    assert type(model) is cls
+    assert (Registry.kinds, Meta.made) == before
+
+
+def test_a_class_derived_from_an_optimized_one_runs_its_hooks() -> None:
+    model = optimize(create(OfKind), FEW, min_length=0)
+    try:
+
+        class Derived(type(model), kind="derived"):  # type: ignore[misc]
+            pass
+
+        assert Registry.kinds["derived"] is Derived
+    finally:
+        Registry.kinds.pop("derived", None)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([Attention()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner[0](x)
+
+
+def test_a_forward_assigned_before_is_said_where_nothing_around_it_catches(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    inside, outside = create(Pair), create(Pair)
+    inside.inner[0].forward = inside.inner[0].forward
+    for module in (outside, outside.inner[0]):
+        module.forward = module.forward
+    with caplog.at_level(logging.WARNING, logger="unisparse_flex"):
+        optimize(inside, FEW, min_length=0)
+        assert [call.decision for call in explain(inside, embeddings(256)).calls] == ["sparse"]
+        assert not [r for r in caplog.records if "forward" in r.getMessage()]
+        optimize(outside, FEW, min_length=0)
+    (said,) = [r.getMessage() for r in caplog.records if "module.forward" in r.getMessage()]
+    assert "Pair, inner.0 stays dense" in said
+    assert [call.decision for call in explain(outside, embeddings(256)).calls] == ["dense"]
