@@ -52,6 +52,8 @@ types: $(VENV)/.stamp-dev $(VENV)/.stamp-test  ## mypy on the built wheel, then 
 
 docs: $(VENV)/.stamp-docs  ## the pages of docs/ as a site in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@! grep --recursive --line-number --extended-regexp -e '8 ?(<|&lt;) ?--' build/site || \
+	    { echo "a snippet's marker stands in the site" >&2; exit 1; }
 
 format: $(VENV)/.stamp-dev  ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .

@@ -10,7 +10,10 @@ import pytest
 import torch
 import yaml
 
+import unisparse_flex
 from bench import reason_tables
+from unisparse_flex import distributed
+from unisparse_flex.integrations import transformers
 
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -52,6 +55,16 @@ def test_the_tutorial_runs(
     assert len(rows) == 3
     assert names["found"].reached >= 0.95
     assert (tmp_path / "calibration.json").is_file()
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    documented = {
+        name.rpartition(".")[2]
+        for name in re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    }
+    public = {*unisparse_flex.__all__, *distributed.__all__, *transformers.__all__}
+    assert public - documented == set()
+    assert documented - public == set()
 
 
 def test_every_reason_is_on_the_page_of_the_pass() -> None:

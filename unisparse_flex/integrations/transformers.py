@@ -194,3 +194,6 @@ def _import_transformers() -> _Functions:
         sdpa=sdpa_attention_forward,
         sdpa_mask=masking_utils.sdpa_mask,
     )
+
+
+__all__ = ["register", "unregister"]
