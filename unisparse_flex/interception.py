@@ -109,7 +109,7 @@ def _scaled_before(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[An
 
     While a graph is traced nobody knows the number: the query is multiplied by it instead.
     """
-    bound = dict(zip(POSITIONAL, args, strict=False)) | kwargs
+    bound = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
     scale = bound.pop("scale")
     if not torch.compiler.is_compiling():
         return (), {**bound, "scale": float(scale)}

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from unisparse_flex import (
     AttentionRecord,
     Explanation,
+    UniSparse,
     explain,
     optimize,
     record_attention,
 )
-from unisparse_flex.explain import MASK_NOTE
-from unisparse_flex.passes import CallPrediction, Reason, observe_calls
+from unisparse_flex.explain import MASK_NOTE, SLOWER_NOTE
+from unisparse_flex.passes import CallPrediction, Reason, forecast, observe_calls
+from unisparse_flex.passes.prediction import CallShape
 
 from .capture import captured
-from .models import SELECTOR, WIDTH, Transformer, create, embeddings, split_heads
+from .models import SELECTOR, WIDTH, Attention, Transformer, create, embeddings, split_heads
 from .reference import ByDefinition, assert_is_sparse, rmse
 
 X = embeddings(300)
@@ -129,7 +131,8 @@ def test_the_table_holds_every_call_and_the_totals() -> None:
     assert lines[3].split()[:5] == ["layers.1.attention", "300", "300", "4/2", "dense"]
     assert " ".join(lines[3].split()[8:] + lines[4].split()) == Reason.EXCLUDED
     assert lines[5] == f"1 sparse, mean density {density}, 1 dense"
-    assert len(lines) == 6
+    # At this density.
+    assert lines[6:] == [SLOWER_NOTE]
 
 
 def test_calls_carry_what_the_cost_model_predicts() -> None:
@@ -143,6 +146,32 @@ def test_calls_carry_what_the_cost_model_predicts() -> None:
     assert call.cells()[6:8] == tuple(
         f"{ms:.2f}" for ms in (call.prediction.dense_ms, call.prediction.sparse_ms)
     )
+
+
+@pytest.mark.parametrize("kept", [1, 2, 10**6])
+def test_sparse_calls_are_predicted_at_the_density_that_they_have(kept: int) -> None:
+    selector = UniSparse(block_size=32, top_k=kept)
+    model = optimize(create(Attention), selector, min_length=0)
+    (call,) = explain(model, embeddings(512)).calls
+    assert call.prediction is not None
+    assert call.prediction.density == call.density
+    shape = CallShape(
+        *(1, 4, 2, 512, 512, 16, 16), True, False, False, torch.float32, torch.device("cpu")
+    )
+    found = forecast(shape, selector, call.density)
+    assert call.prediction.sparse_ms == found.sparse_seconds * 1e3
+
+
+def test_the_table_says_where_sparse_is_predicted_slower() -> None:
+    model = optimize(create(Attention), UniSparse(block_size=32, top_k=10**6), min_length=0)
+    explanation = explain(model, embeddings(512))
+    (call,) = explanation.sparse
+    assert call.prediction is not None
+    assert call.prediction.sparse_ms > call.prediction.dense_ms
+    assert SLOWER_NOTE in explanation.notes()
+    dense = explain(optimize(create(Attention)), embeddings(512))
+    assert not dense.sparse
+    assert SLOWER_NOTE not in dense.notes()
 
 
 def test_calls_that_no_sparse_kernel_takes_have_no_prediction() -> None:

@@ -185,7 +185,7 @@ def test_a_class_derived_from_an_optimized_one_runs_its_hooks() -> None:
     model = optimize(create(OfKind), FEW, min_length=0)
     try:
 
-        class Derived(type(model), kind="derived"):  # type: ignore[misc]
+        class Derived(type(model), kind="derived"):  # type: ignore[misc, call-arg]
             pass
 
         assert Registry.kinds["derived"] is Derived

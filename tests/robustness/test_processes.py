@@ -53,3 +53,32 @@ def test_processes_that_share_a_cache_keep_their_own_settings(tmp_path: Path) ->
     assert any(tmp_path.rglob("*.so"))
     # From what both left behind.
     assert outputs(start("fine")) == [fine]
+
+
+UNVECTORISED = """
+import sys, torch
+import unisparse_flex
+from tests.api.models import SELECTOR, Attention, create, embeddings
+from unisparse_flex.passes import Reason
+assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+x = embeddings(200)
+with torch.no_grad():
+    plain = create(Attention)(x)
+    model = unisparse_flex.optimize(create(Attention), SELECTOR)
+    (call,) = unisparse_flex.explain(model, x).calls
+    assert call.reason is Reason.NO_KERNEL, call
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), plain)
+    asked = unisparse_flex.optimize(create(Attention), SELECTOR, min_length=0)
+    sparse = asked(x)
+    assert (sparse - plain).abs().max() > 0.01
+    compiled = torch.compile(asked, fullgraph=True)(x)
+torch.testing.assert_close(compiled, sparse, rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_a_cpu_without_a_flex_kernel_stays_dense_or_applies_the_blocks_as_a_mask() -> None:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(ROOT)}
+    run = [sys.executable, "-c", UNVECTORISED]
+    process = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
