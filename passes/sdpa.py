@@ -14,7 +14,7 @@ from ..block_masks import MaskProgram
 POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 # What torch defined. The name in torch.nn.functional may be somebody's patch, which calls this one:
 # it is what modes and graphs see, and what runs where a call stays dense.
-TORCH_SDPA: Callable[..., Any] = torch._C._nn.scaled_dot_product_attention
+TORCH_SDPA: Callable[..., torch.Tensor] = torch._C._nn.scaled_dot_product_attention
 # A tuple: Dynamo looks these up in it.
 SDPA_TARGETS: tuple[Callable[..., Any], ...] = (
     TORCH_SDPA,
@@ -160,7 +160,7 @@ class SdpaCall:
                 mask = program.pairs(row, key)
             elif self.is_causal and q_len != kv_len:
                 mask, is_causal = key <= row[:, None] + (kv_len - q_len), False
-        output: torch.Tensor = TORCH_SDPA(
+        return TORCH_SDPA(
             self.query,
             self.key,
             self.value,
@@ -170,7 +170,6 @@ class SdpaCall:
             scale=self.scale,
             enable_gqa=self.enable_gqa,
         )
-        return output
 
 
 def is_symbolic(number: Any) -> bool:

@@ -155,7 +155,7 @@ def attend_masked(
             seen = mask & visible_tokens(own)
             mask = own.to(call.query.dtype).masked_fill(~seen, -torch.inf)
     query, key, value = (_rows_apart(t) for t in (call.query, call.key, call.value))
-    output: Tensor = TORCH_SDPA(
+    return TORCH_SDPA(
         query[:, :, rows],
         key[:, :, keys],
         value[:, :, keys],
@@ -163,7 +163,6 @@ def attend_masked(
         scale=call.scale,
         enable_gqa=bool(call.query.shape[1] != call.key.shape[1]),
     )
-    return output
 
 
 def attend_masked_in_chunks(call: SdpaCall, selection: BlockSelection) -> Tensor:

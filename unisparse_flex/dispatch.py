@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -201,10 +201,6 @@ def _find_compiled_attention() -> None:
     _compiled_attention_found = True
 
 
-# Annotated for the type checker alone: a call of the builtin itself.
-_plain: Callable[..., Tensor] = TORCH_SDPA
-
-
 def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`torch.ops.aten.scaled_dot_product_attention` where the key is on."""
     assert _key is not None
@@ -213,7 +209,7 @@ def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     torch._C._dispatch_tls_set_dispatch_key_excluded(_key.key, True)
     try:
         if query.is_nested:
-            return _plain(query, *args, **kwargs)
+            return TORCH_SDPA(query, *args, **kwargs)
         if (
             type(query) is Tensor
             and query.dim() == 4
@@ -221,11 +217,11 @@ def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             and not torch._C._len_torch_dispatch_stack()
             and not is_watched()
         ):
-            return _plain(query, *args, **kwargs)
+            return TORCH_SDPA(query, *args, **kwargs)
         call = SdpaCall.bind((query, *args), kwargs)
         if is_traced(call):
             _find_compiled_attention()
-            return _plain(query, *args, **kwargs)
+            return TORCH_SDPA(query, *args, **kwargs)
         return marked_sdpa(call, scope.config)
     finally:
         torch._C._dispatch_tls_set_dispatch_key_excluded(_key.key, False)
