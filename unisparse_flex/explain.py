@@ -30,6 +30,8 @@ COLUMNS = (
     *("layer", "queries", "keys", "heads", "runs", "density"),
     *("dense ms", "sparse ms", "break-even", "reason"),
 )
+# What the cost model says is no measurement.
+UNITS = ("",) * 6 + ("predicted",) * 3 + ("",)
 TABLE_WIDTH, LEAST_REASON_WIDTH = 118, 19
 SLOWER_NOTE = (
     "sparse is predicted slower than dense for some calls, at the density that was measured: bound "
@@ -121,6 +123,16 @@ class Explanation:
         kept = [call.density for call in self.sparse if call.density is not None]
         return sum(kept) / len(kept) if kept else None
 
+    @property
+    def predicted_ms(self) -> tuple[float, float]:
+        """Milliseconds of attention with every call dense, and as decided.
+
+        Of calls without a prediction nothing is known: they count in neither.
+        """
+        known = [(call, p) for call in self.calls if (p := call.prediction) is not None]
+        dense = sum(p.dense_ms for _, p in known)
+        return dense, sum(p.sparse_ms if c.decision == "sparse" else p.dense_ms for c, p in known)
+
     def notes(self) -> list[str]:
         """What has to be known to read the calls, a sentence each."""
         if not self.calls:
@@ -136,14 +148,18 @@ class Explanation:
     def __str__(self) -> str:
         if not self.calls:
             return NO_CALL_NOTE
-        rows = [COLUMNS, *(call.cells() for call in self.calls)]
+        rows = [COLUMNS, UNITS, *(call.cells() for call in self.calls)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
         before = sum(widths[:-1]) + 2 * len(widths[:-1])
         widths[-1] = min(widths[-1], max(TABLE_WIDTH - before, LEAST_REASON_WIDTH))
         lines = [line for row in rows for line in _lines(row, widths)]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines.insert(2, "  ".join("-" * width for width in widths))
         mean = "" if self.density is None else f", mean density {self.density:.3f}"
         lines.append(f"{len(self.sparse)} sparse{mean}, {len(self.dense)} dense")
+        if known := sum(call.prediction is not None for call in self.calls):
+            dense, decided = (_three_digits(ms) for ms in self.predicted_ms)
+            of = "" if known == len(self.calls) else f" of {known} calls"
+            lines.append(f"predicted attention time{of}: {decided} ms, all dense {dense} ms")
         lines += self.notes()
         return "\n".join(line.rstrip() for line in lines)
 

@@ -121,18 +121,41 @@ def test_the_table_holds_every_call_and_the_totals() -> None:
     assert " ".join(lines[0].split()) == (
         "layer queries keys heads runs density dense ms sparse ms break-even reason"
     )
-    assert set(lines[1]) == {"-", " "}
+    # The cost model's columns say so.
+    for column in ("dense ms", "sparse ms", "break-even"):
+        at = lines[0].index(column)
+        assert lines[1][at : at + len("predicted")] == "predicted"
+    assert lines[1].split() == ["predicted"] * 3
+    assert set(lines[2]) == {"-", " "}
     density = f"{densities()[0]:.3f}"
     predicted = list(explanation.calls[0].cells()[6:9])
-    assert lines[2].split() == [
+    assert lines[3].split() == [
         *("layers.0.attention", "300", "300", "4/2", "sparse", density),
         *predicted,
     ]
-    assert lines[3].split()[:5] == ["layers.1.attention", "300", "300", "4/2", "dense"]
-    assert " ".join(lines[3].split()[8:] + lines[4].split()) == Reason.EXCLUDED
-    assert lines[5] == f"1 sparse, mean density {density}, 1 dense"
+    assert lines[4].split()[:5] == ["layers.1.attention", "300", "300", "4/2", "dense"]
+    assert " ".join(lines[4].split()[8:] + lines[5].split()) == Reason.EXCLUDED
+    assert lines[6] == f"1 sparse, mean density {density}, 1 dense"
+    dense, decided = explanation.predicted_ms
+    assert lines[7] == f"predicted attention time: {decided:.2f} ms, all dense {dense:.2f} ms"
     # At this density.
-    assert lines[6:] == [SLOWER_NOTE]
+    assert lines[8:] == [SLOWER_NOTE]
+
+
+def test_the_total_is_of_what_each_call_does() -> None:
+    explanation = explain(optimize(create(), SELECTOR, min_length=0, dense_layers=(1,)), X)
+    first, second = (call.prediction for call in explanation.calls)
+    assert first is not None
+    assert second is not None
+    dense, decided = explanation.predicted_ms
+    assert dense == pytest.approx(first.dense_ms + second.dense_ms)
+    assert decided == pytest.approx(first.sparse_ms + second.dense_ms)
+    # Of plain calls nothing is predicted, and nothing is said.
+    plain = explain(create(), X)
+    assert plain.predicted_ms == (0, 0)
+    assert "predicted attention time" not in str(plain)
+    parts = Explanation((*explanation.calls, *plain.calls))
+    assert f"predicted attention time of 2 calls: {decided:.2f} ms" in str(parts)
 
 
 def test_calls_carry_what_the_cost_model_predicts() -> None:

@@ -23,7 +23,7 @@ RUNS: dict[str, tuple[list[str], str]] = {
     "block_mask": (["--tokens", "1024"], r"output \(1, 4, 1024, 64\)"),
     "calibrate_model": (
         ["--tokens", "1024", "--output", "{tmp}/calibration.json"],
-        r"30 sparse, mean density 0\.\d+, 0 dense\nrecall 0\.9\d+ at density 0\.\d+",
+        r"30 sparse, mean density 0\.\d+, 0 dense\n(.|\n)*recall 0\.9\d+ at density 0\.\d+",
     ),
 }
 ON_GPU = {"train_sparse": (["--tokens", "2048"], r"loss \d+\.\d+ at first")}
