@@ -23,7 +23,7 @@ from .config import SparseConfig
 from .context import context_sdpa
 from .decision import Reason, flex_lowers, needs_grad, refuse, refuse_sharding
 from .flex_backend import flex_backend
-from .region import compiled_once
+from .region import compiled_in_loop, compiled_inline, compiled_once
 from .sdpa import SdpaCall
 from .sharding import HeadShard, is_sharded, run_on_shards, shard_selector
 from .sparse_attention import (
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Observer = Callable[[SdpaCall, SparseConfig, "BlockSelection | None", "Reason | None"], None]
+Lowering = Callable[[SdpaCall, SparseConfig], Tensor]
 _observer: ContextVar[Observer | None] = ContextVar("unisparse_observer", default=None)
 _compiling = threading.local()
 
@@ -74,13 +75,15 @@ def _shard_config(config: str, index: int, count: int) -> str:
     return replace(settings, selector=selector).encode()
 
 
-def lowered_sdpa(*args: Any, config: str = "", **kwargs: Any) -> Tensor:
+def lowered_sdpa(*args: Any, config: str = "", body: str = "", **kwargs: Any) -> Tensor:
     """What the pass puts in a marker's place: the sparse computation that Inductor compiles.
 
     Takes and returns what `torch.ops.unisparse.sdpa` does. Must be traced by AOTAutograd for
-    Inductor: run eagerly, the flex operator inside would ignore the block lists.
+    Inductor: run eagerly, the flex operator inside would ignore the block lists. ``body`` is
+    ``"body"`` or ``"loop"`` in those of a higher-order operator (`rewrite.LOOPED`).
     """
-    return _compute(SdpaCall.bind(args, kwargs), SparseConfig.decode(config), for_inductor=True)
+    lower = {"": compiled_once, "body": compiled_inline, "loop": compiled_in_loop}[body]
+    return _compute(SdpaCall.bind(args, kwargs), SparseConfig.decode(config), lower)
 
 
 @contextmanager
@@ -120,22 +123,21 @@ def is_watched() -> bool:
 
 
 def _marker_kernel(*args: Any, config: str = "", **kwargs: Any) -> Tensor:
-    return _compute(SdpaCall.bind(args, kwargs), SparseConfig.decode(config), for_inductor=False)
+    return _compute(SdpaCall.bind(args, kwargs), SparseConfig.decode(config))
 
 
 _library.impl("sdpa", _marker_kernel, "CompositeImplicitAutograd")
 
 
-def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Tensor:
+def _compute(call: SdpaCall, config: SparseConfig, lower: Lowering | None = None) -> Tensor:
+    """Runs or traces a call; ``lower`` is what Inductor compiles, where that is known to."""
     if is_sharded(call) and refuse_sharding(call) is None:
         # A graph that was rewritten: what is caught in Python comes here on local tensors.
-        return run_on_shards(
-            call, lambda local, _: _compute(local, config, for_inductor=for_inductor)
-        )
+        return run_on_shards(call, lambda local, _: _compute(local, config, lower))
     call = call.with_constants()
     if config.context is not None:
         return context_sdpa(call, config)
-    tracing = for_inductor or is_traced(call)
+    tracing = lower is not None or is_traced(call)
     reason = refuse(call, config)
     observer = None if tracing else _observer.get()
     if reason is not None:
@@ -153,8 +155,8 @@ def _compute(call: SdpaCall, config: SparseConfig, *, for_inductor: bool) -> Ten
         flex_backend(call, config.selector.block_size, config.backend)
     if observer is None and not tracing and _runs_compiled(call):
         return run_compiled(call, config)
-    if for_inductor and flex_lowers(call):
-        return compiled_once(call, config)
+    if lower is not None and flex_lowers(call):
+        return lower(call, config)
     selection = select(call, config)
     if observer is not None:
         observer(call, config, selection, None)

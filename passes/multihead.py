@@ -67,11 +67,11 @@ def marked_multihead(name: str, *args: Any, config: str, **kwargs: Any) -> Any:
     return _compute(name, args, kwargs, lambda call: marked_sdpa(call, config))
 
 
-def lowered_multihead(name: str, *args: Any, config: str, **kwargs: Any) -> Any:
+def lowered_multihead(name: str, *args: Any, config: str, body: str = "", **kwargs: Any) -> Any:
     """`marked_multihead`, lowered as `lowered_sdpa` is: traced for Inductor only."""
 
     def attend(call: SdpaCall) -> Tensor:
-        return lowered_sdpa(*call.positional(), **call.keywords(), config=config)
+        return lowered_sdpa(*call.positional(), **call.keywords(), config=config, body=body)
 
     return _compute(name, args, kwargs, attend)
 

@@ -8,6 +8,7 @@ into the CPU flex template, which supports no fusion.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -18,9 +19,11 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._inductor import config as inductor_config
 
 from .config import SparseConfig
-from .decision import needs_grad
+from .decision import Reason, needs_grad
 from .sdpa import SdpaCall
-from .sparse_attention import attend_flex, select
+from .sparse_attention import attend_flex, attend_masked, select
+
+logger = logging.getLogger(__name__)
 
 
 def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
@@ -31,9 +34,7 @@ def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
     every call of a program that AOTInductor packages: its C++ wrapper knows no regions.
     """
     if needs_grad(call) or not call.has_plain_numbers() or inductor_config.cpp_wrapper:
-        if call.query.device.type == "cpu":
-            call = call.map_tensors(_apart)
-        return attend_flex(call, select(call, config), backend=config.backend)
+        return compiled_inline(call, config)
     tensors = [call.query, call.key, call.value]
     if call.attn_mask is not None:
         tensors.append(call.attn_mask)
@@ -57,6 +58,26 @@ def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
     # Annotated for a GraphModule, traces any callable.
     run: Any = _region(config, flags)
     return invoke_subgraph(run, name, *operands)[0]
+
+
+def compiled_inline(call: SdpaCall, config: SparseConfig) -> Tensor:
+    """Selects and attends where the call stands: Inductor lowers no region inside a body."""
+    if call.query.device.type == "cpu":
+        call = call.map_tensors(_apart)
+    return attend_flex(call, select(call, config), backend=config.backend)
+
+
+def compiled_in_loop(call: SdpaCall, config: SparseConfig) -> Tensor:
+    """`compiled_inline` for bodies of scan and map.
+
+    Inductor makes loops of them that ask more outputs of the flex operator than its CPU kernel has.
+    """
+    if call.query.device.type != "cpu":
+        return compiled_inline(call, config)
+    if config.min_length is None:
+        logger.warning("attention in the body of a scan or map stays dense: %s", Reason.NO_KERNEL)
+        return call.run_dense()
+    return attend_masked(call, select(call, config))
 
 
 def _apart(tensor: Tensor) -> Tensor:

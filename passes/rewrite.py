@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 MARKER_TARGETS: frozenset[Callable[..., Any]] = frozenset(
     {torch.ops.unisparse.sdpa, torch.ops.unisparse.sdpa.default}
 )
+# What Inductor makes loops of, asking more outputs of the flex operator than its CPU kernel has.
+LOOPED = ("map_impl", "scan", "associative_scan")
+LOWERED: frozenset[Callable[..., Any]] = frozenset({lowered_sdpa, lowered_multihead})
 
 
 def rewrite_sdpa(
@@ -85,6 +88,7 @@ def _rewrite_graph(
     lower: bool,
     report: RewriteReport,
     prefix: str,
+    body: str = "",
 ) -> None:
     masks = MaskCache()
     for node in graph.nodes:
@@ -94,6 +98,8 @@ def _rewrite_graph(
             _rewrite_node(node, *found, masks=masks, lower=lower, report=report, name=name)
         elif config is not None and node.target in MULTIHEAD_TARGETS.values():
             _rewrite_multihead(node, config, lower=lower, report=report, name=name)
+        if body and node.target in LOWERED:
+            node.kwargs = {**node.kwargs, "body": body}
     masks.erase_unused()
     graph.lint()
     # Bodies of checkpointed regions, branches and loops are graphs of their own.
@@ -101,9 +107,25 @@ def _rewrite_graph(
     for name, child in children:
         if isinstance(child, fx.GraphModule):
             _rewrite_graph(
-                child.graph, config, lower=lower, report=report, prefix=f"{prefix}{name}."
+                child.graph,
+                config,
+                lower=lower,
+                report=report,
+                prefix=f"{prefix}{name}.",
+                body="loop" if body == "loop" or _is_looped(graph, name) else "body",
             )
             child.recompile()
+
+
+def _is_looped(graph: fx.Graph, name: str) -> bool:
+    """Whether a submodule is the body of one of `LOOPED`."""
+    users = (
+        user
+        for node in graph.nodes
+        if node.op == "get_attr" and node.target == name
+        for user in node.users
+    )
+    return any(getattr(user.target, "__name__", "") in LOOPED for user in users)
 
 
 def _bind(node: fx.Node, config: SparseConfig | None) -> tuple[SdpaCall, SparseConfig] | None:

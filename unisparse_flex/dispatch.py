@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention.bias import CausalBias
 
 from .causal_bias import resolve_causal_bias
-from .passes import TORCH_SDPA, SdpaCall, SparseConfig, is_traced, is_watched, marked_sdpa
+from .passes import TORCH_SDPA, SdpaCall, SparseConfig, is_watched, marked_sdpa
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,6 @@ def _find_key() -> _Key | None:
 _key: _Key | None = None
 # Two threads that set up one key each would find it taken.
 _setting_up = threading.Lock()
-_compiled_attention_found = False
 
 
 def set_up_key() -> None:
@@ -156,7 +155,6 @@ def can_catch_attention() -> bool:
     return not (
         torch.compiler.is_compiling()
         or _key is None
-        or _compiled_attention_found
         or torch._C._len_torch_function_stack()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
@@ -186,29 +184,37 @@ def leave_attention() -> AbstractContextManager[None]:
     return nullcontext() if _key is None else _key.off()
 
 
-def _find_compiled_attention() -> None:
-    """Ends the use of the key: a model calls attention in a function that it compiles itself.
+@contextmanager
+def suspend_attention() -> Iterator[None]:
+    """Inside, the scope in force does not catch; the key stays on.
 
-    No graph holds what the key does, so the call stays dense, in every later call of that graph
-    too. Dynamo sees a function mode, and compiles anew for it.
+    For what `torch.compile` undoes before it restores the dispatch keys: it would restore what
+    `leave_attention` did.
     """
-    global _compiled_attention_found
-    if not _compiled_attention_found:
-        logger.warning(
-            "attention inside a function that the model compiles itself stays dense in this call; "
-            "from the next on it is caught in a function mode"
-        )
-    _compiled_attention_found = True
+    assert _key is not None
+    scope, config = _key.scope(), in_force.config
+    _key.stash(None)
+    in_force.config = None
+    try:
+        yield
+    finally:
+        _key.stash(scope)
+        in_force.config = config
+
+
+def scope_in_force() -> Scope | None:
+    """The `catch_attention` that would see an attention call of this thread."""
+    return None if _key is None or _key.is_off() else _key.scope()
 
 
 def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`torch.ops.aten.scaled_dot_product_attention` where the key is on."""
     assert _key is not None
-    scope: Scope = torch._C._get_obj_in_tls(SCOPE_NAME)
+    scope: Scope | None = torch._C._get_obj_in_tls(SCOPE_NAME)
     # Cheaper than a guard: decoding pays for what stands here.
     torch._C._dispatch_tls_set_dispatch_key_excluded(_key.key, True)
     try:
-        if query.is_nested:
+        if scope is None or query.is_nested:
             return TORCH_SDPA(query, *args, **kwargs)
         if (
             type(query) is Tensor
@@ -218,10 +224,10 @@ def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             and not is_watched()
         ):
             return TORCH_SDPA(query, *args, **kwargs)
-        call = SdpaCall.bind((query, *args), kwargs)
-        if is_traced(call):
-            _find_compiled_attention()
+        if torch.compiler.is_compiling():
+            logger.warning("attention that a forward traces by itself stays dense")
             return TORCH_SDPA(query, *args, **kwargs)
+        call = SdpaCall.bind((query, *args), kwargs)
         return marked_sdpa(call, scope.config)
     finally:
         torch._C._dispatch_tls_set_dispatch_key_excluded(_key.key, False)
@@ -247,7 +253,7 @@ def _catch_causal_bias(key: _Key) -> None:
 
     @wraps(dispatch)
     def caught(*args: Any, **kwargs: Any) -> Tensor:
-        scope = None if torch.compiler.is_compiling() or key.is_off() else key.scope()
+        scope = None if torch.compiler.is_compiling() else scope_in_force()
         if scope is None:
             return dispatch(*args, **kwargs)
         with key.off():
@@ -264,5 +270,7 @@ __all__ = [
     "catch_attention",
     "in_force",
     "leave_attention",
+    "scope_in_force",
     "set_up_key",
+    "suspend_attention",
 ]

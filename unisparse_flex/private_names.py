@@ -6,12 +6,15 @@ from importlib import import_module
 
 # "module" or "module:attribute.attribute"; a test compares them with the sources.
 PRIVATE_NAMES = (
+    "torch._dynamo.eval_frame:_TorchDynamoContext",
+    "torch._dynamo.variables.torch_function:TorchFunctionModeStackVariable",
     "torch._higher_order_ops.flex_attention:flex_attention",
     "torch._higher_order_ops.invoke_subgraph:invoke_subgraph",
     "torch._inductor.compile_fx:compile_fx",
     "torch._inductor.custom_graph_pass:CustomGraphPass",
     "torch._inductor:config",
     "torch.fx:_symbolic_trace.is_fx_symbolic_tracing",
+    "torch.utils:_pytree.tree_map",
     "torch.utils:_pytree.tree_map_only",
     "torch:Tensor._make_wrapper_subclass",
     "torch:_C.DispatchKeySet",

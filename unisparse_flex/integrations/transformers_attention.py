@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..block_masks import Selector
 from ..deferred_mask import DeferredMask
-from ..interception import config_in_force, is_seen_here, run_sparse
 from ..passes import SdpaCall, SparseConfig, marked_sdpa, refuse
+from ..scopes import config_in_force, is_seen_here, run_sparse
 from .transformers_refusals import refuse_arguments, refuse_module
 
 # Stands for any mask beside causality.
