@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from .at_run import has_stated_range, implement, sdpa_at_run
 from .config import SparseConfig
 from .context import context_sdpa
 from .decision import Reason, flex_lowers, needs_grad, refuse, refuse_sharding
@@ -138,6 +139,11 @@ def _compute(call: SdpaCall, config: SparseConfig, lower: Lowering | None = None
     if config.context is not None:
         return context_sdpa(call, config)
     tracing = lower is not None or is_traced(call)
+    if tracing and lower is None and not config.strict and get_proxy_mode() is None:
+        # Only the output's shape is asked for: what is decided here would be a guard of the graph.
+        return call.run_dense()
+    if tracing and not config.dense and has_stated_range(call):
+        return sdpa_at_run(apply_autocast(call), config)
     reason = refuse(call, config)
     observer = None if tracing else _observer.get()
     if reason is not None:
@@ -178,6 +184,16 @@ def _say_uncompiled() -> None:
         "attention and so no faster; torch.compile the model, or its forward where generate() is "
         "called"
     )
+
+
+def _run_now(call: SdpaCall, config: SparseConfig) -> Tensor:
+    """What `sdpa_at_run` does: as an eager call, and compiled wherever a kernel is."""
+    if refuse(call, config) is None and flex_lowers(call):
+        return run_compiled(call, config)
+    return _compute(call, config)
+
+
+implement(_run_now)
 
 
 def _describe(tensor: Tensor) -> str:

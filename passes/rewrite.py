@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..block_masks.mask_program import is_known
+from .at_run import has_stated_range
 from .config import SparseConfig
 from .decision import Reason, refuse
 from .marker import lowered_sdpa
@@ -153,6 +154,12 @@ def _rewrite_node(
         # Ranks decide together when it runs: this one knows some of the tokens alone.
         report.rewritten.append(name)
         return
+    if not config.dense and _decides_at_run(call):
+        node.target = lowered_sdpa if lower else torch.ops.unisparse.sdpa.default
+        node.args = call.positional()
+        node.kwargs = {**call.keywords(), "config": config.encode()}
+        report.rewritten.append(name)
+        return
     # Whether it is slower is asked once the mask is known: a formula has faster kernels.
     reason = _refuse_node(call, replace(config, min_length=config.min_length or 0))
     lifted: LiftedMask | Unproved | None = None
@@ -201,6 +208,13 @@ def _rewrite_multihead(
     node.kwargs = {**node.kwargs, "config": config.encode()}
     node.target = lowered_multihead if lower else marked_multihead
     report.rewritten.append(name)
+
+
+def _decides_at_run(call: SdpaCall) -> bool:
+    """Whether a guard on the call's lengths would deny a range that somebody stated."""
+    if any(recorded(tensor) is None for tensor in (call.query, call.key, call.value)):
+        return False
+    return has_stated_range(_as_recorded(call))
 
 
 def _refuse_node(call: SdpaCall, config: SparseConfig) -> Reason | None:

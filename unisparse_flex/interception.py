@@ -135,7 +135,23 @@ def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
     metaclass: Any = type(cls)
     make: Any = ABCMeta.__new__ if issubclass(metaclass, ABCMeta) else type.__new__
     subclass: Any = make(metaclass, cls.__name__, (_Intercepted, cls), namespace)
+    _wrap_forward_again(subclass, cls)
     return subclass
+
+
+def _wrap_forward_again(subclass: type[nn.Module], cls: type[nn.Module]) -> None:
+    """Runs the class hook that wrapped the forward of ``cls``, where one did, for ``subclass``.
+
+    Such a wrapper may work on the outermost class alone: the layers of transformers checkpoint
+    where ``type(self).forward`` is the wrapper itself.
+    """
+    # The code's name: `functools.wraps` copies the name of the wrapped function.
+    code = getattr(cls.forward, "__code__", None)
+    made_in, hook, _ = getattr(code, "co_qualname", "").partition(".__init_subclass__.")
+    for base in cls.__mro__ if hook else ():
+        if base.__qualname__ == made_in and "__init_subclass__" in vars(base):
+            vars(base)["__init_subclass__"].__get__(None, subclass)()
+            return
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:

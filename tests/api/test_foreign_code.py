@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -179,6 +180,45 @@ def test_hooks_of_the_users_classes_do_not_run(cls: type[nn.Module]) -> None:
     restore(model)
     assert type(model) is cls
     assert (Registry.kinds, Meta.made) == before
+
+
+class Wrapping(nn.Module):
+    """Wraps the forward of every class; only the outermost wrapper does anything."""
+
+    outermost: int = 0
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        inner = cls.forward
+
+        @functools.wraps(inner)
+        def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self.outermost += type(self).forward is wrapped
+            return inner(self, *args, **kwargs)
+
+        cls.forward = wrapped  # type: ignore[method-assign]
+
+
+class Wrapped(Wrapping):
+    def forward(self, q: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
+class WrappedTwice(Wrapped):
+    def forward(self, q: Tensor) -> Tensor:
+        return super().forward(q)
+
+
+@pytest.mark.parametrize("cls", [Wrapped, WrappedTwice])
+def test_a_forward_that_a_class_hook_wrapped_stays_wrapped_outermost(cls: type[Wrapping]) -> None:
+    q = tokens()
+    model = optimize(nn.Sequential(cls()), FEW, min_length=0)
+    want = SDPA(q, q, q, attn_mask=FEW.select(q, q, is_causal=True).token_mask())
+    torch.testing.assert_close(model(q), want)
+    assert model[0].outermost == 1
+    restore(model)
+    torch.testing.assert_close(model(q), SDPA(q, q, q, is_causal=True))
+    assert model[0].outermost == 2
 
 
 def test_a_class_derived_from_an_optimized_one_runs_its_hooks() -> None:
