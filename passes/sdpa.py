@@ -33,10 +33,11 @@ class SdpaCall:
         value: [B, Hkv, Skv, Dv].
         attn_mask: bool or float, broadcastable to [B, Hq, Sq, Skv].
         dropout_p: Dropout probability on the attention weights.
-        is_causal: Row r sees keys up to r: aligned top-left, as SDPA defines it.
+        is_causal: Row r sees keys up to r (top-left), as SDPA defines it.
         scale: Factor on the logits; 1 / sqrt(D) by default.
         enable_gqa: Allows Hkv < Hq.
-        causal_lower_right: With ``is_causal``, aligns the last row with the last key.
+        causal_lower_right: Row r sees keys up to r + Skv - Sq, so that the last row is aligned
+            with the last key; not with ``is_causal``.
         mask: A mask proved from the graph, as `MaskProgram.parse` reads it; empty for none.
         mask_tensors: What the mask's ``t0, t1, ...`` stand for.
         mask_numbers: What the mask's ``n0, n1, ...`` stand for.
@@ -98,11 +99,15 @@ class SdpaCall:
                     # Heads counted in batches, where one symbol stands for both.
                     int(tensor.shape[0])
         symbolic = (torch.SymFloat, torch.SymBool)
-        if not any(isinstance(n, symbolic) for n in (self.scale, self.dropout_p, self.is_causal)):
+        flags = (self.is_causal, self.causal_lower_right)
+        if not any(isinstance(n, symbolic) for n in (self.scale, self.dropout_p, *flags)):
             return self
-        scale = None if self.scale is None else float(self.scale)
         return replace(
-            self, scale=scale, dropout_p=float(self.dropout_p), is_causal=bool(self.is_causal)
+            self,
+            scale=None if self.scale is None else float(self.scale),
+            dropout_p=float(self.dropout_p),
+            is_causal=bool(self.is_causal),
+            causal_lower_right=bool(self.causal_lower_right),
         )
 
     def positional(self) -> tuple[Any, ...]:
@@ -133,11 +138,16 @@ class SdpaCall:
             kv_len=self.key.shape[2],
         )
 
+    @property
+    def causal(self) -> bool:
+        """Whether a flag says that queries see the keys up to their position, however aligned."""
+        return bool(self.is_causal or self.causal_lower_right)
+
     def causal_offset(self) -> int | None:
         """Key position of the first query row by the flags; ``None`` where they say nothing."""
-        if not self.is_causal:
-            return None
-        return self.key.shape[2] - self.query.shape[2] if self.causal_lower_right else 0
+        if self.causal_lower_right:
+            return self.key.shape[2] - self.query.shape[2]
+        return 0 if self.is_causal else None
 
     def has_plain_numbers(self) -> bool:
         """Whether the mask's numbers are constants or single symbols, not computed from several.
@@ -158,8 +168,10 @@ class SdpaCall:
             key = torch.arange(kv_len, device=self.query.device)
             if program is not None:
                 mask = program.pairs(row, key)
-            elif self.is_causal and q_len != kv_len:
-                mask, is_causal = key <= row[:, None] + (kv_len - q_len), False
+            elif mask is None and (is_causal or q_len != kv_len):
+                mask = key <= row[:, None] + (kv_len - q_len)
+            else:
+                is_causal = True
         return TORCH_SDPA(
             self.query,
             self.key,
