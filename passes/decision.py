@@ -159,7 +159,7 @@ def _refuse_tensors(call: SdpaCall) -> Reason | None:
 
 def _refuse_mask(call: SdpaCall) -> Reason | None:
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
-    # In torch, too, causal_lower_right is a mask.
+    # Together with is_causal, causal_lower_right counts as a mask, which it is in torch.
     masked = call.attn_mask is not None
     if (call.causal and masked) or (call.is_causal and call.causal_lower_right):
         return Reason.MASK_AND_CAUSAL

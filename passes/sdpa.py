@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..block_masks import MaskProgram
+from ..block_masks.validation import validate_causality
 
 POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 # What torch defined. The name in torch.nn.functional may be somebody's patch, which calls this one:
@@ -33,7 +34,7 @@ class SdpaCall:
         value: [B, Hkv, Skv, Dv].
         attn_mask: bool or float, broadcastable to [B, Hq, Sq, Skv].
         dropout_p: Dropout probability on the attention weights.
-        is_causal: Row r sees keys up to r (top-left), as SDPA defines it.
+        is_causal: Row r sees keys up to r (top-left), as in SDPA.
         scale: Factor on the logits; 1 / sqrt(D) by default.
         enable_gqa: Allows Hkv < Hq.
         causal_lower_right: Row r sees keys up to r + Skv - Sq, so that the last row is aligned
@@ -158,7 +159,11 @@ class SdpaCall:
         return all(symbol.node.expr.is_Symbol for symbol in symbols)
 
     def run_dense(self) -> torch.Tensor:
-        """Runs the call as it stands, through PyTorch's own kernels."""
+        """Runs the call as it stands, through PyTorch's own kernels.
+
+        Raises:
+            ValueError: ``causal_lower_right`` with ``is_causal`` or ``attn_mask``.
+        """
         mask, is_causal = self.attn_mask, self.is_causal
         program = self.mask_program()
         if self.causal_lower_right or program is not None:
@@ -168,10 +173,10 @@ class SdpaCall:
             key = torch.arange(kv_len, device=self.query.device)
             if program is not None:
                 mask = program.pairs(row, key)
-            elif mask is None and (is_causal or q_len != kv_len):
-                mask = key <= row[:, None] + (kv_len - q_len)
             else:
-                is_causal = True
+                validate_causality(bool(is_causal), True, mask)
+                is_causal = bool(q_len == kv_len)
+                mask = None if is_causal else key <= row[:, None] + (kv_len - q_len)
         return TORCH_SDPA(
             self.query,
             self.key,
