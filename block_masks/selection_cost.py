@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .validation import validate_causality
+
 # Tokens per unit of length in `SelectionCost.density`, whatever the block size.
 REFERENCE_BLOCK = 128
 # Longest length, in reference blocks, from which densities were fitted (8192 tokens).
@@ -74,7 +76,12 @@ class SelectionCost:
             is_causal: Query row r sees the keys up to r (top-left), as in SDPA.
             causal_lower_right: Query row r sees the keys up to r + kv_len - q_len, so that the
                 last row is aligned with the last key; not with ``is_causal``.
+
+        Raises:
+            TypeError: A flag is no bool.
+            ValueError: Both flags.
         """
+        validate_causality(is_causal, causal_lower_right)
         causal = is_causal or causal_lower_right
         if is_causal:
             # Nobody sees the keys behind.

@@ -63,28 +63,28 @@ def keep_all(size: int = SIZE) -> UniSparse:
     return UniSparse(block_size=size, top_p=1.0)
 
 
-def call_attention(q: Tensor, k: Tensor, v: Tensor, size: int, **flags: bool) -> Tensor:
+def call_attention(q: Tensor, k: Tensor, v: Tensor, size: int, **flags: Any) -> Tensor:
     return attention(q, k, v, enable_gqa=True, selector=keep_all(size), **flags)
 
 
-def call_block_mask(q: Tensor, k: Tensor, v: Tensor, size: int, **flags: bool) -> Tensor:
+def call_block_mask(q: Tensor, k: Tensor, v: Tensor, size: int, **flags: Any) -> Tensor:
     mask = create_block_mask(q, k, selector=keep_all(size), **flags)
     output = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
     assert isinstance(output, Tensor)
     return output
 
 
-def call_select(q: Tensor, k: Tensor, v: Tensor, size: int, **flags: bool) -> Tensor:
+def call_select(q: Tensor, k: Tensor, v: Tensor, size: int, **flags: Any) -> Tensor:
     mask = keep_all(size).select(q, k, **flags).token_mask()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
-def call_context(q: Tensor, k: Tensor, v: Tensor, size: int, **flags: bool) -> Tensor:
+def call_context(q: Tensor, k: Tensor, v: Tensor, size: int, **flags: Any) -> Tensor:
     context = ContextParallel(block_size=size)
     return context_parallel_attention(q, k, v, context=context, selector=keep_all(size), **flags)
 
 
-def call_sdpa_call(q: Tensor, k: Tensor, v: Tensor, size: int, **flags: bool) -> Tensor:
+def call_sdpa_call(q: Tensor, k: Tensor, v: Tensor, size: int, **flags: Any) -> Tensor:
     call = SdpaCall(query=q, key=k, value=v, enable_gqa=True, **flags)
     sparse = marked_sdpa(call, SparseConfig(selector=keep_all(size), strict=True).encode())
     dense = marked_sdpa(call, SparseConfig(selector=keep_all(size), dense=True).encode())
@@ -105,10 +105,11 @@ every_entry = pytest.mark.parametrize("entry", ENTRIES.values(), ids=list(ENTRIE
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_rank() -> Iterator[None]:
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("ranks") / "store"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
         yield
         dist.destroy_process_group()
 
@@ -206,7 +207,8 @@ def test_every_selector_selects_for_the_rows_as_they_stand(
             selector.select(query, key, causal_lower_right=True)
         return
     offset = offset_of(flag, q_len, kv_len)
-    selection = selector.select(query, key, **{flag: True})
+    flags: dict[str, Any] = {flag: True}
+    selection = selector.select(query, key, **flags)
     assert selection.geometry.causal_offset == offset
     assert selection.keep.equal(select(selector, query, key, offset=offset).keep)
     seen, kept = visible(q_len, kv_len, offset), selection.token_mask()
@@ -237,9 +239,13 @@ def test_the_cost_of_a_selection_counts_the_blocks_that_its_rows_see(
     geometry = BlockGeometry(q_len=q_len, kv_len=kv_len, block_size=16, causal_offset=offset)
     seen = int(geometry.visible_blocks(torch.device("cpu")).sum())
     cost = SelectionCost(row_blocks=1, share=0.0)
-    flags = {} if flag is None else {flag: True}
+    flags: dict[str, Any] = {} if flag is None else {flag: True}
     density = cost.density(q_len=q_len, kv_len=kv_len, block_size=16, **flags)
     assert density * seen == pytest.approx(geometry.num_q_blocks)
+    with pytest.raises(ValueError, match="is_causal and causal_lower_right must not both be given"):
+        cost.density(
+            q_len=q_len, kv_len=kv_len, block_size=16, is_causal=True, causal_lower_right=True
+        )
 
 
 MODULES = (unisparse_flex, block_masks, passes, distributed, transformers)
@@ -252,13 +258,14 @@ def public_callables(module: ModuleType) -> Iterator[tuple[str, Any]]:
         if not callable(thing):
             continue
         yield name, thing
-        for attribute, member in vars(thing).items() if inspect.isclass(thing) else ():
-            if inspect.isfunction(member) and not attribute.startswith("_"):
-                yield f"{name}.{attribute}", member
+        if inspect.isclass(thing):
+            for attribute, member in vars(thing).items():
+                if inspect.isfunction(member) and not attribute.startswith("_"):
+                    yield f"{name}.{attribute}", member
 
 
 def is_causal_takers() -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for module in MODULES:
         for name, thing in public_callables(module):
             try:
