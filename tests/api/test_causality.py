@@ -179,6 +179,7 @@ def grids(draw: st.DrawFn) -> tuple[int, int, int]:
     return draw(length), draw(length), size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", FLAGS)
 @settings(max_examples=25, deadline=None)
 @given(grids())
