@@ -171,7 +171,7 @@ def predict(tokens: int, selector: UniSparse, density: float) -> dict[str, float
         q_len=tokens,
         kv_len=tokens,
         is_causal=True,
-        lower_right=False,
+        causal_lower_right=False,
         masked=False,
         dtype=torch.bfloat16,
         device=torch.device("cuda"),

@@ -41,7 +41,7 @@ def to_rows(rows: Sequence[dict[str, Any]]) -> Rows:
 
 
 def _work(row: dict[str, Any]) -> Tensor:
-    stages = cm.attention_stages(is_causal=True)
+    stages = cm.attention_stages(causal=True)
     names = ("select", "attend") if row["stage"] == "whole" else (row["stage"],)
     total = torch.zeros(len(RATES), dtype=torch.float64)
     for name in names:

@@ -39,6 +39,7 @@ def create_block_mask(
     key: Tensor,
     *,
     is_causal: bool = False,
+    causal_lower_right: bool = False,
     attn_mask: Tensor | None = None,
     scale: float | None = None,
     selector: Selector | None = None,
@@ -51,10 +52,12 @@ def create_block_mask(
     Args:
         query: [B, Hq, Sq, D].
         key: [B, Hkv, Skv, D]; Hkv divides Hq.
-        is_causal: Each query sees the keys up to its own position, the last query aligned with
-            the last key (bottom-right).
-        attn_mask: bool, broadcastable to [B, Hq, Sq, Skv]; becomes part of ``mask_mod``. A float
-            mask is a bias and belongs into flex's ``score_mod``.
+        is_causal: Query row r sees the keys up to r (top-left), as in SDPA.
+        causal_lower_right: Query row r sees the keys up to r + Skv - Sq, so that the last row is
+            aligned with the last key, as a chunk of a prompt and decoding behind a cache need;
+            needs Sq <= Skv, and goes without ``is_causal``.
+        attn_mask: bool, broadcastable to [B, Hq, Sq, Skv]; becomes part of ``mask_mod``; not with
+            a causal flag. A float mask is a bias and belongs into flex's ``score_mod``.
         scale: Factor on the logits; 1 / sqrt(D) by default.
         selector: Which blocks are kept; `DEFAULT_SELECTOR` by default.
 
@@ -63,7 +66,8 @@ def create_block_mask(
 
     Raises:
         TypeError: Not tensors, mixed dtypes, or a float ``attn_mask``.
-        ValueError: Ranks, heads, devices or lengths that do not go together.
+        ValueError: Ranks, heads, devices or lengths that do not go together; two of ``is_causal``,
+            ``causal_lower_right`` and ``attn_mask``.
     """
     from .selectors import DEFAULT_SELECTOR, validate_selector
 
@@ -74,7 +78,14 @@ def create_block_mask(
         )
     selector = DEFAULT_SELECTOR if selector is None else selector
     validate_selector(selector)
-    selection = selector.select(query, key, is_causal=is_causal, attn_mask=attn_mask, scale=scale)
+    selection = selector.select(
+        query,
+        key,
+        is_causal=is_causal,
+        causal_lower_right=causal_lower_right,
+        attn_mask=attn_mask,
+        scale=scale,
+    )
     mask_mod = selection_mask_mod(selection)
     if attn_mask is not None:
         mask_mod = _and_attn_mask(mask_mod, expand_mask(attn_mask, selection.geometry))

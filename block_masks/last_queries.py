@@ -29,8 +29,9 @@ def validate_causal_only(name: str, geometry: BlockGeometry, attn_mask: Tensor |
         got = "a call that is not causal"
     if got is not None:
         raise ValueError(
-            f"{name} must have is_causal and no other mask, because it judges all rows by the last "
-            f"queries and by distances back from them, got {got}; use UniSparse there"
+            f"{name} must have is_causal or causal_lower_right and no other mask, because it "
+            "judges all rows by the last queries and by distances back from them, got "
+            f"{got}; use UniSparse there"
         )
 
 

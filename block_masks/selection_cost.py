@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .validation import validate_causality
+
 # Tokens per unit of length in `SelectionCost.density`, whatever the block size.
 REFERENCE_BLOCK = 128
 # Longest length, in reference blocks, from which densities were fitted (8192 tokens).
@@ -56,19 +58,38 @@ class SelectionCost:
     thresholds: tuple[float, ...] = ()
     threshold_blocks: int | None = None
 
-    def density(self, *, q_len: int, kv_len: int, block_size: int, is_causal: bool) -> float:
+    def density(
+        self,
+        *,
+        q_len: int,
+        kv_len: int,
+        block_size: int,
+        is_causal: bool = False,
+        causal_lower_right: bool = False,
+    ) -> float:
         """Expected kept blocks over visible blocks, in [0, 1].
 
         Args:
             q_len: Query rows.
-            kv_len: Keys; causality is taken as bottom-right aligned.
+            kv_len: Keys.
             block_size: Tokens per block.
-            is_causal: Whether a query sees the keys up to its own position alone.
+            is_causal: Query row r sees the keys up to r (top-left), as in SDPA.
+            causal_lower_right: Query row r sees the keys up to r + kv_len - q_len, so that the
+                last row is aligned with the last key; not with ``is_causal``.
+
+        Raises:
+            TypeError: A flag is no bool.
+            ValueError: Both flags.
         """
+        validate_causality(is_causal, causal_lower_right)
+        causal = is_causal or causal_lower_right
+        if is_causal:
+            # Nobody sees the keys behind.
+            kv_len = min(kv_len, q_len)
         rows, columns = -(-q_len // block_size), -(-kv_len // block_size)
-        first = max(columns - rows + 1, 1) if is_causal else columns
-        # Rows grow by one visible block each, from `first` to `columns`.
-        visible = rows * (first + columns) / 2
+        # Rows that grow by one visible block each, up to all columns; the others see them all.
+        rising = min(rows, columns) if causal else 0
+        visible = rising * (2 * columns - rising + 1) / 2 + (rows - rising) * columns
         last = min(self.last_query_blocks, rows)
         forced = min(visible, (rows - last) * self.row_blocks + last * columns)
         length = min(kv_len / REFERENCE_BLOCK, LONGEST_FITTED)
@@ -77,7 +98,7 @@ class SelectionCost:
         if self.thresholds:
             even = EVEN
             if self.threshold_blocks is not None:
-                mean_row = length * 2 / 3 if is_causal and rows == columns else length
+                mean_row = length * 2 / 3 if causal and rows == columns else length
                 even *= math.sqrt(mean_row / self.threshold_blocks)
             shares = [1 / (1 + (t * length / even) ** EVEN_POWER) for t in self.thresholds]
             share = max(share, sum(shares) / len(shares))

@@ -94,11 +94,12 @@ def validate_value(key: Tensor, value: Tensor) -> None:
 
 
 def validate_causal_lengths(q_len: int, kv_len: int) -> None:
-    """Raises ValueError where bottom-right causal alignment leaves query rows without keys."""
+    """Raises ValueError where ``causal_lower_right`` leaves query rows without keys."""
     if q_len > kv_len:
         raise ValueError(
-            "is_causal aligned bottom-right must have q_len <= kv_len (earlier rows would see "
-            f"nothing), got q_len {q_len} and kv_len {kv_len}; pass the rows that have keys"
+            "causal_lower_right must have q_len <= kv_len (earlier rows would see nothing), got "
+            f"q_len {q_len} and kv_len {kv_len}; pass the rows that have keys, or is_causal where "
+            "query row 0 is aligned with key 0"
         )
 
 
@@ -143,11 +144,36 @@ def validate_scale(scale: float | None) -> None:
         )
 
 
-def validate_is_causal(is_causal: bool) -> None:
-    """Raises TypeError unless ``is_causal`` is a bool, or one that a graph makes symbolic."""
-    if not isinstance(is_causal, (bool, torch.SymBool)):
-        raise TypeError(
-            f"is_causal must be True or False, got {is_causal!r} of type {type(is_causal).__name__}"
+def validate_causality(
+    is_causal: bool, causal_lower_right: bool, attn_mask: Tensor | None = None
+) -> None:
+    """Raises unless at most one of the causal flags and the mask is given.
+
+    Args:
+        is_causal: A bool, or one that a graph makes symbolic.
+        causal_lower_right: A bool, or one that a graph makes symbolic.
+        attn_mask: Anything but ``None`` counts as given.
+
+    Raises:
+        TypeError: A flag is no bool.
+        ValueError: Two are given.
+    """
+    for name, flag in (("is_causal", is_causal), ("causal_lower_right", causal_lower_right)):
+        if not isinstance(flag, (bool, torch.SymBool)):
+            raise TypeError(
+                f"{name} must be True or False, got {flag!r} of type {type(flag).__name__}"
+            )
+        # Asked last: a symbolic flag makes a guard.
+        if attn_mask is not None and flag:
+            raise ValueError(
+                f"attn_mask and {name} must not both be given, got both; "
+                "put causality into attn_mask"
+            )
+    if causal_lower_right and is_causal:
+        raise ValueError(
+            "is_causal and causal_lower_right must not both be given, got both; keep is_causal "
+            "where query row 0 is aligned with key 0 (as in SDPA), causal_lower_right where the "
+            "last row is aligned with the last key"
         )
 
 

@@ -31,9 +31,9 @@ class NearestMeans(unisparse_flex.Selector):
     block_size: int = 128
     count: int = 4
 
-    def takes(self, *, is_causal: bool, masked: bool, self_attention: bool) -> bool:
+    def takes(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
         """Other calls stay dense in a model."""
-        return is_causal and not masked
+        return causal and not masked
 
     def compute_selection(
         self,

@@ -1,6 +1,6 @@
 """What attention costs, dense and block-sparse: symbolic work, bytes and seconds.
 
->>> work = attention_work(is_causal=True)
+>>> work = attention_work(causal=True)
 >>> work.dense_flops.subs({B: 1, Hq: 1, Sq: 128, Skv: 128, offset: 0, tile: 1, D: 64, Dv: 64})
 2113536
 
@@ -68,10 +68,10 @@ class AttentionWork:
 
 
 @lru_cache
-def attention_work(*, is_causal: bool) -> AttentionWork:
-    """The work of one call; with ``is_causal``, row r sees the keys up to ``r + offset``."""
+def attention_work(*, causal: bool) -> AttentionWork:
+    """The work of one call; with ``causal``, row r sees the keys up to ``r + offset``."""
     blocks_q, blocks_k = ceiling(Sq / block), ceiling(Skv / block)
-    if is_causal:
+    if causal:
         rising = _rising(Sq, Skv, offset)
         pairs = _tiled(offset + rising) - _tiled(offset) + (Sq - rising) * Skv
         visible_blocks = _staircase(blocks_q, blocks_k, ceiling(offset / block))
@@ -132,9 +132,9 @@ class Stage:
 
 
 @lru_cache
-def attention_stages(*, is_causal: bool) -> dict[str, Stage]:
+def attention_stages(*, causal: bool) -> dict[str, Stage]:
     """The stages ``dense``, ``select`` and ``attend``; a sparse call is the last two."""
-    work = attention_work(is_causal=is_causal)
+    work = attention_work(causal=causal)
     one = sympy.Integer(1)
     return {
         "dense": Stage(

@@ -37,7 +37,7 @@ class Reason(StrEnum):
     MASK_AND_CAUSAL = "attn_mask and is_causal together: left to SDPA's own error"
     MASK_SHAPE = "attn_mask does not broadcast to [batch, heads, q_len, kv_len]"
     MASK_GRADIENT = "attn_mask needs a gradient"
-    CAUSAL_ROWS_WITHOUT_KEYS = "bottom-right causal with more queries than keys"
+    CAUSAL_ROWS_WITHOUT_KEYS = "causal_lower_right with more queries than keys"
     KERNEL = "FlexAttention's CUDA kernel takes float16, bfloat16 or float32 and head_dim >= 16"
     BACKWARD_BLOCK = "training on CUDA needs a block_size that is a multiple of 128"
     SHARDED_TOKENS = (
@@ -159,11 +159,12 @@ def _refuse_tensors(call: SdpaCall) -> Reason | None:
 
 def _refuse_mask(call: SdpaCall) -> Reason | None:
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
-    if call.is_causal:
-        if call.attn_mask is not None:
-            return Reason.MASK_AND_CAUSAL
-        if call.causal_lower_right and not guard_or_false(q_len <= kv_len):
-            return Reason.CAUSAL_ROWS_WITHOUT_KEYS
+    # Together with is_causal, causal_lower_right counts as a mask, which it is in torch.
+    masked = call.attn_mask is not None
+    if (call.causal and masked) or (call.is_causal and call.causal_lower_right):
+        return Reason.MASK_AND_CAUSAL
+    if call.causal_lower_right and not guard_or_false(q_len <= kv_len):
+        return Reason.CAUSAL_ROWS_WITHOUT_KEYS
     mask = call.attn_mask
     if mask is None:
         return None
@@ -187,7 +188,7 @@ def _refuse_selector(call: SdpaCall, config: SparseConfig) -> Reason | None:
     if config.context is not None and not config.selector.rows_alone:
         return Reason.NOT_ROW_BY_ROW
     takes = config.selector.takes(
-        is_causal=bool(call.is_causal),
+        causal=call.causal,
         masked=call.attn_mask is not None or bool(call.mask),
         self_attention=guard_or_false(call.query.shape[2] == call.key.shape[2]),
     )

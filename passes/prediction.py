@@ -39,9 +39,8 @@ class CallShape(NamedTuple):
         kv_len: Keys.
         head_dim: Of queries and keys.
         value_dim: Of values.
-        is_causal: Whether a query sees the keys up to its own position alone.
-        lower_right: Whether the last row is aligned with the last key rather than the first with
-            the first.
+        is_causal: As in `SdpaCall`.
+        causal_lower_right: As in `SdpaCall`.
         masked: Whether there is a mask beside causality.
         dtype: Of what the kernel reads.
         device: Kind and index.
@@ -55,7 +54,7 @@ class CallShape(NamedTuple):
     head_dim: int
     value_dim: int
     is_causal: bool
-    lower_right: bool
+    causal_lower_right: bool
     masked: bool
     dtype: torch.dtype
     device: torch.device
@@ -97,7 +96,7 @@ def call_shape(call: SdpaCall) -> CallShape:
         head_dim=_size(head_dim),
         value_dim=_size(call.value.shape[3]),
         is_causal=bool(call.is_causal),
-        lower_right=call.causal_lower_right,
+        causal_lower_right=bool(call.causal_lower_right),
         masked=call.attn_mask is not None or bool(call.mask),
         dtype=query.dtype,
         device=query.device,
@@ -138,13 +137,15 @@ def forecast_at(
             kv_len=shape.kv_len,
             block_size=block_size,
             is_causal=shape.is_causal,
+            causal_lower_right=shape.causal_lower_right,
         )
-    offset = max(shape.kv_len - shape.q_len, 0) if shape.lower_right else 0
+    offset = max(shape.kv_len - shape.q_len, 0) if shape.causal_lower_right else 0
     sizes = (*shape[:7], offset, int(shape.masked), shape.dtype.itemsize)
     composite = (cost.c_q, cost.c_k, cost.c_h, cost.sampled_queries)
     settings = (block_size, *composite, density, rates.tile)
     values = (getattr(rates, name) for name in _rate_names())
-    dense, select, attend = _seconds(shape.is_causal)(*sizes, *settings, *values)
+    causal = shape.is_causal or shape.causal_lower_right
+    dense, select, attend = _seconds(causal)(*sizes, *settings, *values)
     return Forecast(
         dense_seconds=dense, select_seconds=select, attend_seconds=attend, density=density
     )
@@ -156,9 +157,9 @@ def _rate_names() -> tuple[str, ...]:
 
 
 @lru_cache
-def _seconds(is_causal: bool) -> Callable[..., tuple[float, float, float]]:
+def _seconds(causal: bool) -> Callable[..., tuple[float, float, float]]:
     """The model's three stages as one function of plain numbers."""
-    stages = cost_model.attention_stages(is_causal=is_causal).values()
+    stages = cost_model.attention_stages(causal=causal).values()
     arguments = [
         *cost_model.SHAPE,
         *cost_model.SETTINGS,
@@ -194,7 +195,7 @@ def _break_even_length(shape: CallShape, selector: Selector, self_attention: boo
         found = forecast_at(shape._replace(q_len=q_len, kv_len=length), selector, rates)
         return found.sparse_seconds < found.dense_seconds
 
-    aligned = not self_attention and shape.is_causal and shape.lower_right
+    aligned = not self_attention and shape.causal_lower_right
     first = -(-shape.q_len // size) if aligned else 1
     high = max(LONGEST // size, first)
     if not is_faster(high):

@@ -163,7 +163,7 @@ def _rewrite_node(
     # Whether it is slower is asked once the mask is known: a formula has faster kernels.
     reason = _refuse_node(call, replace(config, min_length=config.min_length or 0))
     lifted: LiftedMask | Unproved | None = None
-    if reason is None and isinstance(call.attn_mask, fx.Node) and not call.is_causal:
+    if reason is None and isinstance(call.attn_mask, fx.Node) and not call.causal:
         lifted = masks.lift(call.attn_mask, _shape(call))
         if isinstance(lifted, LiftedMask):
             call = _with_mask(call, lifted)
@@ -229,7 +229,8 @@ def _refuse_node(call: SdpaCall, config: SparseConfig) -> Reason | None:
 
 def _as_recorded(call: SdpaCall) -> SdpaCall:
     """The call with what tracing recorded in place of the graph's nodes."""
-    numbers = {name: _number(getattr(call, name)) for name in ("dropout_p", "scale", "is_causal")}
+    names = ("dropout_p", "scale", "is_causal", "causal_lower_right")
+    numbers = {name: _number(getattr(call, name)) for name in names}
     mask_numbers = [_number(number) for number in call.mask_numbers or ()]
     return replace(call.map_tensors(recorded), mask_numbers=mask_numbers, **numbers)
 
@@ -258,7 +259,9 @@ def _with_mask(call: SdpaCall, mask: LiftedMask) -> SdpaCall:
         )
         lower_right = aligned and is_known(behind >= 0)
         if upper_left or lower_right:
-            return replace(call, attn_mask=None, is_causal=True, causal_lower_right=lower_right)
+            return replace(
+                call, attn_mask=None, is_causal=upper_left, causal_lower_right=lower_right
+            )
     return replace(
         call,
         attn_mask=None,

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..block_masks import MaskProgram
+from ..block_masks.validation import validate_causality
 
 POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 # What torch defined. The name in torch.nn.functional may be somebody's patch, which calls this one:
@@ -33,10 +34,11 @@ class SdpaCall:
         value: [B, Hkv, Skv, Dv].
         attn_mask: bool or float, broadcastable to [B, Hq, Sq, Skv].
         dropout_p: Dropout probability on the attention weights.
-        is_causal: Row r sees keys up to r: aligned top-left, as SDPA defines it.
+        is_causal: Row r sees keys up to r (top-left), as in SDPA.
         scale: Factor on the logits; 1 / sqrt(D) by default.
         enable_gqa: Allows Hkv < Hq.
-        causal_lower_right: With ``is_causal``, aligns the last row with the last key.
+        causal_lower_right: Row r sees keys up to r + Skv - Sq, so that the last row is aligned
+            with the last key; not with ``is_causal``.
         mask: A mask proved from the graph, as `MaskProgram.parse` reads it; empty for none.
         mask_tensors: What the mask's ``t0, t1, ...`` stand for.
         mask_numbers: What the mask's ``n0, n1, ...`` stand for.
@@ -98,11 +100,15 @@ class SdpaCall:
                     # Heads counted in batches, where one symbol stands for both.
                     int(tensor.shape[0])
         symbolic = (torch.SymFloat, torch.SymBool)
-        if not any(isinstance(n, symbolic) for n in (self.scale, self.dropout_p, self.is_causal)):
+        flags = (self.is_causal, self.causal_lower_right)
+        if not any(isinstance(n, symbolic) for n in (self.scale, self.dropout_p, *flags)):
             return self
-        scale = None if self.scale is None else float(self.scale)
         return replace(
-            self, scale=scale, dropout_p=float(self.dropout_p), is_causal=bool(self.is_causal)
+            self,
+            scale=None if self.scale is None else float(self.scale),
+            dropout_p=float(self.dropout_p),
+            is_causal=bool(self.is_causal),
+            causal_lower_right=bool(self.causal_lower_right),
         )
 
     def positional(self) -> tuple[Any, ...]:
@@ -133,11 +139,16 @@ class SdpaCall:
             kv_len=self.key.shape[2],
         )
 
+    @property
+    def causal(self) -> bool:
+        """Whether a flag says that queries see the keys up to their position, however aligned."""
+        return bool(self.is_causal or self.causal_lower_right)
+
     def causal_offset(self) -> int | None:
         """Key position of the first query row by the flags; ``None`` where they say nothing."""
-        if not self.is_causal:
-            return None
-        return self.key.shape[2] - self.query.shape[2] if self.causal_lower_right else 0
+        if self.causal_lower_right:
+            return self.key.shape[2] - self.query.shape[2]
+        return 0 if self.is_causal else None
 
     def has_plain_numbers(self) -> bool:
         """Whether the mask's numbers are constants or single symbols, not computed from several.
@@ -148,7 +159,11 @@ class SdpaCall:
         return all(symbol.node.expr.is_Symbol for symbol in symbols)
 
     def run_dense(self) -> torch.Tensor:
-        """Runs the call as it stands, through PyTorch's own kernels."""
+        """Runs the call as it stands, through PyTorch's own kernels.
+
+        Raises:
+            ValueError: ``causal_lower_right`` with ``is_causal`` or ``attn_mask``.
+        """
         mask, is_causal = self.attn_mask, self.is_causal
         program = self.mask_program()
         if self.causal_lower_right or program is not None:
@@ -158,8 +173,10 @@ class SdpaCall:
             key = torch.arange(kv_len, device=self.query.device)
             if program is not None:
                 mask = program.pairs(row, key)
-            elif self.is_causal and q_len != kv_len:
-                mask, is_causal = key <= row[:, None] + (kv_len - q_len), False
+            else:
+                validate_causality(bool(is_causal), True, mask)
+                is_causal = bool(q_len == kv_len)
+                mask = None if is_causal else key <= row[:, None] + (kv_len - q_len)
         return TORCH_SDPA(
             self.query,
             self.key,

@@ -119,7 +119,7 @@ class DeferredMask(Tensor):
         )
         offset, rest = program.split_causal()
         if rest is None and offset in (0, kv_len - q_len):
-            return replace(call, is_causal=True, causal_lower_right=offset != 0)
+            return replace(call, is_causal=offset == 0, causal_lower_right=offset != 0)
         return replace(
             call,
             mask=traced.text,

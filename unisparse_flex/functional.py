@@ -8,7 +8,7 @@ from torch.nn.attention.bias import CausalBias
 from .block_masks import DEFAULT_SELECTOR, Selector
 from .block_masks.validation import (
     validate_attn_mask,
-    validate_is_causal,
+    validate_causality,
     validate_query_key,
     validate_scale,
     validate_value,
@@ -27,6 +27,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    causal_lower_right: bool = False,
     selector: Selector | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -48,12 +49,14 @@ def attention(
             minimum takes no part, and a row without any other is 0), broadcastable to
             [B, Hq, Sq, Skv]; or one of `torch.nn.attention.bias.causal_lower_right` and
             ``causal_upper_left`` (made outside compiled code: Dynamo cannot trace their
-            construction).
+            construction). Not with a causal flag.
         dropout_p: Must be 0.0.
-        is_causal: Row r sees keys up to r. As in SDPA this aligns top-left where Sq != Skv; for
-            queries that end where the keys end, pass ``causal_lower_right(Sq, Skv)``.
+        is_causal: Query row r sees the keys up to r (top-left), as in SDPA.
         scale: Factor on the logits; 1 / sqrt(D) by default.
         enable_gqa: Allows Hkv < Hq; Hkv divides Hq.
+        causal_lower_right: Query row r sees the keys up to r + Skv - Sq, so that the last row is
+            aligned with the last key, as a chunk of a prompt and decoding behind a cache need;
+            needs Sq <= Skv, and goes without ``is_causal``.
         selector: Which blocks are kept; `DEFAULT_SELECTOR` by default.
         backend: The kernel on CUDA: ``"flash"`` (FlashAttention-4), ``"triton"``, or ``"auto"``,
             which takes FlashAttention-4 where it is installed and can run the call.
@@ -63,8 +66,10 @@ def attention(
 
     Raises:
         TypeError: Not tensors, or dtypes that differ or are not floating.
-        ValueError: Ranks, heads, devices, lengths or masks that do not go together.
-        NotImplementedError: ``dropout_p`` > 0, or what the kernels cannot do.
+        ValueError: Ranks, heads, devices, lengths or masks that do not go together; two of
+            ``is_causal``, ``causal_lower_right`` and ``attn_mask``.
+        NotImplementedError: ``dropout_p`` > 0, ``causal_lower_right`` with Sq > Skv, or what the
+            kernels cannot do.
     """
     validate_query_key(query, key)
     validate_value(key, value)
@@ -74,7 +79,7 @@ def attention(
             f"got {query.shape[1]} and {key.shape[1]}"
         )
     validate_scale(scale)
-    validate_is_causal(is_causal)
+    validate_causality(is_causal, causal_lower_right, attn_mask)
     if dropout_p != 0.0:
         raise NotImplementedError(
             f"dropout_p must be 0.0 (no sparse kernel drops attention weights), got {dropout_p}; "
@@ -89,14 +94,10 @@ def attention(
             is_causal=is_causal,
             scale=None if scale is None else float(scale),
             enable_gqa=enable_gqa,
+            causal_lower_right=causal_lower_right,
         )
     )
     if call.attn_mask is not None:
-        if call.is_causal:
-            raise ValueError(
-                "attn_mask and is_causal must not both be given, got both; "
-                "put causality into attn_mask"
-            )
         if isinstance(call.attn_mask, CausalBias):
             bias = call.attn_mask
             raise ValueError(

@@ -19,7 +19,7 @@ from ..selection_cost import SelectionCost
 from ..validation import (
     validate_attn_mask,
     validate_causal_lengths,
-    validate_is_causal,
+    validate_causality,
     validate_literal,
     validate_query_key,
     validate_scale,
@@ -90,11 +90,11 @@ class Selector(ABC):
         """What the cost model takes the selector to do; a subclass that knows better says so."""
         return SelectionCost()
 
-    def takes(self, *, is_causal: bool, masked: bool, self_attention: bool) -> bool:
+    def takes(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
         """Whether the method is defined for such calls; others stay dense in a model.
 
         Args:
-            is_causal: Each query sees the keys up to its own position.
+            causal: Each query sees the keys up to its own position, in either alignment.
             masked: Something beside causality hides keys.
             self_attention: There are as many queries as keys.
         """
@@ -150,6 +150,7 @@ class Selector(ABC):
         key: Tensor,
         *,
         is_causal: bool = False,
+        causal_lower_right: bool = False,
         attn_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> BlockSelection:
@@ -158,8 +159,10 @@ class Selector(ABC):
         Args:
             query: [B, Hq, Sq, D], after rotary embedding.
             key: [B, Hkv, Skv, D]; Hkv divides Hq.
-            is_causal: Each query sees the keys up to its own position, bottom-right aligned.
-            attn_mask: bool or float, broadcastable to [B, Hq, Sq, Skv]; not with ``is_causal``.
+            is_causal: Query row r sees the keys up to r (top-left), as in SDPA.
+            causal_lower_right: Query row r sees the keys up to r + Skv - Sq, so that the last row
+                is aligned with the last key; needs Sq <= Skv, and goes without ``is_causal``.
+            attn_mask: bool or float, broadcastable to [B, Hq, Sq, Skv]; not with a causal flag.
             scale: Factor on the logits; 1 / sqrt(D) by default.
 
         Returns:
@@ -167,26 +170,24 @@ class Selector(ABC):
 
         Raises:
             TypeError: Not tensors, or dtypes that differ or are not floating.
-            ValueError: Ranks, heads, devices or lengths that do not go together.
+            ValueError: Ranks, heads, devices or lengths that do not go together; two of
+                ``is_causal``, ``causal_lower_right`` and ``attn_mask``.
         """
         validate_query_key(query, key)
         validate_scale(scale)
-        validate_is_causal(is_causal)
+        validate_causality(is_causal, causal_lower_right, attn_mask)
         q_len, kv_len = query.shape[2], key.shape[2]
         if attn_mask is not None:
-            if is_causal:
-                raise ValueError(
-                    "attn_mask and is_causal must not both be given, got both; "
-                    "put causality into attn_mask"
-                )
             validate_attn_mask(attn_mask, query, key)
-        if is_causal:
+        offset = 0 if is_causal else None
+        if causal_lower_right:
             validate_causal_lengths(q_len, kv_len)
+            offset = kv_len - q_len
         geometry = BlockGeometry(
             q_len=q_len,
             kv_len=kv_len,
             block_size=self.block_size,
-            causal_offset=kv_len - q_len if is_causal else None,
+            causal_offset=offset,
         )
         with torch.no_grad():
             return self.compute_selection(

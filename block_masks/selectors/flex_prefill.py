@@ -91,9 +91,9 @@ class FlexPrefill(Guarded, Selector):
     def _budget_blocks(self) -> int:
         return -(-self.min_budget // self.block_size)
 
-    def takes(self, *, is_causal: bool, masked: bool, self_attention: bool) -> bool:
+    def takes(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
         """See `Selector.takes`: the last queries must stand for all."""
-        return is_causal and not masked
+        return causal and not masked
 
     def compute_selection(
         self,

@@ -86,9 +86,9 @@ class MInference(Guarded, Selector):
             return self.vertical_slash  # type: ignore[return-value]
         return (self.vertical_slash,)  # type: ignore[return-value]
 
-    def takes(self, *, is_causal: bool, masked: bool, self_attention: bool) -> bool:
+    def takes(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
         """See `Selector.takes`: the last queries must stand for all."""
-        return is_causal and not masked
+        return causal and not masked
 
     def compute_selection(
         self,

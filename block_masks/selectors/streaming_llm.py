@@ -57,9 +57,9 @@ class StreamingLLM(Selector):
             share=0.0,
         )
 
-    def takes(self, *, is_causal: bool, masked: bool, self_attention: bool) -> bool:
+    def takes(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
         """See `Selector.takes`: elsewhere the rows' own positions are unknown."""
-        return is_causal or self_attention
+        return causal or self_attention
 
     def compute_selection(
         self,
@@ -77,9 +77,10 @@ class StreamingLLM(Selector):
         """
         if geometry.causal_offset is None and geometry.q_len != geometry.kv_len:
             raise ValueError(
-                "StreamingLLM's window needs the rows' own positions: is_causal, or as many "
-                f"queries as keys, got q_len {geometry.q_len} and kv_len {geometry.kv_len} without "
-                "is_causal; use a selector that scores keys"
+                "StreamingLLM's window needs the rows' own positions: is_causal, "
+                "causal_lower_right, or as many queries as keys, got q_len "
+                f"{geometry.q_len} and kv_len {geometry.kv_len} without either flag; use a "
+                "selector that scores keys"
             )
         size, device = geometry.block_size, query.device
         mask = summarize(attn_mask, geometry, c_q=size, c_k=size, device=device)

@@ -131,9 +131,11 @@ def test_causal_lower_right_ends_where_the_keys_end(kv_len: int) -> None:
     torch.testing.assert_close(
         output, attend(*tensors, selector=FEW, offset=offset), rtol=0, atol=1e-12
     )
-    token_mask = FEW.select(*tensors[:2], is_causal=True).token_mask()
+    token_mask = FEW.select(*tensors[:2], causal_lower_right=True).token_mask()
     masked = F.scaled_dot_product_attention(*tensors, attn_mask=token_mask, enable_gqa=True)
     torch.testing.assert_close(output, masked, rtol=0, atol=1e-12)
+    flag = attention(*tensors, causal_lower_right=True, enable_gqa=True, selector=FEW)
+    assert output.equal(flag)
 
 
 @pytest.mark.parametrize("kv_len", [70, LENGTH, 220])

@@ -50,7 +50,7 @@ def test_causal_mass_is_that_of_softmax(
 
 def test_the_last_rows_of_a_longer_cache_see_all_before_them() -> None:
     query, key, value = qkv(40, 100)
-    call = SdpaCall(query=query, key=key, value=value, is_causal=True, causal_lower_right=True)
+    call = SdpaCall(query=query, key=key, value=value, causal_lower_right=True)
     seen = torch.ones(40, 100, dtype=torch.bool).tril(60)
     torch.testing.assert_close(mass(call).double(), by_definition(call, seen), rtol=1e-5, atol=1e-5)
 

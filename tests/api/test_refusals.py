@@ -49,6 +49,22 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"value": tokens(dtype=torch.bfloat16)}, TypeError, "value must have key's dtype"),
     ({"dropout_p": 0.1}, NotImplementedError, r"dropout_p must be 0\.0 .*got 0\.1"),
     (BOTH, ValueError, "attn_mask and is_causal must not both be given"),
+    (
+        {"attn_mask": BOTH["attn_mask"], "causal_lower_right": True},
+        ValueError,
+        "attn_mask and causal_lower_right must not both be given, got both; put causality into",
+    ),
+    (
+        {"is_causal": True, "causal_lower_right": True},
+        ValueError,
+        "is_causal and causal_lower_right must not both be given, got both; keep is_causal where",
+    ),
+    ({"causal_lower_right": 1}, TypeError, "causal_lower_right must be True or False, got 1 of"),
+    (
+        {"query": tokens(2, 4, 41, 8), "causal_lower_right": True},
+        NotImplementedError,
+        "causal_lower_right with more queries than keys",
+    ),
     ({"attn_mask": [[True]]}, TypeError, r"attn_mask must be a torch\.Tensor, got list"),
     ({"attn_mask": tokens(40, 40).long()}, TypeError, "attn_mask must be bool"),
     ({"attn_mask": tokens(40, 39)}, ValueError, "attn_mask must broadcast"),

@@ -55,11 +55,11 @@ def calls_of(selector: Selector) -> list[Call]:
             group=2,
             q_len=q_len,
             kv_len=kv_len,
-            is_causal=is_causal,
+            causal=causal,
             selector=selector,
             seed=100 * q_len + kv_len,
         )
-        for is_causal, q_len, kv_len in shapes
+        for causal, q_len, kv_len in shapes
     ]
 
 

@@ -27,7 +27,7 @@ class Call:
     group: int
     q_len: int
     kv_len: int
-    is_causal: bool
+    causal: bool
     selector: Any
     seed: int
 
@@ -37,7 +37,7 @@ class Call:
 
     @property
     def offset(self) -> int | None:
-        return self.kv_len - self.q_len if self.is_causal else None
+        return self.kv_len - self.q_len if self.causal else None
 
     @property
     def geometry(self) -> BlockGeometry:
@@ -73,7 +73,7 @@ class Call:
         return self.selector.select(
             own_query if query is None else query,
             own_key if key is None else key,
-            is_causal=self.is_causal,
+            causal_lower_right=self.causal,
             **options,
         )
 
@@ -136,14 +136,14 @@ def selectors(
 def calls(
     draw: st.DrawFn,
     *,
-    is_causal: bool | None = None,
+    causal: bool | None = None,
     square: bool = False,
     rules: tuple[str, ...] = ("top_p", "top_k"),
 ) -> Call:
     """Any call a selector accepts; ``square`` for as many queries as keys."""
     group = draw(st.integers(1, 4))
     selector = draw(selectors(group=group, rules=rules))
-    causal = draw(st.booleans()) if is_causal is None else is_causal
+    causal = draw(st.booleans()) if causal is None else causal
     q_len = draw(lengths(selector.block_size))
     if square:
         kv_len = q_len
@@ -157,7 +157,7 @@ def calls(
         group=group,
         q_len=q_len,
         kv_len=kv_len,
-        is_causal=causal,
+        causal=causal,
         selector=selector,
         seed=draw(st.integers(0, 2**31)),
     )

@@ -69,7 +69,7 @@ def defined_scores(call: Call, attn_mask: Tensor) -> Tensor:
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False), st.data())
+@given(calls(causal=False), st.data())
 def test_masked_scores_equal_the_definition(call: Call, data: st.DataObject) -> None:
     call = call.with_selector(c_q=max(4, call.selector.c_q), c_k=max(4, call.selector.c_k), c_h=1)
     mask = data.draw(random_masks(call))
@@ -78,7 +78,7 @@ def test_masked_scores_equal_the_definition(call: Call, data: st.DataObject) -> 
 
 
 @settings(max_examples=15)
-@given(calls(is_causal=False), st.data())
+@given(calls(causal=False), st.data())
 def test_biased_scores_equal_the_definition(call: Call, data: st.DataObject) -> None:
     call = call.with_selector(c_q=max(4, call.selector.c_q), c_k=max(4, call.selector.c_k), c_h=1)
     mask = data.draw(random_masks(call))
@@ -89,7 +89,7 @@ def test_biased_scores_equal_the_definition(call: Call, data: st.DataObject) -> 
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False), st.data())
+@given(calls(causal=False), st.data())
 def test_a_float64_call_is_scored_in_float64_under_a_mask_too(
     call: Call, data: st.DataObject
 ) -> None:
@@ -101,18 +101,18 @@ def test_a_float64_call_is_scored_in_float64_under_a_mask_too(
 
 
 @settings(max_examples=30)
-@given(calls(is_causal=True, square=True), st.booleans())
+@given(calls(causal=True, square=True), st.booleans())
 def test_a_causal_mask_selects_as_is_causal(call: Call, additive: bool) -> None:
     mask = torch.ones(call.q_len, call.kv_len, dtype=torch.bool).tril()
     spelled: Tensor = torch.zeros(mask.shape).masked_fill(~mask, -math.inf) if additive else mask
-    by_flag, by_mask = call.select(), replace(call, is_causal=False).select(attn_mask=spelled)
+    by_flag, by_mask = call.select(), replace(call, causal=False).select(attn_mask=spelled)
     assert by_mask.keep.equal(by_flag.keep)
     assert by_mask.density() == by_flag.density()
 
 
 @pytest.mark.parametrize("hidden", ["-inf", "minimum"])
 @settings(max_examples=20)
-@given(call=calls(is_causal=False), dtype=FLOATS, data=st.data())
+@given(call=calls(causal=False), dtype=FLOATS, data=st.data())
 def test_a_float_mask_that_hides_selects_as_the_bool_mask(
     hidden: str, call: Call, dtype: torch.dtype, data: st.DataObject
 ) -> None:
@@ -125,7 +125,7 @@ def test_a_float_mask_that_hides_selects_as_the_bool_mask(
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False), st.data())
+@given(calls(causal=False), st.data())
 def test_a_bias_that_makes_a_block_dominant_selects_it(call: Call, data: st.DataObject) -> None:
     call = call.with_selector(top_p=0.5, top_k=None, sink_blocks=0, last_query_blocks=0)
     i = data.draw(st.integers(0, call.geometry.num_q_blocks - 1))
@@ -137,7 +137,7 @@ def test_a_bias_that_makes_a_block_dominant_selects_it(call: Call, data: st.Data
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False), st.floats(-5, 5))
+@given(calls(causal=False), st.floats(-5, 5))
 def test_a_constant_bias_changes_nothing(call: Call, constant: float) -> None:
     zero = torch.zeros(call.q_len, call.kv_len, dtype=torch.float64)
     torch.testing.assert_close(
@@ -146,7 +146,7 @@ def test_a_constant_bias_changes_nothing(call: Call, constant: float) -> None:
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False), st.data())
+@given(calls(causal=False), st.data())
 def test_no_row_that_sees_a_key_is_left_without_one(call: Call, data: st.DataObject) -> None:
     call = call.with_selector(top_p=None, top_k=1, sink_blocks=0, last_query_blocks=0)
     mask = data.draw(random_masks(call))
@@ -155,7 +155,7 @@ def test_no_row_that_sees_a_key_is_left_without_one(call: Call, data: st.DataObj
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False), st.data())
+@given(calls(causal=False), st.data())
 def test_visible_blocks_are_those_the_mask_shows(call: Call, data: st.DataObject) -> None:
     mask = data.draw(random_masks(call))
     visible = call.select(attn_mask=mask).visible
@@ -167,7 +167,7 @@ def test_visible_blocks_are_those_the_mask_shows(call: Call, data: st.DataObject
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False), st.data())
+@given(calls(causal=False), st.data())
 def test_no_block_that_the_mask_hides_from_a_head_is_kept(call: Call, data: st.DataObject) -> None:
     """Heads that share a selection also share what one of them sees."""
     mask = data.draw(random_masks(call))
@@ -179,14 +179,14 @@ def test_no_block_that_the_mask_hides_from_a_head_is_kept(call: Call, data: st.D
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False), st.data())
+@given(calls(causal=False), st.data())
 def test_density_never_exceeds_one(call: Call, data: st.DataObject) -> None:
     mask = data.draw(random_masks(call))
     assert 0 <= call.select(attn_mask=mask).density() <= 1
 
 
 @settings(max_examples=12)
-@given(calls(is_causal=False), st.data())
+@given(calls(causal=False), st.data())
 def test_a_mask_broadcasts_as_if_it_were_expanded(call: Call, data: st.DataObject) -> None:
     keys = torch.rand(call.batch, 1, 1, call.kv_len, generator=call.generator()) < 0.5
     shape = (call.batch, call.q_heads, call.q_len, call.kv_len)

@@ -38,7 +38,21 @@ BAD_TENSORS = [
     ({"key": tokens(dtype=torch.int8)}, TypeError, r"key must be float16.*int8"),
     ({"key": tokens(dtype=torch.float64)}, TypeError, r"key must have query's dtype.*float64"),
     ({"key": tokens(device="meta")}, ValueError, r"key must be on query's device cpu, got meta"),
-    ({"is_causal": True, "key": tokens(2, 2, 39, 8)}, ValueError, r"q_len 40 and kv_len 39"),
+    (
+        {"causal_lower_right": True, "key": tokens(2, 2, 39, 8)},
+        ValueError,
+        "causal_lower_right must have q_len <= kv_len .*, got q_len 40 and kv_len 39; pass .*",
+    ),
+    (
+        {"is_causal": True, "causal_lower_right": True},
+        ValueError,
+        "is_causal and causal_lower_right must not both be given, got both; keep is_causal where",
+    ),
+    *[
+        ({name: flag}, TypeError, f"{name} must be True or False, got {flag!r} of type")
+        for name in ("is_causal", "causal_lower_right")
+        for flag in (None, 1, "yes")
+    ],
 ]
 
 BAD_MASKS = [
@@ -141,10 +155,11 @@ def test_bad_fields_of_a_selector_are_named(
         UniSparse(**fields)
 
 
-def test_a_mask_beside_is_causal_is_refused() -> None:
-    mask = torch.ones(40, 40, dtype=torch.bool)
-    with pytest.raises(ValueError, match="attn_mask and is_causal must not both be given"):
-        SELECTOR.select(tokens(), tokens(2, 2, 40, 8), is_causal=True, attn_mask=mask)
+@pytest.mark.parametrize("flag", ["is_causal", "causal_lower_right"])
+def test_a_mask_beside_a_causal_flag_is_refused(flag: str) -> None:
+    options: dict[str, Any] = {"attn_mask": torch.ones(40, 40, dtype=torch.bool), flag: True}
+    with pytest.raises(ValueError, match=f"attn_mask and {flag} must not both be given"):
+        SELECTOR.select(tokens(), tokens(2, 2, 40, 8), **options)
 
 
 def test_a_block_mask_takes_no_float_mask() -> None:

@@ -27,7 +27,10 @@ ignore_uncompiled = pytest.mark.filterwarnings("ignore:flex_attention called wit
 
 def create(call: Call, attn_mask: Tensor | None = None) -> BlockMask:
     return create_block_mask(
-        *call.query_key(), is_causal=call.is_causal, attn_mask=attn_mask, selector=call.selector
+        *call.query_key(),
+        causal_lower_right=call.causal,
+        attn_mask=attn_mask,
+        selector=call.selector,
     )
 
 
@@ -111,7 +114,7 @@ def test_mask_mod_is_the_token_mask(call: Call) -> None:
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False), st.data())
+@given(calls(causal=False), st.data())
 def test_mask_mod_adds_the_attn_mask(call: Call, data: st.DataObject) -> None:
     attn_mask = data.draw(random_masks(call))
     block_mask = create(call, attn_mask)
@@ -149,7 +152,7 @@ def test_stock_flex_attention_attends_to_the_token_mask(call: Call) -> None:
 
 @ignore_uncompiled
 @settings(max_examples=6)
-@given(calls(is_causal=False), st.data())
+@given(calls(causal=False), st.data())
 def test_stock_flex_attention_attends_to_the_attn_mask_too(call: Call, data: st.DataObject) -> None:
     attn_mask = data.draw(random_masks(call))
     query, key = call.query_key()

@@ -50,7 +50,7 @@ def test_block_scores_are_shares_of_each_row(call: Call) -> None:
 
 
 @settings(max_examples=40)
-@given(calls(is_causal=True))
+@given(calls(causal=True))
 def test_invisible_blocks_score_zero(call: Call) -> None:
     pairs = oracle.visible_pairs(call.q_len, call.kv_len, call.offset)
     visible = oracle.any_in_block(pairs, call.selector.block_size)
@@ -117,7 +117,7 @@ def test_heads_are_averaged_within_their_group_only(heads: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_scores_are_at_least_float32(dtype: torch.dtype) -> None:
     call = Call(
-        batch=1, kv_heads=1, group=2, q_len=40, kv_len=50, is_causal=True, selector=SMALL, seed=0
+        batch=1, kv_heads=1, group=2, q_len=40, kv_len=50, causal=True, selector=SMALL, seed=0
     )
     query, key = (tensor.to(dtype) for tensor in call.query_key())
     scores = compute_block_scores(

@@ -100,7 +100,7 @@ def test_ties_in_real_scores_go_to_the_lower_block() -> None:
 
 
 @settings(max_examples=30)
-@given(calls(is_causal=False, rules=("top_k",)), st.permutations(range(4)))
+@given(calls(causal=False, rules=("top_k",)), st.permutations(range(4)))
 def test_permuting_key_blocks_permutes_the_selection(call: Call, order: list[int]) -> None:
     size = call.selector.block_size
     call = replace(call, kv_len=4 * size, q_len=2 * size + 1).with_selector(sink_blocks=0)

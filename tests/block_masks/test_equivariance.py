@@ -81,7 +81,7 @@ def test_changing_one_batch_element_leaves_the_others(call: Call, value: float) 
 
 
 @settings(max_examples=30)
-@given(calls(is_causal=True, square=True), st.data())
+@given(calls(causal=True, square=True), st.data())
 def test_the_last_rows_as_a_chunk_select_as_in_the_whole(call: Call, data: st.DataObject) -> None:
     call = call.with_selector(last_query_blocks=0)
     size = call.selector.block_size
@@ -92,7 +92,7 @@ def test_the_last_rows_as_a_chunk_select_as_in_the_whole(call: Call, data: st.Da
 
 
 @settings(max_examples=30)
-@given(calls(is_causal=True, square=True), st.data())
+@given(calls(causal=True, square=True), st.data())
 def test_whole_blocks_in_the_middle_select_as_in_the_whole(call: Call, data: st.DataObject) -> None:
     size = call.selector.block_size
     blocks = call.q_len // size
@@ -106,7 +106,7 @@ def test_whole_blocks_in_the_middle_select_as_in_the_whole(call: Call, data: st.
 
 
 @settings(max_examples=30)
-@given(calls(is_causal=True, square=True))
+@given(calls(causal=True, square=True))
 def test_later_tokens_leave_earlier_blocks(call: Call) -> None:
     call = call.with_selector(last_query_blocks=0)
     size = call.selector.block_size

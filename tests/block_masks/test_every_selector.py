@@ -25,8 +25,8 @@ sides = pytest.mark.parametrize("side", ["left", "right"])
 CPU = torch.device("cpu")
 
 
-def square(selector: Selector, length: int = 50, *, is_causal: bool = False) -> Call:
-    return replace(calls_of(selector)[0], q_len=length, kv_len=length, is_causal=is_causal)
+def square(selector: Selector, length: int = 50, *, causal: bool = False) -> Call:
+    return replace(calls_of(selector)[0], q_len=length, kv_len=length, causal=causal)
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_a_causal_mask_selects_as_is_causal(
     mask = torch.ones(length, length, dtype=torch.bool).tril()
     spelled = torch.zeros(mask.shape).masked_fill(~mask, -math.inf) if additive else mask
     by_mask = square(selector, length).select(attn_mask=spelled)
-    by_flag = square(selector, length, is_causal=True).select()
+    by_flag = square(selector, length, causal=True).select()
     assert by_mask.keep.equal(by_flag.keep)
     assert by_mask.visible.expand_as(by_flag.visible).equal(by_flag.visible)
 
@@ -227,11 +227,11 @@ def test_padding_by_whole_blocks_moves_the_selection_and_nothing_else(
 
 @every_selector
 @sides
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
 def test_a_formula_selects_as_the_mask_that_it_stands_for(
-    selector: Selector, side: str, is_causal: bool
+    selector: Selector, side: str, causal: bool
 ) -> None:
-    call = square(selector, is_causal=is_causal)
+    call = square(selector, causal=causal)
     valid = ragged(side, 50)
     program = MaskProgram.parse("t0[b, kv]", tensors=[valid], batch=2, q_len=50, kv_len=50)
     geometry = BlockGeometry(
@@ -241,23 +241,23 @@ def test_a_formula_selects_as_the_mask_that_it_stands_for(
         *call.query_key(), geometry=geometry, scale=default_scale(HEAD_DIM), attn_mask=None
     )
     mask = valid[:, None, None, :].expand(2, 1, 50, 50)
-    by_mask = square(selector).select(attn_mask=mask.tril() if is_causal else mask)
+    by_mask = square(selector).select(attn_mask=mask.tril() if causal else mask)
     visible = by_mask.visible
     assert (by_formula.keep & visible).equal(by_mask.keep)
 
 
 @pytest.mark.parametrize("selector", SELECTORS[1:], ids=name)
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_it_is_traced_whole_for_lengths_that_vary(selector: Selector, is_causal: bool) -> None:
+def test_it_is_traced_whole_for_lengths_that_vary(selector: Selector, causal: bool) -> None:
     def select(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        selection = selector.select(query, key, is_causal=is_causal)
+        selection = selector.select(query, key, causal_lower_right=causal)
         return selection.keep, selection.visible
 
     compiled = torch.compile(select, fullgraph=True, dynamic=True, backend="aot_eager")
-    ahead = 19 if is_causal else 0
+    ahead = 19 if causal else 0
     for length in (50, 71):
-        call = replace(square(selector, length, is_causal=is_causal), kv_len=length + ahead)
+        call = replace(square(selector, length, causal=causal), kv_len=length + ahead)
         query, key = call.query_key()
         eager, traced = select(query, key), compiled(query, key)
         assert traced[0].equal(eager[0])

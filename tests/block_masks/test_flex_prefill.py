@@ -115,7 +115,7 @@ def expected(query: Tensor, key: Tensor, selector: FlexPrefill) -> Tensor:
 
 
 def keep(selector: FlexPrefill, query: Tensor, key: Tensor) -> Tensor:
-    return selector.select(query, key, is_causal=True).keep
+    return selector.select(query, key, causal_lower_right=True).keep
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -181,7 +181,7 @@ def test_a_planted_diagonal_is_kept_for_all_rows(distance: int, offset: int) -> 
     length, back = 8 * SIZE, distance * SIZE
     key = F.normalize(tokens(3, 1, 1, length + offset, 64), dim=-1)
     query = 300 * key.roll(back, 2)[:, :, offset:]
-    mask = LINES.select(query, key, is_causal=True).token_mask()
+    mask = LINES.select(query, key, causal_lower_right=True).token_mask()
     for row in range(max(0, back - offset), length):
         assert mask[0, 0, row, row + offset - back]
 
@@ -216,7 +216,7 @@ def test_gamma_of_one_or_few_keys_keep_everything(selector: FlexPrefill) -> None
     query, key = tokens(1, 1, 4, 70, 4), tokens(2, 1, 2, 103, 4)
     budget = selector.min_budget > 0
     changed = selector if budget else replace(selector, gamma=1.0)
-    selection = changed.select(query, key, is_causal=True)
+    selection = changed.select(query, key, causal_lower_right=True)
     assert selection.keep.equal(selection.visible.expand_as(selection.keep))
 
 
@@ -268,7 +268,7 @@ def test_attention_over_the_selection_is_masked_attention() -> None:
 @pytest.mark.parametrize("selector", [MIXED])
 def test_it_compiles_without_a_graph_break(selector: FlexPrefill) -> None:
     def select(query: Tensor, key: Tensor) -> Tensor:
-        return selector.select(query, key, is_causal=True).keep
+        return selector.select(query, key, causal_lower_right=True).keep
 
     torch.compiler.reset()
     compiled = torch.compile(select, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -280,7 +280,7 @@ def test_it_compiles_without_a_graph_break(selector: FlexPrefill) -> None:
 @pytest.mark.parametrize("options", [{}, {"attn_mask": torch.ones(40, 40).tril().bool()}])
 def test_calls_that_are_not_causal_or_masked_are_refused(options: dict[str, Any]) -> None:
     query = tokens(1, 1, 1, 40, 4)
-    with pytest.raises(ValueError, match="FlexPrefill must have is_causal and no other mask"):
+    with pytest.raises(ValueError, match="FlexPrefill must have is_causal or causal"):
         SMALL.select(query, query, **options)
 
 

@@ -36,7 +36,7 @@ def test_every_query_row_has_a_key(call: Call, sinks: int) -> None:
 
 
 @settings(max_examples=40)
-@given(calls(is_causal=True))
+@given(calls(causal=True))
 def test_selection_never_drops_the_diagonal(call: Call) -> None:
     call = call.with_selector(**LEAST, sink_blocks=0, last_query_blocks=0)
     mask = call.select().token_mask()
@@ -45,7 +45,7 @@ def test_selection_never_drops_the_diagonal(call: Call) -> None:
 
 
 @settings(max_examples=30)
-@given(calls(is_causal=False, square=True))
+@given(calls(causal=False, square=True))
 def test_selection_never_drops_the_diagonal_of_self_attention(call: Call) -> None:
     call = call.with_selector(**LEAST, sink_blocks=0, last_query_blocks=0)
     assert call.select().token_mask().diagonal(dim1=-2, dim2=-1).all()
@@ -57,7 +57,7 @@ def test_every_offset_keeps_both_blocks_that_a_query_block_stands_on(residue: in
     for q_len in (1, 15, 16, 17, 33):
         query = torch.randn(1, 1, q_len, 4)
         key = torch.randn(1, 1, q_len + 32 + residue, 4)
-        selection = selector.select(query, key, is_causal=True)
+        selection = selector.select(query, key, causal_lower_right=True)
         mask = selection.token_mask()[0, 0]
         assert mask.diagonal(32 + residue).all()
         assert not mask.triu(33 + residue).any()
@@ -101,7 +101,7 @@ def test_forced_blocks_equal_the_definition(call: Call) -> None:
 
 
 @settings(max_examples=30)
-@given(calls(is_causal=False), st.integers(1, 3))
+@given(calls(causal=False), st.integers(1, 3))
 def test_cross_attention_has_no_diagonal_to_keep(call: Call, local_blocks: int) -> None:
     guards = Guards(sink_blocks=0, local_blocks=local_blocks, last_query_blocks=0)
     forced = guards.forced_blocks(call.geometry, CPU)

@@ -55,7 +55,7 @@ def expected(query: Tensor, key: Tensor, selector: MInference) -> Tensor:
 
 
 def keep(selector: MInference, query: Tensor, key: Tensor) -> Tensor:
-    return selector.select(query, key, is_causal=True).keep
+    return selector.select(query, key, causal_lower_right=True).keep
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -125,7 +125,7 @@ def test_ties_of_real_mass_go_to_the_lower_column() -> None:
 
 def test_sizes_beyond_the_length_keep_everything() -> None:
     query, key = tokens(1, 1, 4, 50, 4), tokens(2, 1, 2, 90, 4)
-    selection = MInference(block_size=SIZE).select(query, key, is_causal=True)
+    selection = MInference(block_size=SIZE).select(query, key, causal_lower_right=True)
     assert selection.keep.equal(selection.visible.expand_as(selection.keep))
 
 
@@ -169,7 +169,7 @@ def test_attention_over_the_selection_is_masked_attention() -> None:
 @pytest.mark.parametrize("selector", SELECTORS[:2])
 def test_it_compiles_without_a_graph_break(selector: MInference) -> None:
     def select(query: Tensor, key: Tensor) -> Tensor:
-        return selector.select(query, key, is_causal=True).keep
+        return selector.select(query, key, causal_lower_right=True).keep
 
     torch.compiler.reset()
     compiled = torch.compile(select, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -181,7 +181,7 @@ def test_it_compiles_without_a_graph_break(selector: MInference) -> None:
 @pytest.mark.parametrize("options", [{}, {"attn_mask": torch.ones(40, 40).tril().bool()}])
 def test_calls_that_are_not_causal_or_masked_are_refused(options: dict[str, Any]) -> None:
     query = tokens(1, 1, 1, 40, 4)
-    with pytest.raises(ValueError, match="MInference must have is_causal and no other mask"):
+    with pytest.raises(ValueError, match="MInference must have is_causal or causal"):
         SMALL.select(query, query, **options)
 
 

@@ -72,7 +72,7 @@ def test_a_key_that_is_not_finite_keeps_all_for_those_who_see_it(
 
 
 @settings(max_examples=40)
-@given(calls(is_causal=False, square=True), VALUES, st.data())
+@given(calls(causal=False, square=True), VALUES, st.data())
 def test_a_key_that_a_mask_hides_from_a_query_block_leaves_that_block(
     call: Call, value: float, data: st.DataObject
 ) -> None:

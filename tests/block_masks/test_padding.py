@@ -38,7 +38,7 @@ def ragged_batch(call: Call, side: str, data: st.DataObject) -> Tensor:
 
 
 @settings(max_examples=40)
-@given(calls(is_causal=False, square=True), SIDES, st.booleans(), GARBAGE, st.data())
+@given(calls(causal=False, square=True), SIDES, st.booleans(), GARBAGE, st.data())
 def test_padded_tokens_may_hold_anything(
     call: Call, side: str, causal: bool, garbage: float, data: st.DataObject
 ) -> None:
@@ -53,7 +53,7 @@ def test_padded_tokens_may_hold_anything(
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False), SIDES, GARBAGE, st.data())
+@given(calls(causal=False), SIDES, GARBAGE, st.data())
 def test_keys_behind_a_key_padding_mask_may_hold_anything(
     call: Call, side: str, garbage: float, data: st.DataObject
 ) -> None:
@@ -65,7 +65,7 @@ def test_keys_behind_a_key_padding_mask_may_hold_anything(
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False, square=True), GARBAGE, st.data())
+@given(calls(causal=False, square=True), GARBAGE, st.data())
 def test_padded_queries_that_see_keys_change_their_own_blocks_only(
     call: Call, garbage: float, data: st.DataObject
 ) -> None:
@@ -81,7 +81,7 @@ def test_padded_queries_that_see_keys_change_their_own_blocks_only(
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @settings(max_examples=20)
-@given(call=calls(is_causal=False, square=True), causal=st.booleans(), blocks=st.integers(1, 2))
+@given(call=calls(causal=False, square=True), causal=st.booleans(), blocks=st.integers(1, 2))
 def test_padding_by_whole_blocks_moves_the_selection_and_nothing_else(
     side: str, call: Call, causal: bool, blocks: int
 ) -> None:
@@ -104,7 +104,7 @@ def test_padding_by_whole_blocks_moves_the_selection_and_nothing_else(
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False, square=True), SIDES, st.booleans(), st.data())
+@given(calls(causal=False, square=True), SIDES, st.booleans(), st.data())
 def test_an_element_of_a_padded_batch_is_selected_as_alone(
     call: Call, side: str, causal: bool, data: st.DataObject
 ) -> None:
@@ -118,7 +118,7 @@ def test_an_element_of_a_padded_batch_is_selected_as_alone(
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False))
+@given(calls(causal=False))
 def test_a_mask_that_hides_nothing_changes_no_score(call: Call) -> None:
     query, key = call.query_key()
     geometry, granularity = call.geometry, call.selector.granularity
@@ -136,7 +136,7 @@ def test_a_mask_that_hides_nothing_changes_no_score(call: Call) -> None:
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False, square=True), SIDES, st.data())
+@given(calls(causal=False, square=True), SIDES, st.data())
 def test_no_block_of_padding_is_kept(call: Call, side: str, data: st.DataObject) -> None:
     valid = ragged_batch(call, side, data)
     mask = padding_mask(valid, causal=False)

@@ -36,8 +36,8 @@ SCALE = default_scale(HEAD_DIM)
 
 
 @st.composite
-def sampled_calls(draw: st.DrawFn, *, is_causal: bool | None = None) -> Call:
-    call = draw(calls(is_causal=is_causal))
+def sampled_calls(draw: st.DrawFn, *, causal: bool | None = None) -> Call:
+    call = draw(calls(causal=causal))
     return call.with_selector(
         sampled_queries=draw(st.sampled_from(divisors(call.selector.block_size)))
     )
@@ -100,7 +100,7 @@ def test_sampled_scores_equal_the_definition_at_every_offset(residue: int) -> No
             group=2,
             q_len=q_len,
             kv_len=q_len + 16 + residue,
-            is_causal=True,
+            causal=True,
             selector=selector,
             seed=residue,
         )
@@ -108,7 +108,7 @@ def test_sampled_scores_equal_the_definition_at_every_offset(residue: int) -> No
 
 
 @settings(max_examples=20)
-@given(sampled_calls(is_causal=False), st.data())
+@given(sampled_calls(causal=False), st.data())
 def test_what_a_bool_mask_hides_weighs_nothing(call: Call, data: st.DataObject) -> None:
     mask = data.draw(random_masks(call))
     weight = mask.double().expand(call.batch, call.q_heads, -1, -1)
@@ -118,7 +118,7 @@ def test_what_a_bool_mask_hides_weighs_nothing(call: Call, data: st.DataObject) 
 
 
 @settings(max_examples=20)
-@given(sampled_calls(is_causal=False), st.data())
+@given(sampled_calls(causal=False), st.data())
 def test_a_float_mask_is_added_to_the_logits(call: Call, data: st.DataObject) -> None:
     hidden = ~data.draw(random_masks(call))
     bias = torch.randn(hidden.shape, dtype=torch.float64, generator=call.generator())
@@ -130,7 +130,7 @@ def test_a_float_mask_is_added_to_the_logits(call: Call, data: st.DataObject) ->
 
 
 @settings(max_examples=20)
-@given(sampled_calls(is_causal=False), masks())
+@given(sampled_calls(causal=False), masks())
 def test_a_proved_mask_hides_what_its_formula_says(call: Call, mask: Mask) -> None:
     call = replace(call, batch=mask.batch, q_len=mask.q_len, kv_len=mask.kv_len)
     geometry = replace(call.geometry, mask=mask.program())
@@ -246,7 +246,7 @@ def test_the_selection_follows_the_average_of_both_scores(call: Call) -> None:
 
 
 @settings(max_examples=10)
-@given(sampled_calls(is_causal=False), st.data())
+@given(sampled_calls(causal=False), st.data())
 def test_the_selection_under_a_mask_keeps_every_row_a_key(call: Call, data: st.DataObject) -> None:
     mask = data.draw(random_masks(call))
     kept = call.select(attn_mask=mask).token_mask() & mask

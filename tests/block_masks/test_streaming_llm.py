@@ -54,7 +54,7 @@ def test_sinks_are_counted_from_the_first_key_that_is_not_padding() -> None:
     for padding in (1, 12, 16, 30):
         valid = torch.arange(112) >= padding
         mask = (valid[:, None] & valid[None, :]).tril()
-        expected = defined(replace(call, is_causal=True), first_key=padding)
+        expected = defined(replace(call, causal=True), first_key=padding)
         seen = oracle.any_in_block(mask, SIZE)
         assert call.select(attn_mask=mask).keep[0, 0].equal(expected & seen)
 

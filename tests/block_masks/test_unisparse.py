@@ -175,7 +175,7 @@ def test_half_precision_scores_equal_those_of_its_float32_upcast(
 
 
 @settings(max_examples=20)
-@given(calls(is_causal=False), HALVES, st.data())
+@given(calls(causal=False), HALVES, st.data())
 def test_half_precision_under_a_mask_selects_as_its_float32_upcast(
     call: Call, dtype: torch.dtype, data: st.DataObject
 ) -> None:

@@ -42,6 +42,10 @@ def call(**changed: Any) -> None:
 DIFFERENT: list[tuple[dict[str, Any], str]] = [
     ({"selector": OTHER}, "selector must be the same on every rank .* rank 1: .*top_k=4"),
     ({"is_causal": False}, "is_causal must be the same on every rank"),
+    (
+        {"is_causal": False, "causal_lower_right": True},
+        "(is_causal|causal_lower_right) must be the same on every rank",
+    ),
     ({"scale": 2.0}, "scale must be the same on every rank .*rank 0: 1.0, rank 1: 2.0"),
     ({"heads": (2, 2)}, "query must be the same on every rank"),
     ({"batch": 2}, "query must be the same on every rank"),
@@ -90,6 +94,12 @@ def call_refused(options: dict[str, Any]) -> None:
         ({"selector": FlexPrefill(block_size=16)}, "NotImplementedError", "query rows that other"),
         ({"context": "all"}, "TypeError", "context must be a ContextParallel"),
         ({"pieces": (96, 96)}, "ValueError", "key must hold"),
+        ({"is_causal": 1}, "TypeError", "is_causal must be True or False, got 1 of type int"),
+        (
+            {"is_causal": True, "causal_lower_right": True},
+            "ValueError",
+            "is_causal and causal_lower_right must not both be given, got both; keep",
+        ),
         ({"pieces": (100, 103)}, "ValueError", r"pieces\[0\] must be a multiple of block_size 16"),
     ],
 )

@@ -108,7 +108,7 @@ CALLS = {
     "float32, long": cuda_call(16384, dtype=FP32, top_p=0.9),
     "ragged": cuda_call(777, top_p=0.9, sampled_queries=4),
     "chunk": cuda_call(1000, 4097, top_p=0.9, sampled_queries=4, c_h=4),
-    "cross": cuda_call(500, 4096, is_causal=False, top_k=9, sampled_queries=4),
+    "cross": cuda_call(500, 4096, causal=False, top_k=9, sampled_queries=4),
     "long": cuda_call(16384, threshold=0.01, c_h=4, sampled_queries=4),
     "head_dim 64": cuda_call(4096, head_dim=64, top_p=0.9, dtype=FP16),
     "head_dim 80": cuda_call(4096, head_dim=80, top_p=0.9, sampled_queries=4),
@@ -247,9 +247,9 @@ def test_the_selector_runs_its_kernels_in_a_compiled_graph() -> None:
     assert compiled(query, key).equal(run(call, query, key).kept())
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_the_operator_passes_torchs_own_checks(is_causal: bool) -> None:
-    call = cuda_call(300, is_causal=is_causal, top_k=2, sampled_queries=2)
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_operator_passes_torchs_own_checks(causal: bool) -> None:
+    call = cuda_call(300, causal=causal, top_k=2, sampled_queries=2)
     torch.library.opcheck(
         torch.ops.unisparse.select_blocks.default,
         tokens_of(call),

@@ -219,7 +219,7 @@ def kernel_calls(draw: st.DrawFn, *, rule: str) -> KernelCall:
         group=group,
         q_len=q_len,
         kv_len=kv_len,
-        is_causal=causal,
+        causal=causal,
         selector=selector,
         seed=draw(st.integers(0, 2**31)),
         head_dim=draw(st.sampled_from([16, 24])),
@@ -230,7 +230,7 @@ CALL_FIELDS = {field.name for field in dataclasses.fields(KernelCall)}
 
 
 def fixed_call(
-    q_len: int, kv_len: int | None = None, *, is_causal: bool = True, **fields: Any
+    q_len: int, kv_len: int | None = None, *, causal: bool = True, **fields: Any
 ) -> KernelCall:
     """Two heads that share keys, in blocks of 16, without sinks and last query blocks."""
     plain: dict[str, Any] = {"block_size": 16, "c_q": 4, "c_k": 4, "sink_blocks": 0}
@@ -239,7 +239,7 @@ def fixed_call(
     return KernelCall(
         q_len=q_len,
         kv_len=q_len if kv_len is None else kv_len,
-        is_causal=is_causal,
+        causal=causal,
         selector=UniSparse(**{**plain, "last_query_blocks": 0, **fields}),
         **own,
     )

@@ -51,11 +51,11 @@ def test_every_causal_offset_selects_as_the_reference(
 
 
 @pytest.mark.parametrize("rule", [{"top_p": 0.9}, {"top_k": 4}, {"threshold": 0.1}])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
 def test_two_hundred_tokens_select_as_the_reference(
-    kernels: Kernels, is_causal: bool, rule: dict[str, Any]
+    kernels: Kernels, causal: bool, rule: dict[str, Any]
 ) -> None:
-    call = fixed_call(197, 203, is_causal=is_causal, c_h=2, sampled_queries=4, **rule)
+    call = fixed_call(197, 203, causal=causal, c_h=2, sampled_queries=4, **rule)
     query, key = call.query_key()
     assert_selects(call, run(kernels, call, query, key), query, key)
 
@@ -78,14 +78,14 @@ def test_half_precision_differs_only_where_rounding_decides(
 def test_among_equal_scores_the_lower_block_is_kept(
     kernels: Kernels, top_k: int, sampled_queries: int
 ) -> None:
-    call = fixed_call(30, 96, is_causal=False, top_k=top_k, sampled_queries=sampled_queries)
+    call = fixed_call(30, 96, causal=False, top_k=top_k, sampled_queries=sampled_queries)
     query, key = torch.ones(1, 2, 30, 16), torch.ones(1, 1, 96, 16)
     expected = torch.arange(6).expand(1, 2, 2, 6) < top_k
     assert run(kernels, call, query, key).kept().equal(expected)
 
 
 def test_equal_scores_reach_top_p_in_order(kernels: Kernels) -> None:
-    call = fixed_call(30, 128, is_causal=False, top_p=0.5)
+    call = fixed_call(30, 128, causal=False, top_p=0.5)
     query, key = torch.zeros(1, 2, 30, 16), torch.randn(1, 1, 128, 16)
     expected = torch.arange(8).expand(1, 2, 2, 8) < 4
     assert run(kernels, call, query, key).kept().equal(expected)
@@ -96,7 +96,7 @@ def test_equal_scores_reach_top_p_in_order(kernels: Kernels) -> None:
 def test_a_block_with_all_the_mass_is_kept_alone(
     kernels: Kernels, block: int, rule: dict[str, Any]
 ) -> None:
-    call = fixed_call(16, 96, is_causal=False, **rule)
+    call = fixed_call(16, 96, causal=False, **rule)
     query, key = torch.ones(1, 2, 16, 16), torch.zeros(1, 1, 96, 16)
     key[:, :, block * 16 : (block + 1) * 16] = 15.0
     expected = torch.arange(6).expand(1, 2, 1, 6) == block
@@ -108,7 +108,7 @@ def test_a_block_with_all_the_mass_is_kept_alone(
 def test_a_row_of_which_no_block_reaches_the_threshold_keeps_its_highest(
     kernels: Kernels, block: int, sampled_queries: int
 ) -> None:
-    call = fixed_call(16, 96, is_causal=False, threshold=0.9, sampled_queries=sampled_queries)
+    call = fixed_call(16, 96, causal=False, threshold=0.9, sampled_queries=sampled_queries)
     query, key = torch.ones(1, 2, 16, 16), torch.zeros(1, 1, 96, 16)
     key[:, :, block * 16 : (block + 1) * 16] = 0.1
     expected = torch.arange(6).expand(1, 2, 1, 6) == block
@@ -118,7 +118,7 @@ def test_a_row_of_which_no_block_reaches_the_threshold_keeps_its_highest(
 
 def later_keys(logit: float) -> tuple[KernelCall, Tensor, Tensor]:
     """Keys of logit 0 but for those of block 3; each block is a tile of its own."""
-    call = fixed_call(16, 96, is_causal=False, c_k=1, top_k=1)
+    call = fixed_call(16, 96, causal=False, c_k=1, top_k=1)
     query, key = torch.ones(1, 2, 16, 16), torch.zeros(1, 1, 96, 16)
     key[:, :, 48:64] = logit / 4
     return call, query, key
@@ -150,11 +150,11 @@ def test_logits_far_below_the_first_tile_score_nothing(kernels: Kernels, logit: 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
 def test_what_is_not_finite_keeps_rows_as_in_the_reference(
-    kernels: Kernels, is_causal: bool, value: float
+    kernels: Kernels, causal: bool, value: float
 ) -> None:
-    call = fixed_call(64, is_causal=is_causal, threshold=0.9, sampled_queries=2, c_h=2)
+    call = fixed_call(64, causal=causal, threshold=0.9, sampled_queries=2, c_h=2)
     for spoilt in (0, 1):
         for token in (0, 37):
             query, key = call.query_key()
@@ -175,12 +175,12 @@ def test_everything_not_a_number_is_dense(kernels: Kernels) -> None:
     assert keep.equal(call.geometry.visible_blocks(CPU).expand_as(keep))
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_guards_hold_whatever_the_scores(kernels: Kernels, is_causal: bool) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_guards_hold_whatever_the_scores(kernels: Kernels, causal: bool) -> None:
     for sinks, local, last in ((0, 1, 0), (2, 1, 0), (0, 3, 0), (1, 2, 2), (9, 1, 0), (0, 9, 0)):
         call = fixed_call(
             70,
-            is_causal=is_causal,
+            causal=causal,
             threshold=1.0,
             sink_blocks=sinks,
             local_blocks=local,
@@ -195,13 +195,11 @@ def test_guards_hold_whatever_the_scores(kernels: Kernels, is_causal: bool) -> N
 
 @pytest.mark.parametrize("sampled_queries", [0, 16])
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 16), (5, 9), (16, 16)])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
 def test_one_block_is_kept(
-    kernels: Kernels, q_len: int, kv_len: int, is_causal: bool, sampled_queries: int
+    kernels: Kernels, q_len: int, kv_len: int, causal: bool, sampled_queries: int
 ) -> None:
-    call = fixed_call(
-        q_len, kv_len, is_causal=is_causal, threshold=1.0, sampled_queries=sampled_queries
-    )
+    call = fixed_call(q_len, kv_len, causal=causal, threshold=1.0, sampled_queries=sampled_queries)
     lists = run(kernels, call, *call.query_key())
     assert_well_formed(call, lists)
     assert lists.kept().all()
@@ -225,10 +223,10 @@ def test_queries_far_behind_the_last_key_see_them_all(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("sampled_queries", [0, 4])
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_turns_change_nothing(kernels: Kernels, is_causal: bool, sampled_queries: int) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_turns_change_nothing(kernels: Kernels, causal: bool, sampled_queries: int) -> None:
     call = fixed_call(
-        100, is_causal=is_causal, top_p=0.7, sampled_queries=sampled_queries, kv_heads=2, group=1
+        100, causal=causal, top_p=0.7, sampled_queries=sampled_queries, kv_heads=2, group=1
     )
     query, key = call.query_key()
     whole = run(kernels, call, query, key)
@@ -240,7 +238,7 @@ def test_turns_change_nothing(kernels: Kernels, is_causal: bool, sampled_queries
             turns.append(len(list(kernels.lists.turns(call.geometry, 16))))
             assert_same_lists(run(kernels, call, query, key), whole)
     assert turns[0] == 7
-    assert turns[2] == (3 if is_causal else 1)
+    assert turns[2] == (3 if causal else 1)
 
 
 @settings(max_examples=50)
@@ -254,7 +252,7 @@ def test_turns_change_nothing(kernels: Kernels, is_causal: bool, sampled_queries
 def test_turns_cover_every_query_block_once_within_the_scratch(
     kernels: Kernels, q_len: int, offset: int | None, row_bytes: int, scratch: int, power: int
 ) -> None:
-    call = fixed_call(q_len, q_len + (offset or 0), is_causal=offset is not None)
+    call = fixed_call(q_len, q_len + (offset or 0), causal=offset is not None)
     geometry = call.geometry
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels.lists, "SCRATCH_BYTES", scratch)
@@ -269,9 +267,9 @@ def test_turns_cover_every_query_block_once_within_the_scratch(
         assert rows == 1 or needed <= scratch
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_splits_change_nothing(kernels: Kernels, is_causal: bool) -> None:
-    call = fixed_call(70, 600, is_causal=is_causal, top_p=0.7, c_h=2, sampled_queries=2)
+@pytest.mark.parametrize("causal", [False, True])
+def test_splits_change_nothing(kernels: Kernels, causal: bool) -> None:
+    call = fixed_call(70, 600, causal=causal, top_p=0.7, c_h=2, sampled_queries=2)
     query, key = call.query_key()
     score = kernels.lists.score
     splits = []
@@ -346,12 +344,12 @@ def test_the_scale_is_heeded(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("c_k", "is_causal"), [(2, True), (4, False), (16, True)])
+@pytest.mark.parametrize(("c_k", "causal"), [(2, True), (4, False), (16, True)])
 def test_keys_pooled_in_parts_select_as_the_keys_do(
-    kernels: Kernels, dtype: torch.dtype, c_k: int, is_causal: bool
+    kernels: Kernels, dtype: torch.dtype, c_k: int, causal: bool
 ) -> None:
     call = fixed_call(
-        *(107, 187), is_causal=is_causal, c_k=c_k, c_h=2, top_p=0.7, kv_heads=2, dtype=dtype
+        *(107, 187), causal=causal, c_k=c_k, c_h=2, top_p=0.7, kv_heads=2, dtype=dtype
     )
     query, key = call.query_key()
     parts = [

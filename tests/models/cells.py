@@ -63,6 +63,8 @@ def _mask(name: str, node: fx.Node, report: RewriteReport) -> str:
     own = {key: value for key, value in node.kwargs.items() if key != "config"}
     call = SdpaCall.bind(node.args, own)
     assert call.attn_mask is None
+    if call.causal_lower_right:
+        return "causal_lower_right"
     return "is_causal" if call.is_causal else "none"
 
 

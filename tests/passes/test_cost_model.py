@@ -52,7 +52,7 @@ def shape(length: int, **changes: Any) -> CallShape:
         head_dim=64,
         value_dim=64,
         is_causal=True,
-        lower_right=False,
+        causal_lower_right=False,
         masked=False,
         dtype=torch.float32,
         device=torch.device("cpu"),
@@ -71,7 +71,7 @@ def seen(row: int, keys: int, offset: int, tile: int) -> int:
 def test_dense_work_is_that_of_counting_pairs(
     q_len: int, kv_len: int, offset: int, tile: int
 ) -> None:
-    work = cm.attention_work(is_causal=True)
+    work = cm.attention_work(causal=True)
     at = sizes(Sq=q_len, Skv=kv_len, offset=offset, tile=tile)
     pairs = 2 * 4 * sum(seen(row, kv_len, offset, tile) for row in range(q_len))
     assert work.dense_exps.subs(at) == pairs
@@ -88,7 +88,7 @@ def test_sparse_work_is_that_of_counting_blocks(
     blocks = sum(
         first_key <= row + offset for row in last_rows for first_key in range(0, kv_len, block)
     )
-    work = cm.attention_work(is_causal=True)
+    work = cm.attention_work(causal=True)
     assert work.sparse_blocks.subs(at) == 2 * 4 * blocks / 4
     assert work.sparse_exps.subs(at) == 2 * 4 * blocks * block**2 / 4
     assert work.sparse_flops.subs(at) == 2 * 4 * blocks * block**2 / 4 * (2 * 8 + 2 * 6)
@@ -98,7 +98,7 @@ def test_selection_work_is_that_of_counting_composite_tokens() -> None:
     at = sizes(Sq=50, Skv=70)
     rows, columns, heads = 4 * 16 // 4, 5 * 16 // 8, 2
     cells = sum(1 for _ in range(2 * heads) for _ in range(rows) for _ in range(columns))
-    work = cm.attention_work(is_causal=False)
+    work = cm.attention_work(causal=False)
     assert work.scoring_flops.subs(at) == cells * 2 * 8
     assert work.scoring_bytes.subs(at) == cells * 4 * 4
     tokens = 2 * 2 * 8 * (4 * 50 + 2 * 70) + 4 * 2 * 8 * (4 * rows + 2 * columns)
@@ -108,7 +108,7 @@ def test_selection_work_is_that_of_counting_composite_tokens() -> None:
 
 
 def test_bytes_count_what_is_read_and_written_once() -> None:
-    work = cm.attention_work(is_causal=True)
+    work = cm.attention_work(causal=True)
     tensors = [2 * 4 * 64 * 8, 2 * 2 * 64 * 8, 2 * 2 * 64 * 6, 2 * 4 * 64 * 6]
     assert work.dense_bytes.subs(sizes()) == 2 * sum(tensors)
     assert work.dense_bytes.subs(sizes(masked=1)) == 2 * (sum(tensors) + 2 * 64 * 64)
@@ -117,24 +117,31 @@ def test_bytes_count_what_is_read_and_written_once() -> None:
     )
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_at_density_one_sparse_attention_is_dense_attention(is_causal: bool) -> None:
-    work = cm.attention_work(is_causal=is_causal)
+@pytest.mark.parametrize("causal", [False, True])
+def test_at_density_one_sparse_attention_is_dense_attention(causal: bool) -> None:
+    work = cm.attention_work(causal=causal)
     every = {cm.block: 1, cm.tile: 1, cm.density: 1}
     assert sympy.simplify(work.sparse_flops.subs(every) - work.dense_flops.subs(every)) == 0
     assert sympy.simplify(work.sparse_exps.subs(every) - work.dense_exps.subs(every)) == 0
 
 
 def test_expressions_can_be_read() -> None:
-    work = cm.attention_work(is_causal=False)
+    work = cm.attention_work(causal=False)
     assert str(work.dense_flops) == "2*B*Hq*Skv*Sq*(D + Dv)"
     assert str(work.dense_exps) == "B*Hq*Skv*Sq"
-    causal = cm.attention_work(is_causal=True)
+    causal = cm.attention_work(causal=True)
     square = causal.dense_exps.subs({cm.offset: 0, cm.tile: 1, cm.Skv: cm.Sq})
     assert sympy.simplify(square - cm.B * cm.Hq * cm.Sq * (cm.Sq + 1) / 2) == 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"lower_right": True, "q_len": 300}, {"is_causal": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"is_causal": False, "causal_lower_right": True, "q_len": 300},
+        {"is_causal": False},
+    ],
+)
 def test_numbers_are_those_of_the_expressions(changes: Any) -> None:
     selector, rates = UniSparse(), RATES[0]
     call = shape(
@@ -142,9 +149,9 @@ def test_numbers_are_those_of_the_expressions(changes: Any) -> None:
     )
     found = forecast(call._replace(device=torch.device("cuda")), selector)
     cuda = next(r for r in RATES if r.device == "cuda sm90")
-    at = dict(zip(cm.SHAPE, (*call[:7], 700 if call.lower_right else 0, 0, 2), strict=True))
+    at = dict(zip(cm.SHAPE, (*call[:7], 700 if call.causal_lower_right else 0, 0, 2), strict=True))
     at |= dict(zip(cm.SETTINGS, (128, 8, 8, 1, 0, found.density, cuda.tile), strict=True))
-    stages = cm.attention_stages(is_causal=call.is_causal)
+    stages = cm.attention_stages(causal=call.is_causal or call.causal_lower_right)
     names = {name for stage in stages.values() for name in (*stage.constants, *stage.divided)}
     at |= {sympy.Symbol(name): getattr(cuda, name) for name in names}
     expected = [float(stage.seconds.subs(at)) for stage in stages.values()]
@@ -176,7 +183,7 @@ def test_sparse_is_faster_from_the_break_even_on_and_not_just_below(
 ) -> None:
     size, call = selector.block_size, shape(0)
     if q_len is not None:
-        call = call._replace(q_len=q_len, lower_right=True)
+        call = call._replace(q_len=q_len, is_causal=False, causal_lower_right=True)
     length = break_even_length(call, selector, self_attention=q_len is None)
     assert length is not None
     assert length % size == 0

@@ -90,9 +90,9 @@ def test_an_offset_that_lengths_make_is_left_to_triton(hopper: None) -> None:
     query, key = (on_cuda(length=length) for length in lengths)
     upper = SdpaCall(query=query, key=key, value=key, is_causal=True)
     assert flash_obstacle(upper, 128) is None
-    lower = SdpaCall(query=query, key=key, value=key, is_causal=True, causal_lower_right=True)
+    lower = SdpaCall(query=query, key=key, value=key, causal_lower_right=True)
     assert "causal offset" in (flash_obstacle(lower, 128) or "")
-    whole = SdpaCall(query=key, key=key, value=key, is_causal=True, causal_lower_right=True)
+    whole = SdpaCall(query=key, key=key, value=key, causal_lower_right=True)
     assert flash_obstacle(whole, 128) is None
 
 

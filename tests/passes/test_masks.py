@@ -291,7 +291,7 @@ def test_causality_becomes_a_flag_only_where_it_is_aligned_with_a_corner(
     assert list(report.masks.values()) == ["causal"]
     (marker,) = graph.calls
     if offset == 64 and not dynamic:
-        assert marker.args[5] is True
+        assert marker.args[5] is False
         assert marker.kwargs["causal_lower_right"] is True
     elif not dynamic:
         assert marker.args[5] is (offset == 0)

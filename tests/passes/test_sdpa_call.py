@@ -24,17 +24,32 @@ def symbolic_query() -> Any:
     return mode.from_tensor(torch.randn(1, 4, 300, 16), symbolic_context=context)
 
 
+@pytest.mark.parametrize("name", ["is_causal", "causal_lower_right"])
 @pytest.mark.parametrize("limit", [1, 400])
-def test_a_flag_computed_from_a_length_becomes_a_constant(limit: int) -> None:
+def test_a_flag_computed_from_a_length_becomes_a_constant(limit: int, name: str) -> None:
     query = symbolic_query()
     flag = query.shape[2] > limit
     assert isinstance(flag, torch.SymBool)
-    options: dict[str, Any] = {"is_causal": flag}
+    options: dict[str, Any] = {name: flag}
     call = SdpaCall(query=query, key=query, value=query, **options).with_constants()
     # Two symbolic flags cannot even be compared, which every cache of calls does.
-    assert call.is_causal is (limit == 1)
+    assert getattr(call, name) is (limit == 1)
+    assert call.causal is (limit == 1)
     assert call.dropout_p == 0.0
     assert call.scale is None
+
+
+@pytest.mark.parametrize("q_len", [4, 3])
+@pytest.mark.parametrize(
+    "other", [{"is_causal": True}, {"attn_mask": torch.ones(1, 4, dtype=torch.bool)}], ids=str
+)
+def test_what_goes_without_causal_lower_right_is_refused_dense_too(
+    q_len: int, other: dict[str, Any]
+) -> None:
+    query, key = torch.ones(1, 1, q_len, 4), torch.ones(1, 1, 4, 4)
+    call = SdpaCall(query=query, key=key, value=key, causal_lower_right=True, **other)
+    with pytest.raises(ValueError, match="causal_lower_right must not both be given, got both"):
+        call.run_dense()
 
 
 def test_a_call_without_symbols_stays_itself() -> None:

@@ -77,6 +77,7 @@ def cases(draw: st.DrawFn, *, faults: bool = True) -> Case:
     content = _often("normal", *CONTENTS, times=12)
     layout = _often("contiguous", *LAYOUTS, times=8)
     masked = draw(_often(False, True, times=2))
+    causal = "no" if masked else draw(st.sampled_from(["no", "upper left", "lower right"]))
     return Case(
         batch=draw(_often(1, 2, 0, times=3)),
         kv_heads=draw(st.integers(1, 2)),
@@ -90,7 +91,8 @@ def cases(draw: st.DrawFn, *, faults: bool = True) -> Case:
         layouts=(draw(layout), draw(layout), draw(layout)),
         sharing=draw(_often("none", *SHARING)),
         mask=draw(masks()) if masked else None,
-        is_causal=False if masked else draw(st.booleans()),
+        is_causal=causal == "upper left",
+        causal_lower_right=causal == "lower right",
         scale=draw(_often(None, *SCALES, times=10)),
         selector=draw(st.sampled_from(SELECTORS)),
         fault=draw(_often(None, *FAULTS, times=5 * len(FAULTS))) if faults else None,

@@ -59,6 +59,7 @@ class Case:
     sharing: str
     mask: Mask | None
     is_causal: bool
+    causal_lower_right: bool
     scale: float | None
     selector: Any
     fault: str | None
@@ -67,6 +68,13 @@ class Case:
     @property
     def q_heads(self) -> int:
         return self.kv_heads * self.group
+
+    @property
+    def offset(self) -> int | None:
+        """The key position of query row 0, where the call is causal."""
+        if self.causal_lower_right:
+            return self.kv_len - self.q_len
+        return 0 if self.is_causal else None
 
     def arguments(self) -> dict[str, Any]:
         """What `attention` takes by name, the fault left out."""
@@ -77,6 +85,7 @@ class Case:
             "value": value,
             "attn_mask": None if self.mask is None else self._mask(self.mask),
             "is_causal": self.is_causal,
+            "causal_lower_right": self.causal_lower_right,
             "scale": self.scale,
             "enable_gqa": self.group > 1,
         }

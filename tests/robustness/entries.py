@@ -41,6 +41,10 @@ def check_attention(case: Case) -> str:
     arguments = {"selector": case.selector, **case.arguments()}
     if case.fault is not None:
         return _refused(case, attention, arguments)
+    if _has_rows_without_keys(case):
+        with pytest.raises(NotImplementedError, match="causal_lower_right with more queries than"):
+            attention(**arguments)
+        return "refused: rows without keys"
     if not _takes(case):
         with pytest.raises(NotImplementedError, match="cannot run this call: the selector is not"):
             attention(**arguments)
@@ -74,6 +78,8 @@ def check_block_mask(case: Case) -> str:
 
 def check_optimize(case: Case) -> str:
     """A module of one SDPA call, optimized: SDPA over the blocks, or what SDPA itself does."""
+    # SDPA has no such argument.
+    case = replace(case, causal_lower_right=False)
     arguments = case.arguments()
     if case.fault is not None:
         FAULTS[case.fault].change(arguments, case)
@@ -145,9 +151,13 @@ def _overlaps(arguments: dict[str, Any]) -> bool:
     return any(t.dim() == 4 and t.stride(2) < t.shape[3] for t in tensors)
 
 
+def _has_rows_without_keys(case: Case) -> bool:
+    return case.causal_lower_right and case.q_len > case.kv_len
+
+
 def _takes(case: Case) -> bool:
     takes: bool = case.selector.takes(
-        is_causal=case.is_causal,
+        causal=case.offset is not None,
         masked=case.mask is not None,
         self_attention=case.q_len == case.kv_len,
     )
@@ -168,7 +178,7 @@ def _check_selecting(
         wrong = case.arguments()
         FAULTS[case.fault].change(wrong, case)
         return _refused(case, lambda **_: function(**_for_selector(wrong)), arguments)
-    if case.is_causal and case.q_len > case.kv_len:
+    if _has_rows_without_keys(case):
         with pytest.raises(ValueError, match=r"must have q_len <= kv_len .* got .*; pass"):
             function(**arguments)
         return "refused: rows without keys"
@@ -183,10 +193,9 @@ def _check_selecting(
 def _assert_attention(case: Case, output: Tensor) -> None:
     arguments = case.arguments()
     query, key, mask = (arguments[name] for name in ("query", "key", "attn_mask"))
-    offset = 0 if case.is_causal else None
     scale = None if case.scale is None else float(case.scale)
     selection = reference.select(
-        case.selector, query, key, offset=offset, attn_mask=_mask_4d(mask), scale=scale
+        case.selector, query, key, offset=case.offset, attn_mask=_mask_4d(mask), scale=scale
     )
     expected = expect(
         query, key, arguments["value"], selection.token_mask(), attn_mask=mask, scale=scale
@@ -200,8 +209,7 @@ def _mask_4d(mask: Tensor | None) -> Tensor | None:
 
 def _seen(case: Case) -> Tensor:
     """bool [B, Hq, Sq, Skv]: what dense attention reads."""
-    offset = case.kv_len - case.q_len if case.is_causal else None
-    pairs = reference.visible(case.q_len, case.kv_len, offset)
+    pairs = reference.visible(case.q_len, case.kv_len, case.offset)
     mask = case.arguments()["attn_mask"]
     if mask is not None:
         hidden = ~mask if mask.dtype is torch.bool else mask <= torch.finfo(mask.dtype).min

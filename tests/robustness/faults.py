@@ -13,6 +13,7 @@ from torch import Tensor
 from .cases import Case
 
 Change = Callable[[dict[str, Any], Case], None]
+NOT_CAUSAL = {"is_causal": False, "causal_lower_right": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +72,21 @@ def _heads_without_gqa(arguments: dict[str, Any], case: Case) -> None:
 
 def _mask_of_wrong_shape(arguments: dict[str, Any], case: Case) -> None:
     mask = torch.ones(case.q_len + 2, case.kv_len + 2, dtype=torch.bool)
-    arguments.update(attn_mask=mask, is_causal=False)
+    arguments.update(attn_mask=mask, **NOT_CAUSAL)
 
 
 def _mask(of: Callable[[int, int], Any]) -> Change:
     return lambda arguments, case: arguments.update(
-        attn_mask=of(case.q_len, case.kv_len), is_causal=False
+        attn_mask=of(case.q_len, case.kv_len), **NOT_CAUSAL
     )
 
 
-def _mask_and_causal(arguments: dict[str, Any], case: Case) -> None:
-    mask = torch.ones(case.q_len, case.kv_len, dtype=torch.bool)
-    arguments.update(attn_mask=mask, is_causal=True)
+def _mask_and(flag: str) -> Change:
+    def change(arguments: dict[str, Any], case: Case) -> None:
+        mask = torch.ones(case.q_len, case.kv_len, dtype=torch.bool)
+        arguments.update({"attn_mask": mask, **NOT_CAUSAL, flag: True})
+
+    return change
 
 
 FAULTS: dict[str, Fault] = {
@@ -211,9 +215,21 @@ FAULTS: dict[str, Fault] = {
         everywhere=False,
     ),
     "mask and causal": Fault(
-        change=_mask_and_causal,
+        change=_mask_and("is_causal"),
         error=ValueError,
         message="attn_mask and is_causal must not both be given, got both; put",
+    ),
+    "mask and causal_lower_right": Fault(
+        change=_mask_and("causal_lower_right"),
+        error=ValueError,
+        message="attn_mask and causal_lower_right must not both be given, got both; put",
+        in_sdpa=False,
+    ),
+    "both causal flags": Fault(
+        change=_set(is_causal=True, causal_lower_right=True, attn_mask=None),
+        error=ValueError,
+        message="is_causal and causal_lower_right must not both be given, got both; keep",
+        in_sdpa=False,
     ),
     "mask that does not broadcast": Fault(
         change=_mask_of_wrong_shape,
@@ -258,6 +274,12 @@ FAULTS: dict[str, Fault] = {
         change=_set(is_causal=None, attn_mask=None),
         error=TypeError,
         message="is_causal must be True or False, got None",
+    ),
+    "causal_lower_right is no bool": Fault(
+        change=_set(causal_lower_right=1),
+        error=TypeError,
+        message="causal_lower_right must be True or False, got 1",
+        in_sdpa=False,
     ),
     "dropout": Fault(
         change=_set(dropout_p=0.25),

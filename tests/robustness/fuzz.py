@@ -58,6 +58,7 @@ def traits(case: Case) -> Iterator[str]:
         yield f"mask: {case.mask.kind}"
     for holds, trait in (
         (case.is_causal, "causal"),
+        (case.causal_lower_right, "causal, lower right"),
         (case.group > 1, "grouped heads"),
         (case.q_len == 1, "one query"),
         (case.kv_len == 1, "one key"),

@@ -73,7 +73,7 @@ def test_the_marker_of_a_causal_call(causal_lower_right: bool) -> None:
     check(
         torch.ops.unisparse.sdpa.default,
         *qkv(40, 60),
-        is_causal=True,
+        is_causal=not causal_lower_right,
         enable_gqa=True,
         causal_lower_right=causal_lower_right,
         config=CONFIGS["sparse"].encode(),

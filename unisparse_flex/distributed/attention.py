@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..block_masks import DEFAULT_SELECTOR, Selector
-from ..block_masks.validation import validate_query_key, validate_value
+from ..block_masks.validation import validate_causality, validate_query_key, validate_value
 from ..passes import SdpaCall, SparseConfig, context_sdpa
 from .context import ContextParallel
 
@@ -20,6 +20,7 @@ def context_parallel_attention(
     context: ContextParallel,
     selector: Selector | None = None,
     is_causal: bool = False,
+    causal_lower_right: bool = False,
     scale: float | None = None,
     pieces: Sequence[int] = (),
     backend: str = "auto",
@@ -37,8 +38,10 @@ def context_parallel_attention(
         context: The ranks.
         selector: Which blocks are kept; `DEFAULT_SELECTOR` by default. What a block of rows keeps
             must not depend on other rows (`Selector.rows_alone`).
-        is_causal: Each query sees the keys up to its own position, the last query of the sequence
-            aligned with its last key: Sq < Skv is a prompt behind a cache.
+        is_causal: Row r of the whole sequence sees the keys up to r (top-left), as in SDPA.
+        causal_lower_right: Row r of the whole sequence sees the keys up to r + Skv - Sq, so that
+            the last row is aligned with the last key, as a prompt behind a cache needs; needs
+            Sq <= Skv, and goes without ``is_causal``.
         scale: Factor on the logits; 1 / sqrt(D) by default.
         pieces: Tokens of each piece of the keys, where they were shared out piece by piece (a
             cache that grew by several prompts); one piece by default.
@@ -49,13 +52,16 @@ def context_parallel_attention(
 
     Raises:
         TypeError: Not tensors, or dtypes that differ or are not floating.
-        ValueError: Ranks, heads, devices or lengths that do not go together; ranks of the context
-            that differ in what they call, which all ranks then raise.
-        NotImplementedError: A gradient is needed, or the selector needs all rows.
+        ValueError: Ranks, heads, devices or lengths that do not go together; both ``is_causal``
+            and ``causal_lower_right``; ranks of the context that differ in what they call, which
+            all ranks then raise.
+        NotImplementedError: A gradient is needed, the selector needs all rows, or
+            ``causal_lower_right`` with Sq > Skv.
         RuntimeError: Another rank is gone.
     """
     validate_query_key(query, key)
     validate_value(key, value)
+    validate_causality(is_causal, causal_lower_right)
     if not isinstance(context, ContextParallel):
         raise TypeError(
             f"context must be a ContextParallel, got {context!r} of type {type(context).__name__}"
@@ -67,7 +73,7 @@ def context_parallel_attention(
         is_causal=is_causal,
         scale=scale,
         enable_gqa=True,
-        causal_lower_right=is_causal,
+        causal_lower_right=causal_lower_right,
     )
     config = SparseConfig(
         selector=DEFAULT_SELECTOR if selector is None else selector,

@@ -143,7 +143,8 @@ class ContextParallel:
             "query": [query.shape[0], query.shape[1], query.shape[3]],
             "key": [key.shape[0], key.shape[1], key.shape[3], value.shape[1], value.shape[3]],
             "dtype": str(query.dtype),
-            "is_causal": [call.is_causal, call.causal_lower_right],
+            "is_causal": call.is_causal,
+            "causal_lower_right": call.causal_lower_right,
             "scale": call.scale,
             "own": [query.shape[2], key.shape[2]],
         }

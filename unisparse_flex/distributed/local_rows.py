@@ -62,10 +62,9 @@ class SharedCall:
     @property
     def causal_offset(self) -> int | None:
         """Key position of query row 0 of the whole call."""
-        if not self.call.is_causal:
-            return None
-        behind = self.kv_layout.length - self.q_layout.length
-        return behind if self.call.causal_lower_right else 0
+        if self.call.causal_lower_right:
+            return self.kv_layout.length - self.q_layout.length
+        return 0 if self.call.is_causal else None
 
     def whole(self) -> SdpaCall:
         """The call as one process would make it, without its numbers: for decisions."""
