@@ -20,6 +20,7 @@ from torch import nn
 
 from . import carry
 from .dispatch import can_catch_attention, catch_attention, leave_attention, set_up_key
+from .encoder_padding import fill_padding
 from .function_mode import SparseAttentionMode
 from .scopes import is_in_force
 
@@ -121,10 +122,20 @@ def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (cls,), self.__getstate__()
 
+    def __prepare_scriptable__(self: nn.Module) -> nn.Module:
+        if CONFIG_ATTRIBUTE not in self.__dict__:
+            return self
+        raise TypeError(
+            "torch.jit.script must be given a model that is not optimized: its language has no "
+            f"function modes, so the program would be dense; got an optimized {cls.__name__}; call "
+            "restore(model) first for the dense program, or use torch.export or torch.compile"
+        )
+
     namespace = {
         MADE_HERE: True,
-        "forward": forward,
+        "forward": fill_padding(forward) if issubclass(cls, nn.TransformerEncoder) else forward,
         "__reduce_ex__": __reduce_ex__,
+        "__prepare_scriptable__": __prepare_scriptable__,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,

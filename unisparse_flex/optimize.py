@@ -189,12 +189,13 @@ def validate_model(model: object) -> None:
 
 
 def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The root and every submodule whose class is not torch's own.
+    """The root and every submodule whose class is not torch's own, but for encoders.
 
     Inner modules are caught too: activation checkpointing calls them again outside the root.
     """
     for name, module in model.named_modules():
         of_torch = type(module).__module__.startswith("torch.")
+        of_torch = of_torch and not isinstance(module, nn.TransformerEncoder)
         if module is model or not (_is_graph(module) or of_torch):
             yield name, module
 

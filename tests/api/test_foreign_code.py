@@ -257,3 +257,30 @@ def test_a_forward_assigned_before_is_said_where_nothing_around_it_catches(
     (said,) = [r.getMessage() for r in caplog.records if "module.forward" in r.getMessage()]
     assert "Pair, inner.0 stays dense" in said
     assert [call.decision for call in explain(outside, embeddings(256)).calls] == ["dense"]
+
+
+class Scriptable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(16, 16), Inner())
+
+    def forward(self, q: Tensor) -> Tensor:
+        return self.inner(q)
+
+
+class Inner(nn.Module):
+    def forward(self, q: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_scripting_an_optimized_model_is_refused_and_a_restored_one_is_plain() -> None:
+    model, q = optimize(Scriptable(), FEW, min_length=0), tokens()
+    for part, name in ((model, "Scriptable"), (model.inner, "Inner"), (model.inner[1], "Inner")):
+        with pytest.raises(TypeError, match=rf"got an optimized {name}; call restore\(model\)"):
+            torch.jit.script(part)
+    # What holds an optimized model is refused too.
+    with pytest.raises(TypeError, match="got an optimized Scriptable"):
+        torch.jit.script(nn.Sequential(model))
+    restore(model)
+    torch.testing.assert_close(torch.jit.script(model)(q), model(q))
