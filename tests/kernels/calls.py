@@ -133,8 +133,11 @@ def decided(call: Call, scores: Tensor, tolerance: float) -> tuple[Tensor, Tenso
     return forced | (kept & candidates), ~visible | (dropped & candidates)
 
 
-def assert_selects(call: Call, lists: BlockLists, query: Tensor, key: Tensor) -> int:
+def assert_selects(
+    call: Call, lists: BlockLists, query: Tensor, key: Tensor, tolerance: float | None = None
+) -> int:
     """Asserts that the lists are the reference's but for what rounding decides; counts that."""
+    tolerance = TOLERANCE[query.dtype] if tolerance is None else tolerance
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operator, "takes", lambda *_: False)
         reference = call.select(query, key).keep.expand(-1, call.q_heads, -1, -1)
@@ -142,7 +145,7 @@ def assert_selects(call: Call, lists: BlockLists, query: Tensor, key: Tensor) ->
     assert_well_formed(call, lists)
     differs = keep != reference
     if differs.any():
-        kept, dropped = decided(call, exact_scores(call, query, key), TOLERANCE[query.dtype])
+        kept, dropped = decided(call, exact_scores(call, query, key), tolerance)
         assert not (differs & (kept | dropped)).any()
     return int(differs.sum())
 
