@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .calls import CPU, TOLERANCE, KernelCall, assert_selects, fixed_call, kernel_calls, run
+from .calls import (
+    CPU,
+    KernelCall,
+    assert_selects,
+    fixed_call,
+    kernel_calls,
+    run,
+    tolerance_of,
+    widen,
+)
 from .interpreter import Kernels
 
 pytestmark = [
@@ -26,37 +35,6 @@ pytestmark = [
 # The default counts of programs never split calls this short.
 PROGRAMS = (1, 10**6)
 DEVIATIONS = (1.0, 20.0, 59.0, 200.0, 1000.0)
-
-
-def widen(
-    call: KernelCall, deviation: float, group: int = 4, block: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Query and key whose logits deviate so much, alike in every ``group`` tokens.
-
-    Alike, so that means of them are exact in every dtype. Keys of ``block`` have by far the
-    highest logits.
-    """
-    generator = call.generator()
-
-    def tokens(heads: int, length: int) -> Tensor:
-        shape = (call.batch, heads, -(-length // group), call.head_dim)
-        drawn = torch.randn(shape, generator=generator)
-        return drawn.repeat_interleave(group, dim=2)[:, :, :length]
-
-    query, key = tokens(call.q_heads, call.q_len), tokens(call.kv_heads, call.kv_len)
-    if block is not None:
-        size = call.selector.block_size
-        query[..., 0] = call.head_dim**0.5
-        key[..., 0] = 0.0
-        key[:, :, block * size : (block + 1) * size, 0] = 8.0
-    return (query * deviation).to(call.dtype), key.to(call.dtype)
-
-
-def tolerance_of(call: KernelCall, query: Tensor, key: Tensor) -> float:
-    """Relative error of a score by float32 logits of this size, and by the dtype's rounding."""
-    longest = query.double().norm(dim=-1).max() * key.double().norm(dim=-1).max()
-    logit = float(longest) / call.head_dim**0.5
-    return TOLERANCE[call.dtype] + 4 * logit * torch.finfo(torch.float32).eps
 
 
 def assert_wide_selects(
@@ -80,7 +58,7 @@ def test_wide_logits_select_as_the_reference(
 ) -> None:
     rule: dict[str, Any] = {"top_p": 0.6, "threshold": 0.05}
     call = fixed_call(
-        37, 300, is_causal=is_causal, c_k=1, group=1, sampled_queries=2, dtype=dtype, **rule
+        20, 200, is_causal=is_causal, c_k=1, group=1, sampled_queries=2, dtype=dtype, **rule
     )
     query, key = widen(call, deviation)
     kept = assert_wide_selects(kernels, call, query, key, programs)
@@ -92,24 +70,31 @@ def test_wide_logits_select_as_the_reference(
 @pytest.mark.parametrize("programs", PROGRAMS)
 @pytest.mark.parametrize(
     "granularity",
-    [{"c_k": 1}, {"c_k": 4, "kv_len": 1150}, {"c_q": 16, "c_k": 16, "sampled_queries": 4}],
+    [
+        {"c_k": 1, "kv_len": 200},
+        {"c_k": 4, "kv_len": 1150},
+        {"c_q": 16, "c_k": 16, "kv_len": 200, "sampled_queries": 2},
+    ],
+    ids=["keys", "composites", "both"],
 )
-@pytest.mark.parametrize("part", [0.0, 0.4, 0.97])
-@pytest.mark.parametrize("deviation", [-200.0, 20.0, 200.0])
+@pytest.mark.parametrize("part", [0.0, 0.4, 0.9])
 def test_the_highest_logits_may_stand_anywhere(
-    kernels: Kernels, deviation: float, part: float, granularity: dict[str, Any], programs: int
+    kernels: Kernels, part: float, granularity: dict[str, Any], programs: int
 ) -> None:
-    fields = {"kv_len": 410, "threshold": 0.02, "group": 1, "dtype": torch.bfloat16} | granularity
-    call = fixed_call(21, **fields)
-    query, key = widen(call, abs(deviation), 16, int(part * call.geometry.num_kv_blocks))
-    # With the sign turned these are the lowest.
-    kept = assert_wide_selects(
-        kernels, call, query if deviation > 0 else -query, key, programs
-    )
+    call = fixed_call(16, threshold=0.02, group=1, dtype=torch.bfloat16, **granularity)
+    query, key = widen(call, 200.0, 16, int(part * call.geometry.num_kv_blocks))
+    kept = assert_wide_selects(kernels, call, query, key, programs)
     assert kept.sum() < 0.5 * call.geometry.visible_blocks(CPU).sum()
 
 
-@settings(max_examples=6)
+@pytest.mark.parametrize("part", [0.0, 0.9])
+def test_the_lowest_logits_may_stand_anywhere(kernels: Kernels, part: float) -> None:
+    call = fixed_call(16, 200, c_k=1, threshold=0.02, group=1, sampled_queries=1)
+    query, key = widen(call, 200.0, 16, int(part * call.geometry.num_kv_blocks))
+    assert_wide_selects(kernels, call, -query, key, 10**6)
+
+
+@settings(max_examples=5)
 @given(data=st.data(), decades=st.floats(0, 4), programs=st.sampled_from(PROGRAMS))
 @pytest.mark.parametrize("rule", ["top_p", "top_p_or_threshold"])
 def test_any_width_selects_as_the_reference(
@@ -126,9 +111,9 @@ def test_any_width_selects_as_the_reference(
 def test_rows_that_are_not_finite_are_kept_whole_among_wide_ones(
     kernels: Kernels, spoilt: int, value: float, programs: int
 ) -> None:
-    call = fixed_call(37, 300, c_k=1, threshold=0.1, sampled_queries=2, group=1)
+    call = fixed_call(32, 200, c_k=1, threshold=0.1, sampled_queries=2, group=1)
     tokens = widen(call, 200.0)
-    tokens[spoilt][0, 0, (20, 270)[spoilt], 3] = value
+    tokens[spoilt][0, 0, (20, 190)[spoilt], 3] = value
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels.score, "PROGRAMS_WANTED", programs)
         patch.setattr(kernels.score, "PROGRAMS_WANTED_OF_KEYS", programs)
@@ -137,4 +122,4 @@ def test_rows_that_are_not_finite_are_kept_whole_among_wide_ones(
     # The second query block is not judged; the first is.
     visible = call.geometry.visible_blocks(CPU)
     assert kept[0, 0, 1].equal(visible[1])
-    assert kept[0, 0, 0].sum() < 0.5 * visible[0].sum()
+    assert not kept[0, 0, 0].equal(visible[0])
