@@ -55,6 +55,9 @@ def _held(weights, ROWS: tl.constexpr, COLS: tl.constexpr, HELD: tl.constexpr):
     return tl.sum(tl.reshape(weights, [ROWS, COLS // HELD, HELD]), 1)
 
 
+# Sums above it are computed again: parts of them may be added, and divided by, in float32.
+MOST_TOTAL = tl.constexpr(2.0**100)
+
 LENGTHS = [
     "first_head",
     "first_row",
@@ -101,7 +104,8 @@ def _score(
 
     ``block_rows`` rows of ``queries`` belong to a query block; ``ROW_GROUP`` query tokens to one
     of them, ``KEY_GROUP`` keys to one of ``keys``. All are relative to the greatest logit of the
-    first tile: a row that outgrows it by 2 ** 127 becomes infinite, and is kept whole.
+    first tile. Where a row outgrows it too far, the program computes its sums again, relative to
+    the greatest logit of its own keys, and writes how far that lies above, as `Masses` says.
     """
     # The last rows see most: those of all heads go first.
     program = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
@@ -178,8 +182,35 @@ def _score(
         stored = in_rows & (block < blocks)[None, :]
         tl.store(place, mass.to(out.dtype.element_ty), mask=stored)
         place += tl.where(tile % tiles_per_step == tiles_per_step - 1, held * rows, 0)
-    at_total = totals + (slot * SPLITS + split).to(tl.int64) * rows + row
-    tl.store(at_total, tl.sum(total, 1), mask=row < rows)
+    sums = tl.sum(total, 1)
+    at_total = totals + (slot * 3 * SPLITS + split).to(tl.int64) * rows + row
+    # What holds the first tile sums to 1 or more, but for rounding of logits beyond 2 ** 24.
+    least = tl.where(split == 0, 0.5, -1.0)
+    if tl.max(((sums > MOST_TOTAL) | (sums < least)).to(tl.int32), 0) > 0:
+        # Twice over the tiles: the greatest logits, then the sums relative to them.
+        count = (end - begin) * tiles_per_step
+        raised = peak
+        for turn in range(2 * count):
+            tile = begin * tiles_per_step + turn % count
+            logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT) * scale
+            at_column = tile * COLS + column
+            logits = _mask(logits, at_column, position, columns, kv_len, KEY_GROUP, CAUSAL)
+            raised = tl.where(turn < count, tl.maximum(raised, tl.max(logits, 1)), raised)
+            part = _held(tl.exp2(logits - raised[:, None]), ROWS, COLS, held)
+            total = tl.where(turn <= count, part, total + part)
+            mass = tl.where(tile % tiles_per_step == 0, part, mass + part)
+            block = tile // tiles_per_step * held + tl.arange(0, held)
+            # Nothing at the first turn.
+            stored = in_rows & (block < tl.where(turn < count, 0, blocks))[None, :]
+            place = out + block[None, :] * rows + row[:, None]
+            tl.store(place, mass.to(out.dtype.element_ty), mask=stored)
+        sums = tl.sum(total, 1)
+        if SPLITS > 1:
+            sums = -sums
+            tl.store(at_total + SPLITS * rows, raised - peak, mask=row < rows)
+            span = row * 0.0 + share * held
+            tl.store(at_total + 2 * SPLITS * rows, span, mask=row < rows)
+    tl.store(at_total, sums, mask=row < rows)
 
 
 _launch = Launch(_score)
@@ -283,7 +314,7 @@ def score(
     width = power_of_two(keys.shape[3])
     masses = Masses(
         keys.new_empty((count, blocks, rows), dtype=torch.float32 if exact else torch.bfloat16),
-        keys.new_empty((count, splits, rows), dtype=torch.float32),
+        keys.new_empty((count, 3, splits, rows), dtype=torch.float32),
     )
     _launch(
         (row_tiles, splits, count),

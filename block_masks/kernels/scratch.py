@@ -27,12 +27,16 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Masses:
-    """Attention mass before normalisation; a row's all have one factor.
+    """Attention mass before normalisation; a row's all have one factor, or those of a part have.
+
+    A part whose total is negative stands for its absolute value; it, and its blocks, have a factor
+    of their own: they are to be multiplied by 2 ** shift beside parts of positive totals.
 
     Attributes:
         blocks: [heads, reach, rows], bfloat16 or float32: of each key block up to the last that
             one of the rows sees.
-        totals: float32 [heads, splits, rows]: of all keys, in parts.
+        totals: float32 [heads, 3, splits, rows]: of all keys, in parts; of a row of several
+            parts, where its total is negative, the shift, and the key blocks to a part.
     """
 
     blocks: Tensor

@@ -19,11 +19,49 @@ from .scratch import Masses, power_of_two, reach_of
 
 
 @triton.jit
+def _level(
+    masses,
+    totals,
+    rows,
+    reach,
+    R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SLICE: tl.constexpr,
+):
+    """Gives all parts of a row the greatest of their factors, where they are."""
+    part = tl.arange(0, SPLITS)
+    for row in range(R):
+        lines = totals + row + part * rows
+        total = tl.load(lines)
+        shift = tl.load(lines + SPLITS * rows, mask=total < 0, other=0.0)
+        span = tl.load(lines + 2 * SPLITS * rows, mask=total < 0, other=0.0)
+        highest = tl.max(shift, 0)
+        total = tl.sum(tl.abs(total) * tl.exp2(shift - highest), 0)
+        # Key blocks to a part, 0 where all parts have one factor; behind the last are hidden ones.
+        span = tl.max(span, 0).to(tl.int32)
+        stop = tl.minimum(span * SPLITS, reach)
+        for start in range(0, stop, SLICE):
+            block = start + tl.arange(0, SLICE)
+            own = totals + row + block // span * rows
+            inside = block < stop
+            moved = tl.load(own, mask=inside, other=0.0) < 0
+            raised = tl.load(own + SPLITS * rows, mask=moved, other=0.0)
+            place = masses + block * rows + row
+            mass = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            mass *= tl.exp2(raised - highest)
+            tl.store(place, mass.to(masses.dtype.element_ty), mask=inside)
+        # Before it is written every thread has read, and before it is read all is written.
+        tl.debug_barrier()
+        tl.store(lines, tl.where(part == 0, total, 0.0))
+    tl.debug_barrier()
+
+
+@triton.jit
 def _shares(
     masses,
     totals,
     rows,
-    at,
+    reach,
     key_block,
     visible,
     left,
@@ -35,18 +73,22 @@ def _shares(
 ):
     """Each key block's share of a row's mass, averaged over rows by the tokens they stand for.
 
-    ``left`` query tokens exist from the block's first on; ``at`` is its first row of ``rows``.
+    ``left`` query tokens exist from the block's first on.
     """
+    if SPLITS > 1:
+        part = tl.arange(0, SPLITS)[:, None] * rows + tl.arange(0, R)[None, :]
+        if tl.min(tl.min(tl.load(totals + part), 1), 0) < 0:
+            _level(masses, totals, rows, reach, R, SPLITS, P if P < 128 else 128)
     result = tl.zeros([P], dtype=tl.float32)
     tokens = tl.minimum(left, R * STEP).to(tl.float32)
     for start in tl.static_range(0, R, CHUNK):
         row = start + tl.arange(0, CHUNK)
-        total = tl.load(totals + at + row)
+        total = tl.load(totals + row)
         for split in tl.static_range(1, SPLITS):
-            total += tl.load(totals + split * rows + at + row)
+            total += tl.load(totals + split * rows + row)
         # A row that stands for no token repeats the last one and weighs nothing.
         count = tl.minimum(tl.maximum(left - row * STEP, 0), STEP).to(tl.float32)
-        place = masses + key_block[:, None] * rows + (at + row)[None, :]
+        place = masses + key_block[:, None] * rows + row[None, :]
         mass = tl.load(place, mask=visible[:, None], other=0.0).to(tl.float32)
         result += tl.sum(mass * (count / tokens / total)[None, :], 1)
     return result
@@ -158,20 +200,20 @@ def _select(
         visible = visible & (key_block * BLOCK <= last)
 
     left = q_len - block * BLOCK
-    score = tl.zeros([P], dtype=tl.float32)
     at = local_block * HEADS + head
+    score = tl.zeros([P], dtype=tl.float32)
     if COARSE > 0:
         score += _shares(
-            coarse + slot.to(tl.int64) * reach * coarse_rows,
-            coarse_totals + slot.to(tl.int64) * COARSE_SPLITS * coarse_rows,
-            coarse_rows, at * COARSE, key_block, visible, left,
+            coarse + slot.to(tl.int64) * reach * coarse_rows + at * COARSE,
+            coarse_totals + slot.to(tl.int64) * 3 * COARSE_SPLITS * coarse_rows + at * COARSE,
+            coarse_rows, reach, key_block, visible, left,
             COARSE, BLOCK // COARSE, COARSE_CHUNK, COARSE_SPLITS, P,
         )  # fmt: skip
     if FINE > 0:
         score += _shares(
-            fine + slot.to(tl.int64) * reach * fine_rows,
-            fine_totals + slot.to(tl.int64) * FINE_SPLITS * fine_rows,
-            fine_rows, at * FINE, key_block, visible, left,
+            fine + slot.to(tl.int64) * reach * fine_rows + at * FINE,
+            fine_totals + slot.to(tl.int64) * 3 * FINE_SPLITS * fine_rows + at * FINE,
+            fine_rows, reach, key_block, visible, left,
             FINE, BLOCK // FINE, FINE_CHUNK, FINE_SPLITS, P,
         )  # fmt: skip
     if COARSE > 0 and FINE > 0:
@@ -323,10 +365,10 @@ def select(
         MERGED=merged,
         COARSE=rows[0],
         COARSE_CHUNK=chunks[0],
-        COARSE_SPLITS=parts[0][0].totals.shape[1],
+        COARSE_SPLITS=parts[0][0].totals.shape[2],
         FINE=rows[1],
         FINE_CHUNK=chunks[1],
-        FINE_SPLITS=parts[1][0].totals.shape[1],
+        FINE_SPLITS=parts[1][0].totals.shape[2],
         CAUSAL=geometry.causal_offset is not None,
         SELF=geometry.q_len == geometry.kv_len,
         P=power,

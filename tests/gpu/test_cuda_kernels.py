@@ -15,6 +15,8 @@ from tests.kernels.calls import (
     assert_selects,
     assert_well_formed,
     fixed_call,
+    tolerance_of,
+    widen,
 )
 from unisparse_flex.block_masks.block_lists import BlockLists
 from unisparse_flex.block_masks.kernels import operator
@@ -256,3 +258,48 @@ def test_the_operator_passes_torchs_own_checks(causal: bool) -> None:
         arguments(call),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize("deviation", [1.0, 59.0, 200.0])
+@pytest.mark.parametrize("splits", [1, 16])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_wide_logits_select_as_the_reference(
+    monkeypatch: pytest.MonkeyPatch, deviation: float, splits: int, dtype: torch.dtype
+) -> None:
+    from unisparse_flex.block_masks.kernels import score
+
+    monkeypatch.setattr(score, "MOST_SPLITS", splits)
+    # Fewer rows than the shortest prompts have are split without being asked to.
+    monkeypatch.setattr(score, "PROGRAMS_WANTED", 2048)
+    call = cuda_call(4096, c_q=16, c_k=4, top_p=0.6, threshold=0.02, sampled_queries=4, dtype=dtype)
+    query, key = widen(call, deviation, group=64)
+    query, key = query.cuda(), key.cuda()
+    lists = run(call, query, key)
+    # Logits are rounded to float32, and multiplied in other orders.
+    differing = assert_selects(call, lists, query, key, tolerance_of(call, query, key))
+    share = 1e-3 if dtype is FP32 else 0.02
+    assert differing <= share * lists.kept().sum().item()
+    if deviation > 1:
+        visible = call.geometry.visible_blocks(query.device)
+        assert lists.kept().sum() < 0.5 * call.q_heads * visible.sum()
+
+
+def test_default_settings_select_as_the_reference_where_logits_are_wide() -> None:
+    call = cuda_call(
+        8192, c_q=16, c_k=128, top_p=0.928, threshold=0.006, threshold_blocks=64, sampled_queries=4
+    )
+    query, key = widen(call, 59.0, group=128)
+    query, key = query.cuda(), key.cuda()
+    lists = run(call, query, key)
+    differing = assert_selects(call, lists, query, key, tolerance_of(call, query, key))
+    assert differing <= 0.02 * lists.kept().sum().item()
+
+
+def test_a_key_that_is_not_a_number_among_wide_logits_keeps_all_for_those_who_see_it() -> None:
+    call = cuda_call(2048, threshold=0.1, sampled_queries=4)
+    query, key = (tokens.cuda() for tokens in widen(call, 200.0, group=64))
+    key[0, 1, 300, 5] = float("nan")
+    keep = run(call, query, key).kept()
+    visible = call.geometry.visible_blocks(query.device)
+    assert keep[0, 4:, 2:].equal(visible[2:].expand(4, -1, -1))
+    assert keep[0, :4, 4:15].sum() < 0.9 * 4 * visible[4:15].sum()

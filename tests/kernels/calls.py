@@ -52,6 +52,37 @@ class KernelCall(Call):
         return tokens(self.q_heads, self.q_len), tokens(self.kv_heads, self.kv_len)
 
 
+def widen(
+    call: KernelCall, deviation: float, group: int = 4, block: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Query and key whose logits deviate so much, alike in every ``group`` tokens.
+
+    Alike, so that means of them are exact in every dtype. Keys of ``block`` have by far the
+    highest logits.
+    """
+    generator = call.generator()
+
+    def tokens(heads: int, length: int) -> Tensor:
+        shape = (call.batch, heads, -(-length // group), call.head_dim)
+        drawn = torch.randn(shape, generator=generator)
+        return drawn.repeat_interleave(group, dim=2)[:, :, :length]
+
+    query, key = tokens(call.q_heads, call.q_len), tokens(call.kv_heads, call.kv_len)
+    if block is not None:
+        size = call.selector.block_size
+        query[..., 0] = call.head_dim**0.5
+        key[..., 0] = 0.0
+        key[:, :, block * size : (block + 1) * size, 0] = 8.0
+    return (query * deviation).to(call.dtype), key.to(call.dtype)
+
+
+def tolerance_of(call: KernelCall, query: Tensor, key: Tensor) -> float:
+    """Relative error of a score by float32 logits of this size, and by the dtype's rounding."""
+    longest = query.double().norm(dim=-1).max() * key.double().norm(dim=-1).max()
+    logit = float(longest) / call.head_dim**0.5
+    return TOLERANCE[call.dtype] + 4 * logit * torch.finfo(torch.float32).eps
+
+
 def run(
     kernels: Kernels,
     call: Call,
@@ -133,8 +164,11 @@ def decided(call: Call, scores: Tensor, tolerance: float) -> tuple[Tensor, Tenso
     return forced | (kept & candidates), ~visible | (dropped & candidates)
 
 
-def assert_selects(call: Call, lists: BlockLists, query: Tensor, key: Tensor) -> int:
+def assert_selects(
+    call: Call, lists: BlockLists, query: Tensor, key: Tensor, tolerance: float | None = None
+) -> int:
     """Asserts that the lists are the reference's but for what rounding decides; counts that."""
+    tolerance = TOLERANCE[query.dtype] if tolerance is None else tolerance
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(operator, "takes", lambda *_: False)
         reference = call.select(query, key).keep.expand(-1, call.q_heads, -1, -1)
@@ -142,7 +176,7 @@ def assert_selects(call: Call, lists: BlockLists, query: Tensor, key: Tensor) ->
     assert_well_formed(call, lists)
     differs = keep != reference
     if differs.any():
-        kept, dropped = decided(call, exact_scores(call, query, key), TOLERANCE[query.dtype])
+        kept, dropped = decided(call, exact_scores(call, query, key), tolerance)
         assert not (differs & (kept | dropped)).any()
     return int(differs.sum())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,9 +34,16 @@ def row_weights(query: Tensor, key: Tensor, offset: int | None, step: int) -> Te
     return weights
 
 
-def shares(masses: Tensor, totals: Tensor) -> Tensor:
-    """[heads, rows, blocks] of what the kernel wrote as [heads, blocks, rows]."""
-    return (masses.float() / totals.sum(1)[:, None]).transpose(1, 2).double()
+def shares(masses: Any) -> Tensor:
+    """float64 [heads, rows, blocks] of `Masses`."""
+    blocks, (totals, shifts, spans) = masses.blocks.double(), masses.totals.double().unbind(1)
+    shifts = torch.where(totals < 0, shifts, 0.0)
+    factors = (shifts - shifts.amax(1, keepdim=True)).exp2()
+    # Where no part has a shift all factors are 1.
+    span = torch.where(totals < 0, spans, blocks.shape[1]).amin(1)
+    part = torch.arange(blocks.shape[1])[:, None] // span[:, None]
+    mass = blocks * factors.gather(1, part.long())
+    return (mass / (totals.abs() * factors).sum(1)[:, None]).transpose(1, 2)
 
 
 def assert_masses(
@@ -68,7 +77,7 @@ def assert_masses(
     expected = torch.nn.functional.pad(weights, (0, -key.shape[2] % SIZE))
     expected = expected.unflatten(-1, (-1, SIZE)).sum(-1) / weights.sum(-1, keepdim=True)
     reach = kernels.scratch.reach_of(geometry, q_blocks)
-    found = shares(masses.blocks, masses.totals)
+    found = shares(masses)
     assert found.shape == (*expected.shape[:2], reach)
     assert not expected[..., reach:].any()
     # What causality hides from a whole query block is left unset.
@@ -156,7 +165,7 @@ def test_composite_keys_weigh_as_many_keys_as_they_stand_for(
         scale=0.25,
     )
     counts = torch.tensor([min(SIZE, kv_len - j * SIZE) for j in range(blocks)]).double()
-    found = shares(masses.blocks, masses.totals)
+    found = shares(masses)
     torch.testing.assert_close(found, (counts / kv_len).expand_as(found), rtol=1e-5, atol=0)
 
 
