@@ -40,21 +40,25 @@ def sdpa_at_run(call: SdpaCall, config: SparseConfig) -> Tensor:
     return output
 
 
-def has_stated_range(call: SdpaCall) -> bool:
+def has_stated_range(call: SdpaCall, *, unknown: bool = False) -> bool:
     """Whether a length of the call is dynamic within bounds that the graph must serve.
 
-    Those are of `torch.export.Dim` and `torch._dynamo.mark_dynamic` with ``min`` or ``max``; what
-    is traced outside of torch.compile may have any. An ahead-of-time package cannot run an operator
-    written in Python: its graph keeps what holds for the example.
+    Those are of `torch.export.Dim` and `torch._dynamo.mark_dynamic` with ``min`` or ``max``. An
+    ahead-of-time package cannot run an operator written in Python: its graph keeps what holds for
+    the example.
+
+    Args:
+        call: The call, traced.
+        unknown: The answer where the graph does not come from Dynamo, which knows what was stated.
     """
-    if inductor_config.cpp_wrapper:
-        return False
     lengths = (*call.query.shape[::2], *call.key.shape[::2])
-    if not any(is_symbolic(length) for length in lengths):
+    if inductor_config.cpp_wrapper or not any(is_symbolic(length) for length in lengths):
         return False
     tracing = torch._guards.TracingContext.try_get()
     contexts = [] if tracing is None else list(tracing.tensor_to_context.values())
-    return not contexts or any(
+    if not contexts:
+        return unknown
+    return any(
         isinstance(constraint, StrictMinMaxConstraint)
         for context in contexts
         for constraint in getattr(context, "constraint_sizes", ())

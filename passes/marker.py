@@ -142,7 +142,7 @@ def _compute(call: SdpaCall, config: SparseConfig, lower: Lowering | None = None
     if tracing and lower is None and not config.strict and get_proxy_mode() is None:
         # Only the output's shape is asked for: what is decided here would be a guard of the graph.
         return call.run_dense()
-    if tracing and not config.dense and has_stated_range(call):
+    if tracing and not config.dense and has_stated_range(call, unknown=lower is None):
         return sdpa_at_run(apply_autocast(call), config)
     reason = refuse(call, config)
     observer = None if tracing else _observer.get()

@@ -237,7 +237,9 @@ def tile_of(tokens: Tensor, rows: int) -> Tile:
     if tokens.element_size() == 4:
         return Tile(64, min(64, 4096 // width), 4, 1)
     if width <= 128:
-        return Tile(64, 64, 4, 3, 128) if rows <= FEW_ROWS else Tile(128, 64, 8, 3, 80)
+        # Above 64 wide, shared memory leaves room for two programs, and so for their registers.
+        registers = 80 if width <= 64 else 128
+        return Tile(64, 64, 4, 3, 128) if rows <= FEW_ROWS else Tile(128, 64, 8, 3, registers)
     return Tile(128, 64, 8, 2, 128)
 
 
