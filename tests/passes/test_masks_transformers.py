@@ -130,7 +130,8 @@ def test_masks_of_a_model_are_proved(
     assert [mask_of(node) for node in graph.calls] == [None, None]
     if name == "llama" and (call is plain or (call is chunked and not dynamic)):
         # At a symbolic offset causality stays a formula.
-        assert all(node.args[5] is True for node in graph.calls)
+        flags = [(node.args[5], node.kwargs["causal_lower_right"]) for node in graph.calls]
+        assert flags == [(call is plain, call is chunked)] * len(flags)
 
 
 class ByFormula(TorchFunctionMode):
