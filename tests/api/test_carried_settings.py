@@ -101,7 +101,10 @@ def in_while_loop(q: Tensor) -> Tensor:
 
 
 def in_map(q: Tensor) -> Tensor:
-    out: Tensor = torch._higher_order_ops.map(attend, q[None])[0]
+    def attended(x: Any, *_: Any) -> Any:
+        return attend(x)
+
+    out: Tensor = torch._higher_order_ops.map(attended, q[None])[0]
     return out
 
 

@@ -196,7 +196,7 @@ class Wrapping(nn.Module):
             self.outermost += type(self).forward is wrapped
             return inner(self, *args, **kwargs)
 
-        cls.forward = wrapped  # type: ignore[method-assign]
+        cls.forward = wrapped
 
 
 class Wrapped(Wrapping):
