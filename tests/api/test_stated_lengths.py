@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.export import Dim, export
 
 from unisparse_flex import DEFAULT_SELECTOR, Selector, StreamingLLM, UniSparse, explain, optimize
