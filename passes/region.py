@@ -18,10 +18,11 @@ from torch import Tensor
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._inductor import config as inductor_config
 
+from ..block_masks.pinning import pin
 from .config import SparseConfig
 from .decision import Reason, needs_grad
 from .sdpa import SdpaCall
-from .sparse_attention import attend_flex, attend_masked, select
+from .sparse_attention import attend_flex, attend_masked, restore_nan, select
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +58,20 @@ def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
     name = f"unisparse_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     # Annotated for a GraphModule, traces any callable.
     run: Any = _region(config, flags)
-    return invoke_subgraph(run, name, *operands)[0]
+    output: Tensor = invoke_subgraph(run, name, *operands)[0]
+    return restore_nan(output, call, config) if output.device.type == "cpu" else output
 
 
 def compiled_inline(call: SdpaCall, config: SparseConfig) -> Tensor:
     """Selects and attends where the call stands: Inductor lowers no region inside a body."""
-    if call.query.device.type == "cpu":
-        call = call.map_tensors(_apart)
-    return attend_flex(call, select(call, config), backend=config.backend)
+    if call.query.device.type != "cpu":
+        return attend_flex(call, select(call, config), backend=config.backend)
+    call = call.map_tensors(_apart)
+    output = attend_flex(call, select(call, config), backend=config.backend)
+    if inductor_config.cpp_wrapper:
+        return output
+    # Nothing may be fused into the kernel.
+    return restore_nan(pin([output])[0], call, config)
 
 
 def compiled_in_loop(call: SdpaCall, config: SparseConfig) -> Tensor:

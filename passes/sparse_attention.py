@@ -127,11 +127,31 @@ def attend_flex(
     )[0]
 
 
+def restore_nan(output: Tensor, call: SdpaCall, config: SparseConfig) -> Tensor:
+    """The output of torch's CPU flex kernel with the NaN that it loses: it keeps no NaN logit.
+
+    A row of a NaN query is NaN, and so is one that sees a NaN key where causality alone hides keys.
+    Which keys a proved mask hides is not looked up.
+    """
+    lost = call.query.isnan().any(-1)
+    geometry = call_geometry(call, config)
+    if geometry.mask is None:
+        keys = call.key.isnan().any(-1).to(torch.int32).cummax(-1).values
+        offset = geometry.causal_offset
+        last = torch.arange(geometry.q_len, device=keys.device)
+        last = last * 0 + geometry.kv_len - 1 if offset is None else last + offset
+        seen = keys.index_select(-1, last.clamp(0, geometry.kv_len - 1)) * (last >= 0)
+        lost = lost | seen.repeat_interleave(output.shape[1] // keys.shape[1], dim=1).bool()
+    return output.masked_fill(lost[..., None], torch.nan)
+
+
 def attend_masked(
     call: SdpaCall,
     selection: BlockSelection,
     rows: slice = slice(None),
     keys: slice = slice(None),
+    *,
+    by_definition: bool = False,
 ) -> Tensor:
     """Attends to the kept blocks through SDPA with a token mask: any device, any backend, slow.
 
@@ -140,6 +160,7 @@ def attend_masked(
         selection: The kept blocks.
         rows: Query rows to compute; all by default.
         keys: Keys to read, at least all that ``rows`` see; all by default.
+        by_definition: Whether queries or keys may hold what is not finite.
 
     Returns:
         [B, Hq, rows, Dv].
@@ -155,14 +176,36 @@ def attend_masked(
             seen = mask & visible_tokens(own)
             mask = own.to(call.query.dtype).masked_fill(~seen, -torch.inf)
     query, key, value = (_rows_apart(t) for t in (call.query, call.key, call.value))
+    query, key, value = query[:, :, rows], key[:, :, keys], value[:, :, keys]
+    if by_definition:
+        return _attend_by_definition(query, key, value, mask, logit_scale(call))
     return TORCH_SDPA(
-        query[:, :, rows],
-        key[:, :, keys],
-        value[:, :, keys],
+        query,
+        key,
+        value,
         attn_mask=mask,
         scale=call.scale,
         enable_gqa=bool(call.query.shape[1] != call.key.shape[1]),
     )
+
+
+def _attend_by_definition(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """Attention in which a hidden key's logit is nothing, whatever it is.
+
+    Kernels add -inf to it, which leaves a NaN what it is.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
+    logits = (query @ key.mT) * scale
+    hidden = ~mask if mask.dtype is torch.bool else mask == -torch.inf
+    if mask.dtype is not torch.bool:
+        logits = logits + mask
+    logits = logits.masked_fill(hidden, -torch.inf)
+    # A row without keys is 0.
+    weights = logits.softmax(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
+    return weights @ value
 
 
 def attend_masked_in_chunks(call: SdpaCall, selection: BlockSelection) -> Tensor:
@@ -173,12 +216,14 @@ def attend_masked_in_chunks(call: SdpaCall, selection: BlockSelection) -> Tensor
     row_bytes = batch * heads * geometry.kv_len * (1 + call.query.element_size())
     size = geometry.block_size
     chunk = max(size, MASK_CHUNK_BYTES // max(row_bytes, 1) // size * size)
+    finite = bool(call.query.isfinite().all() and call.key.isfinite().all())
     outputs = []
     for start in range(0, q_len, chunk):
         stop = min(start + chunk, q_len)
         offset = geometry.causal_offset
         seen = geometry.kv_len if offset is None else min(stop + offset, geometry.kv_len)
-        outputs.append(attend_masked(call, selection, slice(start, stop), slice(0, seen)))
+        tile = slice(start, stop), slice(0, seen)
+        outputs.append(attend_masked(call, selection, *tile, by_definition=not finite))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
