@@ -92,20 +92,20 @@ def check_optimize(case: Case) -> str:
     plain, reasons = OneCall(), list[Reason | None]()
     model = optimize(OneCall(), case.selector, min_length=0)
     with observe_calls(lambda call, config, selection, reason: reasons.append(reason)):
-        watched = _outcome(model, arguments)
-    output = _outcome(model, arguments)
+        watched = outcome(model, arguments)
+    output = outcome(model, arguments)
     assert type(output) is type(watched)
     if isinstance(output, Exception):
-        assert type(_outcome(plain, arguments)) is type(output)
+        assert type(outcome(plain, arguments)) is type(output)
         return "raises as SDPA does"
-    if reasons != [None] and _overlaps(arguments):
+    if reasons != [None] and overlaps(arguments):
         return "dense: undefined in SDPA"
     assert same(output, watched)
     if reasons == [None]:
-        assert case.fault is None or isinstance(_outcome(plain, arguments), Exception)
+        assert case.fault is None or isinstance(outcome(plain, arguments), Exception)
         _assert_attention(case, output)
         return "computed"
-    assert same(output, _outcome(plain, arguments))
+    assert same(output, outcome(plain, arguments))
     return "dense"
 
 
@@ -126,7 +126,7 @@ class OneCall(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, **arguments)
 
 
-def _outcome(model: nn.Module, arguments: dict[str, Any]) -> Any:
+def outcome(model: nn.Module, arguments: dict[str, Any]) -> Any:
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -145,7 +145,7 @@ def _refused(case: Case, function: Callable[..., Any], arguments: dict[str, Any]
     return "refused: " + case.fault
 
 
-def _overlaps(arguments: dict[str, Any]) -> bool:
+def overlaps(arguments: dict[str, Any]) -> bool:
     """Whether SDPA on the CPU returns memory that nobody wrote: tokens that overlap."""
     tensors = (arguments[name] for name in ("query", "key", "value"))
     return any(t.dim() == 4 and t.stride(2) < t.shape[3] for t in tensors)

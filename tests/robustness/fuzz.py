@@ -7,6 +7,7 @@ prints the smallest case that fails, to be pasted into a test.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 import warnings
 from collections import Counter
@@ -18,7 +19,12 @@ from hypothesis import HealthCheck
 
 from .case_strategies import cases
 from .cases import Case
-from .entries import ENTRIES
+from .entries import ENTRIES, Entry
+from .ways import WAYS
+
+ALL: dict[str, Entry] = {**ENTRIES, **WAYS}
+# Those that trace something for every case get a twentieth of the cases of the others.
+TRACED, TRACED_SHARE = ("branch", "exported"), 0.05
 
 
 def fuzz(entry: str, count: int, seed: int) -> dict[Case, str]:
@@ -35,7 +41,7 @@ def fuzz(entry: str, count: int, seed: int) -> dict[Case, str]:
     )
     @hypothesis.given(cases())
     def run(case: Case) -> None:
-        found[case] = ENTRIES[entry](case)
+        found[case] = ALL[entry](case)
 
     run()
     return found
@@ -81,15 +87,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=20_000, help="over all entries together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--entries", nargs="+", choices=ENTRIES, default=list(ENTRIES))
+    parser.add_argument("--entries", nargs="+", choices=ALL, default=list(ALL))
     arguments = parser.parse_args()
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    each = -(-arguments.cases // len(arguments.entries))
+    shares = {entry: TRACED_SHARE if entry in TRACED else 1.0 for entry in arguments.entries}
+    each = arguments.cases / sum(shares.values())
     total, covered = 0, Counter[str]()
     for entry in arguments.entries:
         start = time.monotonic()
-        found = fuzz(entry, each, arguments.seed)
+        found = fuzz(entry, math.ceil(each * shares[entry]), arguments.seed)
         total += len(found)
         covered.update(trait for case in found if case.fault is None for trait in traits(case))
         seconds = time.monotonic() - start

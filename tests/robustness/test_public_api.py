@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from .case_strategies import cases
 from .cases import Case
 from .entries import check_attention, check_block_mask, check_optimize, check_select
+from .ways import check_branch, check_checkpointed, check_exported, check_patched
 
 few = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 
@@ -49,3 +50,30 @@ def test_a_block_mask_is_its_selection_or_says_what_is_wrong(case: Case) -> None
 @given(cases())
 def test_an_optimized_call_is_that_of_its_blocks_or_what_sdpa_does(case: Case) -> None:
     assert check_optimize(case)
+
+
+@few
+@given(cases())
+def test_a_patched_call_is_the_call_that_the_patch_makes(case: Case) -> None:
+    assert check_patched(case)
+
+
+@few
+@given(cases())
+def test_a_checkpointed_call_has_the_gradients_of_the_call(case: Case) -> None:
+    assert check_checkpointed(case)
+
+
+traced = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@traced
+@given(cases())
+def test_a_call_in_a_body_is_the_call(case: Case) -> None:
+    assert check_branch(case)
+
+
+@traced
+@given(cases())
+def test_a_call_exported_for_a_range_is_the_call(case: Case) -> None:
+    assert check_exported(case)
