@@ -203,9 +203,10 @@ class RowMax(SelectionRule):
         validate_fraction(self.alpha, "alpha")
 
     def select(self, scores: Tensor, forced: Tensor, visible: Tensor) -> Tensor:
-        """See `SelectionRule.select`; a score of zero is never kept for itself."""
+        """See `SelectionRule.select`; a score of zero is kept only where nothing else would be."""
         least = self.alpha * scores.masked_fill(~visible, 0.0).amax(-1, keepdim=True)
-        return (forced | ((scores >= least) & (scores > 0))) & visible
+        kept = (forced | ((scores >= least) & (scores > 0))) & visible
+        return _or_highest(kept, scores, visible)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

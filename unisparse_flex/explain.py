@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -60,6 +61,8 @@ class AttentionRecord:
         decision: ``"sparse"`` or ``"dense"``.
         reason: Why it stays dense; ``None`` where it runs sparse.
         density: Kept over visible blocks in [0, 1]; ``None`` where it stays dense.
+        unjudged: Query blocks, counted in every head, that keep all they see because they hold or
+            see a NaN or an infinity.
         prediction: Milliseconds and break-even length by the cost model; ``None`` where it says
             nothing: no settings, or no block-sparse kernel for the call.
     """
@@ -72,6 +75,7 @@ class AttentionRecord:
     decision: str
     reason: Reason | None = None
     density: float | None = None
+    unjudged: int = 0
     prediction: CallPrediction | None = None
 
     @property
@@ -141,6 +145,11 @@ class Explanation:
         notes = list(dict.fromkeys(found.note for found in predictions if found.note))
         if any(p.sparse_ms > p.dense_ms for c in self.sparse if (p := c.prediction) is not None):
             notes.append(SLOWER_NOTE)
+        notes += [
+            f"{call.layer}: {call.unjudged} query blocks hold or see NaN or infinity and keep all"
+            for call in self.calls
+            if call.unjudged
+        ]
         if any(call.may_differ_compiled for call in self.calls):
             notes.append(MASK_NOTE)
         return notes
@@ -290,5 +299,24 @@ def _record(
         decision="dense" if selection is None else "sparse",
         reason=reason,
         density=density,
+        unjudged=0 if selection is None else _count_unjudged(call, selection),
         prediction=None if config is None else predict_call(call, config.selector, density),
     )
+
+
+def _count_unjudged(call: SdpaCall, selection: BlockSelection) -> int:
+    """Query blocks, in every head, kept whole for what is not finite among what they see."""
+    heads, size = call.query.shape[1], selection.geometry.block_size
+    query, key = (_blocks_not_finite(tensor, size) for tensor in (call.query, call.key))
+    if not (query.any() or key.any()):
+        return 0
+    key = key.repeat_interleave(heads // key.shape[1], dim=1)
+    keep, visible = torch.broadcast_tensors(selection.keep, selection.visible)
+    reached = query | (visible & key[:, :, None]).any(-1)
+    return int((reached & (keep == visible).all(-1)).sum())
+
+
+def _blocks_not_finite(tensor: Tensor, size: int) -> Tensor:
+    """Bool [B, H, blocks] of tokens [B, H, S, D]."""
+    lost = ~tensor.isfinite().all(-1)
+    return F.pad(lost, (0, -lost.shape[-1] % size)).unflatten(-1, (-1, size)).any(-1)

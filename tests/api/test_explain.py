@@ -213,6 +213,28 @@ def test_the_table_says_whose_rates_stand_in() -> None:
     )
 
 
+class GivenQueries(nn.Module):
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_cannot_be_judged_is_counted_by_layer(value: float) -> None:
+    model = optimize(GivenQueries(), UniSparse(block_size=32, top_k=2), min_length=0)
+    q, k = torch.randn(1, 4, 250, 16), torch.randn(1, 2, 250, 16)
+    (call,) = explain(model, q, k).calls
+    assert call.unjudged == 0
+    q[0, 3, 40, 1] = value
+    (call,) = explain(model, q, k).calls
+    assert call.unjudged == 1
+    # In the sixth of eight blocks: two heads share the key, and three query blocks see it.
+    k[0, 0, 170, 1] = value
+    explanation = explain(model, q, k)
+    assert explanation.calls[0].unjudged == 1 + 2 * 3
+    assert "7 query blocks hold or see NaN or infinity and keep all" in str(explanation)
+    assert explain(optimize(model, min_length=10**6), q, k).calls[0].unjudged == 0
+
+
 def test_the_table_stays_readable() -> None:
     prediction = CallPrediction(
         dense_ms=12345.6, sparse_ms=99.96, density=0.3, break_even=131072, note=""
@@ -228,7 +250,7 @@ def test_the_table_stays_readable() -> None:
     assert max(map(len, text.splitlines())) <= 120
     cells = "".join(line[-19:] for line in text.splitlines())
     assert all("".join(reason.split()) in "".join(cells.split()) for reason in Reason)
-    assert "  12346     100.0      131072  " in text
+    assert "  12346      100.0      131072  " in text
 
 
 class Windowed(nn.Module):

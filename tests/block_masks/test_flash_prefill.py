@@ -83,7 +83,7 @@ def test_a_block_of_fewer_keys_holds_less() -> None:
 
 def test_a_row_of_zeros_keeps_what_is_forced_alone() -> None:
     scores = torch.zeros(1, 1, 2, 3)
-    forced = torch.tensor([[True, False, False], [False, False, True]])
+    forced = torch.tensor([[True, False, False], [False, True, False]])
     visible = torch.tensor([[True, True, True], [True, True, False]])
     assert RowMax(alpha=0.5).select(scores, forced, visible)[0, 0].equal(forced & visible)
 

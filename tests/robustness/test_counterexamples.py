@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from tests.api.models import qkv
-from unisparse_flex import UniSparse, attention, create_block_mask, dispatch, explain, optimize
+from unisparse_flex import (
+    FlashPrefill,
+    UniSparse,
+    attention,
+    create_block_mask,
+    dispatch,
+    explain,
+    optimize,
+)
 from unisparse_flex.passes import Reason
 
 from .entries import OneCall
@@ -144,3 +152,14 @@ def test_rows_of_which_no_block_reaches_the_threshold_keep_their_highest(
     assert selection.keep.equal(torch.tensor([True, False]).expand(1, 2, 3, 2))
     output = attention(Q, even, V[:, :, :31], selector=selector)
     torch.testing.assert_close(output, V[:, :, :16].mean(2, keepdim=True).expand_as(output))
+
+
+def test_a_row_whose_scores_are_all_zero_keeps_its_highest() -> None:
+    selector = FlashPrefill(
+        block_size=16, alpha=0.6, sink_blocks=0, local_blocks=1, last_query_blocks=0
+    )
+    query, key = torch.ones(1, 1, 17, 4), torch.ones(1, 1, 4, 4)
+    query[:, :, 16] = -1
+    # The last row's only logit is -inf.
+    selection = selector.select(query, key, scale=math.inf)
+    assert selection.keep.all()
