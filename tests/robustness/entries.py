@@ -81,6 +81,7 @@ def check_optimize(case: Case) -> str:
     # SDPA has no such argument.
     case = replace(case, causal_lower_right=False)
     arguments = case.arguments()
+    arguments.pop("causal_lower_right")
     if case.fault is not None:
         FAULTS[case.fault].change(arguments, case)
         if "selector" in arguments:

@@ -11,9 +11,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from unisparse_flex import UniSparse
+
 from .case_strategies import cases
 from .cases import Case
 from .entries import check_attention, check_block_mask, check_optimize, check_select
+from .fuzz import ALL
 from .ways import check_branch, check_checkpointed, check_exported, check_patched
 
 few = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
@@ -26,6 +29,33 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+PLAIN = Case(
+    batch=1,
+    kv_heads=1,
+    group=2,
+    q_len=50,
+    kv_len=50,
+    head_dim=8,
+    value_dim=8,
+    dtype=torch.float32,
+    contents=("normal", "normal", "normal"),
+    layouts=("contiguous", "contiguous", "contiguous"),
+    sharing="none",
+    mask=None,
+    is_causal=True,
+    causal_lower_right=False,
+    scale=None,
+    selector=UniSparse(block_size=16, c_q=4, c_k=4, top_k=1),
+    fault=None,
+    seed=0,
+)
+
+
+@pytest.mark.parametrize("entry", ALL)
+def test_an_ordinary_call_is_computed_and_not_left_out(entry: str) -> None:
+    assert ALL[entry](PLAIN) == "computed"
 
 
 @few

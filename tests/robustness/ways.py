@@ -53,6 +53,30 @@ class InBranch(nn.Module):
         return out
 
 
+class Named(nn.Module):
+    """The call with arguments that `torch.export` knows by name."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+
+
 def check_patched(case: Case) -> str:
     """Somebody's SDPA that doubles the queries: as the call with doubled queries."""
     case, arguments = _plain(case)
@@ -99,28 +123,26 @@ def check_branch(case: Case) -> str:
 def check_exported(case: Case) -> str:
     """A program exported for a range of lengths, at the lengths of the case."""
     case, arguments = _plain(case)
-    lengths = {case.q_len: Dim("q", min=2, max=4096)}
-    lengths.setdefault(case.kv_len, Dim("k", min=2, max=4096))
-    names = ("query", "key", "value", "attn_mask")
-    rows = dict(zip(names, (case.q_len, *(case.kv_len,) * 3), strict=True))
-    shapes: dict[str, Any] = {name: None for name in arguments}
-    for name in names[:3]:
-        shapes[name] = {2: lengths[rows[name]]}
+    # Of a length of 1 or less torch makes a constant.
+    lengths = {n: Dim(f"s{n}", min=2, max=4096) for n in (case.q_len, case.kv_len) if n > 1}
+    shapes: dict[str, Any] = dict.fromkeys(arguments)
+    for name, length in (("query", case.q_len), ("key", case.kv_len), ("value", case.kv_len)):
+        shapes[name] = {2: lengths.get(length, Dim.STATIC)}
     mask = arguments["attn_mask"]
     if mask is not None:
-        whole = case.mask is not None and case.mask.whole
-        sizes = {-2: case.q_len, -1: case.kv_len}
+        first = 4 - mask.dim()
+        sizes = {2 - first: case.q_len, 3 - first: case.kv_len}
         shapes["attn_mask"] = {
-            mask.dim() + at: lengths[n]
+            at: lengths.get(n, Dim.STATIC)
             for at, n in sizes.items()
-            if whole and whole[at] and mask.dim() >= -at
+            if at >= 0 and mask.shape[at] == n
         }
     try:
-        export(OneCall(), (), arguments, dynamic_shapes=shapes)
+        export(Named(), (), arguments, dynamic_shapes=shapes)
     except Exception:
         return "left out: the plain model is not exported"
-    program = export(_optimized(OneCall(), case), (), arguments, dynamic_shapes=shapes).module()
-    want = outcome(_optimized(OneCall(), case), arguments)
+    program = export(_optimized(Named(), case), (), arguments, dynamic_shapes=shapes).module()
+    want = outcome(_optimized(Named(), case), arguments)
     return _compare(outcome(program, arguments), want, case)
 
 
