@@ -76,7 +76,9 @@ def implement(run: Callable[[SdpaCall, SparseConfig], Tensor]) -> None:
     def backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         call, config = _bind(args)
         inputs = [t.detach().requires_grad_() for t in (call.query, call.key, call.value)]
-        with torch.enable_grad():
+        # Behind a dispatch mode autograd is off, whatever is enabled.
+        on = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+        with on, torch.enable_grad():
             query, key, value = inputs
             output = run(replace(call, query=query, key=key, value=value), config)
         return tuple(_lay_out(found) for found in torch.autograd.grad(output, inputs, grad))

@@ -36,7 +36,10 @@ def check(operator: Any, *args: Any, **kwargs: Any) -> None:
 
 def test_the_operators_are_those_that_are_checked_here() -> None:
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("unisparse::")}
-    operators = ("sdpa", "contiguous", "select_blocks", "context_sdpa")
+    operators = (
+        *("sdpa", "contiguous", "select_blocks", "context_sdpa"),
+        *("sdpa_at_run", "sdpa_at_run_backward"),
+    )
     assert names == {f"unisparse::{name}" for name in operators}
 
 
@@ -54,6 +57,29 @@ def test_the_marker(config: str, mask: str, requires_grad: bool) -> None:
         enable_gqa=True,
         config=CONFIGS[config].encode(),
     )
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_what_decides_when_it_runs(config: str, requires_grad: bool) -> None:
+    tensors = [t.requires_grad_(requires_grad) for t in qkv(40)]
+    options: tuple[Any, ...] = (
+        None,
+        0.0,
+        True,
+        None,
+        True,
+        False,
+        "",
+        [],
+        [],
+        CONFIGS[config].encode(),
+    )
+    check(torch.ops.unisparse.sdpa_at_run.default, *tensors, *options)
+    if not requires_grad:
+        grad = torch.ones_like(tensors[0])
+        check(torch.ops.unisparse.sdpa_at_run_backward.default, grad, *tensors, *options)
 
 
 def test_the_marker_of_a_proved_mask() -> None:
