@@ -332,7 +332,7 @@ def _group_heads(visible: Tensor, heads: int) -> Tensor:
 
 
 def valid_blocks(valid: Tensor | None, blocks: int, size: int, device: torch.device) -> Tensor:
-    """Blocks that hold a valid token: bool [1 or Bm, blocks]."""
+    """Blocks that hold a valid token: bool [..., blocks] of [..., tokens], or all of them."""
     if valid is None:
         return torch.ones((1, blocks), dtype=torch.bool, device=device)
     padded = F.pad(valid, (0, blocks * size - valid.shape[-1]))

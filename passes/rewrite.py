@@ -155,9 +155,7 @@ def _rewrite_node(
         report.rewritten.append(name)
         return
     if not config.dense and _decides_at_run(call):
-        node.target = lowered_sdpa if lower else torch.ops.unisparse.sdpa.default
-        node.args = call.positional()
-        node.kwargs = {**call.keywords(), "config": config.encode()}
+        _write_call(node, call, config, lower=lower)
         report.rewritten.append(name)
         return
     # Whether it is slower is asked once the mask is known: a formula has faster kernels.
@@ -186,12 +184,16 @@ def _rewrite_node(
     call, saved = recover_gqa(node, call)
     if call.key is not repeated[0]:
         report.ungrouped[name] = saved
-    node.target = lowered_sdpa if lower else torch.ops.unisparse.sdpa.default
-    node.args = call.positional()
-    node.kwargs = {**call.keywords(), "config": config.encode()}
+    _write_call(node, call, config, lower=lower)
     if name in report.ungrouped:
         erase_unused(repeated)
     report.rewritten.append(name)
+
+
+def _write_call(node: fx.Node, call: SdpaCall, config: SparseConfig, *, lower: bool) -> None:
+    node.target = lowered_sdpa if lower else torch.ops.unisparse.sdpa.default
+    node.args = call.positional()
+    node.kwargs = {**call.keywords(), "config": config.encode()}
 
 
 def _rewrite_multihead(

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .block_masks import BlockSelection
+from .block_masks.selection import valid_blocks
 from .interception import original_module
 from .passes import (
     MULTIHEAD_TARGETS,
@@ -306,17 +306,17 @@ def _record(
 
 def _count_unjudged(call: SdpaCall, selection: BlockSelection) -> int:
     """Query blocks, in every head, kept whole for what is not finite among what they see."""
-    heads, size = call.query.shape[1], selection.geometry.block_size
-    query, key = (_blocks_not_finite(tensor, size) for tensor in (call.query, call.key))
+    heads, geometry = call.query.shape[1], selection.geometry
+    query, key = (
+        valid_blocks(~tensor.isfinite().all(-1), blocks, geometry.block_size, tensor.device)
+        for tensor, blocks in (
+            (call.query, geometry.num_q_blocks),
+            (call.key, geometry.num_kv_blocks),
+        )
+    )
     if not (query.any() or key.any()):
         return 0
     key = key.repeat_interleave(heads // key.shape[1], dim=1)
     keep, visible = torch.broadcast_tensors(selection.keep, selection.visible)
     reached = query | (visible & key[:, :, None]).any(-1)
     return int((reached & (keep == visible).all(-1)).sum())
-
-
-def _blocks_not_finite(tensor: Tensor, size: int) -> Tensor:
-    """Bool [B, H, blocks] of tokens [B, H, S, D]."""
-    lost = ~tensor.isfinite().all(-1)
-    return F.pad(lost, (0, -lost.shape[-1] % size)).unflatten(-1, (-1, size)).any(-1)
