@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .at_run import has_stated_range, implement, sdpa_at_run
@@ -139,7 +140,7 @@ def _compute(call: SdpaCall, config: SparseConfig, lower: Lowering | None = None
     if config.context is not None:
         return context_sdpa(call, config)
     tracing = lower is not None or is_traced(call)
-    if tracing and lower is None and not config.strict and get_proxy_mode() is None:
+    if lower is None and not config.strict and _asks_shape(call):
         # Only the output's shape is asked for: what is decided here would be a guard of the graph.
         return call.run_dense()
     if tracing and not config.dense and has_stated_range(call, unknown=lower is None):
@@ -205,6 +206,11 @@ def is_traced(call: SdpaCall) -> bool:
     if torch.compiler.is_compiling() or get_proxy_mode() is not None:
         return True
     return torch._guards.detect_fake_mode((call.query, call.key, call.value)) is not None
+
+
+def _asks_shape(call: SdpaCall) -> bool:
+    """Whether nothing is recorded of the call, nor computed: its tensors are fake."""
+    return is_fake(call.query) and get_proxy_mode() is None
 
 
 def _runs_compiled(call: SdpaCall) -> bool:

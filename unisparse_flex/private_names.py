@@ -18,6 +18,7 @@ PRIVATE_NAMES = (
     "torch.utils:_pytree.tree_map_only",
     "torch:Tensor._make_wrapper_subclass",
     "torch:_C.DispatchKeySet",
+    "torch._subclasses.fake_tensor:is_fake",
     "torch:_C.DispatchKey",
     "torch:_C._ExcludeDispatchKeyGuard",
     "torch:_C._IncludeDispatchKeyGuard",
