@@ -16,7 +16,7 @@ KEYS = {
 }
 CALL_KEYS = {
     *("layer", "module", "q_len", "kv_len", "heads", "masked", "decision", "reason", "density"),
-    *("predicted", "measured"),
+    *("predicted", "measured", "unjudged"),
 }
 SPARSE = ("--selector", SELECTOR, "--min-length", "0")
 

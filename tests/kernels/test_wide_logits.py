@@ -58,7 +58,7 @@ def test_wide_logits_select_as_the_reference(
 ) -> None:
     rule: dict[str, Any] = {"top_p": 0.6, "threshold": 0.05}
     call = fixed_call(
-        20, 200, is_causal=is_causal, c_k=1, group=1, sampled_queries=2, dtype=dtype, **rule
+        20, 200, causal=is_causal, c_k=1, group=1, sampled_queries=2, dtype=dtype, **rule
     )
     query, key = widen(call, deviation)
     kept = assert_wide_selects(kernels, call, query, key, programs)
