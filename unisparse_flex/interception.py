@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import threading
+import types
 from abc import ABCMeta
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +21,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import carry
-from .dispatch import can_catch_attention, catch_attention, leave_attention, set_up_key
+from .dispatch import leave_attention, set_up_key
 from .encoder_padding import fill_padding
 from .function_mode import SparseAttentionMode
-from .scopes import is_in_force
+from .scopes import is_in_force, run_sparse
 
 CONFIG_ATTRIBUTE = "_unisparse_config"
 # True where only a function mode catches all attention of an eager forward.
@@ -39,15 +41,27 @@ def intercept(module: nn.Module, config: str) -> None:
         isinstance(inner, nn.MultiheadAttention) for inner in module.modules()
     )
     if not isinstance(module, _Intercepted):
-        module.__class__ = _subclass(type(module))
+        base = type(module)
+        module.__class__ = _subclass(base)
+        _rebind_forwards(module, base)
+    own = module.__dict__.get("forward")
+    if own is not None and not _is_wrapped_here(own):
+        # What somebody assigned is called in place of the class's.
+        wrapped = functools.partial(_run_forward, module, own)
+        module.__dict__["forward"] = functools.update_wrapper(wrapped, own)
 
 
 def release(module: nn.Module) -> None:
     """Undoes `intercept`."""
-    base = type(module).__bases__[-1]
+    own = module.__dict__.get("forward")
+    if _is_wrapped_here(own):
+        module.__dict__["forward"] = own.args[1]
+    made = type(module)
+    base = made.__bases__[-1]
     # What made a class of its own out of ours (fully_shard) keeps it: without settings it is plain.
-    if _subclasses.get(base) is type(module):
+    if _subclasses.get(base) is made:
         module.__class__ = base
+        _rebind_forwards(module, made)
     module.__dict__.pop(CONFIG_ATTRIBUTE, None)
     module.__dict__.pop(MODE_ATTRIBUTE, None)
 
@@ -78,6 +92,37 @@ def fuse_split_layers(model: nn.Module) -> None:
             layer.activation_relu_or_gelu = 1 if relu else 2 if gelu else 0
 
 
+def _run_forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A forward of ``module``, with its settings in force."""
+    config = module.__dict__.get(CONFIG_ATTRIBUTE)
+    # A module without settings was made by calling the class of an optimized one: it is plain.
+    if config is None or is_in_force(config):
+        return forward(*args, **kwargs)
+    if module.__dict__.get(MODE_ATTRIBUTE) and not torch.compiler.is_compiling():
+        with leave_attention(), SparseAttentionMode(config):
+            return forward(*args, **kwargs)
+    return run_sparse(config, forward, *args, **kwargs)
+
+
+def _is_wrapped_here(forward: Any) -> bool:
+    return isinstance(forward, functools.partial) and forward.func is _run_forward
+
+
+def _rebind_forwards(module: nn.Module, before: type[nn.Module]) -> None:
+    """Binds what ``module`` keeps of its forward under other names to its class of now.
+
+    Hooks that replace a forward keep the one before (accelerate's ``_old_forward``) to call it, or
+    to put it back.
+    """
+    for name, kept in module.__dict__.items():
+        if (
+            isinstance(kept, types.MethodType)
+            and kept.__self__ is module
+            and kept.__func__ is before.forward
+        ):
+            module.__dict__[name] = types.MethodType(type(module).forward, module)
+
+
 class _Intercepted:
     """Mark of the subclasses made here, in front of the class that each stands for.
 
@@ -105,19 +150,8 @@ def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
 def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        config = self.__dict__.get(CONFIG_ATTRIBUTE)
-        # A module without settings was made by calling the class of an optimized one: it is plain.
-        if config is None or is_in_force(config):
-            return super(subclass, self).forward(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            with SparseAttentionMode(config):
-                # Dynamo cannot trace ``cls.forward`` of a class that a library allows in graphs.
-                return super(subclass, self).forward(*args, **kwargs)
-        if self.__dict__.get(MODE_ATTRIBUTE) or not can_catch_attention():
-            with leave_attention(), SparseAttentionMode(config):
-                return super(subclass, self).forward(*args, **kwargs)
-        with catch_attention(config):
-            return super(subclass, self).forward(*args, **kwargs)
+        # Dynamo cannot trace ``cls.forward`` of a class that a library allows in graphs.
+        return _run_forward(self, super(subclass, self).forward, *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (cls,), self.__getstate__()

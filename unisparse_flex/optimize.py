@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from os import PathLike
@@ -26,7 +25,6 @@ from .passes import SparseConfig
 if TYPE_CHECKING:
     from .distributed import ContextParallel
 
-logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
@@ -202,33 +200,12 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _intercept_only(model: nn.Module, configs: Mapping[nn.Module, str]) -> None:
     """Gives modules their settings; others lose what an earlier call gave them."""
-    _warn_of_own_forwards(model)
     for module in model.modules():
         if module in configs:
             intercept(module, configs[module])
         else:
             release(module)
     split_fused_layers(model)
-
-
-def _warn_of_own_forwards(model: nn.Module) -> None:
-    """Says which modules have a forward that somebody assigned: their class's is not called.
-
-    Inside a module whose forward is its class's, that one catches their attention too.
-    """
-    own = {name: "forward" in module.__dict__ for name, module in _own_modules(model)}
-    caught = [name for name, assigned in own.items() if not assigned]
-    names = [
-        name or type(model).__name__
-        for name, assigned in own.items()
-        if assigned and not any(not outer or name.startswith(outer + ".") for outer in caught)
-    ]
-    if names:
-        logger.warning(
-            "attention directly in the forward of %s stays dense: something was assigned to "
-            "module.forward (a hook of accelerate's?); call optimize before that",
-            ", ".join(names),
-        )
 
 
 def _is_graph(module: object) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unisparse_flex import UniSparse, explain, optimize, restore
+from unisparse_flex.passes import Reason
 
 from .models import Attention, create, embeddings
 
@@ -242,21 +243,84 @@ class Pair(nn.Module):
         return self.inner[0](x)
 
 
-def test_a_forward_assigned_before_is_said_where_nothing_around_it_catches(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    inside, outside = create(Pair), create(Pair)
-    inside.inner[0].forward = inside.inner[0].forward
-    for module in (outside, outside.inner[0]):
-        module.forward = module.forward
-    with caplog.at_level(logging.WARNING, logger="unisparse_flex"):
-        optimize(inside, FEW, min_length=0)
-        assert [call.decision for call in explain(inside, embeddings(256)).calls] == ["sparse"]
-        assert not [r for r in caplog.records if "forward" in r.getMessage()]
-        optimize(outside, FEW, min_length=0)
-    (said,) = [r.getMessage() for r in caplog.records if "module.forward" in r.getMessage()]
-    assert "Pair, inner.0 stays dense" in said
-    assert [call.decision for call in explain(outside, embeddings(256)).calls] == ["dense"]
+def assign_itself(module: nn.Module) -> None:
+    module.forward = module.forward  # type: ignore[method-assign]
+
+
+def assign_closure(module: nn.Module) -> None:
+    before = module.forward
+    module.forward = lambda *args, **options: before(*args, **options)  # type: ignore[method-assign]
+
+
+def assign_partial(module: nn.Module) -> None:
+    module._old_forward = module.forward  # type: ignore[assignment]
+    module.forward = functools.partial(call_old, module)  # type: ignore[method-assign]
+
+
+def call_old(module: Any, *args: Any, **options: Any) -> Tensor:
+    return module._old_forward(*args, **options)
+
+
+def assign_hook(module: nn.Module) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
+
+
+ASSIGNMENTS = [assign_itself, assign_closure, assign_partial, assign_hook]
+
+
+def decisions(model: nn.Module) -> list[str]:
+    return [call.decision for call in explain(model, embeddings(256)).calls]
+
+
+@pytest.fixture(params=ASSIGNMENTS)
+def assigned(request: pytest.FixtureRequest) -> Pair:
+    """A model to whose every forward something was assigned."""
+    model = create(Pair)
+    for module in [*model.modules()]:
+        request.param(module)
+    return model
+
+
+# Of Dynamo, where it resumes after what it cannot trace of accelerate's hooks.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_forward_assigned_before_is_sparse(assigned: Pair, compiled: bool) -> None:
+    x, sparse = embeddings(256), optimize(create(Pair), FEW, min_length=0)
+    dense = create(Pair)(x)
+    forwards = [module.forward for module in assigned.modules()]
+    state = [*assigned.state_dict()]
+    optimize(assigned, FEW, min_length=0)
+    run: Any = torch.compile(assigned) if compiled else assigned
+    torch.testing.assert_close(run(x), sparse(x))
+    if not compiled:
+        assert decisions(assigned) == ["sparse"]
+        assert decisions(copy.deepcopy(assigned)) == ["sparse"]
+    assert [*assigned.state_dict()] == state
+    optimize(assigned, FEW, min_length=10**6)
+    torch.testing.assert_close(run(x), dense)
+    restore(assigned)
+    assert [module.forward for module in assigned.modules()] == forwards
+    torch.testing.assert_close(run(x), dense)
+
+
+def test_settings_of_a_part_hold_in_a_forward_assigned_before(assigned: Pair) -> None:
+    optimize(assigned, FEW, min_length=0)
+    optimize(assigned.inner[0], FEW, min_length=10**6)
+    assert decisions(assigned) == ["dense"]
+
+
+def test_a_hook_taken_off_afterwards_leaves_the_forward_sparse() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = create(Pair)
+    for module in [*model.modules()]:
+        assign_hook(module)
+    optimize(model, FEW, min_length=0)
+    hooks.remove_hook_from_module(model, recurse=True)
+    assert decisions(model) == ["sparse"]
+    assert not hasattr(model, "_old_forward")
+    restore(model)
+    assert [call.reason for call in explain(model, embeddings(256)).calls] == [Reason.NOT_OPTIMIZED]
 
 
 class Scriptable(nn.Module):
