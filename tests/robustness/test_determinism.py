@@ -95,13 +95,13 @@ def test_a_traced_selection_is_the_eager_one(selector: Selector) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("selector", SELECTORS[:4], ids=name)
+@pytest.mark.parametrize("selector", [SELECTORS[0], DEFAULT_SELECTOR], ids=name)
 def test_a_selection_compiled_by_inductor_is_the_eager_one(selector: Selector) -> None:
     torch._dynamo.reset()
     select = torch.compile(
         lambda q, k: selector.select(q, k, is_causal=True).keep, fullgraph=True, dynamic=True
     )
-    for length in (300, 217):
+    for length in (300, 290):
         query, key, _ = qkv(length, batch=2)
         assert select(query, key).equal(keep(selector, length))
 
