@@ -54,7 +54,7 @@ def intercept(module: nn.Module, config: str) -> None:
 def release(module: nn.Module) -> None:
     """Undoes `intercept`."""
     own = module.__dict__.get("forward")
-    if _is_wrapped_here(own):
+    if own is not None and _is_wrapped_here(own):
         module.__dict__["forward"] = own.args[1]
     made = type(module)
     base = made.__bases__[-1]
