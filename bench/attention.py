@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from unisparse_flex.passes.device_rates import device_name
+from unisparse_flex.passes.decision import device_name
 
 from . import gate
 from .captured import capture_smollm2

@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from unisparse_flex.demo.model import LoadedModel, load_smollm2
-from unisparse_flex.demo.prompt import build_prompt
-from unisparse_flex.demo.recall import CaptureAttention, CapturedAttention
-from unisparse_flex.demo.texts import TextName
+from unisparse_flex.demo import (
+    CaptureAttention,
+    CapturedAttention,
+    LoadedModel,
+    TextName,
+    build_prompt,
+    load_smollm2,
+)
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from unisparse_flex import DEFAULT_SELECTOR, UniSparse
-from unisparse_flex.demo.model import MODEL_NAME, load_smollm2
-from unisparse_flex.demo.texts import TextName
+from unisparse_flex.demo import MODEL_NAME, TextName, load_smollm2
 
 from .captured import capture_calls
 from .sweeps import defaults

@@ -27,13 +27,17 @@ import torch
 from torch import Tensor
 
 from unisparse_flex import Selector, optimize, record_attention, restore
-from unisparse_flex.demo.measure import compute_kl, compute_log_probs, compute_perplexity
-from unisparse_flex.demo.recall import (
+from unisparse_flex.demo import (
+    TEXT_NAMES,
     CaptureAttention,
     CapturedAttention,
+    compute_kl,
+    compute_log_probs,
+    compute_perplexity,
     compute_recall_and_error,
+    draw_excerpt,
+    load_text,
 )
-from unisparse_flex.demo.texts import TEXT_NAMES, draw_excerpt, load_text
 
 from .answers import Exam
 from .models import MODELS, Subject, load

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unisparse_flex import DEFAULT_SELECTOR
-from unisparse_flex.passes.config import decode_selector
+from unisparse_flex.passes.calls import decode_selector
 
 from .quality_curves import Point, Result, curve, density_at, kl_at, texts_of
 from .tables import markdown

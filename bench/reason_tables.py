@@ -10,7 +10,8 @@ import re
 from enum import StrEnum
 from pathlib import Path
 
-from unisparse_flex.passes import Reason, Unproved
+from unisparse_flex.passes import Reason
+from unisparse_flex.passes.masks import Unproved
 
 from .tables import markdown
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unisparse_flex import DEFAULT_SELECTOR, attention
 from unisparse_flex.block_masks.kernels import operator
-from unisparse_flex.passes.device_rates import device_name
+from unisparse_flex.passes.decision import device_name
 
 from .contenders import compile_apart
 from .gpu_clock import STATISTIC, graph_ms, kernel_ms, plain_ms

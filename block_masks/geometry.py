@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mask_bounds import Tiles, tile_bounds
-from .mask_program import MaskProgram, is_known
+from .masks import MaskProgram, Tiles, is_known, tile_bounds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
-from .mask_bounds import Tiles, tile_bounds
-from .mask_spans import row_spans
+from .masks import Tiles, row_spans, tile_bounds
 from .pinning import pin
 
 

@@ -13,14 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
-from .granularity import (
-    CompositeKeys,
-    Pooled,
-    Sampled,
-    pool_heads,
-    pool_tokens,
-    split_tokens,
-)
+from .granularity import CompositeKeys, Pooled, Sampled, pool_heads, pool_tokens, split_tokens
 from .mask_summary import MaskSummary, expand_mask, visible_tokens
 
 

@@ -20,14 +20,14 @@ try:
         XAttention,
         create_block_mask,
     )
-    from .calibrate import calibrate
+    from .calibrating import calibrate
     from .calibration import Calibration
     from .context import sparse
-    from .explain import AttentionRecord, Explanation, explain, record_attention
     from .functional import attention
-    from .optimize import is_optimized, optimize, restore
-    from .passes import install as _install
+    from .optimization import is_optimized, optimize, restore
+    from .passes.rewrite import install as _install
     from .patches import patch_attention
+    from .reports import AttentionRecord, Explanation, explain, record_attention
 except Exception as error:
     from .private_names import explain_failed_import
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from .block_masks import Selector
 from .calibration import Calibration
-from .interception import intercept, settings_of, split_fused_layers
-from .optimize import ModelT, optimize, restore, validate_model
+from .catching import intercept, settings_of, split_fused_layers
+from .optimization import ModelT, optimize, restore, validate_model
 from .passes import SparseConfig
 
 if TYPE_CHECKING:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
-from .block_masks import DEFAULT_SELECTOR, Selector
-from .block_masks.validation import (
+from .block_masks import (
+    DEFAULT_SELECTOR,
+    Selector,
     validate_attn_mask,
     validate_causality,
     validate_query_key,
     validate_scale,
     validate_value,
 )
-from .causal_bias import resolve_causal_bias
-from .passes import SdpaCall, SparseConfig, marked_sdpa
+from .catching import resolve_causal_bias
+from .passes import SparseConfig
+from .passes.attend import marked_sdpa
+from .passes.calls import SdpaCall
 
 
 def attention(

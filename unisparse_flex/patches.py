@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .block_masks import PatchOrder, Selector, UniSparse
-from .block_masks.validation import validate_query_key, validate_value
+from .block_masks import PatchOrder, Selector, UniSparse, validate_query_key, validate_value
+from .block_masks.selectors import validate_selector
 from .functional import attention
-from .passes import validate_selector
 
 # Nothing is generated from the last patch, and the first is no sink.
 DEFAULT_PATCH_SELECTOR = UniSparse(sink_blocks=0, last_query_blocks=0)

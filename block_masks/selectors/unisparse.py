@@ -16,14 +16,7 @@ from ..granularity import CompositeKeys, Pooled, Sampled, validate_merged_heads
 from ..kernels import operator as kernels
 from ..mask_summary import summarize
 from ..scoring import compute_block_scores, compute_mean_scores
-from ..selection import (
-    HeadThreshold,
-    SelectionRule,
-    Threshold,
-    TopK,
-    TopP,
-    TopPOrThreshold,
-)
+from ..selection import HeadThreshold, SelectionRule, Threshold, TopK, TopP, TopPOrThreshold
 from ..selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ..validation import validate_block_size, validate_int
 from .base import Guarded, Selector

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from unisparse_flex import DEFAULT_SELECTOR, UniSparse, attention
-from unisparse_flex.passes import marker
+from unisparse_flex.passes.attend import operator as marker
 
 from .models import qkv
 from .reference import attend, rmse

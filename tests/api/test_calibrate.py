@@ -28,7 +28,7 @@ from unisparse_flex.calibration import DENSE, MAX_FILE_BYTES, Setting
 from unisparse_flex.demo.measure import compute_kl, compute_log_probs
 from unisparse_flex.demo.recall import CaptureAttention, compute_recall
 from unisparse_flex.passes import Reason
-from unisparse_flex.step_display import StepDisplay
+from unisparse_flex.progress import StepDisplay
 
 from .capture import captured
 from .models import FINE, SELECTOR, Attention, Layer, Transformer, create, embeddings
@@ -478,7 +478,7 @@ def test_steps_are_shown_once_they_have_taken_two_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 1.9, 2.5, 3.0, 60.0])
-    monkeypatch.setattr("unisparse_flex.step_display.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("unisparse_flex.progress.time.monotonic", lambda: next(clock))
     with StepDisplay("calibrate") as display:
         for step in ("one", "two", "three", "four"):
             display.show(step)
@@ -488,7 +488,7 @@ def test_steps_are_shown_once_they_have_taken_two_seconds(
 def test_nothing_is_shown_where_progress_is_off(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unisparse_flex.step_display.QUIET_SECONDS", -1.0)
+    monkeypatch.setattr("unisparse_flex.progress.QUIET_SECONDS", -1.0)
     found(recall=0.5)
     assert "layers.0.attention, batch 1 of 1" in capsys.readouterr().err
     found(recall=0.5, progress=False)

@@ -38,7 +38,9 @@ from unisparse_flex import (
 from unisparse_flex.block_masks import BlockGeometry, SelectionCost
 from unisparse_flex.distributed import ContextParallel, context_parallel_attention
 from unisparse_flex.integrations import transformers
-from unisparse_flex.passes import SdpaCall, SparseConfig, marked_sdpa
+from unisparse_flex.passes import SparseConfig
+from unisparse_flex.passes.attend.operator import marked_sdpa
+from unisparse_flex.passes.calls.sdpa import SdpaCall
 
 from .models import qkv
 from .reference import select, visible

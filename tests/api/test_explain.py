@@ -17,9 +17,10 @@ from unisparse_flex import (
     optimize,
     record_attention,
 )
-from unisparse_flex.explain import MASK_NOTE, SLOWER_NOTE
-from unisparse_flex.passes import CallPrediction, Reason, forecast, observe_calls
-from unisparse_flex.passes.prediction import CallShape
+from unisparse_flex.passes import Reason, observe_calls
+from unisparse_flex.passes.decision.call_forecast import CallPrediction
+from unisparse_flex.passes.decision.forecast import CallShape, forecast
+from unisparse_flex.reports.explanation import MASK_NOTE, SLOWER_NOTE
 
 from .capture import captured
 from .models import SELECTOR, WIDTH, Attention, Transformer, create, embeddings, split_heads

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unisparse_flex import UniSparse, dispatch, explain, is_optimized, optimize, restore
+from unisparse_flex import UniSparse, explain, is_optimized, optimize, restore
+from unisparse_flex.catching import dispatch_key as dispatch
 from unisparse_flex.passes import Reason
 
 from .capture import captured

@@ -10,14 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisparse_flex.block_masks import (
-    Guards,
-    Selector,
-    TopK,
-    TopP,
-    UniSparse,
-    compute_block_scores,
-)
+from unisparse_flex.block_masks import Guards, Selector, TopK, TopP, UniSparse, compute_block_scores
 from unisparse_flex.block_masks.granularity import Pooled
 from unisparse_flex.block_masks.kernels import operator as kernels
 from unisparse_flex.block_masks.selection import HeadThreshold, Threshold, TopPOrThreshold

@@ -16,7 +16,7 @@ from unisparse_flex.doctor import Examination, Finding, Status, examination, exa
 from unisparse_flex.doctor import backends as backend_checks
 from unisparse_flex.doctor import compile_check as compile_checks
 from unisparse_flex.doctor import versions as version_checks
-from unisparse_flex.passes.device_rates import RATES, FoundRates
+from unisparse_flex.passes.decision.device_rates import RATES, FoundRates
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]

@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.api.models import qkv
-from unisparse_flex import (
-    FlashPrefill,
-    Selector,
-    UniSparse,
-    XAttention,
-)
+from unisparse_flex import FlashPrefill, Selector, UniSparse, XAttention
 from unisparse_flex.block_masks.geometry import BlockGeometry
 from unisparse_flex.block_masks.scoring import default_scale
 from unisparse_flex.distributed import ContextParallel, context_parallel_attention

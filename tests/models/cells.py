@@ -16,15 +16,9 @@ from torch import Tensor, fx
 from tests.api.capture import MARKERS
 from tests.api.reference import rmse
 from unisparse_flex import optimize, record_attention
-from unisparse_flex.passes import (
-    MULTIHEAD_TARGETS,
-    Reason,
-    RewriteReport,
-    SdpaCall,
-    SparseConfig,
-    refuse_multihead,
-    rewrite_sdpa,
-)
+from unisparse_flex.passes import Reason, RewriteReport, SparseConfig, rewrite_sdpa
+from unisparse_flex.passes.attend.multihead import MULTIHEAD_TARGETS, refuse_multihead
+from unisparse_flex.passes.calls.sdpa import SdpaCall
 
 from .family import EVERYTHING, SELECTOR, Family
 from .modes import MODES, Inputs, Mode, Run, forward, without_cache

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from tests.api.reference import attend, select, visible
 from unisparse_flex import BlockSelection, Selector
-from unisparse_flex.passes import SdpaCall, SparseConfig, observe_calls
+from unisparse_flex.passes import SparseConfig, observe_calls
+from unisparse_flex.passes.calls.sdpa import SdpaCall
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from unisparse_flex import BlockSelection, Selector
 from unisparse_flex.block_masks import BlockGeometry
-from unisparse_flex.passes import SdpaCall
+from unisparse_flex.passes.calls.sdpa import SdpaCall
 
 ATEN = torch.ops.aten.scaled_dot_product_attention
 MARKERS = (torch.ops.unisparse.sdpa, torch.ops.unisparse.sdpa.default)

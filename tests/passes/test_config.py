@@ -24,7 +24,8 @@ from unisparse_flex import (
     explain,
     optimize,
 )
-from unisparse_flex.passes import SparseConfig, decode_selector
+from unisparse_flex.passes import SparseConfig
+from unisparse_flex.passes.calls.config import decode_selector
 
 from .graphs import Stripes
 

@@ -16,8 +16,12 @@ from tests.api.capture import GraphCount
 from tests.api.models import SELECTOR, Attention, create, embeddings
 from tests.api.reference import assert_computes
 from unisparse_flex import UniSparse, explain, optimize
-from unisparse_flex.passes import Reason, SdpaCall, SparseConfig, decision, device_rates, prediction
-from unisparse_flex.passes.decision import refuse
+from unisparse_flex.passes import Reason, SparseConfig
+from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.passes.decision import device_rates
+from unisparse_flex.passes.decision import forecast as prediction
+from unisparse_flex.passes.decision import rules as decision
+from unisparse_flex.passes.decision.rules import refuse
 
 AUTOMATIC = SparseConfig(selector=UniSparse(), min_length=None, min_queries=128)
 # Sparse attention for nothing but its launch: the break-even is where dense takes as long.

@@ -14,9 +14,9 @@ import sympy
 import torch
 
 from unisparse_flex import DEFAULT_SELECTOR, FlexPrefill, UniSparse
-from unisparse_flex.passes import cost_model as cm
-from unisparse_flex.passes.device_rates import RATES
-from unisparse_flex.passes.prediction import CallShape, break_even_length, forecast
+from unisparse_flex.passes.decision import cost_model as cm
+from unisparse_flex.passes.decision.device_rates import RATES
+from unisparse_flex.passes.decision.forecast import CallShape, break_even_length, forecast
 
 from .graphs import Stripes
 

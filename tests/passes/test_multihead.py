@@ -14,7 +14,8 @@ from tests.api.capture import captured
 from tests.api.models import create, tokens
 from tests.passes.graphs import Calls, capture_dynamo
 from unisparse_flex import UniSparse, explain, optimize, restore
-from unisparse_flex.passes import MULTIHEAD_TARGETS, Reason, SparseConfig, rewrite_sdpa
+from unisparse_flex.passes import Reason, SparseConfig, rewrite_sdpa
+from unisparse_flex.passes.attend.multihead import MULTIHEAD_TARGETS
 
 WIDTH, HEADS, LENGTH, BATCH = 32, 4, 150, 2
 ALL = UniSparse(block_size=16, top_p=1.0)

@@ -13,8 +13,9 @@ from torch._subclasses import FakeTensorMode
 
 from tests.api.models import FINE
 from unisparse_flex import FlexPrefill, MInference, StreamingLLM, UniSparse
-from unisparse_flex.passes import Reason, SdpaCall, SparseConfig, rewrite_sdpa
-from unisparse_flex.passes.decision import refuse
+from unisparse_flex.passes import Reason, SparseConfig, rewrite_sdpa
+from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.passes.decision.rules import refuse
 
 from .graphs import build_graph
 

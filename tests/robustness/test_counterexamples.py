@@ -11,15 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.api.models import qkv
-from unisparse_flex import (
-    FlashPrefill,
-    UniSparse,
-    attention,
-    create_block_mask,
-    dispatch,
-    explain,
-    optimize,
-)
+from unisparse_flex import FlashPrefill, UniSparse, attention, create_block_mask, explain, optimize
+from unisparse_flex.catching import dispatch_key as dispatch
 from unisparse_flex.passes import Reason
 
 from .entries import OneCall

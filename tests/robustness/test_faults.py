@@ -23,7 +23,8 @@ from unisparse_flex import (
     restore,
 )
 from unisparse_flex.block_masks import UniSparse
-from unisparse_flex.passes import inductor, marker
+from unisparse_flex.passes.attend import operator as marker
+from unisparse_flex.passes.rewrite import inductor
 
 from .untouched import assert_as_before, assert_nothing_is_left, state_of
 

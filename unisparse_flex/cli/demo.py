@@ -19,7 +19,7 @@ from . import PROGRAM
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def demo(arguments: tuple[str, ...]) -> int:
     """Compare dense and sparse on a small real model (demo --help has its options)."""
-    from ..demo.cli import main
+    from ..demo import main
 
     try:
         return main(arguments, program=f"{PROGRAM} demo")

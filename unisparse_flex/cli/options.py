@@ -10,8 +10,8 @@ import click
 from torch import Tensor
 
 from .. import optimize
-from ..demo.model import LoadedModel, describe_device
-from ..passes.config import BACKENDS
+from ..demo import LoadedModel, describe_device
+from ..passes.calls import BACKENDS
 from .failures import wrong_arguments
 from .models import load_model
 from .progress import Progress

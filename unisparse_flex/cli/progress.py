@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Self
 
-from ..step_display import StepDisplay
+from ..progress import StepDisplay
 
 BAR_CHARACTERS = 24
 TICK_SECONDS = 0.5

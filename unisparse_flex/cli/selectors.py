@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .. import DEFAULT_SELECTOR, Calibration, Selector, UniSparse
-from ..passes import decode_selector
+from ..passes.calls import decode_selector
 from .failures import failures, wrong_arguments
 
 NAMED: dict[str, Selector] = {"default": DEFAULT_SELECTOR, "paper": UniSparse()}

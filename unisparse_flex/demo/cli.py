@@ -12,7 +12,7 @@ from shutil import which
 
 import torch
 
-from ..doctor.backends import CXX_COMPILERS
+from ..doctor import CXX_COMPILERS
 from .options import SELECTORS, SHORTEST_PROMPT, DemoOptions
 from .texts import TEXT_NAMES
 

@@ -7,13 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .measure import (
-    Prefill,
-    compute_kl,
-    compute_log_probs,
-    compute_perplexity,
-    generate_greedily,
-)
+from .measure import Prefill, compute_kl, compute_log_probs, compute_perplexity, generate_greedily
 from .prompt import Prompt
 from .results import Row
 

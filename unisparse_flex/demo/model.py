@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..doctor.backends import default_device
+from ..doctor import default_device
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 CONTEXT_LENGTH = 8192

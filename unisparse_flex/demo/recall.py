@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..passes import TORCH_SDPA
+from ..passes.calls import TORCH_SDPA
 
 ROW_STRIDE = 16
 

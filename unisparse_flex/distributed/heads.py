@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..block_masks import Selector
 from ..calibration import Calibration
-from ..passes import HeadShard, shard_selector
+from ..passes.calls import HeadShard, shard_selector
 from .group import find_group
 
 SettingsT = TypeVar("SettingsT", Selector, Calibration)

@@ -15,17 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from ..block_masks import BlockGeometry, BlockSelection
-from ..block_masks.granularity import CompositeKeys
-from ..passes import (
-    Reason,
-    SdpaCall,
-    SparseConfig,
-    attend_selected,
-    flex_lowers,
-    logit_scale,
-    observer_in_force,
-)
+from ..block_masks import BlockGeometry, BlockSelection, CompositeKeys
+from ..passes import Reason, SparseConfig
+from ..passes.attend import attend_selected, logit_scale, observer_in_force
+from ..passes.calls import SdpaCall
+from ..passes.decision import flex_lowers
 from .exchange import Exchange
 from .layout import SequenceLayout, Span
 

@@ -9,9 +9,14 @@ import torch
 
 from ..block_masks import DEFAULT_SELECTOR, BlockGeometry
 from ..block_masks.kernels import operator
-from ..passes import SdpaCall, flex_lowers
-from ..passes.device_rates import find_rates
-from ..passes.flex_backend import FLASH_CAPABILITY, flash_obstacle, is_flash_installed
+from ..passes.calls import SdpaCall
+from ..passes.decision import (
+    FLASH_CAPABILITY,
+    find_rates,
+    flash_obstacle,
+    flex_lowers,
+    is_flash_installed,
+)
 from .finding import Finding, Status
 
 CXX_COMPILERS = ("g++", "clang++", "c++", "cl")

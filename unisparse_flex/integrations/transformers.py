@@ -9,7 +9,7 @@ from types import CellType
 from typing import Any
 
 from ..block_masks import DEFAULT_SELECTOR, Selector
-from ..dispatch import set_up_key
+from ..catching import set_up_key
 from .transformers_attention import AttentionSettings, create_attention_function
 from .transformers_masks import create_mask_function
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ..deferred_mask import DeferredMask
+from .deferred_mask import DeferredMask
 
 
 class _NotSkipped(Exception):

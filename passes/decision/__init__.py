@@ -1,0 +1,37 @@
+"""Dense or sparse, by which kernel, and why: safety, then cost."""
+
+from .call_forecast import CallPrediction, predict_call
+from .device_rates import PLAIN, RATES, DeviceRates, device_name, find_rates
+from .flex_support import (
+    FLASH_CAPABILITY,
+    flash_obstacle,
+    flex_backend,
+    is_flash_installed,
+    takes_head_dim,
+)
+from .forecast import CallShape, call_shape, forecast, forecast_at
+from .rules import Reason, flex_lowers, needs_grad, refuse, refuse_sharding
+
+__all__ = [
+    "FLASH_CAPABILITY",
+    "PLAIN",
+    "RATES",
+    "CallPrediction",
+    "CallShape",
+    "DeviceRates",
+    "Reason",
+    "call_shape",
+    "device_name",
+    "find_rates",
+    "flash_obstacle",
+    "flex_backend",
+    "flex_lowers",
+    "forecast",
+    "forecast_at",
+    "is_flash_installed",
+    "needs_grad",
+    "predict_call",
+    "refuse",
+    "refuse_sharding",
+    "takes_head_dim",
+]
