@@ -9,7 +9,7 @@ from .flex_support import (
     is_flash_installed,
     takes_head_dim,
 )
-from .forecast import CallShape, call_shape, forecast, forecast_at
+from .cost_forecast import CallShape, call_shape, forecast, forecast_at
 from .rules import Reason, flex_lowers, needs_grad, refuse, refuse_sharding
 
 __all__ = [

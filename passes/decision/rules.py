@@ -19,7 +19,7 @@ from ..calls import (
     shards_tokens,
     splits_group,
 )
-from .forecast import break_even_length, call_shape, forecast
+from .cost_forecast import break_even_length, call_shape, forecast
 
 # Hopper's flex backward tiles queries and keys by 128: sparse blocks must be multiples of it.
 BACKWARD_BLOCK_MULTIPLE = 128

@@ -19,7 +19,7 @@ from unisparse_flex import (
 )
 from unisparse_flex.passes import Reason, observe_calls
 from unisparse_flex.passes.decision.call_forecast import CallPrediction
-from unisparse_flex.passes.decision.forecast import CallShape, forecast
+from unisparse_flex.passes.decision.cost_forecast import CallShape, forecast
 from unisparse_flex.reports.explanation import MASK_NOTE, SLOWER_NOTE
 
 from .capture import captured

@@ -11,7 +11,7 @@ import torch
 
 from unisparse_flex import DEFAULT_SELECTOR, UniSparse
 from unisparse_flex.passes.decision.device_rates import RATES, DeviceRates, device_name, find_rates
-from unisparse_flex.passes.decision.forecast import break_even_length, forecast
+from unisparse_flex.passes.decision.cost_forecast import break_even_length, forecast
 
 from .test_cost_model import shape
 
