@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from unisparse_flex.block_masks.kernels import operator
+from unisparse_flex.block_masks import kernels
 from unisparse_flex.demo import describe_device
 from unisparse_flex.passes.decision import PLAIN, DeviceRates, device_name
 
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.plain_selection:
         name += PLAIN
         command.append("--plain-selection")
-        operator.takes = lambda *_: False
+        kernels.takes = lambda *_: False
     output = options.output or Path(f"bench/results/rates-{name.replace(' ', '-')}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {

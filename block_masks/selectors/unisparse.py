@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .. import kernels
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
 from ..granularity import CompositeKeys, Pooled, Sampled, validate_merged_heads
-from ..kernels import operator as kernels
 from ..mask_summary import summarize
 from ..scoring import compute_block_scores, compute_mean_scores
 from ..selection import HeadThreshold, SelectionRule, Threshold, TopK, TopP, TopPOrThreshold

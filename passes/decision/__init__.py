@@ -1,6 +1,7 @@
 """Dense or sparse, by which kernel, and why: safety, then cost."""
 
 from .call_forecast import CallPrediction, predict_call
+from .cost_forecast import CallShape, call_shape, forecast, forecast_at
 from .device_rates import PLAIN, RATES, DeviceRates, device_name, find_rates
 from .flex_support import (
     FLASH_CAPABILITY,
@@ -9,7 +10,6 @@ from .flex_support import (
     is_flash_installed,
     takes_head_dim,
 )
-from .cost_forecast import CallShape, call_shape, forecast, forecast_at
 from .rules import Reason, flex_lowers, needs_grad, refuse, refuse_sharding
 
 __all__ = [

@@ -10,9 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisparse_flex.block_masks import Guards, Selector, TopK, TopP, UniSparse, compute_block_scores
+from unisparse_flex.block_masks import (
+    Guards,
+    Selector,
+    TopK,
+    TopP,
+    UniSparse,
+    compute_block_scores,
+    kernels,
+)
 from unisparse_flex.block_masks.granularity import Pooled
-from unisparse_flex.block_masks.kernels import operator as kernels
 from unisparse_flex.block_masks.selection import HeadThreshold, Threshold, TopPOrThreshold
 
 from .strategies import Call, calls, random_masks, selectors

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from unisparse_flex import private_names as name_checks
-from unisparse_flex.block_masks.kernels import operator
+from unisparse_flex.block_masks import kernels
 from unisparse_flex.doctor import Examination, Finding, Status, examination, examine
 from unisparse_flex.doctor import backends as backend_checks
 from unisparse_flex.doctor import compile_check as compile_checks
@@ -115,7 +115,7 @@ def test_selection_kernels_that_do_not_run_say_why(monkeypatch, capability, hip,
 
 
 def test_selection_kernels_that_run_are_ok(monkeypatch):
-    monkeypatch.setattr(operator, "takes", lambda *_, **__: True)
+    monkeypatch.setattr(kernels, "takes", lambda *_, **__: True)
     assert backend_checks.check_selection_kernels(CPU).detail == "Triton scores and selects"
 
 

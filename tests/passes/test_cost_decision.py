@@ -18,8 +18,8 @@ from tests.api.reference import assert_computes
 from unisparse_flex import UniSparse, explain, optimize
 from unisparse_flex.passes import Reason, SparseConfig
 from unisparse_flex.passes.calls.sdpa import SdpaCall
-from unisparse_flex.passes.decision import device_rates
 from unisparse_flex.passes.decision import cost_forecast as prediction
+from unisparse_flex.passes.decision import device_rates
 from unisparse_flex.passes.decision import rules as decision
 from unisparse_flex.passes.decision.rules import refuse
 

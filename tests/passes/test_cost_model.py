@@ -15,8 +15,8 @@ import torch
 
 from unisparse_flex import DEFAULT_SELECTOR, FlexPrefill, UniSparse
 from unisparse_flex.passes.decision import cost_model as cm
-from unisparse_flex.passes.decision.device_rates import RATES
 from unisparse_flex.passes.decision.cost_forecast import CallShape, break_even_length, forecast
+from unisparse_flex.passes.decision.device_rates import RATES
 
 from .graphs import Stripes
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from unisparse_flex import DEFAULT_SELECTOR, UniSparse
-from unisparse_flex.passes.decision.device_rates import RATES, DeviceRates, device_name, find_rates
 from unisparse_flex.passes.decision.cost_forecast import break_even_length, forecast
+from unisparse_flex.passes.decision.device_rates import RATES, DeviceRates, device_name, find_rates
 
 from .test_cost_model import shape
 
