@@ -103,8 +103,8 @@ def _measure_one(
     lists = select_lists_of(query, key)
     row["selection_ms"] = guarded(row, "selection", lambda: graph_ms(lists))
     row["selection_plain_ms"] = guarded(row, "selection", lambda: plain_ms(lists))
-    kernels = guarded(row, "kernels", lambda: kernel_ms(lists)) or {}
-    row["kernels_ms"] = {name: time for name, time in kernels.items() if name in KERNELS}
+    times = guarded(row, "kernels", lambda: kernel_ms(lists)) or {}
+    row["kernels_ms"] = {name: time for name, time in times.items() if name in KERNELS}
     row["whole_ms"] = guarded(row, "whole", lambda: plain_ms(lambda: whole(query, key, value)))
     return row
 

@@ -244,17 +244,17 @@ class Pair(nn.Module):
 
 
 def assign_itself(module: nn.Module) -> None:
-    module.forward = module.forward  # type: ignore[method-assign]
+    module.forward = module.forward
 
 
 def assign_closure(module: nn.Module) -> None:
     before = module.forward
-    module.forward = lambda *args, **options: before(*args, **options)  # type: ignore[method-assign]
+    module.forward = lambda *args, **options: before(*args, **options)
 
 
 def assign_partial(module: nn.Module) -> None:
     module._old_forward = module.forward  # type: ignore[assignment]
-    module.forward = functools.partial(call_old, module)  # type: ignore[method-assign]
+    module.forward = functools.partial(call_old, module)
 
 
 def call_old(module: Any, *args: Any, **options: Any) -> Tensor:
