@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisparse_flex import DEFAULT_SELECTOR, UniSparse
+from unisparse_flex import UniSparse
 from unisparse_flex.demo import MODEL_NAME, CapturedAttention, TextName, load_smollm2
 from unisparse_flex.distributed import SequenceLayout
 from unisparse_flex.passes.decision import RATES, CallShape, DeviceRates, cost_model, forecast_at
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from . import context_traffic
 from .captured import capture_calls

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from unisparse_flex import DEFAULT_SELECTOR, UniSparse
+from unisparse_flex import UniSparse
 from unisparse_flex.demo import MODEL_NAME, TextName, load_smollm2
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .captured import capture_calls
 from .sweeps import defaults

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unisparse_flex import DEFAULT_SELECTOR, Oracle
 from unisparse_flex.block_masks import (
     BlockGeometry,
     Sampled,
@@ -19,6 +18,7 @@ from unisparse_flex.block_masks import (
     compute_sampled_scores,
     default_scale,
 )
+from unisparse_flex.selectors import DEFAULT_SELECTOR, Oracle
 
 from .captured import capture_smollm2
 

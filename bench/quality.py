@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisparse_flex import Selector, optimize, record_attention, restore
+from unisparse_flex import Selector, optimize, restore
 from unisparse_flex.demo import (
     TEXT_NAMES,
     CaptureAttention,
@@ -38,6 +38,7 @@ from unisparse_flex.demo import (
     draw_excerpt,
     load_text,
 )
+from unisparse_flex.reports import record_attention
 
 from .answers import Exam
 from .models import MODELS, Subject, load

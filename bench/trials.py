@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unisparse_flex import DEFAULT_SELECTOR, Selector
+from unisparse_flex import Selector
 from unisparse_flex.block_masks import (
     BlockGeometry,
     BlockSelection,
@@ -26,6 +26,7 @@ from unisparse_flex.block_masks import (
     summarize,
 )
 from unisparse_flex.block_masks.selectors import DROPPED_THRESHOLDS, Guarded, default_top_p
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .sweeps import defaults
 

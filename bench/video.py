@@ -19,15 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisparse_flex import (
+from unisparse_flex import Selector, UniSparse
+from unisparse_flex.selectors import (
     FlashPrefill,
     FlexPrefill,
     MInference,
     Oracle,
     PatchOrder,
-    Selector,
     StreamingLLM,
-    UniSparse,
     XAttention,
 )
 

@@ -19,8 +19,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from unisparse_flex import DEFAULT_SELECTOR, attention
+from unisparse_flex import attention
+from unisparse_flex.block_masks import kernels
 from unisparse_flex.passes.decision import device_name
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .contenders import compile_apart
 from .gpu_clock import STATISTIC, graph_ms, kernel_ms, plain_ms

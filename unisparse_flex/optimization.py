@@ -1,9 +1,10 @@
-"""`optimize` and `restore`: a model's attention becomes sparse, and dense again."""
+"""A model's attention becomes sparse (`optimize`), and dense again (`restore`)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,6 +19,7 @@ from .catching import (
     is_intercepted,
     original_module,
     release,
+    settings_of,
     split_fused_layers,
 )
 from .passes import SparseConfig
@@ -160,6 +162,64 @@ def restore(model: ModelT) -> ModelT:
     return model
 
 
+@contextmanager
+def temporarily_optimize(
+    model: ModelT,
+    selector: Selector | Calibration | str | PathLike[str] | None = None,
+    *,
+    min_length: int | None = None,
+    dense_layers: Collection[int] = (),
+    backend: str = "auto",
+    context: ContextParallel | None = None,
+) -> Iterator[ModelT]:
+    """`optimize` for the length of a ``with`` block; use it to try settings, or to compare.
+
+    On the way out, an exception's too, every module has the settings again that it had on the way
+    in: a plain model is plain, an optimized one keeps its own. So blocks nest, the innermost
+    decides, and what `optimize` or `restore` did inside is undone. The model itself is changed: all
+    threads that call it see it. What was compiled inside compiles anew outside.
+
+    Args:
+        model: As `optimize` takes it; of a diffusers pipeline, its transformer.
+        selector: As `optimize` takes it.
+        min_length: As `optimize` takes it.
+        dense_layers: As `optimize` takes it.
+        backend: As `optimize` takes it.
+        context: As `optimize` takes it; to be named again where ``model`` has one.
+
+    Yields:
+        ``model``.
+
+    Raises:
+        TypeError: What `optimize` raises, with ``model`` left as it came.
+        ValueError: The same, or ``model`` was optimized for tokens that ranks share and no
+            ``context`` is given.
+        OSError: The same.
+    """
+    validate_model(model)
+    before = _settings(model)
+    if context is None and any(SparseConfig.decode(config).context for config in before.values()):
+        raise ValueError(
+            "context must be given for a model that was optimized with one, got None: its ranks "
+            "would attend to their own tokens alone; pass the same ContextParallel, or restore the "
+            "model first"
+        )
+    try:
+        yield optimize(
+            model,
+            selector,
+            min_length=min_length,
+            dense_layers=dense_layers,
+            backend=backend,
+            context=context,
+        )
+    finally:
+        restore(model)
+        for module, config in before.items():
+            intercept(module, config)
+            split_fused_layers(module)
+
+
 def is_optimized(model: nn.Module) -> bool:
     """Whether `optimize` was called on ``model``, compiled or not."""
     return is_intercepted(original_module(model))
@@ -184,6 +244,12 @@ def validate_model(model: object) -> None:
             "model must not be compiled yet, got a compiled "
             f"{type(original_module(model)).__name__}; call optimize first, torch.compile second"
         )
+
+
+def _settings(model: nn.Module) -> dict[nn.Module, str]:
+    """The settings of the modules that have some."""
+    found = ((module, settings_of(module)) for module in model.modules())
+    return {module: config for module, config in found if config is not None}
 
 
 def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

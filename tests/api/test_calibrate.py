@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from unisparse_flex import (
     Calibration,
-    FlexPrefill,
     UniSparse,
     calibrate,
     explain,
     is_optimized,
     optimize,
-    record_attention,
     restore,
 )
 from unisparse_flex.calibration import DENSE, MAX_FILE_BYTES, Setting
@@ -29,6 +27,8 @@ from unisparse_flex.demo.measure import compute_kl, compute_log_probs
 from unisparse_flex.demo.recall import CaptureAttention, compute_recall
 from unisparse_flex.passes import Reason
 from unisparse_flex.progress import StepDisplay
+from unisparse_flex.reports import record_attention
+from unisparse_flex.selectors import FlexPrefill
 
 from .capture import captured
 from .models import FINE, SELECTOR, Attention, Layer, Transformer, create, embeddings

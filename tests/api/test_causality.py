@@ -20,15 +20,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import unisparse_flex
 from unisparse_flex import (
-    DenseSpan,
-    FlashPrefill,
-    FlexPrefill,
-    MInference,
-    Oracle,
     Selector,
-    StreamingLLM,
     UniSparse,
-    XAttention,
     attention,
     block_masks,
     create_block_mask,
@@ -41,6 +34,15 @@ from unisparse_flex.integrations import transformers
 from unisparse_flex.passes import SparseConfig
 from unisparse_flex.passes.attend.operator import marked_sdpa
 from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.selectors import (
+    DenseSpan,
+    FlashPrefill,
+    FlexPrefill,
+    MInference,
+    Oracle,
+    StreamingLLM,
+    XAttention,
+)
 
 from .models import qkv
 from .reference import select, visible

@@ -9,17 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unisparse_flex import (
-    AttentionRecord,
-    Explanation,
-    UniSparse,
-    explain,
-    optimize,
-    record_attention,
-)
+from unisparse_flex import UniSparse, explain, optimize
 from unisparse_flex.passes import Reason, observe_calls
 from unisparse_flex.passes.decision.call_forecast import CallPrediction
 from unisparse_flex.passes.decision.cost_forecast import CallShape, forecast
+from unisparse_flex.reports import AttentionRecord, Explanation, record_attention
 from unisparse_flex.reports.explanation import MASK_NOTE, SLOWER_NOTE
 
 from .capture import captured

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.api.models import qkv
-from unisparse_flex import FlashPrefill, Oracle, Selector, UniSparse, XAttention
+from unisparse_flex import Selector, UniSparse
 from unisparse_flex.block_masks import BlockGeometry
 from unisparse_flex.block_masks.granularity import CompositeKeys
 from unisparse_flex.block_masks.selectors import FlexPrefill, MInference, StreamingLLM
+from unisparse_flex.selectors import FlashPrefill, Oracle, XAttention
 
 SIZE = 16
 SELECTORS: list[Selector] = [

@@ -10,10 +10,16 @@ import pytest
 
 from tests.api.models import SELECTOR, create, embeddings
 from tests.api.test_explain import Mixed
-from unisparse_flex import AttentionRecord, optimize
+from unisparse_flex import optimize
 from unisparse_flex.passes import Reason
 from unisparse_flex.passes.decision.call_forecast import CallPrediction
-from unisparse_flex.reports import ExplainReport, ReportedCall, render_page, report_model
+from unisparse_flex.reports import (
+    AttentionRecord,
+    ExplainReport,
+    ReportedCall,
+    render_page,
+    report_model,
+)
 from unisparse_flex.reports.density_chart import BOTTOM, HEIGHT, LEFT, WIDTH, compute_bars
 from unisparse_flex.reports.page import format_ms, format_percent
 from unisparse_flex.reports.timing import CallTime

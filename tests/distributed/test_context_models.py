@@ -17,17 +17,17 @@ from torch.distributed.tensor.parallel import (
 
 from tests.api.models import FINE, Transformer, create, embeddings, qkv
 from unisparse_flex import (
-    FlexPrefill,
     Selector,
     UniSparse,
     attention,
     explain,
     optimize,
     restore,
-    sparse,
+    temporarily_optimize,
 )
 from unisparse_flex.distributed import ContextParallel, context_parallel_attention
 from unisparse_flex.passes import Reason
+from unisparse_flex.selectors import FlexPrefill
 
 from .check import difference, kept_blocks
 from .ranks import Ranks
@@ -108,13 +108,13 @@ def run_inside_sparse() -> tuple[float, float, str]:
     x = embeddings(LENGTH)
     model = create()
     with torch.no_grad():
-        with sparse(model, FINE, min_length=0, context=context):
+        with temporarily_optimize(model, FINE, min_length=0, context=context):
             output = context.gather(model(context.shard(x, 1)), 1)
         alone = optimize(create(), FINE, min_length=0)
         inside, behind = difference(output, alone(x)), difference(model(x), create()(x))
     optimize(model, FINE, min_length=0, context=context)
     try:
-        with sparse(model, FINE):
+        with temporarily_optimize(model, FINE):
             return inside, behind, "no error"
     except ValueError as error:
         return inside, behind, str(error)

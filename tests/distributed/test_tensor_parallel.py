@@ -16,11 +16,12 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tests.api.models import FINE, Transformer, create, embeddings, qkv
-from unisparse_flex import Calibration, Selector, UniSparse, XAttention, attention, optimize
+from unisparse_flex import Calibration, Selector, UniSparse, attention, optimize
 from unisparse_flex.distributed import shard_heads
 from unisparse_flex.passes import Reason, SparseConfig
 from unisparse_flex.passes.calls.sdpa import SdpaCall
 from unisparse_flex.passes.decision.rules import refuse, refuse_sharding
+from unisparse_flex.selectors import XAttention
 
 from .check import difference, gather, kept_blocks, mesh
 from .ranks import Ranks

@@ -12,9 +12,10 @@ from torch.nn.attention.bias import causal_lower_right
 
 from tests.api.models import SELECTOR, create, embeddings, qkv
 from tests.api.reference import assert_is_sparse, attend, rmse
-from unisparse_flex import UniSparse, attention, explain, optimize, record_attention
+from unisparse_flex import UniSparse, attention, explain, optimize
 from unisparse_flex.block_masks import BlockGeometry
 from unisparse_flex.passes import Reason
+from unisparse_flex.reports import record_attention
 
 pytestmark = pytest.mark.gpu
 

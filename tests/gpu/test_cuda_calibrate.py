@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.api.models import Transformer, create, embeddings
-from unisparse_flex import UniSparse, calibrate, optimize, record_attention
+from unisparse_flex import UniSparse, calibrate, optimize
 from unisparse_flex.passes import Reason
+from unisparse_flex.reports import record_attention
 
 pytestmark = pytest.mark.gpu
 

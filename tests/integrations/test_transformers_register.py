@@ -163,7 +163,7 @@ def test_by_default_short_prompts_stay_dense() -> None:
 
 @pytest.mark.parametrize("side", ["", "left"])
 def test_a_models_own_settings_win_over_those_of_its_name(side: str) -> None:
-    """So `sparse`, `calibrate` and `optimize` mean the same for every model."""
+    """So `temporarily_optimize`, `calibrate` and `optimize` mean the same for every model."""
     batch = padded_batch(side) if side else {"input_ids": token_ids()}
     with registered(EVERYTHING) as name:
         model = create("Llama", name)

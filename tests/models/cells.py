@@ -15,10 +15,11 @@ from torch import Tensor, fx
 
 from tests.api.capture import MARKERS
 from tests.api.reference import rmse
-from unisparse_flex import optimize, record_attention
+from unisparse_flex import optimize
 from unisparse_flex.passes import Reason, RewriteReport, SparseConfig, rewrite_sdpa
 from unisparse_flex.passes.attend.multihead import MULTIHEAD_TARGETS, refuse_multihead
 from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.reports import record_attention
 
 from .family import EVERYTHING, SELECTOR, Family
 from .modes import MODES, Inputs, Mode, Run, forward, without_cache

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from unisparse_flex import optimize, record_attention
+from unisparse_flex import optimize
 from unisparse_flex.passes import Reason
+from unisparse_flex.reports import record_attention
 
 from .families import BY_NAME
 from .family import EVERYTHING, LENGTH, SELECTOR, token_ids

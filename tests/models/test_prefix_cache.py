@@ -11,8 +11,9 @@ import torch
 from transformers import DynamicCache
 
 from tests.api.reference import rmse
-from unisparse_flex import optimize, record_attention
+from unisparse_flex import optimize
 from unisparse_flex.passes import Reason
+from unisparse_flex.reports import record_attention
 
 from .cells import in_float64
 from .families import BY_NAME

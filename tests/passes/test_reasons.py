@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 from tests.api.models import FINE
-from unisparse_flex import FlexPrefill, MInference, StreamingLLM, UniSparse
+from unisparse_flex import UniSparse
 from unisparse_flex.passes import Reason, SparseConfig, rewrite_sdpa
 from unisparse_flex.passes.calls.sdpa import SdpaCall
 from unisparse_flex.passes.decision.rules import refuse
+from unisparse_flex.selectors import FlexPrefill, MInference, StreamingLLM
 
 from .graphs import build_graph
 

@@ -16,17 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from tests.api import reference
-from unisparse_flex import (
-    BlockSelection,
-    FlashPrefill,
-    Oracle,
-    UniSparse,
-    XAttention,
-    attention,
-    create_block_mask,
-    optimize,
-)
+from unisparse_flex import UniSparse, attention, create_block_mask, optimize
 from unisparse_flex.passes import Reason, observe_calls
+from unisparse_flex.selectors import BlockSelection, FlashPrefill, Oracle, XAttention
 
 from .cases import Case
 from .faults import FAULTS

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tests.api.models import qkv
-from unisparse_flex import FlashPrefill, UniSparse, attention, create_block_mask, explain, optimize
+from unisparse_flex import UniSparse, attention, create_block_mask, explain, optimize
 from unisparse_flex.catching import dispatch_key as dispatch
 from unisparse_flex.passes import Reason
+from unisparse_flex.selectors import FlashPrefill
 
 from .entries import OneCall
 

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from tests.api.models import qkv
-from unisparse_flex import (
+from unisparse_flex import Selector, UniSparse
+from unisparse_flex.selectors import (
     DEFAULT_SELECTOR,
     FlashPrefill,
     FlexPrefill,
     MInference,
     Oracle,
-    Selector,
     StreamingLLM,
-    UniSparse,
     XAttention,
 )
 

@@ -9,8 +9,8 @@ from typing import Any
 import click
 from torch import Tensor
 
-from .. import optimize
 from ..demo import LoadedModel, describe_device
+from ..optimization import optimize
 from ..passes.calls import BACKENDS
 from .failures import wrong_arguments
 from .models import load_model

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import DEFAULT_SELECTOR, Selector, UniSparse
+from ..selectors import DEFAULT_SELECTOR, Selector, UniSparse
 from .model import CONTEXT_LENGTH
 from .texts import TextName
 

@@ -11,7 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import Selector, optimize, record_attention
+from ..optimization import optimize
+from ..reports import record_attention
+from ..selectors import Selector
 from .judge import Judge
 from .measure import Prefill, prefill, time_in_turn
 from .model import describe_device, load_smollm2

@@ -1,4 +1,4 @@
-"""`sparse`: inside the block a model is optimized, behind it everything is as it was."""
+"""A model is optimized inside the block of `temporarily_optimize`, and as it was after it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unisparse_flex import UniSparse, explain, is_optimized, optimize, restore, sparse
+from unisparse_flex import UniSparse, explain, is_optimized, optimize, restore, temporarily_optimize
 
 from .models import FINE, SELECTOR, Attention, Transformer, create, embeddings
 from .reference import assert_computes, assert_is_sparse
@@ -37,7 +37,7 @@ def decisions(model: Any) -> list[str]:
 def test_the_model_is_sparse_inside_and_as_before_behind() -> None:
     model = create()
     before = state(model)
-    with sparse(model, SELECTOR, min_length=0) as inside:
+    with temporarily_optimize(model, SELECTOR, min_length=0) as inside:
         assert inside is model
         assert_is_sparse(output(model), create(), SELECTOR, X)
     assert state(model) == before
@@ -48,7 +48,10 @@ def test_the_model_is_sparse_inside_and_as_before_behind() -> None:
 def test_an_exception_leaves_the_model_as_before() -> None:
     model = create()
     before = state(model)
-    with pytest.raises(KeyError, match="inside"), sparse(model, SELECTOR, min_length=0):
+    with (
+        pytest.raises(KeyError, match="inside"),
+        temporarily_optimize(model, SELECTOR, min_length=0),
+    ):
         raise KeyError("inside")
     assert state(model) == before
     assert output(model).equal(output(create()))
@@ -56,17 +59,17 @@ def test_an_exception_leaves_the_model_as_before() -> None:
 
 def test_an_exception_of_the_forward_leaves_the_model_as_before() -> None:
     model = create()
-    with pytest.raises(RuntimeError), sparse(model, SELECTOR, min_length=0):
+    with pytest.raises(RuntimeError), temporarily_optimize(model, SELECTOR, min_length=0):
         model(torch.randn(3, 3))
     assert output(model).equal(output(create()))
 
 
 def test_blocks_nest_and_the_innermost_decides() -> None:
     model = create()
-    with sparse(model, SELECTOR, min_length=0):
-        with sparse(model, FINE, min_length=0):
+    with temporarily_optimize(model, SELECTOR, min_length=0):
+        with temporarily_optimize(model, FINE, min_length=0):
             assert_is_sparse(output(model), create(), FINE, X)
-            with sparse(model, OTHER, min_length=0):
+            with temporarily_optimize(model, OTHER, min_length=0):
                 assert_is_sparse(output(model), create(), OTHER, X)
             assert_is_sparse(output(model), create(), FINE, X)
         assert_is_sparse(output(model), create(), SELECTOR, X)
@@ -77,7 +80,7 @@ def test_an_optimized_model_has_its_own_settings_again() -> None:
     model = optimize(create(), SELECTOR, min_length=0)
     optimize(model.layers[1], FINE, min_length=0)
     before, exact = state(model), output(model)
-    with sparse(model, OTHER, min_length=0):
+    with temporarily_optimize(model, OTHER, min_length=0):
         assert_is_sparse(output(model), create(), OTHER, X)
     assert state(model) == before
     assert output(model).equal(exact)
@@ -87,7 +90,7 @@ def test_a_submodule_that_was_optimized_alone_still_is() -> None:
     model = create()
     optimize(model.layers[1], FINE, min_length=0)
     before = state(model)
-    with sparse(model, SELECTOR, min_length=0):
+    with temporarily_optimize(model, SELECTOR, min_length=0):
         assert is_optimized(model)
     assert state(model) == before
     assert decisions(model) == ["dense", "sparse"]
@@ -95,18 +98,18 @@ def test_a_submodule_that_was_optimized_alone_still_is() -> None:
 
 def test_a_block_around_a_submodule_changes_that_alone() -> None:
     model = create()
-    with sparse(model.layers[0], SELECTOR, min_length=0):
+    with temporarily_optimize(model.layers[0], SELECTOR, min_length=0):
         assert decisions(model) == ["sparse", "dense"]
     assert output(model).equal(output(create()))
 
 
 def test_what_is_optimized_or_restored_inside_is_undone() -> None:
     model = create()
-    with sparse(model, SELECTOR, min_length=0):
+    with temporarily_optimize(model, SELECTOR, min_length=0):
         optimize(model, FINE, min_length=0)
     assert not is_optimized(model)
     optimize(model, SELECTOR, min_length=0)
-    with sparse(model, FINE, min_length=0):
+    with temporarily_optimize(model, FINE, min_length=0):
         restore(model)
         assert output(model).equal(output(create()))
     assert_is_sparse(output(model), create(), SELECTOR, X)
@@ -115,7 +118,7 @@ def test_what_is_optimized_or_restored_inside_is_undone() -> None:
 def test_layers_that_come_and_go_inside_end_as_they_were() -> None:
     model = optimize(create(), SELECTOR, min_length=0)
     first, fresh = model.layers[0], create().layers[0]
-    with sparse(model, FINE, min_length=0):
+    with temporarily_optimize(model, FINE, min_length=0):
         model.layers[0] = optimize(fresh, FINE, min_length=0)
     assert not is_optimized(model.layers[0])
     model.layers[0] = first
@@ -124,11 +127,11 @@ def test_layers_that_come_and_go_inside_end_as_they_were() -> None:
 
 def test_the_settings_are_those_of_optimize() -> None:
     model = create()
-    with sparse(model, SELECTOR, min_length=0, dense_layers=(1,)):
+    with temporarily_optimize(model, SELECTOR, min_length=0, dense_layers=(1,)):
         assert decisions(model) == ["sparse", "dense"]
-    with sparse(model, SELECTOR, min_length=201):
+    with temporarily_optimize(model, SELECTOR, min_length=201):
         assert decisions(model) == ["dense", "dense"]
-    with sparse(model):
+    with temporarily_optimize(model):
         assert decisions(model) == ["dense", "dense"]
 
 
@@ -146,40 +149,40 @@ def test_settings_that_optimize_refuses_leave_the_model_as_it_was(
 ) -> None:
     for model in (create(), optimize(create(), FINE, min_length=0)):
         before = state(model)
-        with pytest.raises(error), sparse(model, **settings):
+        with pytest.raises(error), temporarily_optimize(model, **settings):
             raise AssertionError("entered")
         assert state(model) == before
 
 
 def test_what_is_no_module_is_refused_with_the_way_out() -> None:
-    with pytest.raises(TypeError, match=r"pipe\.transformer"), sparse(object()):  # type: ignore[type-var]
+    with pytest.raises(TypeError, match=r"pipe\.transformer"), temporarily_optimize(object()):  # type: ignore[type-var]
         raise AssertionError("entered")
 
 
 def test_a_compiled_model_is_refused_and_left_alone() -> None:
     compiled: Any = torch.compile(create(Attention))
-    with pytest.raises(ValueError, match="compiled"), sparse(compiled):
+    with pytest.raises(ValueError, match="compiled"), temporarily_optimize(compiled):
         raise AssertionError("entered")
 
 
 def test_what_is_compiled_inside_compiles_anew_outside() -> None:
     torch._dynamo.reset()
     model = create(layers=1)
-    with sparse(model, SELECTOR, min_length=0):
+    with temporarily_optimize(model, SELECTOR, min_length=0):
         compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
         assert_is_sparse(output(compiled), create(layers=1), SELECTOR, X)
     assert_computes(output(compiled), create(layers=1), None, X)
-    with sparse(model, FINE, min_length=0):
+    with temporarily_optimize(model, FINE, min_length=0):
         assert_is_sparse(output(compiled), create(layers=1), FINE, X)
 
 
 def test_encoder_layers_of_torch_are_fused_again_unless_they_were_split_before() -> None:
     layer = nn.TransformerEncoderLayer(64, 4, batch_first=True).eval()
     model = nn.Sequential(layer)
-    with sparse(model, SELECTOR, min_length=0):
+    with temporarily_optimize(model, SELECTOR, min_length=0):
         assert layer.activation_relu_or_gelu == 0
     assert layer.activation_relu_or_gelu == 1
     optimize(model, SELECTOR, min_length=0)
-    with sparse(model, FINE, min_length=0):
+    with temporarily_optimize(model, FINE, min_length=0):
         pass
     assert layer.activation_relu_or_gelu == 0
