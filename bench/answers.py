@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unisparse_flex import Selector, optimize, restore
-from unisparse_flex.demo import LoadedModel, Prefill, cache_name, generate_greedily, prefill
+from unisparse_flex.evaluation import LoadedModel, Prefill, cache_name, generate_greedily, prefill
 from unisparse_flex.reports import record_attention
 
 from .models import Subject

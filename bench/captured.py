@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from unisparse_flex.demo import (
+from unisparse_flex.evaluation import (
     CaptureAttention,
     CapturedAttention,
     LoadedModel,

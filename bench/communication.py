@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from unisparse_flex import UniSparse
-from unisparse_flex.demo import MODEL_NAME, CapturedAttention, TextName, load_smollm2
 from unisparse_flex.distributed import SequenceLayout
+from unisparse_flex.evaluation import MODEL_NAME, CapturedAttention, TextName, load_smollm2
 from unisparse_flex.passes.decision import RATES, CallShape, DeviceRates, cost_model, forecast_at
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from unisparse_flex.block_masks import kernels
-from unisparse_flex.demo import describe_device
+from unisparse_flex.evaluation import describe_device
 from unisparse_flex.passes.decision import PLAIN, DeviceRates, device_name
 
 from . import rate_fit

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from unisparse_flex import UniSparse
-from unisparse_flex.demo import MODEL_NAME, TextName, load_smollm2
+from unisparse_flex.evaluation import MODEL_NAME, TextName, load_smollm2
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .captured import capture_calls

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from unisparse_flex import Selector, optimize, restore
-from unisparse_flex.demo import (
+from unisparse_flex.evaluation import (
     TEXT_NAMES,
     CaptureAttention,
     CapturedAttention,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from unisparse_flex.demo import describe_device
+from unisparse_flex.evaluation import describe_device
 
 PACKAGES = ("torch", "triton", "transformers", "flash-attn-4", "flash-attn")
 

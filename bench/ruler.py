@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 import torch
 
-from unisparse_flex.demo import TextName, Tokenizer, draw_excerpt, load_text
+from unisparse_flex.evaluation import TextName, Tokenizer, draw_excerpt, load_text
 
 TaskName = Literal["niah_single", "niah_multikey", "niah_multivalue", "vt", "cwe", "fwe"]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import unisparse_flex
-from unisparse_flex.demo import draw_excerpt, load_smollm2, load_text
+from unisparse_flex.evaluation import draw_excerpt, load_smollm2, load_text
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ from unisparse_flex import (
     restore,
 )
 from unisparse_flex.calibration import DENSE, MAX_FILE_BYTES, Setting
-from unisparse_flex.demo.measure import compute_kl, compute_log_probs
-from unisparse_flex.demo.recall import CaptureAttention, compute_recall
+from unisparse_flex.evaluation.measure import compute_kl, compute_log_probs
+from unisparse_flex.evaluation.recall import CaptureAttention, compute_recall
 from unisparse_flex.passes import Reason
 from unisparse_flex.progress import StepDisplay
 from unisparse_flex.reports import record_attention

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from bench import selection_share
 from bench.selection_share import Inputs, ShareClock
 from unisparse_flex import Selector, UniSparse
-from unisparse_flex.demo.recall import CapturedAttention
+from unisparse_flex.evaluation.recall import CapturedAttention
 from unisparse_flex.selectors import FlashPrefill
 
 BLOCK, LENGTH = 16, 100

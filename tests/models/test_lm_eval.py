@@ -14,8 +14,8 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from unisparse_flex import UniSparse, is_optimized, optimize, restore
-from unisparse_flex.demo.model import LoadedModel, load_smollm2
-from unisparse_flex.demo.texts import draw_excerpt, load_text
+from unisparse_flex.evaluation.model import LoadedModel, load_smollm2
+from unisparse_flex.evaluation.texts import draw_excerpt, load_text
 from unisparse_flex.passes import Reason
 from unisparse_flex.reports import record_attention
 

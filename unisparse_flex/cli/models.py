@@ -8,8 +8,8 @@ from typing import Any
 import click
 import torch
 
-from ..demo import LoadedModel, load_smollm2, quiet_transformers
 from ..doctor import default_device
+from ..evaluation import LoadedModel, load_smollm2, quiet_transformers
 from .failures import failures, require
 
 BUNDLED = "smollm2"

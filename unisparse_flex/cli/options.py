@@ -9,7 +9,7 @@ from typing import Any
 import click
 from torch import Tensor
 
-from ..demo import LoadedModel, describe_device
+from ..evaluation import LoadedModel, describe_device
 from ..optimization import optimize
 from ..passes.calls import BACKENDS
 from .failures import wrong_arguments

@@ -13,8 +13,8 @@ from shutil import which
 import torch
 
 from ..doctor import CXX_COMPILERS
+from ..evaluation import TEXT_NAMES
 from .options import SELECTORS, SHORTEST_PROMPT, DemoOptions
-from .texts import TEXT_NAMES
 
 PROGRAM = "python -m unisparse_flex.demo"
 EXTRA_MODULES = (

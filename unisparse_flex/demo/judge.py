@@ -7,8 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .measure import Prefill, compute_kl, compute_log_probs, compute_perplexity, generate_greedily
-from .prompt import Prompt
+from ..evaluation import (
+    Prefill,
+    Prompt,
+    compute_kl,
+    compute_log_probs,
+    compute_perplexity,
+    generate_greedily,
+)
 from .results import Row
 
 JUDGED_POSITIONS = 1024

@@ -1,7 +1,7 @@
 import pytest
 
-from unisparse_flex.demo.prompt import build_prompt, draw_needle
-from unisparse_flex.demo.texts import TEXT_NAMES, draw_excerpt, load_text
+from unisparse_flex.evaluation.needle import build_prompt, draw_needle
+from unisparse_flex.evaluation.texts import TEXT_NAMES, draw_excerpt, load_text
 
 
 @pytest.mark.parametrize("text", TEXT_NAMES)

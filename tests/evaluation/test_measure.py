@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from unisparse_flex.demo.measure import (
+from unisparse_flex.evaluation.measure import (
     Prefill,
     compute_kl,
     compute_log_probs,

@@ -3,7 +3,11 @@ import torch
 import torch.nn.functional as F
 
 from unisparse_flex import UniSparse
-from unisparse_flex.demo.recall import CaptureAttention, compute_recall, compute_recall_and_error
+from unisparse_flex.evaluation.recall import (
+    CaptureAttention,
+    compute_recall,
+    compute_recall_and_error,
+)
 
 BLOCK = 16
 
