@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.plain_selection:
         name += PLAIN
         command.append("--plain-selection")
-        kernels.takes = lambda *_: False
+        kernels.supports = lambda *_: False
     output = options.output or Path(f"bench/results/rates-{name.replace(' ', '-')}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {

@@ -25,7 +25,7 @@ from unisparse_flex.block_masks import (
     compute_mean_scores,
     summarize,
 )
-from unisparse_flex.block_masks.selectors import DROPPED_THRESHOLDS, Guarded, default_top_p
+from unisparse_flex.block_masks.selectors import DROPPED_THRESHOLDS, ForcesBlocks, default_top_p
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .sweeps import defaults
@@ -96,7 +96,7 @@ RULES: dict[str, Callable[[float], SelectionRule]] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trial(Guarded, Selector):
+class Trial(ForcesBlocks, Selector):
     """The mean of scores at up to two granularities, and a rule of `RULES`.
 
     Attributes:

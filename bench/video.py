@@ -111,7 +111,7 @@ def split_sweeps() -> tuple[dict[str, list[Selector]], list[str]]:
     refused = [
         name
         for name, sweep in SWEEPS.items()
-        if not all(s.takes(causal=False, masked=False, self_attention=True) for s in sweep)
+        if not all(s.supports(causal=False, masked=False, self_attention=True) for s in sweep)
     ]
     return {name: sweep for name, sweep in SWEEPS.items() if name not in refused}, refused
 

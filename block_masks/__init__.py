@@ -7,7 +7,6 @@ from .granularity import CompositeKeys, Pooled, Sampled, pool_heads, pool_tokens
 from .mask_summary import MaskSummary, summarize, summarize_mask, visible_tokens
 from .masks import MaskProgram
 from .patch_order import PatchOrder
-from .pinning import pin
 from .scoring import (
     compute_block_scores,
     compute_mean_scores,
@@ -15,7 +14,15 @@ from .scoring import (
     default_scale,
     supports_dtype,
 )
-from .selection import Guards, SelectionRule, Threshold, TopK, TopP, select_blocks, valid_blocks
+from .selection import (
+    ForcedBlocks,
+    SelectionRule,
+    Threshold,
+    TopK,
+    TopP,
+    select_blocks,
+    valid_blocks,
+)
 from .selection_cost import SelectionCost
 from .selectors import (
     DEFAULT_SELECTOR,
@@ -29,6 +36,7 @@ from .selectors import (
     UniSparse,
     XAttention,
 )
+from .strides import fix_strides
 from .validation import (
     validate_attn_mask,
     validate_block_size,
@@ -48,7 +56,7 @@ __all__ = [
     "DenseSpan",
     "FlashPrefill",
     "FlexPrefill",
-    "Guards",
+    "ForcedBlocks",
     "MInference",
     "MaskProgram",
     "MaskSummary",
@@ -71,7 +79,7 @@ __all__ = [
     "compute_sampled_scores",
     "create_block_mask",
     "default_scale",
-    "pin",
+    "fix_strides",
     "pool_heads",
     "pool_tokens",
     "select_blocks",

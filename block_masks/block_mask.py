@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from .block_selection import BlockSelection
 from .geometry import BlockGeometry
 from .mask_summary import expand_mask
-from .pinning import pin
+from .strides import fix_strides
 from .validation import FLOAT_DTYPES
 
 if TYPE_CHECKING:
@@ -121,7 +121,9 @@ def to_block_mask(
     names = [name for name in computed if getattr(mask, name) is not None]
     if not names:
         return mask
-    for name, tensor in zip(names, pin([getattr(mask, name) for name in names]), strict=True):
+    for name, tensor in zip(
+        names, fix_strides([getattr(mask, name) for name in names]), strict=True
+    ):
         setattr(mask, name, tensor)
     return mask
 

@@ -75,7 +75,7 @@ class BlockSelection:
         """
         if self.lists is not None and not partial_only:
             return self.lists.tensors()
-        interior = self.geometry.interior_blocks(self.keep.device) & (not partial_only)
+        interior = self.geometry.full_blocks(self.keep.device) & (not partial_only)
         return (*_compact(self.keep & ~interior), *_compact(self.keep & interior))
 
 

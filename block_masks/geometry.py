@@ -117,12 +117,12 @@ class BlockGeometry:
         return visible & may.any(0)[0]
 
     def block_bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`visible_blocks` and `interior_blocks` by batch element: bool [1 or B, 1, Nq, Nk]."""
+        """`visible_blocks` and `full_blocks` by batch element: bool [1 or B, 1, Nq, Nk]."""
         visible = self.visible(self.block_size, self.block_size, device)[None, None]
         if self.mask is None:
-            return visible, self.interior_blocks(device)[None, None]
+            return visible, self.full_blocks(device)[None, None]
         may, _ = self.mask_bounds(self.block_size, self.block_size, device)
-        return visible & may, self.interior_blocks(device)
+        return visible & may, self.full_blocks(device)
 
     def mask_bounds(
         self, q_group: int, kv_group: int, device: torch.device
@@ -132,7 +132,7 @@ class BlockGeometry:
         q_groups, kv_groups = self.num_groups(q_group, kv_group)
         return tile_bounds(self.mask, Tiles(q_group, q_groups, kv_group, kv_groups), device)
 
-    def interior_blocks(self, device: torch.device) -> Tensor:
+    def full_blocks(self, device: torch.device) -> Tensor:
         """Blocks whose keys all exist and are visible to every row: bool [Nq, Nk].
 
         With a `mask`, bool [1 or B, 1, Nq, Nk], and those for which that is known. These need no

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .geometry import BlockGeometry
 from .masks import Tiles, row_spans, tile_bounds
-from .pinning import pin
+from .strides import fix_strides
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -132,7 +132,7 @@ def summarize_program(
     rows = geometry.num_q_blocks * size
     padded = spans.padded(rows)
     start = torch.zeros(1, dtype=torch.int64, device=device)
-    (sees,) = pin([padded.seen_between(start, start + geometry.kv_len)[..., 0]])
+    (sees,) = fix_strides([padded.seen_between(start, start + geometry.kv_len)[..., 0]])
     row_blocks = row_sees = None
     if not geometry.sees_own_position():
         first = torch.arange(kv_blocks, device=device) * size

@@ -210,7 +210,7 @@ class RowMax(SelectionRule):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Guards:
+class ForcedBlocks:
     """Blocks that are kept whatever the scores say.
 
     Attributes:
@@ -229,7 +229,7 @@ class Guards:
         validate_int(self.local_blocks, "local_blocks", minimum=1)
         validate_int(self.last_query_blocks, "last_query_blocks", minimum=0)
 
-    def of_part(self, geometry: BlockGeometry) -> Guards:
+    def of_part(self, geometry: BlockGeometry) -> ForcedBlocks:
         """The guards of a part of a call, for what does not know of the rows behind it."""
         left = max(0, self.last_query_blocks - geometry.q_blocks_after)
         return replace(self, last_query_blocks=left)
@@ -258,7 +258,7 @@ def select_blocks(
     scores: Tensor,
     *,
     rule: SelectionRule,
-    guards: Guards,
+    guards: ForcedBlocks,
     geometry: BlockGeometry,
     mask: MaskSummary | None = None,
 ) -> tuple[Tensor, Tensor]:

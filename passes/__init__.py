@@ -2,11 +2,11 @@
 
 from .attend import observe_calls
 from .calls import SparseConfig
-from .decision import Reason
+from .decision import DenseReason
 from .rewrite import RewriteReport, SparseAttentionPass, rewrite_sdpa
 
 __all__ = [
-    "Reason",
+    "DenseReason",
     "RewriteReport",
     "SparseAttentionPass",
     "SparseConfig",

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
-from ..selection import Guards
+from ..selection import ForcedBlocks
 from .launch import Launch
 from .scratch import Masses, power_of_two, reach_of
 
@@ -307,7 +307,7 @@ def select(
     *,
     geometry: BlockGeometry,
     rule: Rule,
-    guards: Guards,
+    guards: ForcedBlocks,
     heads: slice,
     q_blocks: slice,
     composite_heads: int,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..pinning import pin
+from ..strides import fix_strides
 from .evaluation import Evaluation
 from .expr import KV, Affine, Bool, Compare, all_of, conjuncts, variable
 from .program import MaskProgram
@@ -85,7 +85,7 @@ def row_spans(program: MaskProgram, causal_offset: int | None, device: torch.dev
         else:
             rest.append(part)
     left = replace(program, expr=all_of(rest)) if rest else None
-    (key_valid,) = pin([key_valid])
+    (key_valid,) = fix_strides([key_valid])
     last = torch.where(last < first, first - 1, last)
     return RowSpans(first, last, key_valid, left)
 

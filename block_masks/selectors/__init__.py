@@ -1,6 +1,6 @@
 """The selectors: one file and one line here for each."""
 
-from .base import Guarded, Selector, validate_selector
+from .base import ForcesBlocks, Selector, validate_selector
 from .baselines import FlashPrefill, FlexPrefill, MInference, Oracle, StreamingLLM, XAttention
 from .dense_span import DenseSpan
 from .unisparse import DEFAULT_SELECTOR, DROPPED_THRESHOLDS, UniSparse, default_top_p
@@ -11,7 +11,7 @@ __all__ = [
     "DenseSpan",
     "FlashPrefill",
     "FlexPrefill",
-    "Guarded",
+    "ForcesBlocks",
     "MInference",
     "Oracle",
     "Selector",

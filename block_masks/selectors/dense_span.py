@@ -80,9 +80,9 @@ class DenseSpan(Selector):
             last_query_blocks=inner.last_query_blocks + blocks * self.rows,
         )
 
-    def takes(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
-        """See `Selector.takes`: queries and keys must be the same tokens."""
-        inner = self.selector.takes(causal=causal, masked=masked, self_attention=self_attention)
+    def supports(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
+        """See `Selector.supports`: queries and keys must be the same tokens."""
+        inner = self.selector.supports(causal=causal, masked=masked, self_attention=self_attention)
         return inner and self_attention
 
     def compute_selection(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..calls import SdpaCall
-from ..decision import Reason
+from ..decision import DenseReason
 from .operator import lowered_sdpa, marked_sdpa
 
 Attend = Callable[[SdpaCall], Tensor]
@@ -39,7 +39,7 @@ _KEYS_OF_ITS_OWN = ("bias_k", "bias_v", "static_k", "static_v")
 
 def refuse_multihead(
     target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Reason | None:
+) -> DenseReason | None:
     """Why a call of a multi-head function is left to torch, whatever its lengths.
 
     Args:
@@ -54,11 +54,11 @@ def refuse_multihead(
         return None
     call = bind_multihead(args, kwargs)
     if call["need_weights"]:
-        return Reason.NEEDS_WEIGHTS
+        return DenseReason.NEEDS_WEIGHTS
     if call["training"] and call["dropout_p"] > 0.0:
-        return Reason.DROPOUT
+        return DenseReason.DROPOUT
     if call["add_zero_attn"] or any(call[name] is not None for name in _KEYS_OF_ITS_OWN):
-        return Reason.KEYS_OF_ITS_OWN
+        return DenseReason.KEYS_OF_ITS_OWN
     return None
 
 

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..calls import HeadShard, SdpaCall, SparseConfig, is_sharded, run_on_shards, shard_selector
-from ..decision import Reason, flex_backend, flex_lowers, needs_grad, refuse, refuse_sharding
+from ..decision import DenseReason, flex_backend, flex_lowers, needs_grad, refuse, refuse_sharding
 from .at_run import has_stated_range, implement, sdpa_at_run
 from .region import compiled_in_loop, compiled_inline, compiled_once
 from .shared_tokens import context_sdpa
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Observer = Callable[[SdpaCall, SparseConfig, "BlockSelection | None", "Reason | None"], None]
+Observer = Callable[[SdpaCall, SparseConfig, "BlockSelection | None", "DenseReason | None"], None]
 Lowering = Callable[[SdpaCall, SparseConfig], Tensor]
 _observer: ContextVar[Observer | None] = ContextVar("unisparse_observer", default=None)
 _compiling = threading.local()
@@ -98,7 +98,7 @@ def observe_calls(observer: Observer) -> Iterator[None]:
         call: SdpaCall,
         config: SparseConfig,
         selection: BlockSelection | None,
-        reason: Reason | None,
+        reason: DenseReason | None,
     ) -> None:
         if outer is not None:
             outer(call, config, selection, reason)

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._inductor import config as inductor_config
 
-from ...block_masks import pin
+from ...block_masks import fix_strides
 from ..calls import SdpaCall, SparseConfig
-from ..decision import Reason, needs_grad
+from ..decision import DenseReason, needs_grad
 from .sparse_attention import attend_flex, attend_masked, restore_nan, select
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def compiled_inline(call: SdpaCall, config: SparseConfig) -> Tensor:
     if inductor_config.cpp_wrapper:
         return output
     # Nothing may be fused into the kernel.
-    return restore_nan(pin([output])[0], call, config)
+    return restore_nan(fix_strides([output])[0], call, config)
 
 
 def compiled_in_loop(call: SdpaCall, config: SparseConfig) -> Tensor:
@@ -81,7 +81,9 @@ def compiled_in_loop(call: SdpaCall, config: SparseConfig) -> Tensor:
     if call.query.device.type != "cpu":
         return compiled_inline(call, config)
     if config.min_length is None:
-        logger.warning("attention in the body of a scan or map stays dense: %s", Reason.NO_KERNEL)
+        logger.warning(
+            "attention in the body of a scan or map stays dense: %s", DenseReason.NO_KERNEL
+        )
         return call.run_dense()
     return attend_masked(call, select(call, config))
 

@@ -1,6 +1,6 @@
 """Dense or sparse, by which kernel, and why: safety, then cost."""
 
-from .call_forecast import CallPrediction, predict_call
+from .call_forecast import CallForecast, forecast_call
 from .cost_forecast import CallShape, call_shape, forecast, forecast_at
 from .device_rates import PLAIN, RATES, DeviceRates, device_name, find_rates
 from .flex_support import (
@@ -8,18 +8,18 @@ from .flex_support import (
     flash_obstacle,
     flex_backend,
     is_flash_installed,
-    takes_head_dim,
+    supports_head_dim,
 )
-from .rules import Reason, flex_lowers, needs_grad, refuse, refuse_sharding
+from .rules import DenseReason, flex_lowers, needs_grad, refuse, refuse_sharding
 
 __all__ = [
     "FLASH_CAPABILITY",
     "PLAIN",
     "RATES",
-    "CallPrediction",
+    "CallForecast",
     "CallShape",
+    "DenseReason",
     "DeviceRates",
-    "Reason",
     "call_shape",
     "device_name",
     "find_rates",
@@ -28,10 +28,10 @@ __all__ = [
     "flex_lowers",
     "forecast",
     "forecast_at",
+    "forecast_call",
     "is_flash_installed",
     "needs_grad",
-    "predict_call",
     "refuse",
     "refuse_sharding",
-    "takes_head_dim",
+    "supports_head_dim",
 ]

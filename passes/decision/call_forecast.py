@@ -11,7 +11,7 @@ from .rules import flex_lowers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CallPrediction:
+class CallForecast:
     """The cost model's word on one call, for people to read.
 
     Attributes:
@@ -30,9 +30,9 @@ class CallPrediction:
     note: str
 
 
-def predict_call(
+def forecast_call(
     call: SdpaCall, selector: Selector, density: float | None = None
-) -> CallPrediction | None:
+) -> CallForecast | None:
     """Predicts a call of real tensors; ``None`` where no block-sparse kernel takes it.
 
     Args:
@@ -49,7 +49,7 @@ def predict_call(
     shape = call_shape(call)
     found = forecast(shape, selector, density)
     self_attention = shape.q_len == shape.kv_len
-    return CallPrediction(
+    return CallForecast(
         dense_ms=found.dense_seconds * 1e3,
         sparse_ms=found.sparse_seconds * 1e3,
         density=found.density,

@@ -57,7 +57,7 @@ def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
         return f"it takes float16 and bfloat16, got {query.dtype}"
     if block_size != FLASH_BLOCK:
         return f"it needs block_size {FLASH_BLOCK}, got {block_size}"
-    if query.shape[3] != value.shape[3] or not takes_head_dim(query.shape[3]):
+    if query.shape[3] != value.shape[3] or not supports_head_dim(query.shape[3]):
         return (
             f"it needs a head_dim of at most {FLASH_LARGEST_HEAD_DIM}, a multiple of "
             f"{FLASH_HEAD_DIM_STEP} and the same for queries and values, got {query.shape[3]} and "
@@ -73,7 +73,7 @@ def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
     return None
 
 
-def takes_head_dim(head_dim: int) -> bool:
+def supports_head_dim(head_dim: int) -> bool:
     """Whether FlashAttention-4's tiles are our blocks at this head_dim."""
     return head_dim <= FLASH_LARGEST_HEAD_DIM and head_dim % FLASH_HEAD_DIM_STEP == 0
 

@@ -26,7 +26,7 @@ BACKWARD_BLOCK_MULTIPLE = 128
 MIN_CUDA_HEAD_DIM = 16
 
 
-class Reason(StrEnum):
+class DenseReason(StrEnum):
     """Why a call stays dense."""
 
     EXCLUDED = "layer excluded by the settings"
@@ -58,7 +58,7 @@ class Reason(StrEnum):
     KEYS_OF_ITS_OWN = "bias_k, add_zero_attn or static keys: the module adds keys of its own"
 
 
-def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:
+def refuse(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
     """Why this call must or should stay dense, or ``None`` where it runs sparse.
 
     Comparisons of symbolic lengths become guards of the traced graph; lengths that nothing is
@@ -68,20 +68,20 @@ def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:
     Of a call of DTensors only the sharding is judged: each rank decides about what it holds.
     """
     if config.dense:
-        return Reason.EXCLUDED
+        return DenseReason.EXCLUDED
     query, key, value = call.query, call.key, call.value
     if not all(t.layout is torch.strided and not t.is_nested for t in (query, key, value)):
-        return Reason.NOT_DENSE
+        return DenseReason.NOT_DENSE
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
-        return Reason.NOT_4D
+        return DenseReason.NOT_4D
     if is_sharded(call):
         return refuse_sharding(call)
     if not guard_or_false(query.shape[2] >= max(config.min_queries, 1)):
-        return Reason.FEW_QUERIES
+        return DenseReason.FEW_QUERIES
     if not guard_or_false(key.shape[2] >= max(config.min_length or 0, 1)):
-        return Reason.SHORT
+        return DenseReason.SHORT
     if call.dropout_p != 0.0:
-        return Reason.DROPOUT
+        return DenseReason.DROPOUT
     reason = (
         _refuse_tensors(call)
         or _refuse_mask(call)
@@ -93,16 +93,16 @@ def refuse(call: SdpaCall, config: SparseConfig) -> Reason | None:
     return reason
 
 
-def refuse_sharding(call: SdpaCall) -> Reason | None:
+def refuse_sharding(call: SdpaCall) -> DenseReason | None:
     """Why the ranks cannot compute a call of DTensors each for itself; ``None`` where they can."""
     if any(tensor.dim() != 4 for tensor in (call.query, call.key, call.value)):
         # Which dimension holds heads is not known.
-        return Reason.NOT_4D
+        return DenseReason.NOT_4D
     if shards_tokens(call):
-        return Reason.SHARDED_TOKENS
+        return DenseReason.SHARDED_TOKENS
     if not is_sharded_alike(call):
-        return Reason.SHARDED_UNLIKE
-    return Reason.SPLIT_GROUP if splits_group(call) else None
+        return DenseReason.SHARDED_UNLIKE
+    return DenseReason.SPLIT_GROUP if splits_group(call) else None
 
 
 def needs_grad(call: SdpaCall) -> bool:
@@ -112,7 +112,7 @@ def needs_grad(call: SdpaCall) -> bool:
     )
 
 
-def flex_takes(query: Tensor, value: Tensor) -> bool:
+def flex_supports(query: Tensor, value: Tensor) -> bool:
     """Whether FlexAttention's CUDA kernel takes these tensors."""
     narrow = min(query.shape[-1], value.shape[-1]) >= MIN_CUDA_HEAD_DIM
     return narrow and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
@@ -121,7 +121,7 @@ def flex_takes(query: Tensor, value: Tensor) -> bool:
 def flex_lowers(call: SdpaCall) -> bool:
     """Whether Inductor lowers the flex operator for these tensors to a block-sparse kernel."""
     if call.query.device.type == "cuda":
-        return flex_takes(call.query, call.value)
+        return flex_supports(call.query, call.value)
     # The CPU kernel has no backward and cannot read captured tensors at dynamic lengths.
     capture_free = call.attn_mask is None and not call.mask_tensors and not needs_grad(call)
     # Nor symbolic integers: its template takes one for a size of its own where the names collide.
@@ -141,15 +141,15 @@ def _has_cpu_kernel() -> bool:
     return vectorised and sys.platform != "darwin" and not torch.xpu.is_available()
 
 
-def _refuse_tensors(call: SdpaCall) -> Reason | None:
+def _refuse_tensors(call: SdpaCall) -> DenseReason | None:
     query, key, value = call.query, call.key, call.value
     if query.device.type not in ("cpu", "cuda") or {key.device, value.device} != {query.device}:
-        return Reason.DEVICE
+        return DenseReason.DEVICE
     autocast = torch.is_autocast_enabled(query.device.type)
     if not supports_dtype(query.dtype) or (
         not autocast and {key.dtype, value.dtype} != {query.dtype}
     ):
-        return Reason.DTYPE
+        return DenseReason.DTYPE
     batches = guard_or_false(query.shape[0] == key.shape[0]) and guard_or_false(
         key.shape[0] == value.shape[0]
     )
@@ -159,62 +159,62 @@ def _refuse_tensors(call: SdpaCall) -> Reason | None:
         or (call.enable_gqa and query.shape[1] > 0 and query.shape[1] % key.shape[1] == 0)
     )
     if not (batches and lengths and heads and 0 < query.shape[3] == key.shape[3]):
-        return Reason.HEADS
+        return DenseReason.HEADS
     return None
 
 
-def _refuse_mask(call: SdpaCall) -> Reason | None:
+def _refuse_mask(call: SdpaCall) -> DenseReason | None:
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
     # Together with is_causal, causal_lower_right counts as a mask, which it is in torch.
     masked = call.attn_mask is not None
     if (call.causal and masked) or (call.is_causal and call.causal_lower_right):
-        return Reason.MASK_AND_CAUSAL
+        return DenseReason.MASK_AND_CAUSAL
     if call.causal_lower_right and not guard_or_false(q_len <= kv_len):
-        return Reason.CAUSAL_ROWS_WITHOUT_KEYS
+        return DenseReason.CAUSAL_ROWS_WITHOUT_KEYS
     mask = call.attn_mask
     if mask is None:
         return None
     if mask.requires_grad and torch.is_grad_enabled():
-        return Reason.MASK_GRADIENT
+        return DenseReason.MASK_GRADIENT
     if mask.layout is not torch.strided or mask.is_nested:
-        return Reason.NOT_DENSE
+        return DenseReason.NOT_DENSE
     if mask.dtype is not torch.bool and not supports_dtype(mask.dtype):
-        return Reason.DTYPE
+        return DenseReason.DTYPE
     if mask.device != call.query.device:
-        return Reason.DEVICE
+        return DenseReason.DEVICE
     target = (call.query.shape[0], call.query.shape[1], q_len, kv_len)
     fits = mask.dim() <= 4 and all(
         guard_or_false(have == 1) or guard_or_false(have == want)
         for have, want in zip(reversed(mask.shape), reversed(target), strict=False)
     )
-    return None if fits else Reason.MASK_SHAPE
+    return None if fits else DenseReason.MASK_SHAPE
 
 
-def _refuse_selector(call: SdpaCall, config: SparseConfig) -> Reason | None:
-    if config.context is not None and not config.selector.rows_alone:
-        return Reason.NOT_ROW_BY_ROW
-    takes = config.selector.takes(
+def _refuse_selector(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
+    if config.context is not None and not config.selector.row_independent:
+        return DenseReason.NOT_ROW_BY_ROW
+    supported = config.selector.supports(
         causal=call.causal,
         masked=call.attn_mask is not None or bool(call.mask),
         self_attention=guard_or_false(call.query.shape[2] == call.key.shape[2]),
     )
-    return None if takes else Reason.SELECTOR
+    return None if supported else DenseReason.SELECTOR
 
 
-def _refuse_kernel(call: SdpaCall, config: SparseConfig) -> Reason | None:
+def _refuse_kernel(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
     if call.query.device.type != "cuda":
         return None
     autocast = torch.is_autocast_enabled("cuda")
-    if not autocast and not flex_takes(call.query, call.value):
-        return Reason.KERNEL
+    if not autocast and not flex_supports(call.query, call.value):
+        return DenseReason.KERNEL
     if needs_grad(call) and config.selector.block_size % BACKWARD_BLOCK_MULTIPLE:
-        return Reason.BACKWARD_BLOCK
+        return DenseReason.BACKWARD_BLOCK
     return None
 
 
-def _refuse_slow(call: SdpaCall, config: SparseConfig) -> Reason | None:
+def _refuse_slow(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
     if not flex_lowers(call):
-        return Reason.NO_KERNEL
+        return DenseReason.NO_KERNEL
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
     shape = call_shape(call)
     if isinstance(kv_len, torch.SymInt):
@@ -224,4 +224,4 @@ def _refuse_slow(call: SdpaCall, config: SparseConfig) -> Reason | None:
     else:
         found = forecast(shape, config.selector)
         faster = found.sparse_seconds < found.dense_seconds
-    return None if faster else Reason.SLOWER
+    return None if faster else DenseReason.SLOWER

@@ -23,7 +23,7 @@ from ..attend import (
     refuse_multihead,
 )
 from ..calls import SdpaCall, SparseConfig, is_sdpa, recorded, recorded_value
-from ..decision import Reason, refuse
+from ..decision import DenseReason, refuse
 from ..masks import LiftedMask, MaskCache, Unproved
 from .repeat_kv import erase_unused, recover_gqa
 from .report import RewriteReport
@@ -218,13 +218,13 @@ def _decides_at_run(call: SdpaCall) -> bool:
     return has_stated_range(_as_recorded(call))
 
 
-def _refuse_node(call: SdpaCall, config: SparseConfig) -> Reason | None:
+def _refuse_node(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
     """`refuse` on what the graph records; a call of unknown shapes decides when it runs."""
     tensors = [call.query, call.key, call.value]
     if call.attn_mask is not None:
         tensors.append(call.attn_mask)
     if any(recorded(tensor) is None for tensor in tensors):
-        return Reason.EXCLUDED if config.dense else None
+        return DenseReason.EXCLUDED if config.dense else None
     return refuse(_as_recorded(call), config)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ..decision import Reason
+from ..decision import DenseReason
 from ..masks import Unproved
 
 WINDOW_KEPT = "sliding window of few blocks: kept whole, nothing to select"
@@ -26,14 +26,14 @@ class RewriteReport:
     """
 
     rewritten: list[str] = field(default_factory=list)
-    left: dict[str, Reason] = field(default_factory=dict)
+    left: dict[str, DenseReason] = field(default_factory=dict)
     masks: dict[str, str] = field(default_factory=dict)
     windows: list[str] = field(default_factory=list)
     unproved: dict[str, Unproved] = field(default_factory=dict)
     ungrouped: dict[str, int] = field(default_factory=dict)
 
     @property
-    def skipped(self) -> dict[Reason, int]:
+    def skipped(self) -> dict[DenseReason, int]:
         """How many nodes stay dense for each reason."""
         return dict(Counter(self.left.values()))
 

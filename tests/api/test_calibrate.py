@@ -25,7 +25,7 @@ from unisparse_flex import (
 from unisparse_flex.calibration import DENSE, MAX_FILE_BYTES, Setting
 from unisparse_flex.evaluation.measure import compute_kl, compute_log_probs
 from unisparse_flex.evaluation.recall import CaptureAttention, compute_recall
-from unisparse_flex.passes import Reason
+from unisparse_flex.passes import DenseReason
 from unisparse_flex.progress import StepDisplay
 from unisparse_flex.reports import record_attention
 from unisparse_flex.selectors import FlexPrefill
@@ -264,7 +264,7 @@ def test_what_is_dense_or_not_named_stays_dense() -> None:
     for layers in ({**TWO, "layers.0.attention": DENSE}, {"layers.1.attention": FINE}):
         calls = explain(optimize(create(), with_layers(layers), min_length=0), X).calls
         assert [call.decision for call in calls] == ["dense", "sparse"]
-        assert [call.reason for call in calls] == [Reason.EXCLUDED, None]
+        assert [call.reason for call in calls] == [DenseReason.EXCLUDED, None]
 
 
 def test_dense_layers_exclude_calibrated_ones_too() -> None:
@@ -274,7 +274,7 @@ def test_dense_layers_exclude_calibrated_ones_too() -> None:
 
 def test_short_calls_stay_dense_in_a_calibrated_model() -> None:
     model = optimize(create(), with_layers(TWO), min_length=401)
-    assert {call.reason for call in explain(model, X).calls} == {Reason.SHORT}
+    assert {call.reason for call in explain(model, X).calls} == {DenseReason.SHORT}
 
 
 def test_a_graph_holds_the_settings_of_each_layer() -> None:

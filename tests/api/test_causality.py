@@ -228,7 +228,7 @@ def test_the_selectors_here_are_all_but_the_one_for_equal_lengths() -> None:
     public = [cls for cls in public if inspect.isclass(cls) and issubclass(cls, Selector)]
     assert {type(selector) for selector in SELECTORS} == set(public) - {Selector, DenseSpan}
     span = DenseSpan(selector=keep_all(), tokens="3:20")
-    assert not span.takes(causal=True, masked=False, self_attention=False)
+    assert not span.supports(causal=True, masked=False, self_attention=False)
 
 
 @pytest.mark.parametrize("flag", [*FLAGS, None])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unisparse_flex import UniSparse, explain, optimize, restore
-from unisparse_flex.passes import Reason
+from unisparse_flex.passes import DenseReason
 
 from .models import Attention, create, embeddings
 
@@ -320,7 +320,9 @@ def test_a_hook_taken_off_afterwards_leaves_the_forward_sparse() -> None:
     assert decisions(model) == ["sparse"]
     assert not hasattr(model, "_old_forward")
     restore(model)
-    assert [call.reason for call in explain(model, embeddings(256)).calls] == [Reason.NOT_OPTIMIZED]
+    assert [call.reason for call in explain(model, embeddings(256)).calls] == [
+        DenseReason.NOT_OPTIMIZED
+    ]
 
 
 class Scriptable(nn.Module):

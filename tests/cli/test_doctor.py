@@ -115,7 +115,7 @@ def test_selection_kernels_that_do_not_run_say_why(monkeypatch, capability, hip,
 
 
 def test_selection_kernels_that_run_are_ok(monkeypatch):
-    monkeypatch.setattr(kernels, "takes", lambda *_, **__: True)
+    monkeypatch.setattr(kernels, "supports", lambda *_, **__: True)
     assert backend_checks.check_selection_kernels(CPU).detail == "Triton scores and selects"
 
 

@@ -26,7 +26,7 @@ from unisparse_flex import (
     temporarily_optimize,
 )
 from unisparse_flex.distributed import ContextParallel, context_parallel_attention
-from unisparse_flex.passes import Reason
+from unisparse_flex.passes import DenseReason
 from unisparse_flex.selectors import FlexPrefill
 
 from .check import difference, kept_blocks
@@ -81,7 +81,7 @@ def run_dense(options: dict[str, Any]) -> tuple[float, bool]:
         return difference(output, create()(x)), bool(context.received["blocks"])
 
 
-def explain_ranks() -> list[tuple[str, int, int, float | None, Reason | None]]:
+def explain_ranks() -> list[tuple[str, int, int, float | None, DenseReason | None]]:
     context = ContextParallel(block_size=16)
     model = optimize(create(layers=2), FINE, min_length=0, dense_layers=(1,), context=context)
     found = explain(model, context.shard(embeddings(LENGTH), 1))
@@ -98,7 +98,7 @@ def test_explain_has_a_record_for_each_run_of_rows(two: Ranks) -> None:
         ("layers.1.attention", 59, LENGTH),
     ]
     assert [call[1] for call in second] == [96, 96]
-    assert [call[4] for call in second] == [None, Reason.EXCLUDED]
+    assert [call[4] for call in second] == [None, DenseReason.EXCLUDED]
     assert second[0][3] is not None
 
 

@@ -18,7 +18,7 @@ from tests.models.families import BY_NAME
 from tests.models.family import EVERYTHING, HIDDEN, SELECTOR, set_weights, smooth
 from tests.models.replay import recorded, replayed
 from unisparse_flex import explain, is_optimized, temporarily_optimize
-from unisparse_flex.passes import Reason
+from unisparse_flex.passes import DenseReason
 from unisparse_flex.reports import record_attention
 
 STEPS, SIDE, TEXT = 2, 14, 21
@@ -216,4 +216,4 @@ def test_a_backend_with_kernels_of_its_own_stays_as_it_is() -> None:
 
 def test_a_transformer_that_is_not_optimized_says_so() -> None:
     calls = explain(create("Flux"), **inputs("Flux")).calls
-    assert [call.reason for call in calls] == [Reason.NOT_OPTIMIZED] * CALLS["Flux"]
+    assert [call.reason for call in calls] == [DenseReason.NOT_OPTIMIZED] * CALLS["Flux"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..block_masks import Selector, UniSparse
 from ..optimization import layer_modules, optimize_layers, restore
-from ..passes import Reason, SparseConfig, observe_calls
+from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import apply_autocast, call_geometry, select
 from ..passes.calls import SdpaCall
 from ..passes.decision import call_shape, flex_lowers, forecast, refuse
@@ -147,14 +147,14 @@ def with_head_thresholds(selector: Selector, thresholds: tuple[float, ...]) -> U
     return replace(selector, threshold=None, head_thresholds=thresholds)
 
 
-def refuse_call(call: SdpaCall, selector: Selector, min_length: int | None) -> Reason | None:
+def refuse_call(call: SdpaCall, selector: Selector, min_length: int | None) -> DenseReason | None:
     """Why a call could not be sparse, its speed aside; ``None`` where it could."""
     config = SparseConfig(
         selector=selector, min_length=min_length or 0, min_queries=selector.block_size
     )
     reason = refuse(call, config)
     if reason is None and min_length is None and not flex_lowers(call):
-        return Reason.NO_KERNEL
+        return DenseReason.NO_KERNEL
     return reason
 
 

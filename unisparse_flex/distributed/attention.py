@@ -44,7 +44,7 @@ def context_parallel_attention(
         value: [B, Hkv, Skv / R, Dv].
         context: The ranks.
         selector: Which blocks are kept; `DEFAULT_SELECTOR` by default. What a block of rows keeps
-            must not depend on other rows (`Selector.rows_alone`).
+            must not depend on other rows (`Selector.row_independent`).
         is_causal: Row r of the whole sequence sees the keys up to r (top-left), as in SDPA.
         causal_lower_right: Row r of the whole sequence sees the keys up to r + Skv - Sq, so that
             the last row is aligned with the last key, as a prompt behind a cache needs; needs

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from ..block_masks import BlockGeometry, BlockSelection, CompositeKeys
-from ..passes import Reason, SparseConfig
+from ..passes import DenseReason, SparseConfig
 from ..passes.attend import attend_selected, logit_scale, observer_in_force
 from ..passes.calls import SdpaCall
 from ..passes.decision import flex_lowers
@@ -125,7 +125,7 @@ def attend_sparse(shared: SharedCall) -> Tensor:
     return torch.cat(outputs, dim=2)
 
 
-def attend_dense(shared: SharedCall, reason: Reason) -> Tensor:
+def attend_dense(shared: SharedCall, reason: DenseReason) -> Tensor:
     """Gathers all keys and values, and attends to every key that the local rows see.
 
     Returns:

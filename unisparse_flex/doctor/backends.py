@@ -133,7 +133,7 @@ def _kernels_obstacle(device: torch.device) -> str | None:
     geometry = BlockGeometry(
         q_len=length, kv_len=length, block_size=DEFAULT_SELECTOR.block_size, causal_offset=0
     )
-    if kernels.takes(call.query, call.key, geometry, scale=1.0):
+    if kernels.supports(call.query, call.key, geometry, scale=1.0):
         return None
     if device.type != "cuda":
         return f"they need a CUDA device, got {device}"

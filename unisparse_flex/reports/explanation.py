@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..block_masks import BlockSelection, valid_blocks
 from ..catching import original_module
-from ..passes import Reason, SparseConfig, observe_calls
+from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import MULTIHEAD_TARGETS, refuse_multihead
 from ..passes.calls import TORCH_SDPA, SdpaCall
-from ..passes.decision import CallPrediction, predict_call
+from ..passes.decision import CallForecast, forecast_call
 
 COLUMNS = (
     *("layer", "queries", "keys", "heads", "runs", "density"),
@@ -65,15 +65,15 @@ class AttentionRecord:
     heads: str = ""
     masked: bool = False
     decision: str
-    reason: Reason | None = None
+    reason: DenseReason | None = None
     density: float | None = None
     unjudged: int = 0
-    prediction: CallPrediction | None = None
+    prediction: CallForecast | None = None
 
     @property
     def may_differ_compiled(self) -> bool:
         """Whether proving what the mask is could change the decision or the density."""
-        return self.masked and self.reason in (None, Reason.SLOWER, Reason.NO_KERNEL)
+        return self.masked and self.reason in (None, DenseReason.SLOWER, DenseReason.NO_KERNEL)
 
     def cells(self) -> tuple[str, ...]:
         """The record as a row of the table."""
@@ -204,7 +204,7 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
         call: SdpaCall,
         config: SparseConfig | None,
         selection: BlockSelection | None,
-        reason: Reason | None,
+        reason: DenseReason | None,
     ) -> None:
         calls.append(_record(path[-1] if path else "", call, config, selection, reason))
 
@@ -235,9 +235,11 @@ class _LeftAlone(TorchFunctionMode):
         if func is TORCH_SDPA:
             call = SdpaCall.bind(args, kwargs)
             nested = call.query.is_nested
-            self.record(call, None, None, Reason.NOT_DENSE if nested else Reason.NOT_OPTIMIZED)
+            self.record(
+                call, None, None, DenseReason.NOT_DENSE if nested else DenseReason.NOT_OPTIMIZED
+            )
         elif func in MULTIHEAD_TARGETS.values():
-            reason = refuse_multihead(func, args, kwargs) or Reason.NOT_OPTIMIZED
+            reason = refuse_multihead(func, args, kwargs) or DenseReason.NOT_OPTIMIZED
             layer = self.path[-1] if self.path else ""
             self.calls.append(AttentionRecord(layer=layer, decision="dense", reason=reason))
         return func(*args, **kwargs)
@@ -274,7 +276,7 @@ def _record(
     call: SdpaCall,
     config: SparseConfig | None,
     selection: BlockSelection | None,
-    reason: Reason | None,
+    reason: DenseReason | None,
 ) -> AttentionRecord:
     query: Tensor = call.query
     if query.is_nested:
@@ -292,7 +294,7 @@ def _record(
         reason=reason,
         density=density,
         unjudged=0 if selection is None else _count_unjudged(call, selection),
-        prediction=None if config is None else predict_call(call, config.selector, density),
+        prediction=None if config is None else forecast_call(call, config.selector, density),
     )
 
 

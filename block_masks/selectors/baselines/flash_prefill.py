@@ -18,11 +18,11 @@ from ...scoring import compute_pooled_key_scores
 from ...selection import RowMax
 from ...selection_cost import SelectionCost
 from ...validation import validate_block_size
-from ..base import Guarded, Selector
+from ..base import ForcesBlocks, Selector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FlashPrefill(Guarded, Selector):
+class FlashPrefill(ForcesBlocks, Selector):
     """Blocks that reach ``alpha`` of the highest score of their row of blocks.
 
     Attributes:
@@ -39,7 +39,7 @@ class FlashPrefill(Guarded, Selector):
     local_blocks: int = 4
     last_query_blocks: int = 2
 
-    rows_alone = True
+    row_independent = True
 
     def __post_init__(self) -> None:
         validate_block_size(self.block_size)

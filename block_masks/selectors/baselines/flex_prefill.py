@@ -15,7 +15,7 @@ from ...scoring import compute_block_scores
 from ...selection import SelectionRule, TopP, select_blocks
 from ...selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ...validation import validate_block_size, validate_fraction, validate_int
-from ..base import Guarded, Selector
+from ..base import ForcesBlocks, Selector
 from .last_queries import (
     attend_last,
     blocks_on_diagonals,
@@ -30,7 +30,7 @@ from .last_queries import (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FlexPrefill(Guarded, Selector):
+class FlexPrefill(ForcesBlocks, Selector):
     """Query-aware or vertical-slash blocks, whichever the last queries of a head call for.
 
     The last ``block_size`` queries attend to every key. Where pooled tokens would have told as
@@ -40,8 +40,8 @@ class FlexPrefill(Guarded, Selector):
     (vertical-slash index search). Causal calls without a mask only; up to
     ``max(2 * block_size, min_budget)`` keys everything is kept.
 
-    Beyond the paper: blocks of `Guards` are kept, their mass counted first, and a pooled block
-    that the keys do not fill weighs less.
+    Beyond the paper: blocks of `ForcedBlocks` are kept, their mass counted first, and a pooled
+    block that the keys do not fill weighs less.
 
     Attributes:
         block_size: Tokens per block; a power of two of at least 16.
@@ -91,8 +91,8 @@ class FlexPrefill(Guarded, Selector):
     def _budget_blocks(self) -> int:
         return -(-self.min_budget // self.block_size)
 
-    def takes(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
-        """See `Selector.takes`: the last queries must stand for all."""
+    def supports(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
+        """See `Selector.supports`: the last queries must stand for all."""
         return causal and not masked
 
     def compute_selection(

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...geometry import BlockGeometry
-from ...pinning import pin
-from ...selection import Guards, Threshold, select_blocks
+from ...selection import ForcedBlocks, Threshold, select_blocks
+from ...strides import fix_strides
 
 
 def validate_causal_only(name: str, geometry: BlockGeometry, attn_mask: Tensor | None) -> None:
@@ -142,13 +142,13 @@ def blocks_on_diagonals(chosen: Tensor, geometry: BlockGeometry, step: int) -> T
     # Chosen diagonals before `end` less those before `start`. Divided before it is clamped:
     # Inductor fails where a maximum stands under a division.
     start = ((nearest + step - 1) // step).clamp(min=0)
-    start, end = pin([start, (farthest // step + 1).clamp(min=0)])
+    start, end = fix_strides([start, (farthest // step + 1).clamp(min=0)])
     before = F.pad(chosen.cumsum(-1, dtype=torch.int32), (1, 0))
     return before[..., end] > before[..., start]
 
 
 def select_lines(
-    lines: Tensor, query: Tensor, shares: Tensor, *, guards: Guards, geometry: BlockGeometry
+    lines: Tensor, query: Tensor, shares: Tensor, *, guards: ForcedBlocks, geometry: BlockGeometry
 ) -> tuple[Tensor, Tensor]:
     """Applies the guards to the blocks that columns and diagonals hold.
 

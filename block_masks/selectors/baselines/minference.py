@@ -12,7 +12,7 @@ from ...block_selection import BlockSelection
 from ...geometry import BlockGeometry
 from ...selection_cost import SelectionCost
 from ...validation import validate_block_size, validate_int
-from ..base import Guarded, Selector
+from ..base import ForcesBlocks, Selector
 from .last_queries import (
     attend_last,
     blocks_on_diagonals,
@@ -28,7 +28,7 @@ Sizes = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MInference(Guarded, Selector):
+class MInference(ForcesBlocks, Selector):
     """The columns and diagonals that the last queries attend to most, in token numbers.
 
     The last ``last_q`` queries attend to every key; the highest column sums and diagonal sums are
@@ -86,8 +86,8 @@ class MInference(Guarded, Selector):
             return self.vertical_slash  # type: ignore[return-value]
         return (self.vertical_slash,)  # type: ignore[return-value]
 
-    def takes(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
-        """See `Selector.takes`: the last queries must stand for all."""
+    def supports(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
+        """See `Selector.supports`: the last queries must stand for all."""
         return causal and not masked
 
     def compute_selection(

@@ -14,11 +14,11 @@ from ...scoring import compute_sampled_scores
 from ...selection import TopP
 from ...selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ...validation import validate_block_size
-from ..base import Guarded, Selector
+from ..base import ForcesBlocks, Selector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Oracle(Guarded, Selector):
+class Oracle(ForcesBlocks, Selector):
     """Top-p blocks by the mass that dense attention gives them; for judging, never for speed.
 
     Scoring is dense attention without the values, and holds all Hq * Sq * Skv weights at once.
@@ -37,7 +37,7 @@ class Oracle(Guarded, Selector):
     local_blocks: int = 1
     last_query_blocks: int = 0
 
-    rows_alone = True
+    row_independent = True
 
     def __post_init__(self) -> None:
         validate_block_size(self.block_size)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...block_selection import BlockSelection
 from ...geometry import BlockGeometry
 from ...mask_summary import MaskSummary, summarize
-from ...selection import Guards, Threshold, per_query_head, select_blocks, valid_blocks
+from ...selection import ForcedBlocks, Threshold, per_query_head, select_blocks, valid_blocks
 from ...selection_cost import SelectionCost
 from ...validation import validate_block_size, validate_int
 from ..base import Selector
@@ -57,8 +57,8 @@ class StreamingLLM(Selector):
             share=0.0,
         )
 
-    def takes(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
-        """See `Selector.takes`: elsewhere the rows' own positions are unknown."""
+    def supports(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
+        """See `Selector.supports`: elsewhere the rows' own positions are unknown."""
         return causal or self_attention
 
     def compute_selection(
@@ -88,7 +88,7 @@ class StreamingLLM(Selector):
         keep, visible = select_blocks(
             chosen.expand(query.shape[0], -1, -1, -1),
             rule=Threshold(threshold=1.0),
-            guards=Guards(sink_blocks=0, local_blocks=1, last_query_blocks=0),
+            guards=ForcedBlocks(sink_blocks=0, local_blocks=1, last_query_blocks=0),
             geometry=geometry,
             mask=mask,
         )

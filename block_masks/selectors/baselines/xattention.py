@@ -13,11 +13,11 @@ from ...scoring import compute_antidiagonal_scores
 from ...selection import HeadTopP, SelectionRule, TopP
 from ...selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ...validation import validate_block_size, validate_fraction, validate_int
-from ..base import Guarded, Selector
+from ..base import ForcesBlocks, Selector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class XAttention(Guarded, Selector):
+class XAttention(ForcesBlocks, Selector):
     """Top-p blocks by attention among strided cells, each of its mean antidiagonal logit.
 
     Attributes:
@@ -38,7 +38,7 @@ class XAttention(Guarded, Selector):
     local_blocks: int = 1
     last_query_blocks: int = 0
 
-    rows_alone = True
+    row_independent = True
 
     def __post_init__(self) -> None:
         validate_block_size(self.block_size)

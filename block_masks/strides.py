@@ -9,7 +9,7 @@ _library = torch.library.Library("unisparse", "FRAGMENT")
 _library.define("contiguous(Tensor[] tensors) -> Tensor[]")
 
 
-def pin(tensors: list[Tensor]) -> list[Tensor]:
+def fix_strides(tensors: list[Tensor]) -> list[Tensor]:
     """Contiguous copies that no kernel is fused into and whose strides are kept.
 
     Inductor pads the strides of what it computes itself, and the Triton flex kernels step from
