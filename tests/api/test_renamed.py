@@ -25,7 +25,7 @@ def test_a_name_that_moved_says_where_it_is(name: str) -> None:
         getattr(unisparse_flex, name)
     place, _, new = str(raised.value).split(" is ")[1].removesuffix(" now").rpartition(".")
     assert hasattr(importlib.import_module(place), new)
-    with pytest.raises(ImportError, match="now$"):
+    with pytest.raises(ImportError, match=r"now$"):
         exec(f"from unisparse_flex import {name}")
 
 
