@@ -86,7 +86,10 @@ def optimize(
         optimize_layers(model, layers, min_length=min_length, backend=backend, context=context)
         return model
     selector = DEFAULT_SELECTOR if selector is None else selector
-    sparse = _sparse_config(selector, min_length, backend, context)
+    name_of = None if context is None else context.name
+    sparse = SparseConfig.of_model(
+        selector, min_length=min_length, backend=backend, context=name_of
+    )
     dense = SparseConfig(selector=selector, dense=True, context=sparse.context)
     _intercept_only(
         model,
@@ -131,7 +134,9 @@ def optimize_layers(
     for name, setting in layers.items():
         if isinstance(setting, Selector):
             # Also a module of torch's own: what is around it is dense, and yields to it inside.
-            config = _sparse_config(setting, min_length, backend, context)
+            config = SparseConfig.of_model(
+                setting, min_length=min_length, backend=backend, context=name_of
+            )
             configs[modules[name]] = config.encode()
     _intercept_only(model, configs)
 
@@ -280,18 +285,6 @@ def _is_graph(module: object) -> bool:
 
 def _is_below(name: str, prefixes: Collection[str]) -> bool:
     return any((name + ".").startswith(prefix) for prefix in prefixes)
-
-
-def _sparse_config(
-    selector: Selector, min_length: int | None, backend: str, context: ContextParallel | None
-) -> SparseConfig:
-    return SparseConfig(
-        selector=selector,
-        min_length=min_length,
-        min_queries=getattr(selector, "block_size", 0),
-        backend=backend,
-        context=None if context is None else context.name,
-    )
 
 
 def _excluded_prefixes(model: nn.Module, dense_layers: Collection[int]) -> list[str]:

@@ -53,6 +53,27 @@ class SparseConfig:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {list(BACKENDS)}, got {self.backend!r}")
 
+    @classmethod
+    def of_model(
+        cls,
+        selector: Selector,
+        *,
+        min_length: int | None,
+        dense: bool = False,
+        backend: str = "auto",
+        context: str | None = None,
+    ) -> SparseConfig:
+        """Settings of a model's calls: those of fewer queries than a block are decoding."""
+        return cls(
+            selector=selector,
+            min_length=min_length,
+            # What is no selector is refused with the other settings.
+            min_queries=getattr(selector, "block_size", 0),
+            dense=dense,
+            backend=backend,
+            context=context,
+        )
+
     def encode(self) -> str:
         """The settings as the expression that makes them; equal settings give equal text.
 

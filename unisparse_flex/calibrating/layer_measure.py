@@ -149,9 +149,7 @@ def with_head_thresholds(selector: Selector, thresholds: tuple[float, ...]) -> U
 
 def refuse_call(call: SdpaCall, selector: Selector, min_length: int | None) -> DenseReason | None:
     """Why a call could not be sparse, its speed aside; ``None`` where it could."""
-    config = SparseConfig(
-        selector=selector, min_length=min_length or 0, min_queries=selector.block_size
-    )
+    config = SparseConfig.of_model(selector, min_length=min_length or 0)
     reason = refuse(call, config)
     if reason is None and min_length is None and not flex_lowers(call):
         return DenseReason.NO_KERNEL

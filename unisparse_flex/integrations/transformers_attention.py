@@ -39,12 +39,8 @@ class AttentionSettings:
 
     def config(self, *, dense: bool = False) -> SparseConfig:
         """The settings of a call, ``dense`` those of the layers that stay so."""
-        return SparseConfig(
-            selector=self.selector,
-            min_length=self.min_length,
-            min_queries=getattr(self.selector, "block_size", 0),
-            dense=dense,
-            backend=self.backend,
+        return SparseConfig.of_model(
+            self.selector, min_length=self.min_length, dense=dense, backend=self.backend
         )
 
 
