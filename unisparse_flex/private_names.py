@@ -30,7 +30,6 @@ PRIVATE_NAMES = (
     "torch:_C._dispatch_tls_set_dispatch_key_excluded",
     "torch:_C._get_function_stack_at",
     "torch:_C._get_obj_in_tls",
-    "torch:_C._get_tracing_state",
     "torch:_C._len_torch_dispatch_stack",
     "torch:_C._len_torch_function_stack",
     "torch:_C._nn.scaled_dot_product_attention",

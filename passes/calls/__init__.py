@@ -14,6 +14,7 @@ from .sharding import (
     shards_tokens,
     splits_group,
 )
+from .tracing import is_tracing
 
 __all__ = [
     "BACKENDS",
@@ -30,6 +31,7 @@ __all__ = [
     "is_sharded",
     "is_sharded_alike",
     "is_symbolic",
+    "is_tracing",
     "mutated_origins",
     "operation",
     "origins",

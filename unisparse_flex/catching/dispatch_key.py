@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.attention.bias import CausalBias
 
 from ..passes import SparseConfig
 from ..passes.attend import is_watched, marked_sdpa
-from ..passes.calls import TORCH_SDPA, SdpaCall
+from ..passes.calls import TORCH_SDPA, SdpaCall, is_tracing
 from .causal_bias import resolve_causal_bias
 
 logger = logging.getLogger(__name__)
@@ -155,13 +154,10 @@ def can_catch_attention() -> bool:
     Not where calls are traced, nor where a mode that somebody else entered watches them.
     """
     return not (
-        torch.compiler.is_compiling()
+        is_tracing()
         or _key is None
         or torch._C._len_torch_function_stack()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
-        or get_proxy_mode() is not None
     )
 
 
