@@ -84,13 +84,16 @@ def draw(imports: Imports, output: Path) -> None:
             for i, name in enumerate(here):
                 places[name] = ((i + 0.5 + 0.25 * (row % 2)) / (len(here) + 0.25), base + row)
         base += rows
-    for name, others in imports.items():
-        for other in others:
-            arrow = {"arrowstyle": "-|>", "color": "0.55", "shrinkA": 8, "shrinkB": 11, "lw": 0.8}
-            axes.annotate("", places[other], places[name], arrowprops=arrow)
+    boxes = {}
     for name, (x, y) in places.items():
         box = {"boxstyle": "round", "facecolor": "white", "edgecolor": "0.4"}
-        axes.text(x, y, name.rpartition(".")[2], ha="center", va="center", size=9, bbox=box)
+        label = axes.text(x, y, name.rpartition(".")[2], ha="center", va="center", size=9, bbox=box)
+        boxes[name] = label.get_bbox_patch()
+    for name, others in imports.items():
+        for other in others:
+            ends = {"patchA": boxes[name], "patchB": boxes[other]}
+            arrow = {"arrowstyle": "-|>", "color": "0.45", "lw": 0.8, "zorder": 1, **ends}
+            axes.annotate("", places[other], places[name], arrowprops=arrow)
     axes.set(xlim=(-0.2, 1.02), ylim=(-0.6, base - 0.4))
     axes.axis("off")
     save(figure, output)

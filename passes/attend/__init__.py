@@ -1,8 +1,7 @@
 """What a rewritten call computes: the marker operator and the ways that it is lowered."""
 
-from .at_run import has_stated_range
-from .multihead import MULTIHEAD_TARGETS, lowered_multihead, marked_multihead, refuse_multihead
-from .operator import (
+from .decided_at_run import has_stated_range
+from .marker import (
     is_traced,
     is_watched,
     lowered_sdpa,
@@ -11,6 +10,7 @@ from .operator import (
     observer_in_force,
     run_compiled,
 )
+from .multihead import MULTIHEAD_TARGETS, lowered_multihead, marked_multihead, refuse_multihead
 from .selected_attention import attend_selected
 from .shared_tokens import context_sdpa, register_context
 from .sparse_attention import apply_autocast, call_geometry, keeps_window, logit_scale, select

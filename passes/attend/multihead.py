@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..calls import SdpaCall
 from ..decision import DenseReason
-from .operator import lowered_sdpa, marked_sdpa
+from .marker import lowered_sdpa, marked_sdpa
 
 Attend = Callable[[SdpaCall], Tensor]
 

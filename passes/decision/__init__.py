@@ -10,7 +10,7 @@ from .flex_support import (
     is_flash_installed,
     supports_head_dim,
 )
-from .rules import DenseReason, flex_lowers, needs_grad, refuse, refuse_sharding
+from .refusals import DenseReason, flex_lowers, needs_grad, refuse, refuse_sharding
 
 __all__ = [
     "FLASH_CAPABILITY",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...block_masks.selectors import Selector
 from ..calls import SdpaCall
 from .cost_forecast import break_even_length, call_shape, forecast, rates_of
-from .rules import flex_lowers
+from .refusals import flex_lowers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from ..calls import SdpaCall, is_symbolic
-from .rules import needs_grad
+from .refusals import needs_grad
 
 # Up to this head_dim FlashAttention-4's tile on Hopper is a block of 128 queries and 128 keys; on
 # Blackwell it has 256 queries.

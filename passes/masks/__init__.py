@@ -1,6 +1,6 @@
 """Mask tensors proved to be formulas of positions."""
 
-from .lift import LiftedMask, MaskCache, Unproved
+from .prove import LiftedMask, MaskCache, Unproved
 from .trace import TracedMask, trace_mask
 
 __all__ = [

@@ -10,7 +10,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ...block_masks.masks import Affine, Atom, Coordinate, Symbol
 from ..calls import operation, recorded, recorded_value
-from .lifter import Lifter, handles, tensor_of
+from .readers import Lifter, handles, tensor_of
 from .values import NotUnderstood, aligned, dim, is_one, substitute
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .lift import LiftedMask, Unproved, lift_mask
+from .prove import LiftedMask, Unproved, lift_mask
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ from torch import fx
 
 from ...block_masks.masks import Affine, Bool, all_of, any_of, at_most, equal, negate
 from ..calls import operation
-from .lifter import Lifter, elementwise, handles, operands, tensor_of
+from .readers import Lifter, elementwise, handles, operands, tensor_of
 from .values import Absolute, Choice, NotUnderstood, as_affine, as_bool, checked
 
 

@@ -20,7 +20,7 @@ from ...block_masks.masks import (
     negate,
 )
 from ..calls import operation
-from .lifter import Lifter, elementwise, handles, operands, tensor_of
+from .readers import Lifter, elementwise, handles, operands, tensor_of
 from .values import (
     Absolute,
     Choice,

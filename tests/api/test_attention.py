@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from unisparse_flex import UniSparse, attention
-from unisparse_flex.passes.attend import operator as marker
+from unisparse_flex.passes.attend import marker
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .models import qkv

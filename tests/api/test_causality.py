@@ -32,7 +32,7 @@ from unisparse_flex.block_masks import BlockGeometry, SelectionCost
 from unisparse_flex.distributed import ContextParallel, context_parallel_attention
 from unisparse_flex.integrations import transformers
 from unisparse_flex.passes import SparseConfig
-from unisparse_flex.passes.attend.operator import marked_sdpa
+from unisparse_flex.passes.attend.marker import marked_sdpa
 from unisparse_flex.passes.calls.sdpa import SdpaCall
 from unisparse_flex.selectors import (
     DenseSpan,

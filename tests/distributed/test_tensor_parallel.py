@@ -20,7 +20,7 @@ from unisparse_flex import Calibration, Selector, UniSparse, attention, optimize
 from unisparse_flex.distributed import shard_heads
 from unisparse_flex.passes import DenseReason, SparseConfig
 from unisparse_flex.passes.calls.sdpa import SdpaCall
-from unisparse_flex.passes.decision.rules import refuse, refuse_sharding
+from unisparse_flex.passes.decision.refusals import refuse, refuse_sharding
 from unisparse_flex.selectors import XAttention
 
 from .check import difference, gather, kept_blocks, mesh

@@ -20,8 +20,8 @@ from unisparse_flex.passes import DenseReason, SparseConfig
 from unisparse_flex.passes.calls.sdpa import SdpaCall
 from unisparse_flex.passes.decision import cost_forecast as prediction
 from unisparse_flex.passes.decision import device_rates
-from unisparse_flex.passes.decision import rules as decision
-from unisparse_flex.passes.decision.rules import refuse
+from unisparse_flex.passes.decision import refusals as decision
+from unisparse_flex.passes.decision.refusals import refuse
 
 AUTOMATIC = SparseConfig(selector=UniSparse(), min_length=None, min_queries=128)
 # Sparse attention for nothing but its launch: the break-even is where dense takes as long.

@@ -21,7 +21,7 @@ from tests.api.models import FINE, create, embeddings
 from tests.api.reference import defined_output
 from unisparse_flex import Selector, optimize
 from unisparse_flex.passes import SparseAttentionPass
-from unisparse_flex.passes.attend.operator import lowered_sdpa
+from unisparse_flex.passes.attend.marker import lowered_sdpa
 from unisparse_flex.passes.rewrite.inductor import CONFIG_KEY, install
 
 from .graphs import Calls, capture_dynamo, targets

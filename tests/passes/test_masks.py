@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.api.models import FINE, qkv
 from unisparse_flex.passes import SparseConfig, rewrite_sdpa
 from unisparse_flex.passes.calls.nodes import recorded
-from unisparse_flex.passes.masks.lift import LiftedMask, Unproved, lift_mask
+from unisparse_flex.passes.masks.prove import LiftedMask, Unproved, lift_mask
 
 from .graphs import build_graph, count_markers
 from .lifting import Graph, Masked, assert_lifts, lift, mask_of

@@ -15,7 +15,7 @@ from tests.api.models import FINE
 from unisparse_flex import UniSparse
 from unisparse_flex.passes import DenseReason, SparseConfig, rewrite_sdpa
 from unisparse_flex.passes.calls.sdpa import SdpaCall
-from unisparse_flex.passes.decision.rules import refuse
+from unisparse_flex.passes.decision.refusals import refuse
 from unisparse_flex.selectors import FlexPrefill, MInference, StreamingLLM
 
 from .graphs import build_graph

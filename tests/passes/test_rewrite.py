@@ -15,7 +15,7 @@ from tests.api.models import FINE, qkv
 from tests.api.reference import attend, rmse
 from unisparse_flex import UniSparse, optimize
 from unisparse_flex.passes import DenseReason, RewriteReport, SparseConfig, rewrite_sdpa
-from unisparse_flex.passes.attend.operator import lowered_sdpa
+from unisparse_flex.passes.attend.marker import lowered_sdpa
 
 from .graphs import MARKERS, SPELLINGS, TRACERS, Calls, Stripes, count_markers, run, targets
 

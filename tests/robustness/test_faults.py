@@ -15,7 +15,7 @@ from tests.api.capture import captured
 from tests.api.models import FINE, Transformer, create, embeddings
 from unisparse_flex import Selector, calibrate, explain, is_optimized, optimize, restore
 from unisparse_flex.block_masks import UniSparse
-from unisparse_flex.passes.attend import operator as marker
+from unisparse_flex.passes.attend import marker
 from unisparse_flex.passes.rewrite import inductor
 from unisparse_flex.selectors import BlockSelection
 

@@ -16,8 +16,7 @@ from torch import nn
 from tests.api.capture import GraphCount
 from tests.api.models import FINE, Attention, create, embeddings, qkv
 from unisparse_flex import attention, optimize, restore
-from unisparse_flex.passes.attend import operator as marker
-from unisparse_flex.passes.attend import region
+from unisparse_flex.passes.attend import marker, region
 from unisparse_flex.passes.calls import config
 
 CALLS = 2000

@@ -12,8 +12,8 @@ from torch._dynamo import eval_frame
 from unisparse_flex import is_optimized
 from unisparse_flex.catching import dispatch_key as dispatch
 from unisparse_flex.catching.dispatch_key import in_force
-from unisparse_flex.passes.attend import operator as marker
-from unisparse_flex.passes.attend.operator import is_watched
+from unisparse_flex.passes.attend import marker
+from unisparse_flex.passes.attend.marker import is_watched
 
 SDPA, MULTIHEAD = F.scaled_dot_product_attention, F.multi_head_attention_forward
 

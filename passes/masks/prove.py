@@ -37,7 +37,7 @@ from ...block_masks.masks import (
 from ..calls import mutated_origins, operation, origins, recorded, recorded_value
 from . import shape_readers, truth_readers, value_readers  # noqa: F401  (the readers register)
 from .kinds import describe_mask
-from .lifter import HANDLERS, Lifter
+from .readers import HANDLERS, Lifter
 from .values import Absolute, Choice
 
 COORDINATES = ("b", "h", "q", "kv")

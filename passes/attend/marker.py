@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..calls import HeadShard, SdpaCall, SparseConfig, is_sharded, run_on_shards, shard_selector
 from ..decision import DenseReason, flex_backend, flex_lowers, needs_grad, refuse, refuse_sharding
-from .at_run import has_stated_range, implement, sdpa_at_run
+from .decided_at_run import has_stated_range, implement, sdpa_at_run
 from .region import compiled_in_loop, compiled_inline, compiled_once
 from .shared_tokens import context_sdpa
 from .sparse_attention import (
