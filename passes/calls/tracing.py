@@ -11,6 +11,6 @@ def is_tracing() -> bool:
     return (
         torch.compiler.is_compiling()
         or get_proxy_mode() is not None
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
     )
