@@ -241,7 +241,7 @@ class Reading:
 
     @torch.inference_mode()
     def _read(self) -> Tensor:
-        """Log-probabilities [judged, V] of the tokens behind ``positions``."""
+        """Log-probabilities [judged, V] of the tokens after ``positions``."""
         output = self.model(self.input_ids, use_cache=False, logits_to_keep=self.positions)
         return compute_log_probs(output.logits[0])
 

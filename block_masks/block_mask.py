@@ -54,7 +54,7 @@ def create_block_mask(
         key: [B, Hkv, Skv, D]; Hkv divides Hq.
         is_causal: Query row r sees the keys up to r (top-left), as in SDPA.
         causal_lower_right: Query row r sees the keys up to r + Skv - Sq, so that the last row is
-            aligned with the last key, as a chunk of a prompt and decoding behind a cache need;
+            aligned with the last key, as a chunk of a prompt and decoding with a cache need;
             needs Sq <= Skv, and goes without ``is_causal``.
         attn_mask: bool, broadcastable to [B, Hq, Sq, Skv]; becomes part of ``mask_mod``; not with
             a causal flag. A float mask is a bias and belongs into flex's ``score_mod``.

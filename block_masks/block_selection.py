@@ -70,7 +70,7 @@ class BlockSelection:
         Returns:
             ``kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices``: int32 counts
             [B, Hq or 1, Nq] and indices [B, Hq or 1, Nq, Nk], kept blocks first in ascending
-            order, and behind them anything. Full blocks need no ``mask_mod``; those on the
+            order, and after them anything. Full blocks need no ``mask_mod``; those on the
             diagonal or a ragged edge do.
         """
         if self.lists is not None and not partial_only:

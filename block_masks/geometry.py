@@ -29,7 +29,7 @@ class BlockGeometry:
         mask: What else hides keys from rows, where that is known as a formula.
         rows_before: Query rows of the same call that come before these, whole blocks of them, and
             are computed apart (context parallel).
-        rows_after: Query rows of the same call that come behind these.
+        rows_after: Query rows of the same call that come after these.
     """
 
     q_len: int
@@ -54,7 +54,7 @@ class BlockGeometry:
 
     @property
     def q_blocks_after(self) -> int:
-        """Query blocks of the same call behind these."""
+        """Query blocks of the same call after these."""
         return -(-self.rows_after // self.block_size)
 
     @property
@@ -80,7 +80,7 @@ class BlockGeometry:
             device: Where the result lives.
 
         Returns:
-            int64 [groups]. Groups that lie wholly behind ``q_len`` repeat the last row's position.
+            int64 [groups]. Groups that lie wholly after ``q_len`` repeat the last row's position.
         """
         last_row = (torch.arange(groups, device=device) + 1) * rows_per_group - 1
         return last_row.clamp(max=self.q_len - 1) + (self.causal_offset or 0)
@@ -95,7 +95,7 @@ class BlockGeometry:
 
         Returns:
             bool [Nq * block_size / q_group, Nk * block_size / kv_group]; False for groups of keys
-            behind ``kv_len``.
+            after ``kv_len``.
         """
         q_groups, kv_groups = self.num_groups(q_group, kv_group)
         first_key = torch.arange(kv_groups, device=device) * kv_group
@@ -164,7 +164,7 @@ class BlockGeometry:
 
         A query block whose rows stand astride two key blocks owns both. Without causality the
         rows' own positions are known only in self-attention (`has_rows_for_keys`); then the
-        ``count - 1`` blocks behind are local too, elsewhere nothing is.
+        ``count - 1`` blocks after are local too, elsewhere nothing is.
 
         Returns:
             bool [Nq, Nk].

@@ -230,7 +230,7 @@ class ForcedBlocks:
         validate_int(self.last_query_blocks, "last_query_blocks", minimum=0)
 
     def of_part(self, geometry: BlockGeometry) -> ForcedBlocks:
-        """The guards of a part of a call, for what does not know of the rows behind it."""
+        """The guards of a part of a call, for what does not know of the rows after it."""
         left = max(0, self.last_query_blocks - geometry.q_blocks_after)
         return replace(self, last_query_blocks=left)
 

@@ -61,7 +61,7 @@ def attention(
         scale: Factor on the logits; 1 / sqrt(D) by default.
         enable_gqa: Allows Hkv < Hq; Hkv divides Hq.
         causal_lower_right: Query row r sees the keys up to r + Skv - Sq, so that the last row is
-            aligned with the last key, as a chunk of a prompt and decoding behind a cache need;
+            aligned with the last key, as a chunk of a prompt and decoding with a cache need;
             needs Sq <= Skv, and goes without ``is_causal``.
         selector: Which blocks are kept; `DEFAULT_SELECTOR` by default.
         backend: The kernel on CUDA: ``"flash"`` (FlashAttention-4), ``"triton"``, or ``"auto"``,
@@ -137,7 +137,7 @@ def patch_attention(
 
     Brings them into the tile order of ``order``, where a block is a tile, attends to the kept
     blocks (`attention`), and restores the order. A model of many layers may rather keep its tokens
-    in tile order throughout: `PatchOrder.permute` behind the patch embedding, and call `attention`
+    in tile order throughout: `PatchOrder.permute` after the patch embedding, and call `attention`
     or `optimize` with `PatchOrder.keep_text`'s selector.
 
     Args:

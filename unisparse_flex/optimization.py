@@ -288,7 +288,7 @@ def _is_below(name: str, prefixes: Collection[str]) -> bool:
 
 
 def _excluded_prefixes(model: nn.Module, dense_layers: Collection[int]) -> list[str]:
-    """Names of the layers that ``dense_layers`` asks for, each with a dot behind it."""
+    """Names of the layers that ``dense_layers`` asks for, each with a dot after it."""
     stacks = {
         name: len(module)
         for name, module in model.named_modules()

@@ -37,7 +37,7 @@ def _level(
         span = tl.load(lines + 2 * SPLITS * rows, mask=total < 0, other=0.0)
         highest = tl.max(shift, 0)
         total = tl.sum(tl.abs(total) * tl.exp2(shift - highest), 0)
-        # Key blocks to a part, 0 where all parts have one factor; behind the last are hidden ones.
+        # Key blocks to a part, 0 where all parts have one factor; after the last are hidden ones.
         span = tl.max(span, 0).to(tl.int32)
         stop = tl.minimum(span * SPLITS, reach)
         for start in range(0, stop, SLICE):

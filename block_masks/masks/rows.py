@@ -52,7 +52,7 @@ class RowSpans:
         return count(high) > count(low)
 
     def padded(self, rows: int) -> RowSpans:
-        """The same for ``rows`` query rows; those behind the last one see nothing."""
+        """The same for ``rows`` query rows; those after the last one see nothing."""
         row = torch.arange(rows, device=self.first.device)
         index = row.clamp(max=self.first.shape[1] - 1)
         last = self.last[:, index].masked_fill(row >= self.first.shape[1], -1)

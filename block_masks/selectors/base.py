@@ -118,7 +118,7 @@ class Selector(ABC):
         """Composite keys of key [B, Hkv, Skv, D], for `select_from_composites`.
 
         Returns:
-            [B, Hkv, blocks * block_size / keys_per_composite, D]; empty behind the last key.
+            [B, Hkv, blocks * block_size / keys_per_composite, D]; empty after the last key.
         """
         group = self.keys_per_composite
         assert group is not None

@@ -22,7 +22,7 @@ class DenseSpan(Selector):
 
     Attributes:
         selector: Which blocks are kept otherwise.
-        tokens: The span as ``"first:stop"``, ``stop`` not included; what lies behind a call's end
+        tokens: The span as ``"first:stop"``, ``stop`` not included; what lies after a call's end
             is ignored. A text, so that it stays a constant where a traced model makes the selector.
         rows: Blocks of queries that hold the span keep every key that they may see.
         keys: Blocks of keys that hold the span are kept for every query that may see them.
@@ -64,7 +64,7 @@ class DenseSpan(Selector):
 
     @property
     def span(self) -> tuple[int, int]:
-        """First token, and the one behind the last."""
+        """First token, and the one after the last."""
         first, stop = self.tokens.split(":")
         return int(first), int(stop)
 

@@ -43,7 +43,7 @@ def mutated_origins(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def is_changed_between(node: fx.Node, first: fx.Node, last: fx.Node) -> bool:
-    """Whether a node behind ``first`` and in front of ``last`` may write to ``node``'s memory."""
+    """Whether a node after ``first`` and in front of ``last`` may write to ``node``'s memory."""
     between, current = [], first.next
     while current is not last and current.op != "root":
         between.append(current)

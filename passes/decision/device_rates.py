@@ -15,7 +15,7 @@ class DeviceRates:
     Those of the CPU are for one thread.
 
     Attributes:
-        device: ``"cpu"``, or ``"cuda sm90"`` and the like; with ``" plain"`` behind it where the
+        device: ``"cpu"``, or ``"cuda sm90"`` and the like; with ``" plain"`` after it where the
             GPU kernels do not score and select, but plain PyTorch does.
         dtype: Such as ``"bfloat16"``.
         source: The file they were fitted from, or what they are an estimate from.

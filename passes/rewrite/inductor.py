@@ -109,7 +109,7 @@ def install() -> None:
 def _list_attention_as_overridable() -> None:
     """Makes Dynamo show every spelling of SDPA to function modes.
 
-    torch lists once what they see, by the public names as they are then: behind a patch of SDPA's
+    torch lists once what they see, by the public names as they are then: after a patch of SDPA's
     the function itself would not be among them, and its operator never is.
     """
     listed = torch.overrides.get_overridable_functions()[torch.nn.functional]

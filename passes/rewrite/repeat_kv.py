@@ -74,7 +74,7 @@ def find_repeated(node: Any) -> Repeated | None:
     """What ``node``, [B, Hq, S, D], repeats along its heads; ``None`` where that is not proved.
 
     Follows ``repeat_interleave`` and unsqueeze, expand, reshape (Hugging Face's ``repeat_kv`` and
-    its relatives), in front of or behind a transposition.
+    its relatives), before or after a transposition.
     """
     order, head = tuple(range(4)), HEAD_DIM
     while isinstance(node, fx.Node):

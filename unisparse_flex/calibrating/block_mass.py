@@ -52,7 +52,7 @@ def compute_block_mass(call: SdpaCall, geometry: BlockGeometry) -> Tensor:
 
 
 def _pad_to_blocks(weights: Tensor, size: int) -> Tensor:
-    """Zeros behind the rows and the keys, up to whole blocks."""
+    """Zeros after the rows and the keys, up to whole blocks."""
     rows, keys = (-length % size for length in weights.shape)
     return F.pad(weights, (0, keys, 0, rows)) if rows or keys else weights
 

@@ -169,7 +169,7 @@ def measure_layers(
 ) -> dict[str, LayerMeasure]:
     """Runs the dense model and measures every setting at each of its attention calls.
 
-    No call's tensors are kept behind it.
+    No call's tensors are kept after it.
 
     Args:
         model: As `optimize` takes it; left as it came.

@@ -29,7 +29,7 @@ ROWS_PER_STEP = 128
 ROUNDING = 1e-12
 
 Run = Callable[[], Any]
-# By layer, the setting of each of its units: an index into the ladder, or behind its end.
+# By layer, the setting of each of its units: an index into the ladder, or after its end.
 Plan = dict[str, Allocation]
 
 

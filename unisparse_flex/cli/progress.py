@@ -57,6 +57,6 @@ class Progress(StepDisplay):
 
 
 def bar(done: int, total: int) -> str:
-    """A bar of fixed width with the numbers behind it."""
+    """A bar of fixed width with the numbers after it."""
     filled = min(BAR_CHARACTERS, round(BAR_CHARACTERS * done / total))
     return f"[{'#' * filled}{'-' * (BAR_CHARACTERS - filled)}] {done}/{total}"

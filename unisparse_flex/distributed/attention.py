@@ -47,7 +47,7 @@ def context_parallel_attention(
             must not depend on other rows (`Selector.row_independent`).
         is_causal: Row r of the whole sequence sees the keys up to r (top-left), as in SDPA.
         causal_lower_right: Row r of the whole sequence sees the keys up to r + Skv - Sq, so that
-            the last row is aligned with the last key, as a prompt behind a cache needs; needs
+            the last row is aligned with the last key, as a prompt with a cache needs; needs
             Sq <= Skv, and goes without ``is_causal``.
         scale: Factor on the logits; 1 / sqrt(D) by default.
         pieces: Tokens of each piece of the keys, where they were shared out piece by piece (a
