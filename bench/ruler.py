@@ -2,7 +2,7 @@
 
 Wording, numbers and scoring follow the group ``ruler`` of lm-evaluation-harness. What differs: the
 needles lie in the demo's texts, words have four to eight letters, no other word of ``cwe`` contains
-an answer, and ``tokens`` is the length of the prompt alone, its answer not counted.
+an answer, and ``tokens`` is the length of the prompt, its answer not counted.
 """
 
 from __future__ import annotations

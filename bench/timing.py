@@ -36,7 +36,7 @@ class Plan:
     Attributes:
         lengths: Tokens, for queries and keys alike.
         densities: Forced densities of the attention stage.
-        heads: Head shapes; the whole call is timed for the first alone.
+        heads: Head shapes; the whole call is timed only for the first.
         dtypes: Dtypes.
         tile: Keys that the dense kernel reads at a time.
         least: Fewest repeats of a timing.

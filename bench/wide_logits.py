@@ -112,7 +112,7 @@ def _measure_one(
 
 
 def select_lists_of(query: Tensor, key: Tensor) -> Callable[[], Any]:
-    """The selection alone, as a function without arguments."""
+    """Only the selection, as a function without arguments."""
     return lambda: DEFAULT_SELECTOR.select(query, key, is_causal=True).block_lists()
 
 

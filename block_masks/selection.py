@@ -159,7 +159,7 @@ class HeadThreshold(SelectionRule):
     Attributes:
         thresholds: Shares of the mass in [0, 1], one for each head of the scores; 0 keeps every
             visible block.
-        top_p: Share of a row's estimated mass in (0, 1]; ``None`` for thresholds alone.
+        top_p: Share of a row's estimated mass in (0, 1]; ``None`` where only thresholds count.
         threshold_blocks: Visible blocks of a row for which they are stated, see `scale_threshold`.
     """
 

@@ -206,7 +206,7 @@ def temporarily_optimize(
     if context is None and any(SparseConfig.decode(config).context for config in before.values()):
         raise ValueError(
             "context must be given for a model that was optimized with one, got None: its ranks "
-            "would attend to their own tokens alone; pass the same ContextParallel, or restore the "
+            "would attend to only their own tokens; pass the same ContextParallel, or restore the "
             "model first"
         )
     try:

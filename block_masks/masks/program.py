@@ -126,7 +126,7 @@ class MaskProgram:
         return seen.expand(b.shape[0], rows.shape[0], keys.shape[0])[:, None]
 
     def number(self, value: Affine) -> int:
-        """The value of an expression of numbers alone; symbolic where they are."""
+        """The value of an expression of only numbers; symbolic where they are."""
         total = value.const
         for atom, factor in value.terms:
             assert isinstance(atom, Symbol)

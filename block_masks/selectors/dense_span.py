@@ -49,7 +49,7 @@ class DenseSpan(Selector):
         if len(ends) != 2 or not digits or int(ends[0]) >= int(ends[1]):
             raise ValueError(
                 'tokens must be a text "first:stop" with 0 <= first < stop, got '
-                f"{self.tokens!r}; where there are none use the inner selector alone"
+                f"{self.tokens!r}; where there are none use only the inner selector"
             )
         for name in ("rows", "keys"):
             if not isinstance(getattr(self, name), bool):

@@ -42,7 +42,7 @@ class UniSparse(ForcesBlocks, Selector):
             it times ``sqrt(threshold_blocks / n)``. The end of a prompt then costs less for the
             same quality, its beginning is read less exactly. ``None``: all rows alike.
         head_thresholds: A threshold for each query head, in [0, 1], instead of ``threshold``; 0
-            keeps every block. Needs ``c_h`` 1, and selects in plain PyTorch alone: the Triton
+            keeps every block. Needs ``c_h`` 1, and selects only in plain PyTorch: the Triton
             kernels take one threshold.
         sampled_queries: Rows of a block that meet every key exactly, the last of them included;
             their scores and those of the composite tokens are averaged. Divides ``block_size``; 0

@@ -132,7 +132,7 @@ def attend_flex(
 def restore_nan(output: Tensor, call: SdpaCall, config: SparseConfig) -> Tensor:
     """The output of torch's CPU flex kernel with the NaN that it loses: it keeps no NaN logit.
 
-    A row of a NaN query is NaN, and so is one that sees a NaN key where causality alone hides keys.
+    A row of a NaN query is NaN, and so is one that sees a NaN key where only causality hides keys.
     Which keys a proved mask hides is not looked up.
     """
     lost = call.query.isnan().any(-1)

@@ -166,7 +166,7 @@ class SdpaCall:
         mask, is_causal = self.attn_mask, self.is_causal
         program = self.mask_program()
         if self.causal_lower_right or program is not None:
-            # Read here alone: what is no attention call at all meets SDPA's own error.
+            # Read only here: what is no attention call at all meets SDPA's own error.
             q_len, kv_len = self.query.shape[-2], self.key.shape[-2]
             row = torch.arange(q_len, device=self.query.device)
             key = torch.arange(kv_len, device=self.query.device)

@@ -83,7 +83,7 @@ class Forecast:
 
 
 def call_shape(call: SdpaCall) -> CallShape:
-    """The shape of a call; symbolic sizes as they were first seen (they steer speed alone)."""
+    """The shape of a call; symbolic sizes as they were first seen (they steer only speed)."""
     # Not autocast's dtype: tracing, the pass and lowering must see the same call.
     query, key = call.query, call.key
     batch, q_heads, q_len, head_dim = query.shape

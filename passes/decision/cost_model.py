@@ -42,7 +42,7 @@ class AttentionWork:
 
     Attributes:
         dense_flops: Both matrix products over the visible (query, key) pairs and what else lies
-            in their tiles; visible pairs alone at ``tile`` 1.
+            in their tiles; only visible pairs at ``tile`` 1.
         dense_exps: Exponentials of dense attention, one a pair.
         dense_bytes: Query, key, value and mask read once, output written once.
         pooling_bytes: Query and key read, composite tokens written.

@@ -150,7 +150,7 @@ def _rewrite_node(
     name: str,
 ) -> None:
     if config.context is not None:
-        # Ranks decide together when it runs: this one knows some of the tokens alone.
+        # Ranks decide together when it runs: this one knows only some of the tokens.
         report.rewritten.append(name)
         return
     if not config.dense and _decides_at_run(call):

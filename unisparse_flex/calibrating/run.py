@@ -72,7 +72,7 @@ def calibrate(
             the density that was measured, and layers for which no setting is predicted to be
             faster stay dense; with a number, it is the blocks that are read, whatever the device.
         per_head: Gives each head a threshold of its own (``UniSparse.head_thresholds``); the ladder
-            must then differ in ``threshold`` alone. Such layers select in plain PyTorch, which on
+            must then differ only in ``threshold``. Such layers select in plain PyTorch, which on
             a GPU is slower than the kernels.
         progress: Writes what is being done to stderr, once it has taken two seconds.
 
@@ -122,7 +122,7 @@ def _validate_ladder(ladder: tuple[Selector, ...], *, per_head: bool) -> None:
         )
     if per_head and not _differ_in_threshold(ladder):
         raise ValueError(
-            "ladder must hold UniSparse selectors that differ in threshold alone where per_head is "
+            "ladder must hold UniSparse selectors that differ only in threshold where per_head is "
             f"given, got {list(ladder)}; leave it None for the default"
         )
 

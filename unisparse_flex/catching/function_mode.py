@@ -105,7 +105,7 @@ def _is_array(scale: Any) -> bool:
 
 
 def _scaled_before(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The arguments of a call without its scale, which the operator takes as a number alone.
+    """The arguments of a call without its scale, which the operator takes only as a number.
 
     While a graph is traced nobody knows the number: the query is multiplied by it instead.
     """

@@ -187,7 +187,7 @@ def _make_subclass(cls: type[nn.Module]) -> type[nn.Module]:
 def _wrap_forward_again(subclass: type[nn.Module], cls: type[nn.Module]) -> None:
     """Runs the class hook that wrapped the forward of ``cls``, where one did, for ``subclass``.
 
-    Such a wrapper may work on the outermost class alone: the layers of transformers checkpoint
+    Such a wrapper may work on only the outermost class: the layers of transformers checkpoint
     where ``type(self).forward`` is the wrapper itself.
     """
     # The code's name: `functools.wraps` copies the name of the wrapped function.

@@ -22,7 +22,7 @@ def load_model(
 ) -> LoadedModel:
     """Loads a causal language model for evaluation, attention through SDPA.
 
-    Weights of a folder are read from safetensors alone: no file is unpickled, no code of the
+    Weights of a folder are read only from safetensors: no file is unpickled, no code of the
     model's own is run.
 
     Args:

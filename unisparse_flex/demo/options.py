@@ -31,7 +31,7 @@ class DemoOptions:
         min_length: Fewest keys for which attention is sparse; ``None`` is 4096, or ``tokens``
             where that is less.
         compile: Compile the optimized model; otherwise it runs eagerly.
-        compile_dense: Time a compiled dense model too; ``None`` does so on CUDA alone, because
+        compile_dense: Time a compiled dense model too; ``None`` does so only on CUDA, because
             on CPU eager mode is the faster dense baseline.
         repeats: Timed prefills of each model, in turn; ``None`` is 5 on CUDA and 1 on CPU.
         output: Folder of the figure and of the JSON file.
