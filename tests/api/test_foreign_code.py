@@ -284,7 +284,11 @@ def assigned(request: pytest.FixtureRequest) -> Pair:
 
 # Of Dynamo, where it resumes after what it cannot trace of accelerate's hooks.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("assigned", "compiled"),
+    [*((assign, False) for assign in ASSIGNMENTS), (assign_itself, True), (assign_hook, True)],
+    indirect=["assigned"],
+)
 def test_a_forward_assigned_before_is_sparse(assigned: Pair, compiled: bool) -> None:
     x, sparse = embeddings(256), optimize(create(Pair), FEW, min_length=0)
     dense = create(Pair)(x)
