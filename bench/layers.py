@@ -35,12 +35,12 @@ def find_imports() -> Imports:
     def place(module: str) -> str:
         layer = layer_of(module)
         inside = module[len(layer) + 1 :].split(".")[0]
-        return f"{layer}.{inside}" if inside and inside != "__main__" else ""
+        return f"{layer}.{inside}" if inside else ""
 
     imports: Imports = {}
     for module in graph.modules:
         here = place(module)
-        if here:
+        if here and not module.endswith("__main__"):
             there = {place(name) for name in graph.find_modules_directly_imported_by(module)}
             imports.setdefault(here, set()).update(there - {here, ""})
     return imports
