@@ -248,6 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
         measured = list(measure())
     result = {
         "schema": 1,
+        "benchmark": "communication",
         "simulated": True,
         "model": MODEL_NAME,
         "heads": HEADS,

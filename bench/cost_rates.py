@@ -72,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "schema": 1,
+        "benchmark": "cost_rates",
         "device": name,
         "hardware": describe_device(torch.device(options.device)),
         "threads": torch.get_num_threads(),

@@ -55,6 +55,7 @@ def main() -> None:
                     print(json.dumps(rows[-1]), flush=True)
     result = {
         "schema": 1,
+        "benchmark": "expected_density",
         "model": MODEL_NAME,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},

@@ -45,6 +45,7 @@ class Record:
         """A file that says where its rows come from."""
         content = {
             "schema": 1,
+            "benchmark": module.removeprefix("bench."),
             "device": describe_device(torch.device(device)),
             "versions": versions(),
             "command": ["python", "-m", module, *sys.argv[1:]],
