@@ -17,6 +17,10 @@ PRIVATE_NAMES = (
     "torch.utils:_pytree.tree_map",
     "torch.utils:_pytree.tree_map_only",
     "torch:Tensor._make_wrapper_subclass",
+    "torch._inductor:config._config",
+    "torch.nn.attention.bias:CausalBias._dispatch",
+    "torch.nn:Module._compiled_call_impl",
+    "torch:ops.aten.add.Tensor._schema",
     "torch:_C.DispatchKeySet",
     "torch._subclasses.fake_tensor:is_fake",
     "torch:_C.DispatchKey",
@@ -46,6 +50,8 @@ PRIVATE_NAMES = (
     "torch:_ops._higher_order_ops",
     "torch:_transformer_encoder_layer_fwd",
 )
+# Attributes that only instances have.
+INSTANCE_ATTRIBUTES = ("_orig_mod",)
 WORKING_TORCH = "2.11 to 2.14"
 
 
