@@ -122,3 +122,14 @@ def test_capture_keeps_the_causal_calls_only():
     assert capture.calls[0].key is key
     assert capture.calls[0].value is value
     assert capture.calls[0].scale == 0.5
+
+
+def test_only_the_layers_that_are_asked_for_are_kept():
+    seen: list[None] = []
+    queries = [draw(32)[0] + layer for layer in range(4)]
+    with CaptureAttention(on_call=lambda: seen.append(None), layers=(3, 1)) as capture:
+        for query in queries:
+            F.scaled_dot_product_attention(query, query, query, is_causal=True)
+    assert len(seen) == capture.count == 4
+    assert all(call.query is queries[n] for call, n in zip(capture.calls, (1, 3), strict=True))
+    assert len(capture.calls) == 2

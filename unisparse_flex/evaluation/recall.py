@@ -5,7 +5,7 @@ Symbols: Hq/Hkv heads, S tokens, D head_dim, N blocks, R sampled rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,10 +41,14 @@ class CaptureAttention(TorchFunctionMode):
 
     Attributes:
         on_call: Called after each of them.
+        layers: Which of them are kept, counted from 0; all by default.
+        count: How many there were.
         calls: What was captured, in order.
     """
 
     on_call: Callable[[], None] = lambda: None
+    layers: Collection[int] | None = None
+    count: int = 0
     calls: list[CapturedAttention] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -61,9 +65,11 @@ class CaptureAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if func is TORCH_SDPA and kwargs.get("is_causal"):
-            query, key, value = args[:3]
-            scale = kwargs.get("scale")
-            self.calls.append(CapturedAttention(query=query, key=key, value=value, scale=scale))
+            if self.layers is None or self.count in self.layers:
+                query, key, value = args[:3]
+                scale = kwargs.get("scale")
+                self.calls.append(CapturedAttention(query=query, key=key, value=value, scale=scale))
+            self.count += 1
             self.on_call()
         return output
 
