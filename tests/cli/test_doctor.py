@@ -217,7 +217,8 @@ OF_OTHERS = {"_replace", "_global_mapping", "_supports_sdpa"}
 
 def foreign_attributes():
     """Private attributes that the sources read of any object, and that none of them defines."""
-    read, defined = set(), set()
+    read: set[str] = set()
+    defined: set[str] = set()
     for folder in ("block_masks", "passes", "unisparse_flex"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
