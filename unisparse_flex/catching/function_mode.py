@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from ..passes.attend import MULTIHEAD_TARGETS, marked_multihead, marked_sdpa, refuse_multihead
 from ..passes.calls import POSITIONAL, SDPA_TARGETS, TORCH_SDPA, SdpaCall, is_dtensor
 from .causal_bias import resolve_causal_bias
+from .own_functions import own_function
 
 SDPA_OPERATORS = SDPA_TARGETS[1:]
 UNFLATTEN = torch.Tensor.unflatten
@@ -61,6 +62,8 @@ class SparseAttentionMode(TorchFunctionMode):
             if not isinstance(call.attn_mask, CausalBias):
                 return marked_sdpa(call, self.config)
             return func(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            func = own_function(func)
         # Every operation of an eager model comes through here: the common case goes first.
         if func not in HANDLED:
             if isinstance(func, HigherOrderOperator):

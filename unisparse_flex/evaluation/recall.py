@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..catching import own_function
 from ..passes.calls import TORCH_SDPA
 
 ROW_STRIDE = 16
@@ -62,7 +63,7 @@ class CaptureAttention(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Passes every function on."""
-        kwargs = kwargs or {}
+        kwargs, func = kwargs or {}, own_function(func)
         output = func(*args, **kwargs)
         if func is TORCH_SDPA and kwargs.get("is_causal"):
             if self.layers is None or self.count in self.layers:

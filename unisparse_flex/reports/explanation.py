@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..block_masks import BlockSelection, valid_blocks
-from ..catching import original_module
+from ..catching import original_module, own_function
 from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import MULTIHEAD_TARGETS, refuse_multihead
 from ..passes.calls import TORCH_SDPA, SdpaCall
@@ -231,7 +231,7 @@ class _LeftAlone(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs, func = kwargs or {}, own_function(func)
         if func is TORCH_SDPA:
             call = SdpaCall.bind(args, kwargs)
             nested = call.query.is_nested
