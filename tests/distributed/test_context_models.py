@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import (
@@ -79,6 +80,19 @@ def run_dense(options: dict[str, Any]) -> tuple[float, bool]:
     with torch.no_grad():
         output = context.gather(model(context.shard(x, 1)), 1)
         return difference(output, create()(x)), bool(context.received["blocks"])
+
+
+def run_dense_patched() -> float:
+    own: Any = F.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            F, "scaled_dot_product_attention", lambda q, *rest, **o: own(2 * q, *rest, **o)
+        )
+        return run_dense({"dense_layers": (0, 1)})[0]
+
+
+def test_dense_calls_run_a_patch_once(two: Ranks) -> None:
+    assert max(two.run(run_dense_patched)) < 1e-5
 
 
 def explain_ranks() -> list[tuple[str, int, int, float | None, DenseReason | None]]:
