@@ -21,7 +21,7 @@ help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-weights  ## dense against sparse on a small real model (DEMO_ARGS=...)
-	$(BIN)/python -m unisparse_flex.demo $(DEMO_ARGS)
+	$(BIN)/python -m unisparse_flex demo $(DEMO_ARGS)
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-weights  ## every test that needs no GPU (PYTEST_ARGS=...)
 	$(BIN)/$(PYTEST) $(PYTEST_ARGS)

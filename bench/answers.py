@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unisparse_flex import Selector, optimize, record_attention, restore
-from unisparse_flex.demo.measure import Prefill, cache_name, generate_greedily, prefill
-from unisparse_flex.demo.model import LoadedModel
+from unisparse_flex import Selector, optimize, restore
+from unisparse_flex.evaluation import LoadedModel, Prefill, cache_name, generate_greedily, prefill
+from unisparse_flex.reports import record_attention
 
 from .models import Subject
 from .ruler import TaskName, TaskSample, build_task, score

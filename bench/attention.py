@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from unisparse_flex.passes.device_rates import device_name
+from unisparse_flex.passes.decision import device_name
 
 from . import gate
 from .captured import capture_smollm2
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(
-            "bench.attention: no CUDA device here; --device cpu runs the correctness gate alone"
+            "bench.attention: no CUDA device here; --device cpu runs only the correctness gate"
         )
     name = device_name(options.device).replace(" ", "-")
     output = options.output or Path(f"bench/results/attention-{name}.json")
@@ -98,7 +98,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="densities at which unisparse_flex.attention is compiled and timed too (seconds each)",
     )
     parser.add_argument(
-        "--million", action="store_true", help="adds 1048576 tokens of llama3-8b, sparse alone"
+        "--million", action="store_true", help="adds 1048576 tokens of llama3-8b, only sparse"
     )
     parser.add_argument(
         "--from-model", action="store_true", help="adds queries and keys of SmolLM2's layers"

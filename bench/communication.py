@@ -3,7 +3,7 @@
 python -m bench.communication [--output FILE]      # needs of SmolLM2, then the study
 python -m bench.distributed --page docs/distributed.md    # its tables
 
-The study runs on no device. Bytes come from passes/communication.py, seconds of work from the cost
+The study runs on no device. Bytes come from bench/context_traffic.py, seconds of work from the cost
 model with the rates of one H100, extrapolated from 131072 tokens at most; links are nominal.
 """
 
@@ -19,15 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisparse_flex import DEFAULT_SELECTOR, UniSparse
-from unisparse_flex.demo.model import MODEL_NAME, load_smollm2
-from unisparse_flex.demo.recall import CapturedAttention
-from unisparse_flex.demo.texts import TextName
+from unisparse_flex import UniSparse
 from unisparse_flex.distributed import SequenceLayout
-from unisparse_flex.passes import communication, cost_model
-from unisparse_flex.passes.device_rates import RATES, DeviceRates
-from unisparse_flex.passes.prediction import CallShape, forecast_at
+from unisparse_flex.evaluation import MODEL_NAME, CapturedAttention, TextName, load_smollm2
+from unisparse_flex.passes.decision import RATES, CallShape, DeviceRates, cost_model, forecast_at
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
+from . import context_traffic
 from .captured import capture_calls
 from .tables import markdown
 
@@ -119,10 +117,10 @@ def simulate_one(
 ) -> dict[str, Any]:
     """Bytes a rank receives and seconds of one attention layer."""
     composites = selector.keys_per_composite is not None
-    traffic = communication.context_traffic(composites=composites)
+    traffic = context_traffic.context_traffic(composites=composites)
     values = {
-        communication.R: ranks,
-        communication.needed: needed,
+        context_traffic.R: ranks,
+        context_traffic.needed: needed,
         cost_model.B: 1,
         cost_model.Hq: HEADS["q_heads"],
         cost_model.Hkv: HEADS["kv_heads"],
@@ -131,7 +129,7 @@ def simulate_one(
         cost_model.D: HEADS["head_dim"],
         cost_model.Dv: HEADS["value_dim"],
         cost_model.itemsize: 2,
-        communication.composite_itemsize: 2,
+        context_traffic.composite_itemsize: 2,
         cost_model.block: selector.block_size,
         cost_model.c_k: selector.c_k,
         cost_model.samples: selector.sampled_queries,
@@ -250,6 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
         measured = list(measure())
     result = {
         "schema": 1,
+        "benchmark": "communication",
         "simulated": True,
         "model": MODEL_NAME,
         "heads": HEADS,

@@ -16,10 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from unisparse_flex import UniSparse, attention
-from unisparse_flex.block_masks import BlockGeometry, BlockSelection, causal_mask_mod
-from unisparse_flex.block_masks.kernels.operator import select_lists
-from unisparse_flex.block_masks.scoring import default_scale
-from unisparse_flex.passes.flex_backend import takes_head_dim
+from unisparse_flex.block_masks import BlockGeometry, BlockSelection, causal_mask_mod, default_scale
+from unisparse_flex.block_masks.kernels import select_lists
+from unisparse_flex.passes.decision import supports_head_dim
 
 from .stages import SELECTOR, Heads, create_inputs, dense
 
@@ -53,7 +52,7 @@ def find_backends() -> list[str]:
 
 def takes(backend: str, heads: Heads) -> bool:
     """Whether the library would run these heads by ``backend``."""
-    return backend != "flash" or takes_head_dim(heads.head_dim)
+    return backend != "flash" or supports_head_dim(heads.head_dim)
 
 
 @dataclass(frozen=True)

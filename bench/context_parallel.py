@@ -13,7 +13,9 @@ from torch.distributed.tensor.experimental import context_parallel
 
 from unisparse_flex import attention
 from unisparse_flex.distributed import ContextParallel, context_parallel_attention
-from unisparse_flex.passes import SdpaCall, SparseConfig, context_sdpa, observe_calls
+from unisparse_flex.passes import SparseConfig, observe_calls
+from unisparse_flex.passes.attend import context_sdpa
+from unisparse_flex.passes.calls import SdpaCall
 
 from .contenders import (
     DENSE_KERNELS,

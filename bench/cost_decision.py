@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unisparse_flex
-from unisparse_flex import DEFAULT_SELECTOR, UniSparse
-from unisparse_flex.passes.device_rates import device_name
+from unisparse_flex import UniSparse
+from unisparse_flex.passes.decision import device_name
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .contenders import SHAPES
 from .record import Record, guarded, numbers

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from unisparse_flex.block_masks.kernels import operator
-from unisparse_flex.demo.model import describe_device
-from unisparse_flex.passes.device_rates import PLAIN, DeviceRates, device_name
+from unisparse_flex.block_masks import kernels
+from unisparse_flex.evaluation import describe_device
+from unisparse_flex.passes.decision import PLAIN, DeviceRates, device_name
 
 from . import rate_fit
 from .stages import SELECTOR, Heads
@@ -67,11 +67,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.plain_selection:
         name += PLAIN
         command.append("--plain-selection")
-        operator.takes = lambda *_: False
+        kernels.supports = lambda *_: False
     output = options.output or Path(f"bench/results/rates-{name.replace(' ', '-')}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "schema": 1,
+        "benchmark": "cost_rates",
         "device": name,
         "hardware": describe_device(torch.device(options.device)),
         "threads": torch.get_num_threads(),
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     result["rates"], result["errors"] = fit_all(result["rows"])
     output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["errors"], indent=1))
-    print(f"written to {output}; for passes/device_rates.py:")
+    print(f"written to {output}; for passes/decision/device_rates.py:")
     for dtype, rates in result["rates"].items():
         print(DeviceRates(device=name, dtype=dtype, source=f"bench/results/{output.name}", **rates))
 

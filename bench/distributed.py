@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from unisparse_flex.passes.device_rates import device_name
+from unisparse_flex.passes.decision import device_name
 
 from . import communication, distributed_tables
 from .contenders import SETTINGS, create_selector

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from unisparse_flex import DEFAULT_SELECTOR, UniSparse
-from unisparse_flex.demo.model import MODEL_NAME, load_smollm2
-from unisparse_flex.demo.texts import TextName
+from unisparse_flex import UniSparse
+from unisparse_flex.evaluation import MODEL_NAME, TextName, load_smollm2
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .captured import capture_calls
 from .sweeps import defaults
@@ -55,6 +55,7 @@ def main() -> None:
                     print(json.dumps(rows[-1]), flush=True)
     result = {
         "schema": 1,
+        "benchmark": "expected_density",
         "model": MODEL_NAME,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},

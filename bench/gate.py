@@ -15,7 +15,7 @@ from .record import guarded
 from .stages import GATE_DENSITY, TOLERANCE, force_density
 
 LENGTH, KEPT = 1000, 0.6
-# FlashAttention-4 is timed and so checked at whole blocks alone.
+# FlashAttention-4 is timed and so checked only at whole blocks.
 WHOLE_BLOCKS = {"flash": 1024}
 
 

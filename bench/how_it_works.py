@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unisparse_flex import DEFAULT_SELECTOR, Oracle
-from unisparse_flex.block_masks import BlockGeometry
-from unisparse_flex.block_masks.granularity import Sampled
-from unisparse_flex.block_masks.scoring import (
+from unisparse_flex.block_masks import (
+    BlockGeometry,
+    Sampled,
     compute_block_scores,
     compute_sampled_scores,
     default_scale,
 )
+from unisparse_flex.selectors import DEFAULT_SELECTOR, Oracle
 
 from .captured import capture_smollm2
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from unisparse_flex.demo.model import LoadedModel, load_smollm2
-from unisparse_flex.doctor.backends import default_device
+from unisparse_flex.doctor import default_device
+from unisparse_flex.evaluation import LoadedModel, load_smollm2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import unisparse_flex
 from unisparse_flex import UniSparse
-from unisparse_flex.passes.device_rates import device_name
+from unisparse_flex.passes.decision import device_name
 
 from .contenders import SETTINGS, at_density, create_selector
 from .gpu_clock import kernel_ms

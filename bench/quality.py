@@ -26,14 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisparse_flex import Selector, optimize, record_attention, restore
-from unisparse_flex.demo.measure import compute_kl, compute_log_probs, compute_perplexity
-from unisparse_flex.demo.recall import (
+from unisparse_flex import Selector, optimize, restore
+from unisparse_flex.evaluation import (
+    TEXT_NAMES,
     CaptureAttention,
     CapturedAttention,
+    compute_kl,
+    compute_log_probs,
+    compute_perplexity,
     compute_recall_and_error,
+    draw_excerpt,
+    load_text,
 )
-from unisparse_flex.demo.texts import TEXT_NAMES, draw_excerpt, load_text
+from unisparse_flex.reports import record_attention
 
 from .answers import Exam
 from .models import MODELS, Subject, load
@@ -236,7 +241,7 @@ class Reading:
 
     @torch.inference_mode()
     def _read(self) -> Tensor:
-        """Log-probabilities [judged, V] of the tokens behind ``positions``."""
+        """Log-probabilities [judged, V] of the tokens after ``positions``."""
         output = self.model(self.input_ids, use_cache=False, logits_to_keep=self.positions)
         return compute_log_probs(output.logits[0])
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unisparse_flex import DEFAULT_SELECTOR
-from unisparse_flex.passes.config import decode_selector
+from unisparse_flex.passes.calls import decode_selector
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .quality_curves import Point, Result, curve, density_at, kl_at, texts_of
 from .tables import markdown

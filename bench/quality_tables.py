@@ -192,7 +192,7 @@ def _keywords(setting: str) -> tuple[str, dict[str, str]]:
 
 
 def _scores(rows: Sequence[Row], kind: str, names: Sequence[str]) -> list[float]:
-    """The mean over rows of every task, and behind them the mean over tasks."""
+    """The mean over rows of every task, and after them the mean over tasks."""
     scores = [mean(row[kind][name] for row in rows) for name in names]
     return [*scores, mean(scores)]
 

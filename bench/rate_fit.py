@@ -12,8 +12,8 @@ import sympy
 import torch
 from torch import Tensor
 
-from unisparse_flex.passes import cost_model as cm
-from unisparse_flex.passes.device_rates import DeviceRates
+from unisparse_flex.passes.decision import DeviceRates
+from unisparse_flex.passes.decision import cost_model as cm
 
 from .stages import SELECTOR
 

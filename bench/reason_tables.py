@@ -10,11 +10,12 @@ import re
 from enum import StrEnum
 from pathlib import Path
 
-from unisparse_flex.passes import Reason, Unproved
+from unisparse_flex.passes import DenseReason
+from unisparse_flex.passes.masks import Unproved
 
 from .tables import markdown
 
-TABLES: dict[str, type[StrEnum]] = {"reasons": Reason, "unproved": Unproved}
+TABLES: dict[str, type[StrEnum]] = {"reasons": DenseReason, "unproved": Unproved}
 SECTION = r"(?P<start><!-- (?P<name>reasons|unproved) -->)(?:(?!<!--).)*(?P<end><!-- end -->)"
 
 

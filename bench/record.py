@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from unisparse_flex.demo.model import describe_device
+from unisparse_flex.evaluation import describe_device
 
 PACKAGES = ("torch", "triton", "transformers", "flash-attn-4", "flash-attn")
 
@@ -45,6 +45,7 @@ class Record:
         """A file that says where its rows come from."""
         content = {
             "schema": 1,
+            "benchmark": module.removeprefix("bench."),
             "device": describe_device(torch.device(device)),
             "versions": versions(),
             "command": ["python", "-m", module, *sys.argv[1:]],

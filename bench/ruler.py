@@ -2,7 +2,7 @@
 
 Wording, numbers and scoring follow the group ``ruler`` of lm-evaluation-harness. What differs: the
 needles lie in the demo's texts, words have four to eight letters, no other word of ``cwe`` contains
-an answer, and ``tokens`` is the length of the prompt alone, its answer not counted.
+an answer, and ``tokens`` is the length of the prompt, its answer not counted.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Literal, get_args
 
 import torch
 
-from unisparse_flex.demo.prompt import Tokenizer
-from unisparse_flex.demo.texts import TextName, draw_excerpt, load_text
+from unisparse_flex.evaluation import TextName, Tokenizer, draw_excerpt, load_text
 
 TaskName = Literal["niah_single", "niah_multikey", "niah_multivalue", "vt", "cwe", "fwe"]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from unisparse_flex import Selector
-from unisparse_flex.demo.recall import CapturedAttention
+from unisparse_flex.evaluation import CapturedAttention
 
 from .contenders import compile_apart
 from .gpu_clock import graph_ms

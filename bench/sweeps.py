@@ -6,18 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from unisparse_flex import (
+from unisparse_flex import Selector, UniSparse
+from unisparse_flex.block_masks.selectors import default_top_p
+from unisparse_flex.selectors import (
     DEFAULT_SELECTOR,
     FlashPrefill,
     FlexPrefill,
     MInference,
     Oracle,
-    Selector,
     StreamingLLM,
-    UniSparse,
     XAttention,
 )
-from unisparse_flex.block_masks.selectors.unisparse import default_top_p
 
 TOP_P = (0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 THRESHOLDS = (0.032, 0.016, 0.008, 0.004, 0.002)

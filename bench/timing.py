@@ -36,7 +36,7 @@ class Plan:
     Attributes:
         lengths: Tokens, for queries and keys alike.
         densities: Forced densities of the attention stage.
-        heads: Head shapes; the whole call is timed for the first alone.
+        heads: Head shapes; the whole call is timed only for the first.
         dtypes: Dtypes.
         tile: Keys that the dense kernel reads at a time.
         least: Fewest repeats of a timing.
@@ -55,7 +55,7 @@ class Plan:
 def measure(function: Callable[[], Any], device: str, *, least: int, budget: float) -> list[float]:
     """Seconds of each call, sorted, after warming up: ``least``, more while ``budget`` lasts.
 
-    On CUDA between events, calls queued one behind the other as a model queues its layers; on the
+    On CUDA between events, calls queued one after the other as a model queues its layers; on the
     CPU those that the process computed, whatever else runs there.
     """
     function()

@@ -13,14 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unisparse_flex import DEFAULT_SELECTOR, Selector
-from unisparse_flex.block_masks import BlockGeometry, BlockSelection, SelectionRule, TopP
-from unisparse_flex.block_masks.granularity import Pooled, Sampled
-from unisparse_flex.block_masks.mask_summary import summarize
-from unisparse_flex.block_masks.scoring import compute_mean_scores
-from unisparse_flex.block_masks.selection import Threshold
-from unisparse_flex.block_masks.selectors.base import Guarded
-from unisparse_flex.block_masks.selectors.unisparse import DROPPED_THRESHOLDS, default_top_p
+from unisparse_flex import Selector
+from unisparse_flex.block_masks import (
+    BlockGeometry,
+    BlockSelection,
+    Pooled,
+    Sampled,
+    SelectionRule,
+    Threshold,
+    TopP,
+    compute_mean_scores,
+    summarize,
+)
+from unisparse_flex.block_masks.selectors import DROPPED_THRESHOLDS, ForcesBlocks, default_top_p
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .sweeps import defaults
 
@@ -90,7 +96,7 @@ RULES: dict[str, Callable[[float], SelectionRule]] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trial(Guarded, Selector):
+class Trial(ForcesBlocks, Selector):
     """The mean of scores at up to two granularities, and a rule of `RULES`.
 
     Attributes:

@@ -19,15 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisparse_flex import (
+from unisparse_flex import Selector, UniSparse
+from unisparse_flex.selectors import (
     FlashPrefill,
     FlexPrefill,
     MInference,
     Oracle,
     PatchOrder,
-    Selector,
     StreamingLLM,
-    UniSparse,
     XAttention,
 )
 
@@ -112,7 +111,7 @@ def split_sweeps() -> tuple[dict[str, list[Selector]], list[str]]:
     refused = [
         name
         for name, sweep in SWEEPS.items()
-        if not all(s.takes(causal=False, masked=False, self_attention=True) for s in sweep)
+        if not all(s.supports(causal=False, masked=False, self_attention=True) for s in sweep)
     ]
     return {name: sweep for name, sweep in SWEEPS.items() if name not in refused}, refused
 

@@ -19,9 +19,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from unisparse_flex import DEFAULT_SELECTOR, attention
-from unisparse_flex.block_masks.kernels import operator
-from unisparse_flex.passes.device_rates import device_name
+from unisparse_flex import attention
+from unisparse_flex.block_masks import kernels
+from unisparse_flex.passes.decision import device_name
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .contenders import compile_apart
 from .gpu_clock import STATISTIC, graph_ms, kernel_ms, plain_ms
@@ -93,7 +94,7 @@ def _measure_one(
     row["density"] = found.density()
 
     def compare() -> None:
-        with mock.patch.object(operator, "takes", return_value=False):
+        with mock.patch.object(kernels, "supports", return_value=False):
             reference = select()
         row["density_reference"] = reference.density()
         differing = (found.keep != reference.keep).sum() / reference.keep.sum()
@@ -104,14 +105,14 @@ def _measure_one(
     lists = select_lists_of(query, key)
     row["selection_ms"] = guarded(row, "selection", lambda: graph_ms(lists))
     row["selection_plain_ms"] = guarded(row, "selection", lambda: plain_ms(lists))
-    kernels = guarded(row, "kernels", lambda: kernel_ms(lists)) or {}
-    row["kernels_ms"] = {name: time for name, time in kernels.items() if name in KERNELS}
+    times = guarded(row, "kernels", lambda: kernel_ms(lists)) or {}
+    row["kernels_ms"] = {name: time for name, time in times.items() if name in KERNELS}
     row["whole_ms"] = guarded(row, "whole", lambda: plain_ms(lambda: whole(query, key, value)))
     return row
 
 
 def select_lists_of(query: Tensor, key: Tensor) -> Callable[[], Any]:
-    """The selection alone, as a function without arguments."""
+    """Only the selection, as a function without arguments."""
     return lambda: DEFAULT_SELECTOR.select(query, key, is_causal=True).block_lists()
 
 

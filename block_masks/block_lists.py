@@ -17,7 +17,7 @@ class BlockLists:
 
     Attributes:
         kv_num_blocks: int32 [B, H, Nq], blocks whose pairs ``mask_mod`` must judge.
-        kv_indices: int32 [B, H, Nq, Nk]; what lies behind a row's count says nothing.
+        kv_indices: int32 [B, H, Nq, Nk]; what lies after a row's count says nothing.
         full_kv_num_blocks: int32 [B, H, Nq], blocks that are visible whole.
         full_kv_indices: int32 [B, H, Nq, Nk].
     """

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from .block_selection import BlockSelection
 from .geometry import BlockGeometry
 from .mask_summary import expand_mask
-from .pinning import pin
+from .strides import fix_strides
 from .validation import FLOAT_DTYPES
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def create_block_mask(
         key: [B, Hkv, Skv, D]; Hkv divides Hq.
         is_causal: Query row r sees the keys up to r (top-left), as in SDPA.
         causal_lower_right: Query row r sees the keys up to r + Skv - Sq, so that the last row is
-            aligned with the last key, as a chunk of a prompt and decoding behind a cache need;
+            aligned with the last key, as a chunk of a prompt and decoding with a cache need;
             needs Sq <= Skv, and goes without ``is_causal``.
         attn_mask: bool, broadcastable to [B, Hq, Sq, Skv]; becomes part of ``mask_mod``; not with
             a causal flag. A float mask is a bias and belongs into flex's ``score_mod``.
@@ -121,7 +121,9 @@ def to_block_mask(
     names = [name for name in computed if getattr(mask, name) is not None]
     if not names:
         return mask
-    for name, tensor in zip(names, pin([getattr(mask, name) for name in names]), strict=True):
+    for name, tensor in zip(
+        names, fix_strides([getattr(mask, name) for name in names]), strict=True
+    ):
         setattr(mask, name, tensor)
     return mask
 

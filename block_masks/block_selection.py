@@ -70,12 +70,12 @@ class BlockSelection:
         Returns:
             ``kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices``: int32 counts
             [B, Hq or 1, Nq] and indices [B, Hq or 1, Nq, Nk], kept blocks first in ascending
-            order, and behind them anything. Full blocks need no ``mask_mod``; those on the
+            order, and after them anything. Full blocks need no ``mask_mod``; those on the
             diagonal or a ragged edge do.
         """
         if self.lists is not None and not partial_only:
             return self.lists.tensors()
-        interior = self.geometry.interior_blocks(self.keep.device) & (not partial_only)
+        interior = self.geometry.full_blocks(self.keep.device) & (not partial_only)
         return (*_compact(self.keep & ~interior), *_compact(self.keep & interior))
 
 

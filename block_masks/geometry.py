@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .mask_bounds import Tiles, tile_bounds
-from .mask_program import MaskProgram, is_known
+from .masks import MaskProgram, Tiles, is_known, tile_bounds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +29,7 @@ class BlockGeometry:
         mask: What else hides keys from rows, where that is known as a formula.
         rows_before: Query rows of the same call that come before these, whole blocks of them, and
             are computed apart (context parallel).
-        rows_after: Query rows of the same call that come behind these.
+        rows_after: Query rows of the same call that come after these.
     """
 
     q_len: int
@@ -55,7 +54,7 @@ class BlockGeometry:
 
     @property
     def q_blocks_after(self) -> int:
-        """Query blocks of the same call behind these."""
+        """Query blocks of the same call after these."""
         return -(-self.rows_after // self.block_size)
 
     @property
@@ -81,7 +80,7 @@ class BlockGeometry:
             device: Where the result lives.
 
         Returns:
-            int64 [groups]. Groups that lie wholly behind ``q_len`` repeat the last row's position.
+            int64 [groups]. Groups that lie wholly after ``q_len`` repeat the last row's position.
         """
         last_row = (torch.arange(groups, device=device) + 1) * rows_per_group - 1
         return last_row.clamp(max=self.q_len - 1) + (self.causal_offset or 0)
@@ -96,7 +95,7 @@ class BlockGeometry:
 
         Returns:
             bool [Nq * block_size / q_group, Nk * block_size / kv_group]; False for groups of keys
-            behind ``kv_len``.
+            after ``kv_len``.
         """
         q_groups, kv_groups = self.num_groups(q_group, kv_group)
         first_key = torch.arange(kv_groups, device=device) * kv_group
@@ -118,12 +117,12 @@ class BlockGeometry:
         return visible & may.any(0)[0]
 
     def block_bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`visible_blocks` and `interior_blocks` by batch element: bool [1 or B, 1, Nq, Nk]."""
+        """`visible_blocks` and `full_blocks` by batch element: bool [1 or B, 1, Nq, Nk]."""
         visible = self.visible(self.block_size, self.block_size, device)[None, None]
         if self.mask is None:
-            return visible, self.interior_blocks(device)[None, None]
+            return visible, self.full_blocks(device)[None, None]
         may, _ = self.mask_bounds(self.block_size, self.block_size, device)
-        return visible & may, self.interior_blocks(device)
+        return visible & may, self.full_blocks(device)
 
     def mask_bounds(
         self, q_group: int, kv_group: int, device: torch.device
@@ -133,7 +132,7 @@ class BlockGeometry:
         q_groups, kv_groups = self.num_groups(q_group, kv_group)
         return tile_bounds(self.mask, Tiles(q_group, q_groups, kv_group, kv_groups), device)
 
-    def interior_blocks(self, device: torch.device) -> Tensor:
+    def full_blocks(self, device: torch.device) -> Tensor:
         """Blocks whose keys all exist and are visible to every row: bool [Nq, Nk].
 
         With a `mask`, bool [1 or B, 1, Nq, Nk], and those for which that is known. These need no
@@ -165,7 +164,7 @@ class BlockGeometry:
 
         A query block whose rows stand astride two key blocks owns both. Without causality the
         rows' own positions are known only in self-attention (`has_rows_for_keys`); then the
-        ``count - 1`` blocks behind are local too, elsewhere nothing is.
+        ``count - 1`` blocks after are local too, elsewhere nothing is.
 
         Returns:
             bool [Nq, Nk].

@@ -73,7 +73,7 @@ def pool_tokens(
     Args:
         tokens: [B, H, S, D], any floating dtype.
         group: Tokens per composite token.
-        groups: Composite tokens in the result, C >= ceil(S / group); those behind S are empty.
+        groups: Composite tokens in the result, C >= ceil(S / group); those after S are empty.
         valid: bool [B, S], the tokens that take part; ``None`` for all.
 
     Returns:
@@ -111,7 +111,7 @@ def split_tokens(
     Args:
         tokens: [B, H, S, D], any floating dtype.
         group: Tokens per group.
-        groups: Groups in the result, C >= ceil(S / group); those behind S are empty.
+        groups: Groups in the result, C >= ceil(S / group); those after S are empty.
         valid: bool [B, S], the tokens that take part; ``None`` for all.
 
     Returns:

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
-from .mask_bounds import Tiles, tile_bounds
-from .mask_spans import row_spans
-from .pinning import pin
+from .masks import Tiles, row_spans, tile_bounds
+from .strides import fix_strides
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -133,7 +132,7 @@ def summarize_program(
     rows = geometry.num_q_blocks * size
     padded = spans.padded(rows)
     start = torch.zeros(1, dtype=torch.int64, device=device)
-    (sees,) = pin([padded.seen_between(start, start + geometry.kv_len)[..., 0]])
+    (sees,) = fix_strides([padded.seen_between(start, start + geometry.kv_len)[..., 0]])
     row_blocks = row_sees = None
     if not geometry.sees_own_position():
         first = torch.arange(kv_blocks, device=device) * size

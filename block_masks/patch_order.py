@@ -34,7 +34,7 @@ class PatchOrder:
     cut them, in raster order. Blocks of these may hold parts of two neighbouring cut tiles, and
     nothing is padded: it is a permutation, and attention over every block stays what it was.
 
-    Text tokens keep their order. They go behind the patches, those before first, so that the
+    Text tokens keep their order. They go after the patches, those before first, so that the
     tiles start at a block whatever the length of the text.
 
     Attributes:
@@ -44,7 +44,7 @@ class PatchOrder:
             cells likewise, so that selectors which pool consecutive tokens pool boxes too.
             ``None`` for raster order inside a tile.
         text_before: Tokens in front of the patches that are none.
-        text_after: Tokens behind the patches that are none.
+        text_after: Tokens after the patches that are none.
 
     Raises:
         TypeError: Not tuples of ints, or a text length that is no int.

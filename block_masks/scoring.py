@@ -13,14 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
-from .granularity import (
-    CompositeKeys,
-    Pooled,
-    Sampled,
-    pool_heads,
-    pool_tokens,
-    split_tokens,
-)
+from .granularity import CompositeKeys, Pooled, Sampled, pool_heads, pool_tokens, split_tokens
 from .mask_summary import MaskSummary, expand_mask, visible_tokens
 
 
@@ -181,7 +174,7 @@ def compute_antidiagonal_scores(
     """Estimates the share of mass of each block from antidiagonals (XAttention, section 2.1).
 
     A cell of ``stride`` rows and keys has the mean of its antidiagonal's logits: row
-    ``stride - 1 - i`` meets key ``i``. A token that is missing, behind the end or masked, is
+    ``stride - 1 - i`` meets key ``i``. A token that is missing, after the end or masked, is
     replaced by the mean of its group. What follows is as in `compute_block_scores`.
 
     Args:

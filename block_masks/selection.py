@@ -159,7 +159,7 @@ class HeadThreshold(SelectionRule):
     Attributes:
         thresholds: Shares of the mass in [0, 1], one for each head of the scores; 0 keeps every
             visible block.
-        top_p: Share of a row's estimated mass in (0, 1]; ``None`` for thresholds alone.
+        top_p: Share of a row's estimated mass in (0, 1]; ``None`` where only thresholds count.
         threshold_blocks: Visible blocks of a row for which they are stated, see `scale_threshold`.
     """
 
@@ -210,7 +210,7 @@ class RowMax(SelectionRule):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Guards:
+class ForcedBlocks:
     """Blocks that are kept whatever the scores say.
 
     Attributes:
@@ -229,8 +229,8 @@ class Guards:
         validate_int(self.local_blocks, "local_blocks", minimum=1)
         validate_int(self.last_query_blocks, "last_query_blocks", minimum=0)
 
-    def of_part(self, geometry: BlockGeometry) -> Guards:
-        """The guards of a part of a call, for what does not know of the rows behind it."""
+    def of_part(self, geometry: BlockGeometry) -> ForcedBlocks:
+        """The guards of a part of a call, for what does not know of the rows after it."""
         left = max(0, self.last_query_blocks - geometry.q_blocks_after)
         return replace(self, last_query_blocks=left)
 
@@ -258,7 +258,7 @@ def select_blocks(
     scores: Tensor,
     *,
     rule: SelectionRule,
-    guards: Guards,
+    guards: ForcedBlocks,
     geometry: BlockGeometry,
     mask: MaskSummary | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ LONGEST_FITTED = 64
 # fitted to bench/results/density-smollm2.json: prose and code at 1024 to 8192 tokens, top_p .7
 # to .99. Models with more diffuse attention keep more.
 TOP_P_SCALE, TOP_P_POWER, LENGTH_POWER = 0.235, 1.6, 0.44
-# The share that a threshold keeps of them depends on threshold * blocks alone:
+# The share that a threshold keeps of them depends only on threshold * blocks:
 #   1 / (1 + (threshold * blocks / EVEN) ** EVEN_POWER),
 # fitted to the same file, thresholds .002 to .02 over two granularities, both one for all rows and
 # by the root of a row's blocks; the latter is taken at the mean row, rows counted by their blocks.
@@ -84,7 +84,7 @@ class SelectionCost:
         validate_causality(is_causal, causal_lower_right)
         causal = is_causal or causal_lower_right
         if is_causal:
-            # Nobody sees the keys behind.
+            # Nobody sees the keys after.
             kv_len = min(kv_len, q_len)
         rows, columns = -(-q_len // block_size), -(-kv_len // block_size)
         # Rows that grow by one visible block each, up to all columns; the others see them all.

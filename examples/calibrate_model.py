@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 import unisparse_flex
-from unisparse_flex.demo.model import load_smollm2
-from unisparse_flex.demo.texts import draw_excerpt, load_text
+from unisparse_flex.evaluation import draw_excerpt, load_smollm2, load_text
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ class NearestMeans(unisparse_flex.Selector):
     block_size: int = 128
     count: int = 4
 
-    def takes(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
+    def supports(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
         """Other calls stay dense in a model."""
         return causal and not masked
 

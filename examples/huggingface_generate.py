@@ -46,7 +46,7 @@ def main() -> None:
     # Random weights attend to every block a little; a trained model does well with the default.
     selector = None if options.model else UniSparse(top_k=4)
     unisparse_flex.optimize(model, selector, min_length=0)
-    with torch.no_grad(), unisparse_flex.record_attention(model) as calls:
+    with torch.no_grad(), unisparse_flex.reports.record_attention(model) as calls:
         answer = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),

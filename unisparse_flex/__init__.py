@@ -4,30 +4,18 @@ model = unisparse_flex.optimize(model)
 model = torch.compile(model)
 """
 
+from typing import Any
+
 try:
-    from .block_masks import (
-        DEFAULT_SELECTOR,
-        BlockSelection,
-        DenseSpan,
-        FlashPrefill,
-        FlexPrefill,
-        MInference,
-        Oracle,
-        PatchOrder,
-        Selector,
-        StreamingLLM,
-        UniSparse,
-        XAttention,
-        create_block_mask,
-    )
-    from .calibrate import calibrate
+    from . import selectors
+    from .block_masks import create_block_mask
+    from .calibrating import calibrate
     from .calibration import Calibration
-    from .context import sparse
-    from .explain import AttentionRecord, Explanation, explain, record_attention
-    from .functional import attention
-    from .optimize import is_optimized, optimize, restore
-    from .passes import install as _install
-    from .patches import patch_attention
+    from .functional import attention, patch_attention
+    from .optimization import is_optimized, optimize, restore, temporarily_optimize
+    from .passes.rewrite import install as _install
+    from .reports import explain
+    from .selectors import Selector, UniSparse
 except Exception as error:
     from .private_names import explain_failed_import
 
@@ -39,21 +27,9 @@ _install()
 __version__ = "0.1.0"
 
 __all__ = [
-    "DEFAULT_SELECTOR",
-    "AttentionRecord",
-    "BlockSelection",
     "Calibration",
-    "DenseSpan",
-    "Explanation",
-    "FlashPrefill",
-    "FlexPrefill",
-    "MInference",
-    "Oracle",
-    "PatchOrder",
     "Selector",
-    "StreamingLLM",
     "UniSparse",
-    "XAttention",
     "attention",
     "calibrate",
     "create_block_mask",
@@ -61,7 +37,20 @@ __all__ = [
     "is_optimized",
     "optimize",
     "patch_attention",
-    "record_attention",
     "restore",
-    "sparse",
+    "selectors",
+    "temporarily_optimize",
 ]
+
+_RENAMED = {
+    "sparse": "temporarily_optimize",
+    **{name: f"reports.{name}" for name in ("AttentionRecord", "Explanation", "record_attention")},
+    **{name: f"selectors.{name}" for name in selectors.__all__},
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        # The text of an AttributeError is lost where the name is imported.
+        raise ImportError(f"unisparse_flex.{name} is unisparse_flex.{_RENAMED[name]} now")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,11 +34,7 @@ def unisparse(
 
     inductor_options = dict(options or {})
     selector = inductor_options.pop("selector", None) or DEFAULT_SELECTOR
-    config = SparseConfig(
-        selector=selector,
-        min_length=inductor_options.pop("min_length", None),
-        min_queries=getattr(selector, "block_size", 0),
-    )
+    config = SparseConfig.of_model(selector, min_length=inductor_options.pop("min_length", None))
     rewrite_sdpa(gm, config)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor_options or None)
     return compiled

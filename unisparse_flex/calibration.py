@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .block_masks import Selector
-from .passes import decode_selector
+from .passes.calls import decode_selector
 
 Setting = Selector | Literal["dense"]
 

@@ -17,6 +17,10 @@ PRIVATE_NAMES = (
     "torch.utils:_pytree.tree_map",
     "torch.utils:_pytree.tree_map_only",
     "torch:Tensor._make_wrapper_subclass",
+    "torch._inductor:config._config",
+    "torch.nn.attention.bias:CausalBias._dispatch",
+    "torch.nn:Module._compiled_call_impl",
+    "torch:ops.aten.add.Tensor._schema",
     "torch:_C.DispatchKeySet",
     "torch._subclasses.fake_tensor:is_fake",
     "torch:_C.DispatchKey",
@@ -30,7 +34,6 @@ PRIVATE_NAMES = (
     "torch:_C._dispatch_tls_set_dispatch_key_excluded",
     "torch:_C._get_function_stack_at",
     "torch:_C._get_obj_in_tls",
-    "torch:_C._get_tracing_state",
     "torch:_C._len_torch_dispatch_stack",
     "torch:_C._len_torch_function_stack",
     "torch:_C._nn.scaled_dot_product_attention",
@@ -47,6 +50,8 @@ PRIVATE_NAMES = (
     "torch:_ops._higher_order_ops",
     "torch:_transformer_encoder_layer_fwd",
 )
+# Attributes that only instances have.
+INSTANCE_ATTRIBUTES = ("_orig_mod",)
 WORKING_TORCH = "2.11 to 2.14"
 
 

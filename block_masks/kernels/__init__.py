@@ -1,0 +1,11 @@
+"""Scoring and selection in Triton."""
+
+from .operator import LEAST_CAPABILITY, pool_keys, select_lists, supports, supports_keys
+
+__all__ = [
+    "LEAST_CAPABILITY",
+    "pool_keys",
+    "select_lists",
+    "supports",
+    "supports_keys",
+]

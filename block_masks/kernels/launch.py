@@ -16,7 +16,7 @@ class Launch:
     """A kernel that is bound once for every kind of arguments, and then only launched.
 
     Args:
-        kernel: What ``triton.jit`` made; its constants stand behind its other parameters.
+        kernel: What ``triton.jit`` made; its constants stand after its other parameters.
     """
 
     def __init__(self, kernel: Any) -> None:

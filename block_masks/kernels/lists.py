@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
-from ..selection import Guards
+from ..selection import ForcedBlocks
 from .pool import pool
-from .score import held_blocks, score, takes_descriptor
+from .score import held_blocks, score, supports_descriptor
 from .scratch import power_of_two, reach_of
 from .select import Rule, select
 
@@ -66,7 +66,7 @@ def compute_lists(
     geometry: BlockGeometry,
     granularities: Granularities,
     rule: Rule,
-    guards: Guards,
+    guards: ForcedBlocks,
     scale: float,
     are_composites: bool = False,
 ) -> BlockLists:
@@ -88,7 +88,7 @@ def compute_lists(
     """
     batch, q_heads = query.shape[:2]
     kv_heads = key.shape[1]
-    if not (are_composites or takes_descriptor(key)):
+    if not (are_composites or supports_descriptor(key)):
         key = key.contiguous()
     size, g = geometry.block_size, granularities
     q_blocks, kv_blocks = geometry.num_q_blocks, geometry.num_kv_blocks

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
-from ..selection import Guards, SelectionRule, Threshold, TopK, TopP, TopPOrThreshold
+from ..selection import ForcedBlocks, SelectionRule, Threshold, TopK, TopP, TopPOrThreshold
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -34,7 +34,7 @@ _library.define(
 )
 
 
-def takes(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) -> bool:
+def supports(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) -> bool:
     """Whether the kernels can select for a call without an ``attn_mask``.
 
     Args:
@@ -44,7 +44,7 @@ def takes(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) -> 
         scale: Factor on the logits.
     """
     return (
-        takes_keys(query)
+        supports_keys(query)
         and key.dtype == query.dtype
         and geometry.mask is None
         # They know a row's own position where the call is whole or causal.
@@ -64,11 +64,11 @@ def select_lists(
     c_h: int,
     sampled_queries: int,
     rule: SelectionRule,
-    guards: Guards,
+    guards: ForcedBlocks,
     scale: float,
     are_composites: bool = False,
 ) -> BlockLists:
-    """Scores and selects by the kernels, for a call that `takes` accepts.
+    """Scores and selects by the kernels, for a call that `supports` accepts.
 
     Args:
         query: [B, Hq, Sq, D].
@@ -122,7 +122,7 @@ def pool_keys(key: Tensor, *, c_k: int, block_size: int, blocks: int) -> Tensor:
         return pool(key, group=c_k, block_size=block_size, blocks=blocks)
 
 
-def takes_keys(key: Tensor) -> bool:
+def supports_keys(key: Tensor) -> bool:
     """Whether the kernels can pool key [B, Hkv, Skv, D]."""
     return (
         key.device.type == "cuda"
@@ -200,7 +200,7 @@ def _run(
             geometry=geometry,
             granularities=Granularities(c_q, c_k, c_h, sampled_queries),
             rule=Rule(rule, *values),
-            guards=Guards(
+            guards=ForcedBlocks(
                 sink_blocks=sink_blocks,
                 local_blocks=local_blocks,
                 last_query_blocks=last_query_blocks,

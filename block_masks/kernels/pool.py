@@ -45,7 +45,7 @@ def _pool(
     column = tl.arange(0, WIDTH)
     inside = column < head_dim
     base = tokens + batch.to(tl.int64) * stride_b + head.to(tl.int64) * MERGED * stride_h
-    # Rows of a block lie together, those of the heads that share keys behind each other.
+    # Rows of a block lie together, those of the heads that share keys after one another.
     kv_head = head // HEADS
     line = (batch * kv_heads + kv_head).to(tl.int64) * blocks
     slot = (line + block) * HEADS + head % HEADS

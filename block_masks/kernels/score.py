@@ -248,7 +248,7 @@ def held_blocks(tokens: Tensor, per_block: int) -> int:
     return max(1, tile_of(tokens, 1).columns // per_block)
 
 
-def takes_descriptor(keys: Tensor) -> bool:
+def supports_descriptor(keys: Tensor) -> bool:
     """Whether the tensor memory accelerator can address ``keys``."""
     aligned = all(stride * keys.element_size() % 16 == 0 for stride in keys.stride()[:-1])
     return keys.stride(-1) == 1 and aligned and keys.data_ptr() % 16 == 0
@@ -290,7 +290,7 @@ def score(
     Args:
         queries: Composite or picked query rows of every head and query block.
         keys: [B, Hkv, C, D] keys, or composite keys, interleaved as `held_blocks` says; such as
-            `takes_descriptor` accepts.
+            `supports_descriptor` accepts.
         key_group: Keys to a composite key; 1 for the keys themselves.
         columns: Composite keys that exist.
         geometry: The block grid, without a mask.

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
-from ..selection import Guards
+from ..selection import ForcedBlocks
 from .launch import Launch
 from .scratch import Masses, power_of_two, reach_of
 
@@ -37,7 +37,7 @@ def _level(
         span = tl.load(lines + 2 * SPLITS * rows, mask=total < 0, other=0.0)
         highest = tl.max(shift, 0)
         total = tl.sum(tl.abs(total) * tl.exp2(shift - highest), 0)
-        # Key blocks to a part, 0 where all parts have one factor; behind the last are hidden ones.
+        # Key blocks to a part, 0 where all parts have one factor; after the last are hidden ones.
         span = tl.max(span, 0).to(tl.int32)
         stop = tl.minimum(span * SPLITS, reach)
         for start in range(0, stop, SLICE):
@@ -307,7 +307,7 @@ def select(
     *,
     geometry: BlockGeometry,
     rule: Rule,
-    guards: Guards,
+    guards: ForcedBlocks,
     heads: slice,
     q_blocks: slice,
     composite_heads: int,

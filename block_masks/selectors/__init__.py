@@ -1,25 +1,23 @@
 """The selectors: one file and one line here for each."""
 
-from .base import Selector, validate_selector
+from .base import ForcesBlocks, Selector, validate_selector
+from .baselines import FlashPrefill, FlexPrefill, MInference, Oracle, StreamingLLM, XAttention
 from .dense_span import DenseSpan
-from .flash_prefill import FlashPrefill
-from .flex_prefill import FlexPrefill
-from .minference import MInference
-from .oracle import Oracle
-from .streaming_llm import StreamingLLM
-from .unisparse import DEFAULT_SELECTOR, UniSparse
-from .xattention import XAttention
+from .unisparse import DEFAULT_SELECTOR, DROPPED_THRESHOLDS, UniSparse, default_top_p
 
 __all__ = [
     "DEFAULT_SELECTOR",
+    "DROPPED_THRESHOLDS",
     "DenseSpan",
     "FlashPrefill",
     "FlexPrefill",
+    "ForcesBlocks",
     "MInference",
     "Oracle",
     "Selector",
     "StreamingLLM",
     "UniSparse",
     "XAttention",
+    "default_top_p",
     "validate_selector",
 ]

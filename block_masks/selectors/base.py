@@ -14,7 +14,7 @@ from ..geometry import BlockGeometry
 from ..granularity import CompositeKeys, pool_tokens
 from ..mask_summary import MaskSummary
 from ..scoring import default_scale
-from ..selection import Guards, SelectionRule, per_query_head, select_blocks
+from ..selection import ForcedBlocks, SelectionRule, per_query_head, select_blocks
 from ..selection_cost import SelectionCost
 from ..validation import (
     validate_attn_mask,
@@ -24,6 +24,9 @@ from ..validation import (
     validate_query_key,
     validate_scale,
 )
+
+# What subclasses may still define under its old name.
+RENAMED = {"takes": "supports", "rows_alone": "row_independent"}
 
 
 class Selector(ABC):
@@ -36,20 +39,26 @@ class Selector(ABC):
 
     Attributes:
         block_size: Tokens per block; a power of two of at least 16.
-        rows_alone: Whether what a query block keeps depends on its own rows, the keys and where
-            it stands (`BlockGeometry.rows_before`) alone: ranks that hold parts of the rows can
+        row_independent: Whether what a query block keeps depends only on its own rows, the keys and
+            where it stands (`BlockGeometry.rows_before`): ranks that hold parts of the rows can
             then each select for theirs.
     """
 
     __slots__ = ("_text",)
     registry: ClassVar[dict[str, type[Selector]]] = {}
-    rows_alone: ClassVar[bool] = False
+    row_independent: ClassVar[bool] = False
     __dataclass_fields__: ClassVar[dict[str, Any]]
     block_size: int
     _text: str
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        for before, now in RENAMED.items():
+            if before in cls.__dict__:
+                raise TypeError(
+                    f"selector classes define {now}, which was {before} before, got {before} in "
+                    f"{cls.__name__}; rename it"
+                )
         known = Selector.registry.get(cls.__name__)
         if known is not None and known.__module__ != cls.__module__:
             raise TypeError(
@@ -90,7 +99,7 @@ class Selector(ABC):
         """What the cost model takes the selector to do; a subclass that knows better says so."""
         return SelectionCost()
 
-    def takes(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
+    def supports(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
         """Whether the method is defined for such calls; others stay dense in a model.
 
         Args:
@@ -109,7 +118,7 @@ class Selector(ABC):
         """Composite keys of key [B, Hkv, Skv, D], for `select_from_composites`.
 
         Returns:
-            [B, Hkv, blocks * block_size / keys_per_composite, D]; empty behind the last key.
+            [B, Hkv, blocks * block_size / keys_per_composite, D]; empty after the last key.
         """
         group = self.keys_per_composite
         assert group is not None
@@ -214,8 +223,8 @@ class Selector(ABC):
         """
 
 
-class Guarded:
-    """The guards of a selector that has their fields, named as those of `Guards`."""
+class ForcesBlocks:
+    """The guards of a selector that has their fields, named as those of `ForcedBlocks`."""
 
     __slots__ = ()
     sink_blocks: int
@@ -223,9 +232,9 @@ class Guarded:
     last_query_blocks: int
 
     @property
-    def guards(self) -> Guards:
+    def guards(self) -> ForcedBlocks:
         """The blocks that are kept in any case."""
-        return Guards(
+        return ForcedBlocks(
             sink_blocks=self.sink_blocks,
             local_blocks=self.local_blocks,
             last_query_blocks=self.last_query_blocks,

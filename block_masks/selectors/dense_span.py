@@ -22,7 +22,7 @@ class DenseSpan(Selector):
 
     Attributes:
         selector: Which blocks are kept otherwise.
-        tokens: The span as ``"first:stop"``, ``stop`` not included; what lies behind a call's end
+        tokens: The span as ``"first:stop"``, ``stop`` not included; what lies after a call's end
             is ignored. A text, so that it stays a constant where a traced model makes the selector.
         rows: Blocks of queries that hold the span keep every key that they may see.
         keys: Blocks of keys that hold the span are kept for every query that may see them.
@@ -49,7 +49,7 @@ class DenseSpan(Selector):
         if len(ends) != 2 or not digits or int(ends[0]) >= int(ends[1]):
             raise ValueError(
                 'tokens must be a text "first:stop" with 0 <= first < stop, got '
-                f"{self.tokens!r}; where there are none use the inner selector alone"
+                f"{self.tokens!r}; where there are none use only the inner selector"
             )
         for name in ("rows", "keys"):
             if not isinstance(getattr(self, name), bool):
@@ -64,7 +64,7 @@ class DenseSpan(Selector):
 
     @property
     def span(self) -> tuple[int, int]:
-        """First token, and the one behind the last."""
+        """First token, and the one after the last."""
         first, stop = self.tokens.split(":")
         return int(first), int(stop)
 
@@ -80,9 +80,9 @@ class DenseSpan(Selector):
             last_query_blocks=inner.last_query_blocks + blocks * self.rows,
         )
 
-    def takes(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
-        """See `Selector.takes`: queries and keys must be the same tokens."""
-        inner = self.selector.takes(causal=causal, masked=masked, self_attention=self_attention)
+    def supports(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
+        """See `Selector.supports`: queries and keys must be the same tokens."""
+        inner = self.selector.supports(causal=causal, masked=masked, self_attention=self_attention)
         return inner and self_attention
 
     def compute_selection(

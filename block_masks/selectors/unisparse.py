@@ -10,29 +10,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .. import kernels
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
 from ..granularity import CompositeKeys, Pooled, Sampled, validate_merged_heads
-from ..kernels import operator as kernels
 from ..mask_summary import summarize
 from ..scoring import compute_block_scores, compute_mean_scores
-from ..selection import (
-    HeadThreshold,
-    SelectionRule,
-    Threshold,
-    TopK,
-    TopP,
-    TopPOrThreshold,
-)
+from ..selection import HeadThreshold, SelectionRule, Threshold, TopK, TopP, TopPOrThreshold
 from ..selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ..validation import validate_block_size, validate_int
-from .base import Guarded, Selector
+from .base import ForcesBlocks, Selector
 
 DEFAULT_TOP_P = 0.95
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class UniSparse(Guarded, Selector):
+class UniSparse(ForcesBlocks, Selector):
     """Top-p (or top-k, or a threshold) blocks by attention among composite tokens.
 
     Attributes:
@@ -49,7 +42,7 @@ class UniSparse(Guarded, Selector):
             it times ``sqrt(threshold_blocks / n)``. The end of a prompt then costs less for the
             same quality, its beginning is read less exactly. ``None``: all rows alike.
         head_thresholds: A threshold for each query head, in [0, 1], instead of ``threshold``; 0
-            keeps every block. Needs ``c_h`` 1, and selects in plain PyTorch alone: the Triton
+            keeps every block. Needs ``c_h`` 1, and selects only in plain PyTorch: the Triton
             kernels take one threshold.
         sampled_queries: Rows of a block that meet every key exactly, the last of them included;
             their scores and those of the composite tokens are averaged. Divides ``block_size``; 0
@@ -73,7 +66,7 @@ class UniSparse(Guarded, Selector):
     head_thresholds: tuple[float, ...] | None = None
     threshold_blocks: int | None = None
 
-    rows_alone = True
+    row_independent = True
 
     def __post_init__(self) -> None:
         validate_block_size(self.block_size)
@@ -188,7 +181,7 @@ class UniSparse(Guarded, Selector):
         """See `Selector.compute_selection`."""
         validate_merged_heads(query.shape[1], key.shape[1], self.c_h)
         has_kernels = self._has_kernels and attn_mask is None
-        if has_kernels and kernels.takes(query, key, geometry, scale):
+        if has_kernels and kernels.supports(query, key, geometry, scale):
             return self._select_by_kernels(query, key, geometry=geometry, scale=scale)
         mask = summarize(attn_mask, geometry, c_q=self.c_q, c_k=self.c_k, device=query.device)
         granularities: list[Pooled | Sampled] = [self.granularity]
@@ -243,7 +236,7 @@ class UniSparse(Guarded, Selector):
 
     def pool_keys(self, key: Tensor, *, blocks: int) -> Tensor:
         """See `Selector.pool_keys`; by the kernels, and then in key's dtype, where these select."""
-        if self._has_kernels and kernels.takes_keys(key):
+        if self._has_kernels and kernels.supports_keys(key):
             return kernels.pool_keys(key, c_k=self.c_k, block_size=self.block_size, blocks=blocks)
         return Selector.pool_keys(self, key, blocks=blocks)
 
@@ -256,7 +249,7 @@ class UniSparse(Guarded, Selector):
                 self, query, keys, geometry=geometry, scale=scale
             )
         validate_merged_heads(query.shape[1], keys.tokens.shape[1], self.c_h)
-        if self._has_kernels and kernels.takes(query, keys.tokens, geometry, scale):
+        if self._has_kernels and kernels.supports(query, keys.tokens, geometry, scale):
             return self._select_by_kernels(
                 query, keys.tokens, geometry=geometry, scale=scale, are_composites=True
             )

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from unisparse_flex import BlockSelection, Selector, restore
+from unisparse_flex import Selector, restore
 from unisparse_flex.block_masks import BlockGeometry
+from unisparse_flex.selectors import BlockSelection
 
 
 def visible(q_len: int, kv_len: int, offset: int | None, device: Any = "cpu") -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisparse_flex.allocation import (
+from unisparse_flex.calibrating.allocation import (
     Allocation,
     Choice,
     Frontier,

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from unisparse_flex import DEFAULT_SELECTOR, UniSparse, attention
-from unisparse_flex.passes import marker
+from unisparse_flex import UniSparse, attention
+from unisparse_flex.passes.attend import marker
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .models import qkv
 from .reference import attend, rmse

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unisparse_flex import DEFAULT_SELECTOR, optimize
+from unisparse_flex import optimize
 from unisparse_flex.backend import unisparse
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .capture import Capture, captured
 from .models import FINE, SELECTOR, Attention, Layer, create, embeddings

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from unisparse_flex import UniSparse, block_mass
-from unisparse_flex.block_mass import compute_block_mass
-from unisparse_flex.passes import SdpaCall, SparseConfig, call_geometry
+from unisparse_flex import UniSparse
+from unisparse_flex.calibrating import block_mass
+from unisparse_flex.calibrating.block_mass import compute_block_mass
+from unisparse_flex.passes import SparseConfig
+from unisparse_flex.passes.attend.sparse_attention import call_geometry
+from unisparse_flex.passes.calls.sdpa import SdpaCall
 
 from .models import qkv
 

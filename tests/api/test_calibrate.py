@@ -15,20 +15,20 @@ from torch import Tensor, nn
 
 from unisparse_flex import (
     Calibration,
-    FlexPrefill,
     UniSparse,
     calibrate,
     explain,
     is_optimized,
     optimize,
-    record_attention,
     restore,
 )
 from unisparse_flex.calibration import DENSE, MAX_FILE_BYTES, Setting
-from unisparse_flex.demo.measure import compute_kl, compute_log_probs
-from unisparse_flex.demo.recall import CaptureAttention, compute_recall
-from unisparse_flex.passes import Reason
-from unisparse_flex.step_display import StepDisplay
+from unisparse_flex.evaluation.measure import compute_kl, compute_log_probs
+from unisparse_flex.evaluation.recall import CaptureAttention, compute_recall
+from unisparse_flex.passes import DenseReason
+from unisparse_flex.progress import StepDisplay
+from unisparse_flex.reports import record_attention
+from unisparse_flex.selectors import FlexPrefill
 
 from .capture import captured
 from .models import FINE, SELECTOR, Attention, Layer, Transformer, create, embeddings
@@ -264,7 +264,7 @@ def test_what_is_dense_or_not_named_stays_dense() -> None:
     for layers in ({**TWO, "layers.0.attention": DENSE}, {"layers.1.attention": FINE}):
         calls = explain(optimize(create(), with_layers(layers), min_length=0), X).calls
         assert [call.decision for call in calls] == ["dense", "sparse"]
-        assert [call.reason for call in calls] == [Reason.EXCLUDED, None]
+        assert [call.reason for call in calls] == [DenseReason.EXCLUDED, None]
 
 
 def test_dense_layers_exclude_calibrated_ones_too() -> None:
@@ -274,7 +274,7 @@ def test_dense_layers_exclude_calibrated_ones_too() -> None:
 
 def test_short_calls_stay_dense_in_a_calibrated_model() -> None:
     model = optimize(create(), with_layers(TWO), min_length=401)
-    assert {call.reason for call in explain(model, X).calls} == {Reason.SHORT}
+    assert {call.reason for call in explain(model, X).calls} == {DenseReason.SHORT}
 
 
 def test_a_graph_holds_the_settings_of_each_layer() -> None:
@@ -478,7 +478,7 @@ def test_steps_are_shown_once_they_have_taken_two_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 1.9, 2.5, 3.0, 60.0])
-    monkeypatch.setattr("unisparse_flex.step_display.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("unisparse_flex.progress.time.monotonic", lambda: next(clock))
     with StepDisplay("calibrate") as display:
         for step in ("one", "two", "three", "four"):
             display.show(step)
@@ -488,7 +488,7 @@ def test_steps_are_shown_once_they_have_taken_two_seconds(
 def test_nothing_is_shown_where_progress_is_off(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unisparse_flex.step_display.QUIET_SECONDS", -1.0)
+    monkeypatch.setattr("unisparse_flex.progress.QUIET_SECONDS", -1.0)
     found(recall=0.5)
     assert "layers.0.attention, batch 1 of 1" in capsys.readouterr().err
     found(recall=0.5, progress=False)

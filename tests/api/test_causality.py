@@ -20,15 +20,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import unisparse_flex
 from unisparse_flex import (
-    DenseSpan,
-    FlashPrefill,
-    FlexPrefill,
-    MInference,
-    Oracle,
     Selector,
-    StreamingLLM,
     UniSparse,
-    XAttention,
     attention,
     block_masks,
     create_block_mask,
@@ -38,7 +31,18 @@ from unisparse_flex import (
 from unisparse_flex.block_masks import BlockGeometry, SelectionCost
 from unisparse_flex.distributed import ContextParallel, context_parallel_attention
 from unisparse_flex.integrations import transformers
-from unisparse_flex.passes import SdpaCall, SparseConfig, marked_sdpa
+from unisparse_flex.passes import SparseConfig
+from unisparse_flex.passes.attend.marker import marked_sdpa
+from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.selectors import (
+    DenseSpan,
+    FlashPrefill,
+    FlexPrefill,
+    MInference,
+    Oracle,
+    StreamingLLM,
+    XAttention,
+)
 
 from .models import qkv
 from .reference import select, visible
@@ -224,7 +228,7 @@ def test_the_selectors_here_are_all_but_the_one_for_equal_lengths() -> None:
     public = [cls for cls in public if inspect.isclass(cls) and issubclass(cls, Selector)]
     assert {type(selector) for selector in SELECTORS} == set(public) - {Selector, DenseSpan}
     span = DenseSpan(selector=keep_all(), tokens="3:20")
-    assert not span.takes(causal=True, masked=False, self_attention=False)
+    assert not span.supports(causal=True, masked=False, self_attention=False)
 
 
 @pytest.mark.parametrize("flag", [*FLAGS, None])

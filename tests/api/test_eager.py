@@ -16,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from unisparse_flex import UniSparse, attention, dispatch, explain, optimize
+from unisparse_flex import UniSparse, attention, explain, optimize
+from unisparse_flex.catching import dispatch_key as dispatch
 from unisparse_flex.passes import SparseConfig, observe_calls
 
 from .models import FINE, SELECTOR, WIDTH, Attention, create, embeddings, qkv, split_heads

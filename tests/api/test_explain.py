@@ -9,17 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unisparse_flex import (
-    AttentionRecord,
-    Explanation,
-    UniSparse,
-    explain,
-    optimize,
-    record_attention,
-)
-from unisparse_flex.explain import MASK_NOTE, SLOWER_NOTE
-from unisparse_flex.passes import CallPrediction, Reason, forecast, observe_calls
-from unisparse_flex.passes.prediction import CallShape
+from unisparse_flex import UniSparse, explain, optimize
+from unisparse_flex.passes import DenseReason, observe_calls
+from unisparse_flex.passes.decision.call_forecast import CallForecast
+from unisparse_flex.passes.decision.cost_forecast import CallShape, forecast
+from unisparse_flex.reports import AttentionRecord, Explanation, record_attention
+from unisparse_flex.reports.explanation import MASK_NOTE, SLOWER_NOTE
 
 from .capture import captured
 from .models import SELECTOR, WIDTH, Attention, Transformer, create, embeddings, split_heads
@@ -82,11 +77,11 @@ def test_dense_calls_have_their_reasons() -> None:
     model = optimize(create(Mixed), SELECTOR, min_length=0)
     calls = explain(model, X).calls
     assert [call.reason for call in calls] == [
-        Reason.NEEDS_WEIGHTS,
+        DenseReason.NEEDS_WEIGHTS,
         None,
-        Reason.FEW_QUERIES,
-        Reason.DROPOUT,
-        Reason.NOT_4D,
+        DenseReason.FEW_QUERIES,
+        DenseReason.DROPOUT,
+        DenseReason.NOT_4D,
         None,
     ]
     assert [call.layer for call in calls] == ["multihead"] * 2 + ["inner"] * 4
@@ -97,14 +92,17 @@ def test_dense_calls_have_their_reasons() -> None:
 
 def test_a_model_that_was_not_optimized_is_all_dense() -> None:
     explanation = explain(create(), X)
-    assert [call.reason for call in explanation.calls] == [Reason.NOT_OPTIMIZED] * 2
+    assert [call.reason for call in explanation.calls] == [DenseReason.NOT_OPTIMIZED] * 2
     assert explanation.density is None
     assert explanation.sparse == ()
 
 
 def test_short_prompts_and_excluded_layers_are_named() -> None:
     model = optimize(create(), SELECTOR, min_length=301, dense_layers=(1,))
-    assert [call.reason for call in explain(model, X).calls] == [Reason.SHORT, Reason.EXCLUDED]
+    assert [call.reason for call in explain(model, X).calls] == [
+        DenseReason.SHORT,
+        DenseReason.EXCLUDED,
+    ]
 
 
 def test_a_model_without_attention_prints_a_hint() -> None:
@@ -134,7 +132,7 @@ def test_the_table_holds_every_call_and_the_totals() -> None:
         *predicted,
     ]
     assert lines[4].split()[:5] == ["layers.1.attention", "300", "300", "4/2", "dense"]
-    assert " ".join(lines[4].split()[8:] + lines[5].split()) == Reason.EXCLUDED
+    assert " ".join(lines[4].split()[8:] + lines[5].split()) == DenseReason.EXCLUDED
     assert lines[6] == f"1 sparse, mean density {density}, 1 dense"
     dense, decided = explanation.predicted_ms
     assert lines[7] == f"predicted attention time: {decided:.2f} ms, all dense {dense:.2f} ms"
@@ -161,7 +159,7 @@ def test_the_total_is_of_what_each_call_does() -> None:
 def test_calls_carry_what_the_cost_model_predicts() -> None:
     explanation = explain(optimize(create(layers=1), SELECTOR), X)
     (call,) = explanation.calls
-    assert (call.decision, call.reason) == ("dense", Reason.SLOWER)
+    assert (call.decision, call.reason) == ("dense", DenseReason.SLOWER)
     assert call.prediction is not None
     assert 0 < call.prediction.dense_ms < call.prediction.sparse_ms < 1000
     assert call.prediction.note == ""
@@ -200,7 +198,7 @@ def test_the_table_says_where_sparse_is_predicted_slower() -> None:
 def test_calls_that_no_sparse_kernel_takes_have_no_prediction() -> None:
     double = optimize(create(layers=1).double(), SELECTOR)
     (call,) = explain(double, X.double()).calls
-    assert (call.reason, call.prediction) == (Reason.NO_KERNEL, None)
+    assert (call.reason, call.prediction) == (DenseReason.NO_KERNEL, None)
     assert call.cells()[6:9] == ("", "", "")
     (plain,) = explain(create(layers=1), X).calls
     assert plain.prediction is None
@@ -236,7 +234,7 @@ def test_what_cannot_be_judged_is_counted_by_layer(value: float) -> None:
 
 
 def test_the_table_stays_readable() -> None:
-    prediction = CallPrediction(
+    prediction = CallForecast(
         dense_ms=12345.6, sparse_ms=99.96, density=0.3, break_even=131072, note=""
     )
     shared: Any = {"q_len": 131072, "kv_len": 131072, "heads": "32/8", "prediction": prediction}
@@ -244,12 +242,12 @@ def test_the_table_stays_readable() -> None:
         AttentionRecord(
             layer=f"model.layers.{i}.self_attn", decision="dense", reason=reason, **shared
         )
-        for i, reason in enumerate(Reason)
+        for i, reason in enumerate(DenseReason)
     )
     text = str(Explanation(calls))
     assert max(map(len, text.splitlines())) <= 120
     cells = "".join(line[-19:] for line in text.splitlines())
-    assert all("".join(reason.split()) in "".join(cells.split()) for reason in Reason)
+    assert all("".join(reason.split()) in "".join(cells.split()) for reason in DenseReason)
     assert "  12346      100.0      131072  " in text
 
 
@@ -273,7 +271,7 @@ class Windowed(nn.Module):
 def test_the_table_says_that_a_compiled_model_may_prove_its_masks(min_length: int | None) -> None:
     masked = optimize(Windowed(masked=True), SELECTOR, min_length=min_length)
     (call,) = explain(masked, X).calls
-    assert call.reason is (None if min_length == 0 else Reason.NO_KERNEL)
+    assert call.reason is (None if min_length == 0 else DenseReason.NO_KERNEL)
     assert call.masked
     assert str(explain(masked, X)).splitlines()[-1] == MASK_NOTE
     by_flag = optimize(Windowed(masked=False), SELECTOR, min_length=min_length)

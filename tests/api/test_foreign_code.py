@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unisparse_flex import UniSparse, explain, optimize, restore
-from unisparse_flex.passes import Reason
+from unisparse_flex.passes import DenseReason
 
 from .models import Attention, create, embeddings
 
@@ -243,6 +243,59 @@ class Pair(nn.Module):
         return self.inner[0](x)
 
 
+class Mixed(nn.Module):
+    """Functions of torch that are written in Python, `nn.MultiheadAttention`'s among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(F.softmax(x, dim=-1), [32])
+        x = self.attention(x, x, x, need_weights=False)[0]
+        first, second = torch.stack(x.split(16, dim=-1)).norm(dim=-1)
+        return torch.einsum("bs,bs->b", first, second)
+
+
+PYTHON_FUNCTIONS = [
+    (F, "multi_head_attention_forward"),
+    (F, "softmax"),
+    (F, "layer_norm"),
+    (torch.Tensor, "split"),
+    (torch.Tensor, "norm"),
+    (torch.functional, "einsum"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), PYTHON_FUNCTIONS, ids=lambda part: str(part)[-24:])
+@pytest.mark.parametrize("selector", [None, UniSparse(block_size=32, top_p=1.0, c_q=8, c_k=8)])
+def test_a_function_of_torch_that_somebody_patched_runs_once(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, selector: UniSparse | None
+) -> None:
+    own, calls = getattr(owner, name), []
+
+    @functools.wraps(own)
+    def patched(*args: Any, **options: Any) -> Any:
+        calls.append(name)
+        # What a second run would change.
+        first, *rest = args
+        return own(2 * first + 1 if isinstance(first, Tensor) else first, *rest, **options)
+
+    x = torch.randn(1, 256, 32, generator=torch.Generator().manual_seed(0))
+    model = create(Mixed).train()
+    monkeypatch.setattr(owner, name, patched)
+    expected = model(x)
+    count = len(calls)
+    optimize(model, selector, min_length=None if selector is None else 0)
+    torch.testing.assert_close(model(x), expected)
+    assert len(calls) == 2 * count
+    decided = [call.decision for call in explain(model, x).calls]
+    assert decided == ["dense" if selector is None else "sparse"]
+    restore(model)
+    assert [call.reason for call in explain(model, x).calls] == [DenseReason.NOT_OPTIMIZED]
+    assert len(calls) == 4 * count
+
+
 def assign_itself(module: nn.Module) -> None:
     module.forward = module.forward
 
@@ -284,7 +337,11 @@ def assigned(request: pytest.FixtureRequest) -> Pair:
 
 # Of Dynamo, where it resumes after what it cannot trace of accelerate's hooks.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("assigned", "compiled"),
+    [*((assign, False) for assign in ASSIGNMENTS), (assign_itself, True), (assign_hook, True)],
+    indirect=["assigned"],
+)
 def test_a_forward_assigned_before_is_sparse(assigned: Pair, compiled: bool) -> None:
     x, sparse = embeddings(256), optimize(create(Pair), FEW, min_length=0)
     dense = create(Pair)(x)
@@ -320,7 +377,9 @@ def test_a_hook_taken_off_afterwards_leaves_the_forward_sparse() -> None:
     assert decisions(model) == ["sparse"]
     assert not hasattr(model, "_old_forward")
     restore(model)
-    assert [call.reason for call in explain(model, embeddings(256)).calls] == [Reason.NOT_OPTIMIZED]
+    assert [call.reason for call in explain(model, embeddings(256)).calls] == [
+        DenseReason.NOT_OPTIMIZED
+    ]
 
 
 class Scriptable(nn.Module):

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from unisparse_flex import UniSparse, dispatch, explain, is_optimized, optimize, restore
-from unisparse_flex.passes import Reason
+from unisparse_flex import UniSparse, explain, is_optimized, optimize, restore
+from unisparse_flex.catching import dispatch_key as dispatch
+from unisparse_flex.passes import DenseReason
 
 from .capture import captured
 from .models import FINE, SELECTOR, Attention, Layer, Transformer, create, embeddings
@@ -136,7 +137,7 @@ def test_a_submodule_alone_can_be_optimized_and_run() -> None:
     optimize(model.layers[1], SELECTOR, min_length=0)
     assert not is_optimized(model)
     reasons = [call.reason for call in explain(model, X).calls]
-    assert reasons == [Reason.NOT_OPTIMIZED, None]
+    assert reasons == [DenseReason.NOT_OPTIMIZED, None]
     layer = sparse_model().layers[0]
     assert_is_sparse(output(layer), create().layers[0], SELECTOR, X)
 
@@ -189,7 +190,7 @@ def test_dense_layers_stay_dense(dense_layers: Any, expected: list[int]) -> None
     model = optimize(create(layers=3), SELECTOR, min_length=0, dense_layers=dense_layers)
     calls = explain(model, X).calls
     assert [int(call.decision == "sparse") for call in calls] == expected
-    assert {call.reason for call in calls if call.decision == "dense"} <= {Reason.EXCLUDED}
+    assert {call.reason for call in calls if call.decision == "dense"} <= {DenseReason.EXCLUDED}
 
 
 def test_all_layers_excluded_is_the_dense_model() -> None:
@@ -199,7 +200,7 @@ def test_all_layers_excluded_is_the_dense_model() -> None:
 
 def test_short_prompts_stay_dense_by_default() -> None:
     model = optimize(create())
-    assert [call.reason for call in explain(model, X).calls] == [Reason.SLOWER] * 2
+    assert [call.reason for call in explain(model, X).calls] == [DenseReason.SLOWER] * 2
     assert output(model).equal(output(create()))
     long = embeddings(8192)
     assert explain(optimize(create(Attention)), long[:, :2048]).dense
@@ -208,7 +209,7 @@ def test_short_prompts_stay_dense_by_default() -> None:
 
 def test_fewer_queries_than_a_block_stay_dense() -> None:
     model = optimize(create(Attention), UniSparse(block_size=64), min_length=0)
-    assert [c.reason for c in explain(model, embeddings(63)).calls] == [Reason.FEW_QUERIES]
+    assert [c.reason for c in explain(model, embeddings(63)).calls] == [DenseReason.FEW_QUERIES]
     assert [c.reason for c in explain(model, embeddings(64)).calls] == [None]
 
 

@@ -11,14 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unisparse_flex import (
-    DenseSpan,
-    PatchOrder,
-    UniSparse,
-    explain,
-    optimize,
-    patch_attention,
-)
+from unisparse_flex import UniSparse, explain, optimize, patch_attention
+from unisparse_flex.selectors import DenseSpan, PatchOrder
 
 from .models import qkv
 from .reference import rmse

@@ -15,7 +15,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.export import Dim, export
 
-from unisparse_flex import DEFAULT_SELECTOR, Selector, StreamingLLM, UniSparse, explain, optimize
+from unisparse_flex import Selector, UniSparse, explain, optimize
+from unisparse_flex.selectors import DEFAULT_SELECTOR, StreamingLLM
 
 FEW = UniSparse(block_size=32, top_k=2)
 SELECTORS: list[Selector] = [FEW, DEFAULT_SELECTOR, StreamingLLM(block_size=32)]

@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.answers import generate_together
-from unisparse_flex.demo.measure import Prefill, generate_greedily, prefill
+from unisparse_flex.evaluation.measure import Prefill, generate_greedily, prefill
 
 LENGTHS = (9, 30, 17)
 

@@ -10,7 +10,7 @@ import pytest
 
 from bench import answers, quality, selection_share
 from bench.sweeps import SWEEPS
-from unisparse_flex.demo.measure import generate_greedily
+from unisparse_flex.evaluation.measure import generate_greedily
 
 
 @pytest.mark.slow

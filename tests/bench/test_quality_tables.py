@@ -16,7 +16,8 @@ from bench import quality_tables as tables
 from bench.quality_plots import draw
 from bench.quality_summary import HEAD, OURS, join, summary_table
 from bench.tables import FOLDER, fill
-from unisparse_flex import DEFAULT_SELECTOR, UniSparse
+from unisparse_flex import UniSparse
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.ruler import TASK_NAMES, TaskSample, build_task, score
-from unisparse_flex.demo.model import load_tokenizer
+from unisparse_flex.evaluation.model import load_tokenizer
 
 NIAH = ("niah_single", "niah_multikey", "niah_multivalue")
 NEEDLE = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is: (\d{7})\.")

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 from bench import selection_share
 from bench.selection_share import Inputs, ShareClock
-from unisparse_flex import FlashPrefill, Selector, UniSparse
-from unisparse_flex.demo.recall import CapturedAttention
+from unisparse_flex import Selector, UniSparse
+from unisparse_flex.evaluation.recall import CapturedAttention
+from unisparse_flex.selectors import FlashPrefill
 
 BLOCK, LENGTH = 16, 100
 PAPER = [UniSparse(block_size=BLOCK, top_p=p) for p in (0.5, 0.8, 0.99)]

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from bench.sweeps import defaults
 from bench.trials import GRANULARITIES, RULES, TRIALS, EvenShare, MassBudget, Trial
 from tests.api.models import qkv
-from unisparse_flex import DEFAULT_SELECTOR, Oracle, UniSparse
+from unisparse_flex import UniSparse
 from unisparse_flex.block_masks.selection import Threshold
+from unisparse_flex.selectors import DEFAULT_SELECTOR, Oracle
 
 SHARES = st.lists(st.integers(0, 16), min_size=1, max_size=8)
 

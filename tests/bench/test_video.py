@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bench import clips, tables, video, video_tables
 from bench.tables import SECTION
-from unisparse_flex import Oracle, PatchOrder, UniSparse, patch_attention
+from unisparse_flex import UniSparse, patch_attention
+from unisparse_flex.selectors import Oracle, PatchOrder
 
 ROOT = Path(__file__).parents[2]
 GRID = (2, 6, 8)

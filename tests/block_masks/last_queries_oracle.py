@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from unisparse_flex.block_masks import Guards
+from unisparse_flex.block_masks import ForcedBlocks
 
 Rows = list[list[bool]]
 
@@ -87,7 +87,7 @@ def blocks_on_lines(
 
 
 def forced_and_visible(
-    guards: Guards, q_len: int, kv_len: int, size: int
+    guards: ForcedBlocks, q_len: int, kv_len: int, size: int
 ) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
     """Blocks that are kept in any case, and those that some row sees."""
     forced, visible = set(), set()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from unisparse_flex.block_masks import Guards, TopK, TopP, UniSparse, create_block_mask
+from unisparse_flex.block_masks import ForcedBlocks, TopK, TopP, UniSparse, create_block_mask
 from unisparse_flex.block_masks.validation import validate_value
 
 SELECTOR = UniSparse(block_size=16, c_q=4, c_k=4)
@@ -201,7 +201,7 @@ def test_rules_and_guards_check_themselves() -> None:
     with pytest.raises(ValueError, match="top_k"):
         TopK(top_k=0)
     with pytest.raises(ValueError, match="local_blocks"):
-        Guards(local_blocks=0)
+        ForcedBlocks(local_blocks=0)
 
 
 def test_an_empty_batch_selects_nothing() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from unisparse_flex.block_masks import Selector, UniSparse
 
-from .rivals import BY_SCORES, calls_of, name
+from .baselines import BY_SCORES, calls_of, name
 from .strategies import HEAD_DIM, Call, calls
 
 STRENGTH = 8.0

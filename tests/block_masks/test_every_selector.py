@@ -15,7 +15,7 @@ from unisparse_flex.block_masks.scoring import default_scale
 from unisparse_flex.block_masks.selectors import FlashPrefill, XAttention
 
 from . import oracle
-from .rivals import BY_SCORES, SELECTORS, SIZE, calls_of, name
+from .baselines import BY_SCORES, SELECTORS, SIZE, calls_of, name
 from .strategies import HEAD_DIM, Call
 from .test_padding import padding_mask
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from unisparse_flex.block_masks.selection import RowMax
 from unisparse_flex.block_masks.selectors import FlashPrefill
 
-from .rivals import SIZE, assert_keeps_what_is_defined, calls_of
+from .baselines import SIZE, assert_keeps_what_is_defined, calls_of
 from .strategies import HEAD_DIM, Call
 
 ALPHA = 0.4

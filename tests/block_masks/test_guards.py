@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unisparse_flex.block_masks import BlockGeometry, Guards, UniSparse
+from unisparse_flex.block_masks import BlockGeometry, ForcedBlocks, UniSparse
 
 from . import oracle
 from .strategies import Call, calls, lengths, offsets
@@ -72,7 +72,7 @@ def test_visible_and_interior_blocks_are_exact_at_every_offset(q_len: int, resid
         )
         pairs = oracle.visible_pairs(q_len, kv_len, 16 + residue)
         assert geometry.visible_blocks(CPU).equal(oracle.any_in_block(pairs, 16))
-        assert geometry.interior_blocks(CPU).equal(oracle.all_in_block(pairs, 16))
+        assert geometry.full_blocks(CPU).equal(oracle.all_in_block(pairs, 16))
 
 
 @settings(max_examples=40)
@@ -103,7 +103,7 @@ def test_forced_blocks_equal_the_definition(call: Call) -> None:
 @settings(max_examples=30)
 @given(calls(causal=False), st.integers(1, 3))
 def test_cross_attention_has_no_diagonal_to_keep(call: Call, local_blocks: int) -> None:
-    guards = Guards(sink_blocks=0, local_blocks=local_blocks, last_query_blocks=0)
+    guards = ForcedBlocks(sink_blocks=0, local_blocks=local_blocks, last_query_blocks=0)
     forced = guards.forced_blocks(call.geometry, CPU)
     assert forced.any() == (call.q_len == call.kv_len)
 
@@ -133,7 +133,7 @@ def test_a_block_is_visible_where_any_pair_is(geometry: BlockGeometry) -> None:
 def test_a_block_is_interior_where_all_pairs_are_visible(geometry: BlockGeometry) -> None:
     pairs = oracle.visible_pairs(geometry.q_len, geometry.kv_len, geometry.causal_offset)
     expected = oracle.all_in_block(pairs, geometry.block_size)
-    assert geometry.interior_blocks(CPU).equal(expected)
+    assert geometry.full_blocks(CPU).equal(expected)
 
 
 @settings(max_examples=40)

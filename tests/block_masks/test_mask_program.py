@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unisparse_flex.block_masks import BlockGeometry, MaskProgram, UniSparse
-from unisparse_flex.block_masks.mask_bounds import Tiles, tile_bounds
-from unisparse_flex.block_masks.mask_spans import row_spans
+from unisparse_flex.block_masks.masks.rows import row_spans
+from unisparse_flex.block_masks.masks.tiles import Tiles, tile_bounds
 
 from .mask_programs import Mask, masks
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from unisparse_flex.block_masks.selectors import Oracle
 
 from . import oracle
-from .rivals import SIZE, assert_keeps_what_is_defined, calls_of, rows_seen
+from .baselines import SIZE, assert_keeps_what_is_defined, calls_of, rows_seen
 from .strategies import HEAD_DIM, Call
 
 TOP_P = 0.8

@@ -171,8 +171,8 @@ def test_under_causality_only_what_is_visible_is_kept() -> None:
 def test_the_span_is_only_where_queries_and_keys_are_the_same_tokens() -> None:
     selector = DenseSpan(selector=UniSparse(), tokens="0:5")
     calls: dict[str, bool] = {"causal": False, "masked": False}
-    assert selector.takes(**calls, self_attention=True)
-    assert not selector.takes(**calls, self_attention=False)
+    assert selector.supports(**calls, self_attention=True)
+    assert not selector.supports(**calls, self_attention=False)
     with pytest.raises(ValueError, match="as many queries as keys, got q_len 8 and kv_len 9"):
         selector.select(torch.randn(1, 1, 8, 4), torch.randn(1, 1, 9, 4))
 

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.api.models import qkv
-from unisparse_flex import FlashPrefill, Oracle, Selector, UniSparse, XAttention
+from unisparse_flex import Selector, UniSparse
 from unisparse_flex.block_masks import BlockGeometry
 from unisparse_flex.block_masks.granularity import CompositeKeys
 from unisparse_flex.block_masks.selectors import FlexPrefill, MInference, StreamingLLM
+from unisparse_flex.selectors import FlashPrefill, Oracle, XAttention
 
 SIZE = 16
 SELECTORS: list[Selector] = [
@@ -59,7 +60,7 @@ def select(selector: Selector, query: Tensor, key: Tensor, grid: BlockGeometry) 
 def test_parts_keep_what_the_whole_keeps(
     selector: Selector, q_len: int, behind: int, is_causal: bool, cuts: set[int]
 ) -> None:
-    assert selector.rows_alone
+    assert selector.row_independent
     kv_len = q_len + behind
     query, key, _ = qkv(q_len, kv_len)
     whole = select(selector, query, key, geometry(q_len, kv_len, is_causal))
@@ -105,4 +106,4 @@ def test_a_selector_that_reads_every_key_takes_no_composites() -> None:
 
 def test_selectors_of_last_queries_say_that_they_need_all_rows() -> None:
     others = (FlexPrefill(), MInference(), StreamingLLM())
-    assert not any(selector.rows_alone for selector in others)
+    assert not any(selector.row_independent for selector in others)

@@ -14,12 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unisparse_flex.block_masks import (
-    BlockGeometry,
-    UniSparse,
-    compute_block_scores,
-    select_blocks,
-)
+from unisparse_flex.block_masks import BlockGeometry, UniSparse, compute_block_scores, select_blocks
 from unisparse_flex.block_masks.granularity import Pooled, Sampled
 from unisparse_flex.block_masks.scoring import (
     compute_mean_scores,

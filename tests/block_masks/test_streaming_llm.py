@@ -12,7 +12,7 @@ import torch
 from unisparse_flex.block_masks.selectors import StreamingLLM
 
 from . import oracle
-from .rivals import SIZE, calls_of
+from .baselines import SIZE, calls_of
 from .strategies import Call
 
 SHAPES: list[dict[str, Any]] = [

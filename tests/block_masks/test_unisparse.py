@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unisparse_flex.block_masks import (
-    Guards,
+    ForcedBlocks,
     Selector,
     TopK,
     TopP,
     UniSparse,
     compute_block_scores,
+    kernels,
 )
 from unisparse_flex.block_masks.granularity import Pooled
-from unisparse_flex.block_masks.kernels import operator as kernels
 from unisparse_flex.block_masks.selection import HeadThreshold, Threshold, TopPOrThreshold
 
 from .strategies import Call, calls, random_masks, selectors
@@ -112,7 +112,7 @@ def test_each_head_selects_as_with_its_threshold_for_all(top_p: float | None) ->
 
 def test_kernels_are_not_asked_for_thresholds_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(kernels, "takes", lambda *call: asked.append(call))
+    monkeypatch.setattr(kernels, "supports", lambda *call: asked.append(call))
     query = torch.randn(1, 2, 256, 16)
     UniSparse(threshold=0.1).select(query, query, is_causal=True)
     assert len(asked) == 1
@@ -144,7 +144,7 @@ def test_the_blocks_of_a_threshold_reach_every_rule_that_has_one() -> None:
 def test_fields_reach_granularity_and_guards() -> None:
     selector = UniSparse(c_q=2, c_k=4, c_h=3, sink_blocks=5, local_blocks=6, last_query_blocks=7)
     assert selector.granularity == Pooled(q=2, k=4, heads=3)
-    assert selector.guards == Guards(sink_blocks=5, local_blocks=6, last_query_blocks=7)
+    assert selector.guards == ForcedBlocks(sink_blocks=5, local_blocks=6, last_query_blocks=7)
 
 
 def test_selectors_are_known_by_their_class_name() -> None:

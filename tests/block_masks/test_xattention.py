@@ -17,7 +17,7 @@ from unisparse_flex.block_masks.selection import HeadTopP
 from unisparse_flex.block_masks.selectors import XAttention
 
 from . import oracle
-from .rivals import SIZE, assert_keeps_what_is_defined, calls_of
+from .baselines import SIZE, assert_keeps_what_is_defined, calls_of
 from .strategies import HEAD_DIM, Call
 
 HEADS = 4

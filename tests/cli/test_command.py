@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from unisparse_flex import __version__, cli, step_display
+from unisparse_flex import __version__, cli
+from unisparse_flex import progress as step_display
 from unisparse_flex.cli import app
 from unisparse_flex.cli import progress as progress_module
 from unisparse_flex.cli.progress import Progress, bar

@@ -1,35 +1,32 @@
-"""`unisparse-flex demo` is the demo with its own arguments."""
+"""`unisparse-flex demo`, its help and its exit codes."""
 
 from __future__ import annotations
 
-import pytest
+import subprocess
+import sys
 
-from unisparse_flex.demo import cli as demo_cli
+from unisparse_flex.demo import show
 
 
-def test_help_is_the_demo_s_own_under_the_command_s_name(run):
+def test_help_has_every_option_and_examples(run):
     ran = run("demo", "--help")
     assert ran.code == 0
-    assert ran.out.startswith("usage: unisparse-flex demo ")
+    assert ran.out.startswith("Usage: unisparse-flex demo ")
     assert "unisparse-flex demo --text code" in ran.out
+    assert all(name in ran.out for name in ("--tokens", "--top-p", "--json", "--compile-dense"))
 
 
-def test_arguments_and_exit_codes_pass_through(run, monkeypatch):
+def test_exit_codes(run, monkeypatch):
     ran = run("demo", "--tokens", "9000")
     assert ran.code == 2
     assert "tokens must be in [512, 8192]" in ran.err
-    monkeypatch.setattr(demo_cli, "find_spec", lambda name: None)
+    assert run("demo", "-x").code == 2
+    monkeypatch.setattr(show, "find_spec", lambda name: None)
     assert run("demo", "--quiet").code == 1
 
 
-@pytest.mark.parametrize("code", [0, 1])
-def test_the_demo_gets_what_was_typed(run, monkeypatch, code):
-    seen = []
-
-    def main(arguments, *, program):
-        seen.append((list(arguments), program))
-        return code
-
-    monkeypatch.setattr(demo_cli, "main", main)
-    assert run("demo", "--text", "code", "-x", "--json").code == code
-    assert seen == [(["--text", "code", "-x", "--json"], "unisparse-flex demo")]
+def test_the_demo_is_a_module_too():
+    command = [sys.executable, "-m", "unisparse_flex.demo", "--tokens", "1"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert "tokens must be in [512, 8192]" in ran.stderr

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from unisparse_flex import private_names as name_checks
-from unisparse_flex.block_masks.kernels import operator
+from unisparse_flex.block_masks import kernels
 from unisparse_flex.doctor import Examination, Finding, Status, examination, examine
 from unisparse_flex.doctor import backends as backend_checks
 from unisparse_flex.doctor import compile_check as compile_checks
 from unisparse_flex.doctor import versions as version_checks
-from unisparse_flex.passes.device_rates import RATES, FoundRates
+from unisparse_flex.passes.decision.device_rates import RATES, FoundRates
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -115,7 +115,7 @@ def test_selection_kernels_that_do_not_run_say_why(monkeypatch, capability, hip,
 
 
 def test_selection_kernels_that_run_are_ok(monkeypatch):
-    monkeypatch.setattr(operator, "takes", lambda *_, **__: True)
+    monkeypatch.setattr(kernels, "supports", lambda *_, **__: True)
     assert backend_checks.check_selection_kernels(CPU).detail == "Triton scores and selects"
 
 
@@ -204,7 +204,33 @@ def test_the_private_names_are_those_of_the_sources():
         return f"{name}.".startswith(f"{parent}.")
 
     assert {name for name in used if not any(holds(name, each) for each in listed)} == set()
-    assert {each for each in listed if not any(holds(name, each) for name in used)} == set()
+    attributes = foreign_attributes()
+    parts = {part for each in listed for part in each.split(".")}
+    assert attributes - parts - OF_OTHERS == {*name_checks.INSTANCE_ATTRIBUTES}
+    unused = {each for each in listed if not any(holds(name, each) for name in used)}
+    assert {each for each in unused if each.rpartition(".")[2] not in attributes} == set()
+
+
+# Of named tuples and of transformers.
+OF_OTHERS = {"_replace", "_global_mapping", "_supports_sdpa"}
+
+
+def foreign_attributes():
+    """Private attributes that the sources read of any object, and that none of them defines."""
+    read: set[str] = set()
+    defined: set[str] = set()
+    for folder in ("block_masks", "passes", "unisparse_flex"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                    defined.add(node.name)
+                elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    defined.add(node.id)
+                elif isinstance(node, ast.Attribute) and is_private(node.attr):
+                    own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+                    stored = isinstance(node.ctx, ast.Store) and own
+                    (defined if stored else read).add(node.attr)
+    return read - defined
 
 
 def private_names_in(tree):

@@ -10,9 +10,16 @@ import pytest
 
 from tests.api.models import SELECTOR, create, embeddings
 from tests.api.test_explain import Mixed
-from unisparse_flex import AttentionRecord, optimize
-from unisparse_flex.passes import CallPrediction, Reason
-from unisparse_flex.reports import ExplainReport, ReportedCall, render_page, report_model
+from unisparse_flex import optimize
+from unisparse_flex.passes import DenseReason
+from unisparse_flex.passes.decision.call_forecast import CallForecast
+from unisparse_flex.reports import (
+    AttentionRecord,
+    ExplainReport,
+    ReportedCall,
+    render_page,
+    report_model,
+)
 from unisparse_flex.reports.density_chart import BOTTOM, HEIGHT, LEFT, WIDTH, compute_bars
 from unisparse_flex.reports.page import format_ms, format_percent
 from unisparse_flex.reports.timing import CallTime
@@ -79,7 +86,7 @@ def report(*calls, **changes):
 
 
 def prediction(dense_ms=2.0, sparse_ms=1.0, break_even=4096):
-    return CallPrediction(
+    return CallForecast(
         dense_ms=dense_ms, sparse_ms=sparse_ms, density=0.5, break_even=break_even, note=""
     )
 
@@ -170,11 +177,11 @@ def test_totals_take_each_call_as_it_was_decided():
     sparse = call("a", 0.5, prediction=prediction(), time=CallTime(dense_ms=4.0, sparse_ms=3.0))
     dense = call(
         "b",
-        reason=Reason.SLOWER,
+        reason=DenseReason.SLOWER,
         prediction=prediction(5.0, 7.0),
         time=CallTime(dense_ms=6.0, sparse_ms=8.0),
     )
-    both = report(sparse, dense, call("c", reason=Reason.NEEDS_WEIGHTS))
+    both = report(sparse, dense, call("c", reason=DenseReason.NEEDS_WEIGHTS))
     assert both.predicted_ms == (7.0, 6.0)
     assert both.measured_ms == (10.0, 9.0)
     assert report(call("c")).predicted_ms is None

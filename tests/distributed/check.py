@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from unisparse_flex.passes import SdpaCall, observe_calls
+from unisparse_flex.passes import observe_calls
+from unisparse_flex.passes.calls.sdpa import SdpaCall
 
 
 def mesh() -> DeviceMesh:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import (
@@ -17,17 +18,17 @@ from torch.distributed.tensor.parallel import (
 
 from tests.api.models import FINE, Transformer, create, embeddings, qkv
 from unisparse_flex import (
-    FlexPrefill,
     Selector,
     UniSparse,
     attention,
     explain,
     optimize,
     restore,
-    sparse,
+    temporarily_optimize,
 )
 from unisparse_flex.distributed import ContextParallel, context_parallel_attention
-from unisparse_flex.passes import Reason
+from unisparse_flex.passes import DenseReason
+from unisparse_flex.selectors import FlexPrefill
 
 from .check import difference, kept_blocks
 from .ranks import Ranks
@@ -81,7 +82,20 @@ def run_dense(options: dict[str, Any]) -> tuple[float, bool]:
         return difference(output, create()(x)), bool(context.received["blocks"])
 
 
-def explain_ranks() -> list[tuple[str, int, int, float | None, Reason | None]]:
+def run_dense_patched() -> float:
+    own: Any = F.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            F, "scaled_dot_product_attention", lambda q, *rest, **o: own(2 * q, *rest, **o)
+        )
+        return run_dense({"dense_layers": (0, 1)})[0]
+
+
+def test_dense_calls_run_a_patch_once(two: Ranks) -> None:
+    assert max(two.run(run_dense_patched)) < 1e-5
+
+
+def explain_ranks() -> list[tuple[str, int, int, float | None, DenseReason | None]]:
     context = ContextParallel(block_size=16)
     model = optimize(create(layers=2), FINE, min_length=0, dense_layers=(1,), context=context)
     found = explain(model, context.shard(embeddings(LENGTH), 1))
@@ -98,7 +112,7 @@ def test_explain_has_a_record_for_each_run_of_rows(two: Ranks) -> None:
         ("layers.1.attention", 59, LENGTH),
     ]
     assert [call[1] for call in second] == [96, 96]
-    assert [call[4] for call in second] == [None, Reason.EXCLUDED]
+    assert [call[4] for call in second] == [None, DenseReason.EXCLUDED]
     assert second[0][3] is not None
 
 
@@ -108,13 +122,13 @@ def run_inside_sparse() -> tuple[float, float, str]:
     x = embeddings(LENGTH)
     model = create()
     with torch.no_grad():
-        with sparse(model, FINE, min_length=0, context=context):
+        with temporarily_optimize(model, FINE, min_length=0, context=context):
             output = context.gather(model(context.shard(x, 1)), 1)
         alone = optimize(create(), FINE, min_length=0)
         inside, behind = difference(output, alone(x)), difference(model(x), create()(x))
     optimize(model, FINE, min_length=0, context=context)
     try:
-        with sparse(model, FINE):
+        with temporarily_optimize(model, FINE):
             return inside, behind, "no error"
     except ValueError as error:
         return inside, behind, str(error)

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from tests.api.models import qkv
-from unisparse_flex import (
-    FlashPrefill,
-    Selector,
-    UniSparse,
-    XAttention,
-)
+from unisparse_flex import Selector, UniSparse
 from unisparse_flex.block_masks.geometry import BlockGeometry
 from unisparse_flex.block_masks.scoring import default_scale
 from unisparse_flex.distributed import ContextParallel, context_parallel_attention
+from unisparse_flex.selectors import FlashPrefill, XAttention
 
 from .check import difference, kept_blocks
 from .ranks import Ranks

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from tests.api.models import FINE, create, embeddings, qkv
-from unisparse_flex import FlexPrefill, UniSparse, optimize
+from unisparse_flex import UniSparse, optimize
 from unisparse_flex.distributed import (
     ContextParallel,
     context_parallel_attention,
     validate_same_settings,
 )
+from unisparse_flex.selectors import FlexPrefill
 
 from .ranks import Failure, Ranks
 

@@ -16,10 +16,12 @@ from torch.distributed.tensor.parallel import (
 )
 
 from tests.api.models import FINE, Transformer, create, embeddings, qkv
-from unisparse_flex import Calibration, Selector, UniSparse, XAttention, attention, optimize
+from unisparse_flex import Calibration, Selector, UniSparse, attention, optimize
 from unisparse_flex.distributed import shard_heads
-from unisparse_flex.passes import Reason, SdpaCall, SparseConfig
-from unisparse_flex.passes.decision import refuse, refuse_sharding
+from unisparse_flex.passes import DenseReason, SparseConfig
+from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.passes.decision.refusals import refuse, refuse_sharding
+from unisparse_flex.selectors import XAttention
 
 from .check import difference, gather, kept_blocks, mesh
 from .ranks import Ranks
@@ -210,7 +212,7 @@ def test_a_mask_goes_along(two: Ranks, shape: tuple[int, ...], placement: str) -
     assert all(error == 0 for error in two.run(run_masked, shape, placement))
 
 
-def find_reason(heads: tuple[int, int], placements: list[str], mask: str) -> Reason | None:
+def find_reason(heads: tuple[int, int], placements: list[str], mask: str) -> DenseReason | None:
     query, key, value = distribute(qkv(LENGTH, heads=heads, batch=2), placements)
     call = SdpaCall(query=query, key=key, value=value, is_causal=not mask)
     if mask:
@@ -223,13 +225,13 @@ def find_reason(heads: tuple[int, int], placements: list[str], mask: str) -> Rea
 @pytest.mark.parametrize(
     ("heads", "placements", "mask", "reason"),
     [
-        ((4, 2), ["tokens"] * 3, "", Reason.SHARDED_TOKENS),
-        ((4, 2), ["heads", "tokens", "tokens"], "", Reason.SHARDED_TOKENS),
-        ((4, 2), ["heads", "whole", "whole"], "", Reason.SHARDED_UNLIKE),
-        ((4, 2), ["partial"] * 3, "", Reason.SHARDED_UNLIKE),
-        ((4, 2), ["heads"] * 3, "whole", Reason.SHARDED_UNLIKE),
-        ((4, 1), ["heads"] * 3, "", Reason.SPLIT_GROUP),
-        ((3, 3), ["heads"] * 3, "", Reason.SPLIT_GROUP),
+        ((4, 2), ["tokens"] * 3, "", DenseReason.SHARDED_TOKENS),
+        ((4, 2), ["heads", "tokens", "tokens"], "", DenseReason.SHARDED_TOKENS),
+        ((4, 2), ["heads", "whole", "whole"], "", DenseReason.SHARDED_UNLIKE),
+        ((4, 2), ["partial"] * 3, "", DenseReason.SHARDED_UNLIKE),
+        ((4, 2), ["heads"] * 3, "whole", DenseReason.SHARDED_UNLIKE),
+        ((4, 1), ["heads"] * 3, "", DenseReason.SPLIT_GROUP),
+        ((3, 3), ["heads"] * 3, "", DenseReason.SPLIT_GROUP),
         ((4, 2), ["heads"] * 3, "", None),
     ],
 )
@@ -238,12 +240,12 @@ def test_other_shardings_are_refused_by_name(
     heads: tuple[int, int],
     placements: list[str],
     mask: str,
-    reason: Reason | None,
+    reason: DenseReason | None,
 ) -> None:
     assert two.run(find_reason, heads, placements, mask) == [reason] * 2
 
 
-def refuse_three_dimensions(placement: str) -> Reason | None:
+def refuse_three_dimensions(placement: str) -> DenseReason | None:
     """Dimension 1 is heads in four dimensions alone."""
     tensors = [t[:, 0] for t in qkv(LENGTH, heads=(2, 2), batch=2)]
     query, key, value = distribute(tensors, [placement] * 3)
@@ -252,7 +254,7 @@ def refuse_three_dimensions(placement: str) -> Reason | None:
 
 def test_three_dimensions_are_left_to_pytorch(two: Ranks) -> None:
     for placement in ("heads", "batch"):
-        assert two.run(refuse_three_dimensions, placement) == [Reason.NOT_4D] * 2
+        assert two.run(refuse_three_dimensions, placement) == [DenseReason.NOT_4D] * 2
 
 
 def call_by_name() -> None:
@@ -263,7 +265,7 @@ def call_by_name() -> None:
 def test_attention_by_name_raises_on_sharded_tokens(two: Ranks) -> None:
     for failure in two.attempt(call_by_name):
         assert failure.kind == "NotImplementedError"
-        assert str(Reason.SHARDED_TOKENS) in failure.message
+        assert str(DenseReason.SHARDED_TOKENS) in failure.message
 
 
 def find_gradients() -> list[float]:

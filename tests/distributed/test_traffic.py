@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import context_traffic
 from tests.api.models import qkv
 from unisparse_flex import Selector, UniSparse
 from unisparse_flex.distributed import ContextParallel
 from unisparse_flex.distributed.exchange import FACTS_BYTES
-from unisparse_flex.passes import SdpaCall, SparseConfig, communication, context_sdpa, cost_model
+from unisparse_flex.passes import SparseConfig
+from unisparse_flex.passes.attend.shared_tokens import context_sdpa
+from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.passes.decision import cost_model
 
 from .check import kept_blocks
 from .ranks import Ranks
@@ -39,18 +43,18 @@ def count(selector: Selector, dense: bool) -> tuple[int, float]:
 @pytest.mark.parametrize("selector", [PAPER, SAMPLED], ids=["composites", "keys"])
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
 def test_the_formulas_count_every_byte(four: Ranks, selector: UniSparse, dense: bool) -> None:
-    traffic = communication.context_traffic(composites=selector.keys_per_composite is not None)
+    traffic = context_traffic.context_traffic(composites=selector.keys_per_composite is not None)
     for received, needed in four.run(count, selector, dense):
         values = {
-            communication.R: 4,
-            communication.needed: needed,
+            context_traffic.R: 4,
+            context_traffic.needed: needed,
             cost_model.B: 2,
             cost_model.Hkv: 2,
             cost_model.Skv: LENGTH,
             cost_model.D: 16,
             cost_model.Dv: 16,
             cost_model.itemsize: 4,
-            communication.composite_itemsize: 4,
+            context_traffic.composite_itemsize: 4,
             cost_model.block: SIZE,
             cost_model.c_k: selector.c_k,
         }
@@ -60,7 +64,7 @@ def test_the_formulas_count_every_byte(four: Ranks, selector: UniSparse, dense: 
 
 
 def test_needs_lie_between_the_density_and_everything() -> None:
-    values = {cost_model.Hq: 32, cost_model.Hkv: 8, cost_model.block: 128, communication.R: 8}
-    needs = communication.independent_needs().subs({**values, cost_model.density: 0.1})
+    values = {cost_model.Hq: 32, cost_model.Hkv: 8, cost_model.block: 128, context_traffic.R: 8}
+    needs = context_traffic.independent_needs().subs({**values, cost_model.density: 0.1})
     assert float(needs.subs(cost_model.Sq, 1024)) == pytest.approx(1 - 0.9**4)
     assert float(needs.subs(cost_model.Sq, 2**20)) > 0.999

@@ -12,9 +12,10 @@ from torch.nn.attention.bias import causal_lower_right
 
 from tests.api.models import SELECTOR, create, embeddings, qkv
 from tests.api.reference import assert_is_sparse, attend, rmse
-from unisparse_flex import UniSparse, attention, explain, optimize, record_attention
+from unisparse_flex import UniSparse, attention, explain, optimize
 from unisparse_flex.block_masks import BlockGeometry
-from unisparse_flex.passes import Reason
+from unisparse_flex.passes import DenseReason
+from unisparse_flex.reports import record_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -171,7 +172,7 @@ def test_training_with_blocks_that_the_backward_cannot_tile_is_dense() -> None:
     model = optimize(Sdpa(), selector, min_length=0)
     with record_attention(model) as calls:
         output = model(*tensors)
-    assert [call.reason for call in calls] == [Reason.BACKWARD_BLOCK]
+    assert [call.reason for call in calls] == [DenseReason.BACKWARD_BLOCK]
     with torch.no_grad():
         assert rmse(output.detach(), attend(*tensors, offset=0)) < 2.0**-7
     with pytest.raises(NotImplementedError, match="multiple of 128"):
@@ -180,7 +181,7 @@ def test_training_with_blocks_that_the_backward_cannot_tile_is_dense() -> None:
 
 def test_short_prompts_stay_dense_by_default() -> None:
     model, tensors = optimize(Sdpa()), on_cuda(1024, batch=1)
-    assert [call.reason for call in explain(model, *tensors).calls] == [Reason.SLOWER]
+    assert [call.reason for call in explain(model, *tensors).calls] == [DenseReason.SLOWER]
     assert model(*tensors).equal(Sdpa()(*tensors))
 
 
@@ -188,7 +189,7 @@ def test_short_prompts_stay_dense_by_default() -> None:
 def test_what_the_kernel_does_not_take_is_named(dtype: torch.dtype) -> None:
     tensors = on_cuda(300, dtype=dtype, head_dim=64 if dtype is torch.float64 else 8)
     model = optimize(Sdpa(), BLOCKS, min_length=0)
-    assert [call.reason for call in explain(model, *tensors).calls] == [Reason.KERNEL]
+    assert [call.reason for call in explain(model, *tensors).calls] == [DenseReason.KERNEL]
     with pytest.raises(NotImplementedError, match="head_dim >= 16"):
         attention(*tensors, is_causal=True, enable_gqa=True, selector=BLOCKS)
 

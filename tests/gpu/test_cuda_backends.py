@@ -10,8 +10,8 @@ import torch
 from tests.api.reference import rmse
 from tests.gpu.test_cuda import BF16, BLOCKS, Sdpa, assert_attends, on_cuda
 from unisparse_flex import attention, optimize
-from unisparse_flex.passes import flex_backend
-from unisparse_flex.passes.flex_backend import is_flash_installed
+from unisparse_flex.passes.decision import flex_support as flex_backend
+from unisparse_flex.passes.decision.flex_support import is_flash_installed
 
 pytestmark = pytest.mark.gpu
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.api.models import Transformer, create, embeddings
-from unisparse_flex import UniSparse, calibrate, optimize, record_attention
-from unisparse_flex.passes import Reason
+from unisparse_flex import UniSparse, calibrate, optimize
+from unisparse_flex.passes import DenseReason
+from unisparse_flex.reports import record_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -29,5 +30,5 @@ def test_recall_is_reached_and_what_was_found_runs(options: dict[str, Any]) -> N
     with torch.no_grad(), record_attention(model) as records:
         model(x)
     # A layer that no setting of the ladder satisfies stays dense by the calibration's own word.
-    assert all(r.density is not None or r.reason is Reason.EXCLUDED for r in records)
+    assert all(r.density is not None or r.reason is DenseReason.EXCLUDED for r in records)
     assert any(r.density is not None for r in records)

@@ -18,8 +18,9 @@ from unisparse_flex.block_masks import BlockGeometry, BlockSelection
 from unisparse_flex.block_masks.granularity import CompositeKeys
 from unisparse_flex.block_masks.scoring import default_scale
 from unisparse_flex.distributed import ContextParallel, context_parallel_attention
-from unisparse_flex.passes import SdpaCall, attend_selected
-from unisparse_flex.passes.flex_backend import is_flash_installed
+from unisparse_flex.passes.attend.selected_attention import attend_selected
+from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.passes.decision.flex_support import is_flash_installed
 
 pytestmark = pytest.mark.gpu
 

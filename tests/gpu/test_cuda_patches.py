@@ -12,7 +12,8 @@ from torch import Tensor
 from tests.api.models import qkv
 from tests.api.reference import rmse
 from tests.api.test_patch_attention import sdpa_over_kept
-from unisparse_flex import PatchOrder, UniSparse, patch_attention
+from unisparse_flex import UniSparse, patch_attention
+from unisparse_flex.selectors import PatchOrder
 
 pytestmark = pytest.mark.gpu
 

@@ -16,7 +16,7 @@ from tests.models.families import BY_NAME
 from tests.models.family import token_ids
 from tests.models.modes import padded_batch, prefill_in_chunks
 from unisparse_flex import UniSparse
-from unisparse_flex.passes import marker
+from unisparse_flex.passes.attend import marker
 
 EVERYTHING = UniSparse(block_size=32, top_p=1.0)
 # Kinds of layers, each compiled once.

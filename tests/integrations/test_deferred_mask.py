@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.api.models import qkv
-from unisparse_flex.deferred_mask import DeferredMask
-from unisparse_flex.passes import SdpaCall
+from unisparse_flex.integrations.deferred_mask import DeferredMask
+from unisparse_flex.passes.calls.sdpa import SdpaCall
 
 BATCH, LENGTH = 2, 50
 PADDING = torch.arange(LENGTH) >= torch.tensor([[0], [7]])

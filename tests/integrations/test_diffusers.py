@@ -17,8 +17,9 @@ from tests.models.cells import Traced, in_float64
 from tests.models.families import BY_NAME
 from tests.models.family import EVERYTHING, HIDDEN, SELECTOR, set_weights, smooth
 from tests.models.replay import recorded, replayed
-from unisparse_flex import explain, is_optimized, record_attention, sparse
-from unisparse_flex.passes import Reason
+from unisparse_flex import explain, is_optimized, temporarily_optimize
+from unisparse_flex.passes import DenseReason
+from unisparse_flex.reports import record_attention
 
 STEPS, SIDE, TEXT = 2, 14, 21
 # Each transformer's attention calls: blocks of Flux, SD3; self and cross attention of Wan.
@@ -78,7 +79,7 @@ def reset() -> Iterator[None]:
 @pytest.mark.parametrize("name", CALLS)
 def test_a_transformer_is_sparse_inside_the_block_and_dense_behind(name: str) -> None:
     model, dense = create(name), run(create(name), name)
-    with sparse(model, SELECTOR, min_length=0):
+    with temporarily_optimize(model, SELECTOR, min_length=0):
         calls = explain(model, **inputs(name)).calls
         output = run(model, name)
     assert [call.decision for call in calls] == ["sparse"] * CALLS[name]
@@ -90,7 +91,7 @@ def test_a_transformer_is_sparse_inside_the_block_and_dense_behind(name: str) ->
 @pytest.mark.parametrize("name", CALLS)
 def test_a_transformer_attends_to_the_selected_blocks_alone(name: str) -> None:
     model, untouched = create(name), create(name)
-    with sparse(model, SELECTOR, min_length=0):
+    with temporarily_optimize(model, SELECTOR, min_length=0):
         output, calls = recorded(lambda: run(model, name))
     double = in_float64(untouched)
     exact = replayed(lambda: run(double, name, torch.float64), calls, SELECTOR)
@@ -101,7 +102,7 @@ def test_a_transformer_attends_to_the_selected_blocks_alone(name: str) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_with_every_block_kept_a_transformer_computes_the_same(name: str) -> None:
     model = create(name)
-    with sparse(model, EVERYTHING, min_length=0):
+    with temporarily_optimize(model, EVERYTHING, min_length=0):
         output = run(model, name)
     assert rmse(output, run(create(name), name)) < 1e-6
 
@@ -110,7 +111,7 @@ def test_with_every_block_kept_a_transformer_computes_the_same(name: str) -> Non
 @pytest.mark.parametrize("name", CALLS)
 def test_the_pass_rewrites_every_call_of_a_compiled_transformer(name: str) -> None:
     model, traced = create(name), Traced()
-    with sparse(model, SELECTOR, min_length=0):
+    with temporarily_optimize(model, SELECTOR, min_length=0):
         eager = run(model, name)
         compiled: Any = torch.compile(model, backend=traced, fullgraph=True)
         assert rmse(run(compiled, name), eager) < 1e-6
@@ -122,7 +123,7 @@ def test_the_pass_rewrites_every_call_of_a_compiled_transformer(name: str) -> No
 @pytest.mark.slow
 def test_inductor_computes_what_the_eager_transformer_does() -> None:
     model, dense = create("Flux"), run(create("Flux"), "Flux")
-    with sparse(model, SELECTOR, min_length=0):
+    with temporarily_optimize(model, SELECTOR, min_length=0):
         eager = run(model, "Flux")
         compiled: Any = torch.compile(model, fullgraph=True)
         assert rmse(run(compiled, "Flux"), eager) < 1e-5
@@ -163,7 +164,7 @@ def latents(pipeline: Any) -> Tensor:
 def test_a_pipeline_is_sparse_at_every_step() -> None:
     pipeline = create_pipeline()
     dense = latents(pipeline)
-    with sparse(pipeline.transformer, SELECTOR, min_length=0):
+    with temporarily_optimize(pipeline.transformer, SELECTOR, min_length=0):
         with record_attention(pipeline.transformer) as calls:
             output = latents(pipeline)
         assert latents(pipeline).equal(output)
@@ -172,13 +173,13 @@ def test_a_pipeline_is_sparse_at_every_step() -> None:
     assert rmse(output, dense) > 1e-3
     assert not is_optimized(pipeline.transformer)
     assert latents(pipeline).equal(dense)
-    with sparse(pipeline.transformer, EVERYTHING, min_length=0):
+    with temporarily_optimize(pipeline.transformer, EVERYTHING, min_length=0):
         assert rmse(latents(pipeline), dense) < 1e-5
 
 
 def test_a_pipeline_is_no_module_and_refused_with_the_way_out() -> None:
     with pytest.raises(TypeError, match=r"FluxPipeline.*pipe\.transformer"):
-        sparse(create_pipeline()).__enter__()
+        temporarily_optimize(create_pipeline()).__enter__()
 
 
 class Dispatched(nn.Module):
@@ -193,7 +194,7 @@ class Dispatched(nn.Module):
 def test_backends_that_call_sdpa_are_sparse(backend: str) -> None:
     query, key, value = qkv(200, heads=(4, 4))
     model = Dispatched()
-    with attention_backend(backend), sparse(model, SELECTOR, min_length=0):
+    with attention_backend(backend), temporarily_optimize(model, SELECTOR, min_length=0):
         calls = explain(model, query, key, value).calls
         output = model(query, key, value)
     assert [call.decision for call in calls] == ["sparse"]
@@ -208,11 +209,11 @@ def test_a_backend_with_kernels_of_its_own_stays_as_it_is() -> None:
     model = Dispatched()
     with attention_backend("flex"):
         dense = model(query, key, value)
-        with sparse(model, SELECTOR, min_length=0):
+        with temporarily_optimize(model, SELECTOR, min_length=0):
             assert explain(model, query, key, value).calls == ()
             assert model(query, key, value).equal(dense)
 
 
 def test_a_transformer_that_is_not_optimized_says_so() -> None:
     calls = explain(create("Flux"), **inputs("Flux")).calls
-    assert [call.reason for call in calls] == [Reason.NOT_OPTIMIZED] * CALLS["Flux"]
+    assert [call.reason for call in calls] == [DenseReason.NOT_OPTIMIZED] * CALLS["Flux"]

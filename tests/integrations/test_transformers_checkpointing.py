@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tests.models.families import BY_NAME
 from tests.models.family import SELECTOR
-from unisparse_flex import optimize, record_attention
+from unisparse_flex import optimize
+from unisparse_flex.reports import record_attention
 
 FAMILIES = ("Llama", "Gemma 3", "BERT")
 

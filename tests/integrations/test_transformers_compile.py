@@ -16,7 +16,8 @@ from tests.models.families import BY_NAME
 from tests.models.family import EVERYTHING, LENGTH, SELECTOR, token_ids
 from tests.models.modes import forward, generate, padded_batch, prefill_in_chunks
 from unisparse_flex import optimize
-from unisparse_flex.passes import flex_lowers, marker
+from unisparse_flex.passes.attend import marker
+from unisparse_flex.passes.decision.refusals import flex_lowers
 
 from .named import create, registered
 

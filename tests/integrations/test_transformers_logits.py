@@ -17,8 +17,8 @@ from tests.models.families import BY_NAME
 from tests.models.family import EVERYTHING, SELECTOR, token_ids
 from tests.models.modes import LENGTHS, MODES, padded_batch
 from tests.models.replay import recorded, replayed
-from unisparse_flex import record_attention
-from unisparse_flex.deferred_mask import DeferredMask
+from unisparse_flex.integrations.deferred_mask import DeferredMask
+from unisparse_flex.reports import record_attention
 
 from .named import NAME, create, registered
 

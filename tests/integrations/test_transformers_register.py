@@ -19,14 +19,14 @@ from tests.models.family import EVERYTHING, SELECTOR, token_ids
 from tests.models.modes import padded_batch
 from unisparse_flex import UniSparse, calibrate, explain, optimize, restore
 from unisparse_flex.integrations.transformers import register, unregister
-from unisparse_flex.passes import Reason
+from unisparse_flex.passes import DenseReason
 
 from .named import create, registered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def decisions(model: Any, length: int = 203) -> list[tuple[str, Reason | None]]:
+def decisions(model: Any, length: int = 203) -> list[tuple[str, DenseReason | None]]:
     return [(c.decision, c.reason) for c in explain(model, token_ids(length=length)).calls]
 
 
@@ -146,7 +146,7 @@ def test_names_have_settings_of_their_own() -> None:
 
 
 def test_layers_by_number_stay_dense() -> None:
-    excluded, sparse = ("dense", Reason.EXCLUDED), ("sparse", None)
+    excluded, sparse = ("dense", DenseReason.EXCLUDED), ("sparse", None)
     for layers, expected in (((0,), [excluded, sparse]), ([-1], [sparse, excluded])):
         with registered(dense_layers=layers) as name:
             assert decisions(create("Mistral", name)) == expected
@@ -158,12 +158,12 @@ def test_by_default_short_prompts_stay_dense() -> None:
     with registered(min_length=None) as name:
         assert {d for d, _ in decisions(create("Llama", name))} == {"dense"}
     with registered(min_length=204) as name:
-        assert decisions(create("Llama", name)) == [("dense", Reason.SHORT)] * 2
+        assert decisions(create("Llama", name)) == [("dense", DenseReason.SHORT)] * 2
 
 
 @pytest.mark.parametrize("side", ["", "left"])
 def test_a_models_own_settings_win_over_those_of_its_name(side: str) -> None:
-    """So `sparse`, `calibrate` and `optimize` mean the same for every model."""
+    """So `temporarily_optimize`, `calibrate` and `optimize` mean the same for every model."""
     batch = padded_batch(side) if side else {"input_ids": token_ids()}
     with registered(EVERYTHING) as name:
         model = create("Llama", name)
@@ -171,7 +171,7 @@ def test_a_models_own_settings_win_over_those_of_its_name(side: str) -> None:
         calls = explain(model, **batch).calls
         assert [(c.decision, c.reason) for c in calls] == [
             ("sparse", None),
-            ("dense", Reason.EXCLUDED),
+            ("dense", DenseReason.EXCLUDED),
         ]
         assert calls[0].density is not None
         assert calls[0].density < 1.0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.api.reference import rmse
 from tests.models.family import EVERYTHING, SELECTOR, VOCABULARY, set_weights, smooth, token_ids
-from unisparse_flex import record_attention
+from unisparse_flex.reports import record_attention
 
 from .named import NAME, registered
 

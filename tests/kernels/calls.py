@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.block_masks.strategies import Call, lengths, offsets
 from unisparse_flex.block_masks import BlockSelection, UniSparse, compute_block_scores
+from unisparse_flex.block_masks import kernels as selection_kernels
 from unisparse_flex.block_masks.block_lists import BlockLists
 from unisparse_flex.block_masks.granularity import Sampled
 from unisparse_flex.block_masks.kernels import operator
@@ -170,7 +171,7 @@ def assert_selects(
     """Asserts that the lists are the reference's but for what rounding decides; counts that."""
     tolerance = TOLERANCE[query.dtype] if tolerance is None else tolerance
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operator, "takes", lambda *_: False)
+        patch.setattr(selection_kernels, "supports", lambda *_: False)
         reference = call.select(query, key).keep.expand(-1, call.q_heads, -1, -1)
     keep = lists.kept()
     assert_well_formed(call, lists)

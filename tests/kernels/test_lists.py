@@ -326,7 +326,7 @@ def test_keys_that_start_within_sixteen_bytes_are_copied(kernels: Kernels) -> No
     query, key = call.query_key()
     whole = run(kernels, call, query, key)
     moved = torch.cat([torch.zeros(1), key.flatten()])[1:].view(key.shape)
-    assert not kernels.score.takes_descriptor(moved)
+    assert not kernels.score.supports_descriptor(moved)
     assert_same_lists(run(kernels, call, query, moved), whole)
 
 

@@ -196,4 +196,4 @@ def test_keys_are_addressed_in_steps_of_sixteen_bytes(
     kernels: Kernels, strides: tuple[int, ...], dtype: torch.dtype, taken: bool
 ) -> None:
     keys = torch.empty(4096, dtype=dtype).as_strided((1, 1, 8, 16), strides)
-    assert kernels.score.takes_descriptor(keys) == taken
+    assert kernels.score.supports_descriptor(keys) == taken

@@ -15,16 +15,11 @@ from torch import Tensor, fx
 
 from tests.api.capture import MARKERS
 from tests.api.reference import rmse
-from unisparse_flex import optimize, record_attention
-from unisparse_flex.passes import (
-    MULTIHEAD_TARGETS,
-    Reason,
-    RewriteReport,
-    SdpaCall,
-    SparseConfig,
-    refuse_multihead,
-    rewrite_sdpa,
-)
+from unisparse_flex import optimize
+from unisparse_flex.passes import DenseReason, RewriteReport, SparseConfig, rewrite_sdpa
+from unisparse_flex.passes.attend.multihead import MULTIHEAD_TARGETS, refuse_multihead
+from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.reports import record_attention
 
 from .family import EVERYTHING, SELECTOR, Family
 from .modes import MODES, Inputs, Mode, Run, forward, without_cache
@@ -38,12 +33,12 @@ UNMARKED: set[Any] = {
 }
 
 
-def _reason(node: fx.Node) -> Reason:
+def _reason(node: fx.Node) -> DenseReason:
     """Why a node bears no mark."""
     target: Any = node.target
     if target not in MULTIHEAD_TARGETS.values():
-        return Reason.NOT_OPTIMIZED
-    return refuse_multihead(target, node.args, node.kwargs) or Reason.NOT_OPTIMIZED
+        return DenseReason.NOT_OPTIMIZED
+    return refuse_multihead(target, node.args, node.kwargs) or DenseReason.NOT_OPTIMIZED
 
 
 def _named_nodes(gm: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
@@ -85,7 +80,7 @@ class Cell:
     """
 
     sparse: int
-    dense: dict[Reason, int]
+    dense: dict[DenseReason, int]
     graphs: int
     windows: int
     masks: dict[str, int]
@@ -107,9 +102,9 @@ class Traced:
         self.reports.append(rewrite_sdpa(gm, None))
         return lambda *args: gm(*args)
 
-    def decisions(self) -> tuple[int, dict[Reason, int]]:
+    def decisions(self) -> tuple[int, dict[DenseReason, int]]:
         """How many marked nodes the pass makes sparse, and why it leaves the others."""
-        dense = sum((Counter(report.skipped) for report in self.reports), Counter[Reason]())
+        dense = sum((Counter(report.skipped) for report in self.reports), Counter[DenseReason]())
         for node in self.nodes():
             if node.target in UNMARKED:
                 dense[_reason(node)] += 1

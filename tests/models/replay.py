@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from tests.api.reference import attend, select, visible
-from unisparse_flex import BlockSelection, Selector
-from unisparse_flex.passes import SdpaCall, SparseConfig, observe_calls
+from unisparse_flex import Selector
+from unisparse_flex.passes import SparseConfig, observe_calls
+from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.selectors import BlockSelection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from unisparse_flex.passes import Reason
+from unisparse_flex.passes import DenseReason
 
 from .cells import Cell
 from .families import FAMILIES
@@ -115,7 +115,7 @@ def _power_of_ten(error: float) -> str:
 
 def _reasons(cells: Cells) -> str:
     met = {reason for cell in cells.values() for reason in cell.dense}
-    lines = [f"- `{reason.name}`: {reason.value}" for reason in Reason if reason in met]
+    lines = [f"- `{reason.name}`: {reason.value}" for reason in DenseReason if reason in met]
     return "\n".join(["## Reasons", "", *lines]) + "\n"
 
 

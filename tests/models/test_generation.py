@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from unisparse_flex import optimize, record_attention
-from unisparse_flex.passes import Reason
+from unisparse_flex import optimize
+from unisparse_flex.passes import DenseReason
+from unisparse_flex.reports import record_attention
 
 from .families import BY_NAME
 from .family import EVERYTHING, LENGTH, SELECTOR, token_ids
@@ -135,7 +136,7 @@ def test_prefill_is_sparse_and_decoding_dense(family: str, cache_implementation:
         generate(optimized, **prompt(), cache_implementation=cache_implementation)
     prefill, decode = calls[:2], calls[2:]
     assert [(call.decision, call.q_len) for call in prefill] == [("sparse", LENGTH)] * 2
-    assert [call.reason for call in decode] == [Reason.FEW_QUERIES] * 2 * (NEW_TOKENS - 1)
+    assert [call.reason for call in decode] == [DenseReason.FEW_QUERIES] * 2 * (NEW_TOKENS - 1)
     assert all(call.density is not None and call.density < 0.9 for call in prefill)
 
 

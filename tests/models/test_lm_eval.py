@@ -13,10 +13,11 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
-from unisparse_flex import UniSparse, is_optimized, optimize, record_attention, restore
-from unisparse_flex.demo.model import LoadedModel, load_smollm2
-from unisparse_flex.demo.texts import draw_excerpt, load_text
-from unisparse_flex.passes import Reason
+from unisparse_flex import UniSparse, is_optimized, optimize, restore
+from unisparse_flex.evaluation.model import LoadedModel, load_smollm2
+from unisparse_flex.evaluation.texts import draw_excerpt, load_text
+from unisparse_flex.passes import DenseReason
+from unisparse_flex.reports import record_attention
 
 BLOCK = 16
 COLOURS = ["red", "green", "blue"]
@@ -170,7 +171,7 @@ def test_the_harness_scores_what_runs_sparse(
     assert {call.decision for call in prefills} == {"sparse"}
     assert all(0 < (call.density or 0) < 1 for call in prefills)
     left = {call.reason for call in calls if call.decision == "dense"}
-    assert left == {Reason.FEW_QUERIES}  # decoding
+    assert left == {DenseReason.FEW_QUERIES}  # decoding
     assert found.text < dense.text - 1.0
     assert (found.choices - dense.choices).abs().max() > 1e-2
     assert found.word_perplexity > dense.word_perplexity

@@ -11,8 +11,9 @@ import torch
 from transformers import DynamicCache
 
 from tests.api.reference import rmse
-from unisparse_flex import optimize, record_attention
-from unisparse_flex.passes import Reason
+from unisparse_flex import optimize
+from unisparse_flex.passes import DenseReason
+from unisparse_flex.reports import record_attention
 
 from .cells import in_float64
 from .families import BY_NAME
@@ -54,7 +55,7 @@ def test_a_chunk_is_sparse_from_as_many_queries_as_a_block_has(family: str, offs
     with record_attention(model) as calls:
         prefill_in_chunks(model, token_ids(), offset)
     chunks = [offset] * 2 + [LENGTH - offset] * 2
-    expected = [None if queries >= BLOCK else Reason.FEW_QUERIES for queries in chunks]
+    expected = [None if queries >= BLOCK else DenseReason.FEW_QUERIES for queries in chunks]
     assert [call.reason for call in calls] == expected
 
 

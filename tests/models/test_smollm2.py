@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from unisparse_flex import UniSparse, explain, optimize, restore
-from unisparse_flex.demo.model import LoadedModel, load_smollm2
-from unisparse_flex.demo.prompt import build_prompt
+from unisparse_flex.evaluation.model import LoadedModel, load_smollm2
+from unisparse_flex.evaluation.needle import build_prompt
 
 TOKENS = 2048
 ROUNDING = 1e-5  # float32, thirty layers

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from unisparse_flex import BlockSelection, Selector
+from unisparse_flex import Selector
 from unisparse_flex.block_masks import BlockGeometry
-from unisparse_flex.passes import SdpaCall
+from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.selectors import BlockSelection
 
 ATEN = torch.ops.aten.scaled_dot_product_attention
 MARKERS = (torch.ops.unisparse.sdpa, torch.ops.unisparse.sdpa.default)

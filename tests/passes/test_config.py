@@ -14,17 +14,10 @@ from torch import Tensor
 import unisparse_flex
 from tests.api.models import FINE, create, embeddings, qkv
 from tests.api.reference import assert_computes, attend, rmse
-from unisparse_flex import (
-    BlockSelection,
-    DenseSpan,
-    FlexPrefill,
-    MInference,
-    Selector,
-    UniSparse,
-    explain,
-    optimize,
-)
-from unisparse_flex.passes import SparseConfig, decode_selector
+from unisparse_flex import Selector, UniSparse, explain, optimize
+from unisparse_flex.passes import SparseConfig
+from unisparse_flex.passes.calls.config import decode_selector
+from unisparse_flex.selectors import BlockSelection, DenseSpan, FlexPrefill, MInference
 
 from .graphs import Stripes
 

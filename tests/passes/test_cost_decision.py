@@ -16,8 +16,12 @@ from tests.api.capture import GraphCount
 from tests.api.models import SELECTOR, Attention, create, embeddings
 from tests.api.reference import assert_computes
 from unisparse_flex import UniSparse, explain, optimize
-from unisparse_flex.passes import Reason, SdpaCall, SparseConfig, decision, device_rates, prediction
-from unisparse_flex.passes.decision import refuse
+from unisparse_flex.passes import DenseReason, SparseConfig
+from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.passes.decision import cost_forecast as prediction
+from unisparse_flex.passes.decision import device_rates
+from unisparse_flex.passes.decision import refusals as decision
+from unisparse_flex.passes.decision.refusals import refuse
 
 AUTOMATIC = SparseConfig(selector=UniSparse(), min_length=None, min_queries=128)
 # Sparse attention for nothing but its launch: the break-even is where dense takes as long.
@@ -87,11 +91,11 @@ def test_known_lengths_are_compared_exactly() -> None:
         call = causal_call(length)
         found = prediction.forecast(prediction.call_shape(call), AUTOMATIC.selector)
         faster = found.sparse_seconds < found.dense_seconds
-        assert refuse(call, AUTOMATIC) is (None if faster else Reason.SLOWER)
+        assert refuse(call, AUTOMATIC) is (None if faster else DenseReason.SLOWER)
 
 
 def test_on_this_cpu_short_prompts_stay_dense_and_long_ones_do_not() -> None:
-    assert refuse(causal_call(512), AUTOMATIC) is Reason.SLOWER
+    assert refuse(causal_call(512), AUTOMATIC) is DenseReason.SLOWER
     assert refuse(causal_call(8192), AUTOMATIC) is None
     assert 1024 <= break_even(causal_call(512), AUTOMATIC.selector) <= 4096
 
@@ -102,15 +106,15 @@ def test_an_explicit_min_length_asks_nothing(
 ) -> None:
     asked = counting(monkeypatch, "call_shape")
     reason = refuse(causal_call(512), replace(AUTOMATIC, min_length=min_length))
-    assert reason is (Reason.SHORT if min_length > 512 else None)
+    assert reason is (DenseReason.SHORT if min_length > 512 else None)
     assert asked == []
 
 
 def test_decoding_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = counting(monkeypatch, "call_shape")
     lowers = counting(monkeypatch, "flex_lowers")
-    assert refuse(causal_call(1, 8192), AUTOMATIC) is Reason.FEW_QUERIES
-    assert refuse(causal_call(127, 8192), AUTOMATIC) is Reason.FEW_QUERIES
+    assert refuse(causal_call(1, 8192), AUTOMATIC) is DenseReason.FEW_QUERIES
+    assert refuse(causal_call(127, 8192), AUTOMATIC) is DenseReason.FEW_QUERIES
     assert (asked, lowers) == ([], [])
 
 
@@ -141,7 +145,7 @@ def test_a_shape_is_predicted_once(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_only_masked_sdpa_could_run_stays_dense(changes: Any) -> None:
     call = causal_call(8192, **changes)
-    assert refuse(call, AUTOMATIC) is Reason.NO_KERNEL
+    assert refuse(call, AUTOMATIC) is DenseReason.NO_KERNEL
     assert refuse(call, replace(AUTOMATIC, min_length=0)) is None
 
 
@@ -149,7 +153,7 @@ def test_a_chunk_of_a_long_prompt_is_judged_by_its_own_rows() -> None:
     few, many = causal_call(128, 16384), causal_call(2048, 16384)
     lower_right = [replace(call, is_causal=False, causal_lower_right=True) for call in (few, many)]
     # The guards keep the last query block whole: a chunk of one block has nothing to drop.
-    assert [refuse(call, AUTOMATIC) for call in lower_right] == [Reason.SLOWER, None]
+    assert [refuse(call, AUTOMATIC) for call in lower_right] == [DenseReason.SLOWER, None]
 
 
 @pytest.fixture

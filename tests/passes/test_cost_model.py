@@ -13,10 +13,11 @@ import pytest
 import sympy
 import torch
 
-from unisparse_flex import DEFAULT_SELECTOR, FlexPrefill, UniSparse
-from unisparse_flex.passes import cost_model as cm
-from unisparse_flex.passes.device_rates import RATES
-from unisparse_flex.passes.prediction import CallShape, break_even_length, forecast
+from unisparse_flex import UniSparse
+from unisparse_flex.passes.decision import cost_model as cm
+from unisparse_flex.passes.decision.cost_forecast import CallShape, break_even_length, forecast
+from unisparse_flex.passes.decision.device_rates import RATES
+from unisparse_flex.selectors import DEFAULT_SELECTOR, FlexPrefill
 
 from .graphs import Stripes
 

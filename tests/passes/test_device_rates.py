@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from unisparse_flex import DEFAULT_SELECTOR, UniSparse
-from unisparse_flex.passes.device_rates import RATES, DeviceRates, device_name, find_rates
-from unisparse_flex.passes.prediction import break_even_length, forecast
+from unisparse_flex import UniSparse
+from unisparse_flex.passes.decision.cost_forecast import break_even_length, forecast
+from unisparse_flex.passes.decision.device_rates import RATES, DeviceRates, device_name, find_rates
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .test_cost_model import shape
 

@@ -12,9 +12,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from tests.api.models import SELECTOR, create, embeddings, qkv
 from unisparse_flex import attention, optimize
-from unisparse_flex.passes import SdpaCall, flex_backend
-from unisparse_flex.passes.config import SparseConfig
-from unisparse_flex.passes.flex_backend import flash_obstacle
+from unisparse_flex.passes.calls.config import SparseConfig
+from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.passes.decision import flex_support as flex_backend
+from unisparse_flex.passes.decision.flex_support import flash_obstacle
 
 
 def on_cuda(

@@ -20,8 +20,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from tests.api.models import FINE, create, embeddings
 from tests.api.reference import defined_output
 from unisparse_flex import Selector, optimize
-from unisparse_flex.passes import SparseAttentionPass, install, lowered_sdpa
-from unisparse_flex.passes.inductor import CONFIG_KEY
+from unisparse_flex.passes import SparseAttentionPass
+from unisparse_flex.passes.attend.marker import lowered_sdpa
+from unisparse_flex.passes.rewrite.inductor import CONFIG_KEY, install
 
 from .graphs import Calls, capture_dynamo, targets
 

@@ -15,7 +15,8 @@ from transformers import masking_utils
 from transformers.masking_utils import sdpa_mask
 
 from unisparse_flex.block_masks import MaskProgram
-from unisparse_flex.passes import TracedMask, Unproved, trace_mask
+from unisparse_flex.passes.masks.prove import Unproved
+from unisparse_flex.passes.masks.trace import TracedMask, trace_mask
 
 Compute = Callable[..., Tensor]
 LENGTH = 61

@@ -13,10 +13,11 @@ from tests.api.models import FINE, qkv
 from tests.api.reference import attend, rmse
 from unisparse_flex import UniSparse
 from unisparse_flex.block_masks import BlockGeometry, MaskProgram
-from unisparse_flex.passes import SdpaCall, SparseConfig
-from unisparse_flex.passes.decision import flex_lowers
-from unisparse_flex.passes.marker import marked_sdpa
-from unisparse_flex.passes.sparse_attention import WINDOW_BLOCKS, keeps_window, select
+from unisparse_flex.passes import SparseConfig
+from unisparse_flex.passes.attend.marker import marked_sdpa
+from unisparse_flex.passes.attend.sparse_attention import WINDOW_BLOCKS, keeps_window, select
+from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.passes.decision.refusals import flex_lowers
 
 from .graphs import Stripes
 

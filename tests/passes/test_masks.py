@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.api.models import FINE, qkv
 from unisparse_flex.passes import SparseConfig, rewrite_sdpa
-from unisparse_flex.passes.masks import LiftedMask, Unproved, lift_mask
-from unisparse_flex.passes.nodes import recorded
+from unisparse_flex.passes.calls.nodes import recorded
+from unisparse_flex.passes.masks.prove import LiftedMask, Unproved, lift_mask
 
 from .graphs import build_graph, count_markers
 from .lifting import Graph, Masked, assert_lifts, lift, mask_of
@@ -264,7 +264,7 @@ def test_a_mask_that_is_changed_in_place_is_not_proved(name: str) -> None:
 
 
 def test_a_mask_of_unknown_shape_is_not_proved() -> None:
-    from unisparse_flex.passes import SdpaCall
+    from unisparse_flex.passes.calls.sdpa import SdpaCall
 
     query, key, _ = inputs()
     call = SdpaCall(query=query, key=key, value=key, attn_mask=torch.ones(LENGTH, LENGTH).bool())

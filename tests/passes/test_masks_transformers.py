@@ -25,8 +25,8 @@ from tests.api.reference import attend, rmse
 from unisparse_flex import Selector, UniSparse, optimize
 from unisparse_flex.block_masks import BlockGeometry, MaskProgram
 from unisparse_flex.passes import SparseConfig, rewrite_sdpa
-from unisparse_flex.passes.report import WINDOW_KEPT
-from unisparse_flex.passes.sparse_attention import keeps_window
+from unisparse_flex.passes.attend.sparse_attention import keeps_window
+from unisparse_flex.passes.rewrite.report import WINDOW_KEPT
 
 from .lifting import Graph, assert_lifts, mask_of
 

@@ -14,7 +14,8 @@ from tests.api.capture import captured
 from tests.api.models import create, tokens
 from tests.passes.graphs import Calls, capture_dynamo
 from unisparse_flex import UniSparse, explain, optimize, restore
-from unisparse_flex.passes import MULTIHEAD_TARGETS, Reason, SparseConfig, rewrite_sdpa
+from unisparse_flex.passes import DenseReason, SparseConfig, rewrite_sdpa
+from unisparse_flex.passes.attend.multihead import MULTIHEAD_TARGETS
 
 WIDTH, HEADS, LENGTH, BATCH = 32, 4, 150, 2
 ALL = UniSparse(block_size=16, top_p=1.0)
@@ -127,10 +128,10 @@ def test_restoring_gives_the_fused_layer_back() -> None:
     assert [layer.activation_relu_or_gelu for layer in model.layers] == before == [2, 2]
 
 
-REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], Reason]] = {
-    "weights": ({}, {"need_weights": True}, Reason.NEEDS_WEIGHTS),
-    "bias": ({"add_bias_kv": True}, {"need_weights": False}, Reason.KEYS_OF_ITS_OWN),
-    "zero": ({"add_zero_attn": True}, {"need_weights": False}, Reason.KEYS_OF_ITS_OWN),
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], DenseReason]] = {
+    "weights": ({}, {"need_weights": True}, DenseReason.NEEDS_WEIGHTS),
+    "bias": ({"add_bias_kv": True}, {"need_weights": False}, DenseReason.KEYS_OF_ITS_OWN),
+    "zero": ({"add_zero_attn": True}, {"need_weights": False}, DenseReason.KEYS_OF_ITS_OWN),
 }
 
 
@@ -149,7 +150,7 @@ def test_what_is_refused_stays_torchs_own(name: str) -> None:
 def test_dropout_in_training_is_refused() -> None:
     module = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5).train()
     calls = explain(optimize(module, min_length=0), X, X, X, need_weights=False).calls
-    assert [call.reason for call in calls] == [Reason.DROPOUT]
+    assert [call.reason for call in calls] == [DenseReason.DROPOUT]
 
 
 @pytest.mark.parametrize("fused", [False, True])

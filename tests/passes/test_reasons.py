@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
 from tests.api.models import FINE
-from unisparse_flex import FlexPrefill, MInference, StreamingLLM, UniSparse
-from unisparse_flex.passes import Reason, SdpaCall, SparseConfig, rewrite_sdpa
-from unisparse_flex.passes.decision import refuse
+from unisparse_flex import UniSparse
+from unisparse_flex.passes import DenseReason, SparseConfig, rewrite_sdpa
+from unisparse_flex.passes.calls.sdpa import SdpaCall
+from unisparse_flex.passes.decision.refusals import refuse
+from unisparse_flex.selectors import FlexPrefill, MInference, StreamingLLM
 
 from .graphs import build_graph
 
@@ -22,9 +24,14 @@ CONFIG = SparseConfig(selector=FINE)
 # Found by `explain`, or only where a graph holds no shapes.
 # Those of a multi-head call: test_multihead.py
 NOT_THE_PASS = {
-    *{Reason.NOT_OPTIMIZED, Reason.NEEDS_WEIGHTS, Reason.KEYS_OF_ITS_OWN},
+    *{DenseReason.NOT_OPTIMIZED, DenseReason.NEEDS_WEIGHTS, DenseReason.KEYS_OF_ITS_OWN},
     # Of ranks: tests/distributed.
-    *{Reason.SHARDED_TOKENS, Reason.SHARDED_UNLIKE, Reason.SPLIT_GROUP, Reason.NOT_ROW_BY_ROW},
+    *{
+        DenseReason.SHARDED_TOKENS,
+        DenseReason.SHARDED_UNLIKE,
+        DenseReason.SPLIT_GROUP,
+        DenseReason.NOT_ROW_BY_ROW,
+    },
 }
 
 
@@ -50,58 +57,58 @@ PLAIN = SdpaCall(query=tensor(), key=tensor(), value=tensor())
 
 CAUSAL_ONLY = FlexPrefill(block_size=16)
 
-REFUSED: list[tuple[Reason, dict[str, Any], dict[str, Any]]] = [
-    (Reason.SELECTOR, {}, {"selector": CAUSAL_ONLY}),
-    (Reason.SELECTOR, {"attn_mask": BOOL}, {"selector": MInference(block_size=16)}),
+REFUSED: list[tuple[DenseReason, dict[str, Any], dict[str, Any]]] = [
+    (DenseReason.SELECTOR, {}, {"selector": CAUSAL_ONLY}),
+    (DenseReason.SELECTOR, {"attn_mask": BOOL}, {"selector": MInference(block_size=16)}),
     (
-        Reason.SELECTOR,
+        DenseReason.SELECTOR,
         {"key": tensor(2, 4, 80, 16), "value": tensor(2, 4, 80, 16)},
         {"selector": StreamingLLM(block_size=16)},
     ),
-    (Reason.EXCLUDED, {}, {"dense": True}),
-    (Reason.DROPOUT, {"dropout_p": 0.1}, {}),
-    (Reason.DROPOUT, {"dropout_p": -0.1}, {}),
-    (Reason.NOT_DENSE, {"query": tensor().to_sparse()}, {}),
-    (Reason.NOT_DENSE, {"attn_mask": BOOL.to_sparse()}, {}),
-    (Reason.NOT_4D, {"query": tensor(4, 64, 16)}, {}),
-    (Reason.NOT_4D, {"key": tensor(1, 2, 4, 64, 16)}, {}),
-    (Reason.NOT_4D, {"value": tensor(4, 64, 16)}, {}),
-    (Reason.FEW_QUERIES, {}, {"min_queries": 65}),
-    (Reason.FEW_QUERIES, {"query": tensor(2, 4, 0, 16)}, {}),
-    (Reason.SHORT, {}, {"min_length": 65}),
-    (Reason.SHORT, {"key": tensor(2, 4, 0, 16), "value": tensor(2, 4, 0, 16)}, {}),
-    (Reason.HEADS, {"key": tensor(2, 2, 64, 16), "value": tensor(2, 2, 64, 16)}, {}),
-    (Reason.HEADS, {"query": tensor(2, 6, 64, 16), "enable_gqa": True}, {}),
-    (Reason.HEADS, {"query": tensor(1, 4, 64, 16)}, {}),
-    (Reason.HEADS, {"query": tensor(2, 4, 64, 8)}, {}),
-    (Reason.HEADS, {"query": tensor(2, 4, 64, 0), "key": tensor(2, 4, 64, 0)}, {}),
-    (Reason.HEADS, {"value": tensor(2, 4, 63, 16)}, {}),
-    (Reason.HEADS, {"value": tensor(2, 2, 64, 16)}, {}),
-    (Reason.DTYPE, {"query": tensor(dtype=torch.int64)}, {}),
-    (Reason.DTYPE, {"key": tensor(dtype=torch.float64)}, {}),
-    (Reason.DTYPE, {"value": tensor(dtype=torch.bfloat16)}, {}),
-    (Reason.DTYPE, {"attn_mask": tensor(64, 64, dtype=torch.int64)}, {}),
-    (Reason.DTYPE, {"attn_mask": tensor(64, 64, dtype=torch.float8_e4m3fn)}, {}),
-    (Reason.DEVICE, on("meta"), {}),
-    (Reason.DEVICE, {"value": tensor(device="meta")}, {}),
-    (Reason.DEVICE, {"attn_mask": tensor(64, 64, device="meta")}, {}),
-    (Reason.MASK_AND_CAUSAL, {"attn_mask": BOOL, "is_causal": True}, {}),
-    (Reason.MASK_AND_CAUSAL, {"attn_mask": BOOL, "causal_lower_right": True}, {}),
-    (Reason.MASK_AND_CAUSAL, {"is_causal": True, "causal_lower_right": True}, {}),
-    (Reason.MASK_SHAPE, {"attn_mask": tensor(64, 63).bool()}, {}),
-    (Reason.MASK_SHAPE, {"attn_mask": tensor(3, 1, 64, 64).bool()}, {}),
-    (Reason.MASK_SHAPE, {"attn_mask": tensor(1, 2, 4, 64, 64).bool()}, {}),
-    (Reason.MASK_GRADIENT, {"attn_mask": tensor(64, 64, requires_grad=True)}, {}),
+    (DenseReason.EXCLUDED, {}, {"dense": True}),
+    (DenseReason.DROPOUT, {"dropout_p": 0.1}, {}),
+    (DenseReason.DROPOUT, {"dropout_p": -0.1}, {}),
+    (DenseReason.NOT_DENSE, {"query": tensor().to_sparse()}, {}),
+    (DenseReason.NOT_DENSE, {"attn_mask": BOOL.to_sparse()}, {}),
+    (DenseReason.NOT_4D, {"query": tensor(4, 64, 16)}, {}),
+    (DenseReason.NOT_4D, {"key": tensor(1, 2, 4, 64, 16)}, {}),
+    (DenseReason.NOT_4D, {"value": tensor(4, 64, 16)}, {}),
+    (DenseReason.FEW_QUERIES, {}, {"min_queries": 65}),
+    (DenseReason.FEW_QUERIES, {"query": tensor(2, 4, 0, 16)}, {}),
+    (DenseReason.SHORT, {}, {"min_length": 65}),
+    (DenseReason.SHORT, {"key": tensor(2, 4, 0, 16), "value": tensor(2, 4, 0, 16)}, {}),
+    (DenseReason.HEADS, {"key": tensor(2, 2, 64, 16), "value": tensor(2, 2, 64, 16)}, {}),
+    (DenseReason.HEADS, {"query": tensor(2, 6, 64, 16), "enable_gqa": True}, {}),
+    (DenseReason.HEADS, {"query": tensor(1, 4, 64, 16)}, {}),
+    (DenseReason.HEADS, {"query": tensor(2, 4, 64, 8)}, {}),
+    (DenseReason.HEADS, {"query": tensor(2, 4, 64, 0), "key": tensor(2, 4, 64, 0)}, {}),
+    (DenseReason.HEADS, {"value": tensor(2, 4, 63, 16)}, {}),
+    (DenseReason.HEADS, {"value": tensor(2, 2, 64, 16)}, {}),
+    (DenseReason.DTYPE, {"query": tensor(dtype=torch.int64)}, {}),
+    (DenseReason.DTYPE, {"key": tensor(dtype=torch.float64)}, {}),
+    (DenseReason.DTYPE, {"value": tensor(dtype=torch.bfloat16)}, {}),
+    (DenseReason.DTYPE, {"attn_mask": tensor(64, 64, dtype=torch.int64)}, {}),
+    (DenseReason.DTYPE, {"attn_mask": tensor(64, 64, dtype=torch.float8_e4m3fn)}, {}),
+    (DenseReason.DEVICE, on("meta"), {}),
+    (DenseReason.DEVICE, {"value": tensor(device="meta")}, {}),
+    (DenseReason.DEVICE, {"attn_mask": tensor(64, 64, device="meta")}, {}),
+    (DenseReason.MASK_AND_CAUSAL, {"attn_mask": BOOL, "is_causal": True}, {}),
+    (DenseReason.MASK_AND_CAUSAL, {"attn_mask": BOOL, "causal_lower_right": True}, {}),
+    (DenseReason.MASK_AND_CAUSAL, {"is_causal": True, "causal_lower_right": True}, {}),
+    (DenseReason.MASK_SHAPE, {"attn_mask": tensor(64, 63).bool()}, {}),
+    (DenseReason.MASK_SHAPE, {"attn_mask": tensor(3, 1, 64, 64).bool()}, {}),
+    (DenseReason.MASK_SHAPE, {"attn_mask": tensor(1, 2, 4, 64, 64).bool()}, {}),
+    (DenseReason.MASK_GRADIENT, {"attn_mask": tensor(64, 64, requires_grad=True)}, {}),
     (
-        Reason.CAUSAL_ROWS_WITHOUT_KEYS,
+        DenseReason.CAUSAL_ROWS_WITHOUT_KEYS,
         {"query": tensor(2, 4, 65, 16), "causal_lower_right": True},
         {},
     ),
-    (Reason.SLOWER, {}, {"min_length": None}),
-    (Reason.NO_KERNEL, {"attn_mask": BOOL}, {"min_length": None}),
-    (Reason.KERNEL, on_cuda(dtype=torch.float64), {}),
-    (Reason.KERNEL, on_cuda(head_dim=8), {}),
-    (Reason.BACKWARD_BLOCK, on_cuda(requires_grad=True), {}),
+    (DenseReason.SLOWER, {}, {"min_length": None}),
+    (DenseReason.NO_KERNEL, {"attn_mask": BOOL}, {"min_length": None}),
+    (DenseReason.KERNEL, on_cuda(dtype=torch.float64), {}),
+    (DenseReason.KERNEL, on_cuda(head_dim=8), {}),
+    (DenseReason.BACKWARD_BLOCK, on_cuda(requires_grad=True), {}),
 ]
 
 ALLOWED: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -120,7 +127,7 @@ ALLOWED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("reason", "changes", "settings"), REFUSED)
 def test_the_pass_leaves_the_call_with_its_reason(
-    reason: Reason,
+    reason: DenseReason,
     changes: dict[str, Any],
     settings: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
@@ -152,7 +159,7 @@ def test_the_pass_takes_what_no_reason_speaks_against(
 
 
 def test_every_reason_of_the_pass_is_reached() -> None:
-    assert {reason for reason, _, _ in REFUSED} == set(Reason) - NOT_THE_PASS
+    assert {reason for reason, _, _ in REFUSED} == set(DenseReason) - NOT_THE_PASS
 
 
 def test_a_mask_with_a_gradient_is_taken_where_none_is_recorded() -> None:
@@ -172,7 +179,7 @@ def test_excluded_is_known_before_any_shape() -> None:
     for node in graph.nodes:
         node.meta.clear()
     report = rewrite_sdpa(graph, replace(CONFIG, dense=True))
-    assert list(report.left.values()) == [Reason.EXCLUDED]
+    assert list(report.left.values()) == [DenseReason.EXCLUDED]
 
 
 def test_a_kept_call_is_logged_as_a_count(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from tests.api.models import FINE, qkv
 from tests.api.reference import attend, rmse
 from unisparse_flex import UniSparse, optimize
-from unisparse_flex.passes import Reason, RewriteReport, SparseConfig, lowered_sdpa, rewrite_sdpa
+from unisparse_flex.passes import DenseReason, RewriteReport, SparseConfig, rewrite_sdpa
+from unisparse_flex.passes.attend.marker import lowered_sdpa
 
 from .graphs import MARKERS, SPELLINGS, TRACERS, Calls, Stripes, count_markers, run, targets
 
@@ -85,7 +86,7 @@ def test_a_call_with_recorded_lengths_stays_as_it_is_where_it_is_short(name: str
     graph = TRACERS[name](Calls(causal), *inputs())
     before = str(graph.graph)
     report = rewrite_sdpa(graph, LONG)
-    assert list(report.left.values()) == [Reason.SHORT]
+    assert list(report.left.values()) == [DenseReason.SHORT]
     assert str(graph.graph) == before
 
 
@@ -183,9 +184,10 @@ def test_a_rewritten_exported_program_is_saved_and_loaded() -> None:
 
 def test_a_report_counts_what_it_names() -> None:
     report = RewriteReport(
-        rewritten=["a"], left={"b": Reason.SHORT, "c": Reason.SHORT, "d": Reason.DROPOUT}
+        rewritten=["a"],
+        left={"b": DenseReason.SHORT, "c": DenseReason.SHORT, "d": DenseReason.DROPOUT},
     )
-    assert report.skipped == {Reason.SHORT: 2, Reason.DROPOUT: 1}
+    assert report.skipped == {DenseReason.SHORT: 2, DenseReason.DROPOUT: 1}
     lines = str(report).splitlines()
     assert lines[0] == "1 attention calls rewritten, 3 left dense"
-    assert lines[1:] == [f"  2 x {Reason.SHORT}", f"  1 x {Reason.DROPOUT}"]
+    assert lines[1:] == [f"  2 x {DenseReason.SHORT}", f"  1 x {DenseReason.DROPOUT}"]

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
-from unisparse_flex.passes import SdpaCall
+from unisparse_flex.passes.calls.sdpa import SdpaCall
 
 
 def symbolic_query() -> Any:

@@ -10,7 +10,8 @@ import torch
 from tests.api.models import FINE, qkv
 from unisparse_flex.block_masks import BlockGeometry
 from unisparse_flex.block_masks.scoring import default_scale
-from unisparse_flex.passes import SdpaCall, attend_selected
+from unisparse_flex.passes.attend.selected_attention import attend_selected
+from unisparse_flex.passes.calls.sdpa import SdpaCall
 
 
 @pytest.mark.parametrize("offset", [None, 0, 48], ids=["whole", "first_rows", "later_rows"])

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from unisparse_flex import (
+from unisparse_flex import Selector, UniSparse
+from unisparse_flex.selectors import (
     DenseSpan,
     FlashPrefill,
     FlexPrefill,
     MInference,
     Oracle,
-    Selector,
     StreamingLLM,
-    UniSparse,
     XAttention,
 )
 

@@ -16,17 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from tests.api import reference
-from unisparse_flex import (
-    BlockSelection,
-    FlashPrefill,
-    Oracle,
-    UniSparse,
-    XAttention,
-    attention,
-    create_block_mask,
-    optimize,
-)
-from unisparse_flex.passes import Reason, observe_calls
+from unisparse_flex import UniSparse, attention, create_block_mask, optimize
+from unisparse_flex.passes import DenseReason, observe_calls
+from unisparse_flex.selectors import BlockSelection, FlashPrefill, Oracle, XAttention
 
 from .cases import Case
 from .faults import FAULTS
@@ -45,7 +37,7 @@ def check_attention(case: Case) -> str:
         with pytest.raises(NotImplementedError, match="causal_lower_right with more queries than"):
             attention(**arguments)
         return "refused: rows without keys"
-    if not _takes(case):
+    if not _supports(case):
         with pytest.raises(NotImplementedError, match="cannot run this call: the selector is not"):
             attention(**arguments)
         return "refused: selector"
@@ -90,7 +82,7 @@ def check_optimize(case: Case) -> str:
             return "refused: " + case.fault
         if not FAULTS[case.fault].in_sdpa:
             return "left out: undefined in SDPA"
-    plain, reasons = OneCall(), list[Reason | None]()
+    plain, reasons = OneCall(), list[DenseReason | None]()
     model = optimize(OneCall(), case.selector, min_length=0)
     with observe_calls(lambda call, config, selection, reason: reasons.append(reason)):
         watched = outcome(model, arguments)
@@ -156,13 +148,13 @@ def _has_rows_without_keys(case: Case) -> bool:
     return case.causal_lower_right and case.q_len > case.kv_len
 
 
-def _takes(case: Case) -> bool:
-    takes: bool = case.selector.takes(
+def _supports(case: Case) -> bool:
+    supported: bool = case.selector.supports(
         causal=case.offset is not None,
         masked=case.mask is not None,
         self_attention=case.q_len == case.kv_len,
     )
-    return takes
+    return supported
 
 
 def _for_selector(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +175,7 @@ def _check_selecting(
         with pytest.raises(ValueError, match=r"must have q_len <= kv_len .* got .*; pass"):
             function(**arguments)
         return "refused: rows without keys"
-    if not _takes(case):
+    if not _supports(case):
         with pytest.raises(ValueError, match=r"(needs|must) .* got"):
             function(**arguments)
         return "refused: selector"

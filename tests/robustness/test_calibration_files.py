@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unisparse_flex import Calibration, UniSparse, XAttention
+from unisparse_flex import Calibration, UniSparse
 from unisparse_flex.calibration import MAX_FILE_BYTES
+from unisparse_flex.selectors import XAttention
 
 VALID = Calibration(
     layers={

@@ -11,16 +11,10 @@ import torch
 from torch import Tensor
 
 from tests.api.models import qkv
-from unisparse_flex import (
-    FlashPrefill,
-    UniSparse,
-    attention,
-    create_block_mask,
-    dispatch,
-    explain,
-    optimize,
-)
-from unisparse_flex.passes import Reason
+from unisparse_flex import UniSparse, attention, create_block_mask, explain, optimize
+from unisparse_flex.catching import dispatch_key as dispatch
+from unisparse_flex.passes import DenseReason
+from unisparse_flex.selectors import FlashPrefill
 
 from .entries import OneCall
 
@@ -136,7 +130,7 @@ def test_nested_tensors_are_left_to_sdpa(
         output, expected = optimized()(**arguments), OneCall()(**arguments)
         (call,) = explain(optimized(), **arguments).calls
     assert call.decision == "dense"
-    assert call.reason is Reason.NOT_DENSE
+    assert call.reason is DenseReason.NOT_DENSE
     for one, other in zip(output.unbind(), expected.unbind(), strict=True):
         assert one.equal(other)
 

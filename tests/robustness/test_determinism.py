@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from tests.api.models import qkv
-from unisparse_flex import (
+from unisparse_flex import Selector, UniSparse
+from unisparse_flex.selectors import (
     DEFAULT_SELECTOR,
     FlashPrefill,
     FlexPrefill,
     MInference,
     Oracle,
-    Selector,
     StreamingLLM,
-    UniSparse,
     XAttention,
 )
 
@@ -101,9 +100,8 @@ def test_a_selection_compiled_by_inductor_is_the_eager_one(selector: Selector) -
     select = torch.compile(
         lambda q, k: selector.select(q, k, is_causal=True).keep, fullgraph=True, dynamic=True
     )
-    for length in (300, 290):
-        query, key, _ = qkv(length, batch=2)
-        assert select(query, key).equal(keep(selector, length))
+    query, key, _ = qkv(300, batch=2)
+    assert select(query, key).equal(keep(selector, 300))
 
 
 def test_another_run_selects_the_same() -> None:

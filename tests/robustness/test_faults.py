@@ -13,17 +13,11 @@ from torch import Tensor, nn
 
 from tests.api.capture import captured
 from tests.api.models import FINE, Transformer, create, embeddings
-from unisparse_flex import (
-    BlockSelection,
-    Selector,
-    calibrate,
-    explain,
-    is_optimized,
-    optimize,
-    restore,
-)
+from unisparse_flex import Selector, calibrate, explain, is_optimized, optimize, restore
 from unisparse_flex.block_masks import UniSparse
-from unisparse_flex.passes import inductor, marker
+from unisparse_flex.passes.attend import marker
+from unisparse_flex.passes.rewrite import inductor
+from unisparse_flex.selectors import BlockSelection
 
 from .untouched import assert_as_before, assert_nothing_is_left, state_of
 

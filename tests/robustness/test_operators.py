@@ -12,7 +12,9 @@ from torch import Tensor
 from tests.api.models import qkv
 from unisparse_flex import UniSparse
 from unisparse_flex.block_masks.kernels import operator as kernels
-from unisparse_flex.passes import SdpaCall, SparseConfig, register_context
+from unisparse_flex.passes import SparseConfig
+from unisparse_flex.passes.attend.shared_tokens import register_context
+from unisparse_flex.passes.calls.sdpa import SdpaCall
 
 SELECTOR = UniSparse(block_size=16, c_q=4, c_k=4, top_k=1, last_query_blocks=0)
 CONFIGS = {

@@ -59,14 +59,14 @@ UNVECTORISED = """
 import sys, torch
 import unisparse_flex
 from tests.api.models import SELECTOR, Attention, create, embeddings
-from unisparse_flex.passes import Reason
+from unisparse_flex.passes import DenseReason
 assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
 x = embeddings(200)
 with torch.no_grad():
     plain = create(Attention)(x)
     model = unisparse_flex.optimize(create(Attention), SELECTOR)
     (call,) = unisparse_flex.explain(model, x).calls
-    assert call.reason is Reason.NO_KERNEL, call
+    assert call.reason is DenseReason.NO_KERNEL, call
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), plain)
     asked = unisparse_flex.optimize(create(Attention), SELECTOR, min_length=0)
     sparse = asked(x)

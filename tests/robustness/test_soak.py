@@ -16,7 +16,8 @@ from torch import nn
 from tests.api.capture import GraphCount
 from tests.api.models import FINE, Attention, create, embeddings, qkv
 from unisparse_flex import attention, optimize, restore
-from unisparse_flex.passes import config, marker, region
+from unisparse_flex.passes.attend import marker, region
+from unisparse_flex.passes.calls import config
 
 CALLS = 2000
 # Lengths are drawn anew: allocators keep pages of the largest of them, and Python its own arenas.

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.api.models import FINE, SELECTOR, Attention, create, embeddings
-from unisparse_flex import dispatch, interception, is_optimized, optimize, restore
+from unisparse_flex import is_optimized, optimize, restore
+from unisparse_flex.catching import dispatch_key as dispatch
+from unisparse_flex.catching import modules as interception
 
 from .untouched import assert_nothing_is_left
 

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo import eval_frame
 
-from unisparse_flex import dispatch, is_optimized
-from unisparse_flex.dispatch import in_force
-from unisparse_flex.passes import is_watched, marker
+from unisparse_flex import is_optimized
+from unisparse_flex.catching import dispatch_key as dispatch
+from unisparse_flex.catching.dispatch_key import in_force
+from unisparse_flex.passes.attend import marker
+from unisparse_flex.passes.attend.marker import is_watched
 
 SDPA, MULTIHEAD = F.scaled_dot_product_attention, F.multi_head_attention_forward
 

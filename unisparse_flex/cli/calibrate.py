@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .. import calibrate as find_settings
+from ..calibrating import calibrate as find_settings
 from . import PROGRAM
 from .failures import failures, wrong_arguments
 from .models import load_model

@@ -8,8 +8,8 @@ from typing import Any
 import click
 import torch
 
-from ..demo.model import LoadedModel, load_smollm2, quiet_transformers
-from ..doctor.backends import default_device
+from ..doctor import default_device
+from ..evaluation import LoadedModel, load_smollm2, quiet_transformers
 from .failures import failures, require
 
 BUNDLED = "smollm2"
@@ -22,7 +22,7 @@ def load_model(
 ) -> LoadedModel:
     """Loads a causal language model for evaluation, attention through SDPA.
 
-    Weights of a folder are read from safetensors alone: no file is unpickled, no code of the
+    Weights of a folder are read only from safetensors: no file is unpickled, no code of the
     model's own is run.
 
     Args:

@@ -9,9 +9,9 @@ from typing import Any
 import click
 from torch import Tensor
 
-from .. import optimize
-from ..demo.model import LoadedModel, describe_device
-from ..passes.config import BACKENDS
+from ..evaluation import LoadedModel, describe_device
+from ..optimization import optimize
+from ..passes.calls import BACKENDS
 from .failures import wrong_arguments
 from .models import load_model
 from .progress import Progress

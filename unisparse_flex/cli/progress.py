@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Self
 
-from ..step_display import StepDisplay
+from ..progress import StepDisplay
 
 BAR_CHARACTERS = 24
 TICK_SECONDS = 0.5
@@ -57,6 +57,6 @@ class Progress(StepDisplay):
 
 
 def bar(done: int, total: int) -> str:
-    """A bar of fixed width with the numbers behind it."""
+    """A bar of fixed width with the numbers after it."""
     filled = min(BAR_CHARACTERS, round(BAR_CHARACTERS * done / total))
     return f"[{'#' * filled}{'-' * (BAR_CHARACTERS - filled)}] {done}/{total}"

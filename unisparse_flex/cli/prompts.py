@@ -11,8 +11,7 @@ import click
 import torch
 from torch import Tensor
 
-from ..demo.model import LoadedModel
-from ..demo.texts import TEXT_NAMES, draw_excerpt, load_text
+from ..evaluation import TEXT_NAMES, LoadedModel, draw_excerpt, load_text
 from .failures import failures, require
 from .models import context_length
 

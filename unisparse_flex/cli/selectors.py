@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from .. import DEFAULT_SELECTOR, Calibration, Selector, UniSparse
-from ..passes import decode_selector
+from ..calibration import Calibration
+from ..passes.calls import decode_selector
+from ..selectors import DEFAULT_SELECTOR, Selector, UniSparse
 from .failures import failures, wrong_arguments
 
 NAMED: dict[str, Selector] = {"default": DEFAULT_SELECTOR, "paper": UniSparse()}

@@ -1,6 +1,8 @@
-"""``python -m unisparse_flex.demo``."""
+"""``python -m unisparse_flex.demo``: the command ``unisparse-flex demo``."""
 
-from .cli import main
+import sys
+
+from ..cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(["demo", *sys.argv[1:]]))

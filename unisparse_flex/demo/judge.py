@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .measure import (
+from ..evaluation import (
     Prefill,
+    Prompt,
     compute_kl,
     compute_log_probs,
     compute_perplexity,
     generate_greedily,
 )
-from .prompt import Prompt
 from .results import Row
 
 JUDGED_POSITIONS = 1024

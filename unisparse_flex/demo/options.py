@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import DEFAULT_SELECTOR, Selector, UniSparse
-from .model import CONTEXT_LENGTH
-from .texts import TextName
+from ..evaluation import CONTEXT_LENGTH, TextName
+from ..selectors import DEFAULT_SELECTOR, Selector, UniSparse
 
 # The library's own, and what the paper does.
 SELECTORS = {"default": DEFAULT_SELECTOR, "paper": UniSparse()}
@@ -32,7 +31,7 @@ class DemoOptions:
         min_length: Fewest keys for which attention is sparse; ``None`` is 4096, or ``tokens``
             where that is less.
         compile: Compile the optimized model; otherwise it runs eagerly.
-        compile_dense: Time a compiled dense model too; ``None`` does so on CUDA alone, because
+        compile_dense: Time a compiled dense model too; ``None`` does so only on CUDA, because
             on CPU eager mode is the faster dense baseline.
         repeats: Timed prefills of each model, in turn; ``None`` is 5 on CUDA and 1 on CPU.
         output: Folder of the figure and of the JSON file.

@@ -10,11 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .model import MODEL_NAME
+from ..evaluation import MODEL_NAME, ROW_STRIDE, TEXT_SOURCES
 from .options import DemoOptions
-from .recall import ROW_STRIDE
 from .results import DemoResult, Row
-from .texts import TEXT_SOURCES
 
 if TYPE_CHECKING:
     from rich.console import Console

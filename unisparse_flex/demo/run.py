@@ -11,13 +11,22 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import Selector, optimize, record_attention
+from ..evaluation import (
+    CaptureAttention,
+    CapturedAttention,
+    Prefill,
+    build_prompt,
+    compute_recall,
+    describe_device,
+    load_smollm2,
+    prefill,
+    time_in_turn,
+)
+from ..optimization import optimize
+from ..reports import record_attention
+from ..selectors import Selector
 from .judge import Judge
-from .measure import Prefill, prefill, time_in_turn
-from .model import describe_device, load_smollm2
 from .options import DemoOptions
-from .prompt import build_prompt
-from .recall import CaptureAttention, CapturedAttention, compute_recall
 from .results import DemoResult, Layer, Row
 
 CUDA_REPEATS = 5

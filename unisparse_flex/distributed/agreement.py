@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..interception import CONFIG_ATTRIBUTE, original_module
+from ..catching import CONFIG_ATTRIBUTE, original_module
 from .exchange import Exchange
 from .group import find_group
 

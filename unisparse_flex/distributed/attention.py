@@ -6,9 +6,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..block_masks import DEFAULT_SELECTOR, Selector
-from ..block_masks.validation import validate_causality, validate_query_key, validate_value
-from ..passes import SdpaCall, SparseConfig, context_sdpa
+from ..block_masks import (
+    DEFAULT_SELECTOR,
+    Selector,
+    validate_causality,
+    validate_query_key,
+    validate_value,
+)
+from ..passes import SparseConfig
+from ..passes.attend import context_sdpa
+from ..passes.calls import SdpaCall
 from .context import ContextParallel
 
 
@@ -37,10 +44,10 @@ def context_parallel_attention(
         value: [B, Hkv, Skv / R, Dv].
         context: The ranks.
         selector: Which blocks are kept; `DEFAULT_SELECTOR` by default. What a block of rows keeps
-            must not depend on other rows (`Selector.rows_alone`).
+            must not depend on other rows (`Selector.row_independent`).
         is_causal: Row r of the whole sequence sees the keys up to r (top-left), as in SDPA.
         causal_lower_right: Row r of the whole sequence sees the keys up to r + Skv - Sq, so that
-            the last row is aligned with the last key, as a prompt behind a cache needs; needs
+            the last row is aligned with the last key, as a prompt with a cache needs; needs
             Sq <= Skv, and goes without ``is_causal``.
         scale: Factor on the logits; 1 / sqrt(D) by default.
         pieces: Tokens of each piece of the keys, where they were shared out piece by piece (a

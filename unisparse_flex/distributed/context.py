@@ -13,9 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..block_masks.validation import validate_block_size
-from ..dispatch import leave_attention
-from ..passes import SdpaCall, SparseConfig, refuse, register_context
+from ..block_masks import validate_block_size
+from ..catching import leave_attention
+from ..passes import SparseConfig
+from ..passes.attend import register_context
+from ..passes.calls import SdpaCall
+from ..passes.decision import refuse
 from .exchange import REFUSAL, Exchange, shorten
 from .group import find_group
 from .layout import SequenceLayout

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..block_masks import Selector
 from ..calibration import Calibration
-from ..passes import HeadShard, shard_selector
+from ..passes.calls import HeadShard, shard_selector
 from .group import find_group
 
 SettingsT = TypeVar("SettingsT", Selector, Calibration)
@@ -19,7 +19,7 @@ SettingsT = TypeVar("SettingsT", Selector, Calibration)
 def shard_heads(
     settings: SettingsT, group: dist.ProcessGroup | DeviceMesh | None = None
 ) -> SettingsT:
-    """Settings with the ``head_thresholds`` of this rank's heads alone.
+    """Settings with the ``head_thresholds`` of only this rank's heads.
 
     For tensor parallel models whose attention sees plain tensors, which do not say which heads
     they hold; calls of DTensors do this by themselves. Other settings stay as they are.

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..block_masks.validation import validate_block_size, validate_int
+from ..block_masks import validate_block_size, validate_int
 
 
 class Span(NamedTuple):
-    """Consecutive tokens of a sequence: the first, and the one behind the last."""
+    """Consecutive tokens of a sequence: the first, and the one after the last."""
 
     start: int
     stop: int
@@ -106,7 +106,7 @@ class SequenceLayout:
     def assemble(
         self, parts: Sequence[Tensor], dim: int, *, per_block: int | None = None
     ) -> Tensor:
-        """The whole sequence from all ranks' parts, each padded behind its end or not.
+        """The whole sequence from all ranks' parts, each padded after its end or not.
 
         Args:
             parts: One for each rank.

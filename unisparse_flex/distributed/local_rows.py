@@ -15,17 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from ..block_masks import BlockGeometry, BlockSelection
-from ..block_masks.granularity import CompositeKeys
-from ..passes import (
-    Reason,
-    SdpaCall,
-    SparseConfig,
-    attend_selected,
-    flex_lowers,
-    logit_scale,
-    observer_in_force,
-)
+from ..block_masks import BlockGeometry, BlockSelection, CompositeKeys
+from ..passes import DenseReason, SparseConfig
+from ..passes.attend import attend_selected, logit_scale, observer_in_force
+from ..passes.calls import TORCH_SDPA, SdpaCall
+from ..passes.decision import flex_lowers
 from .exchange import Exchange
 from .layout import SequenceLayout, Span
 
@@ -131,7 +125,7 @@ def attend_sparse(shared: SharedCall) -> Tensor:
     return torch.cat(outputs, dim=2)
 
 
-def attend_dense(shared: SharedCall, reason: Reason) -> Tensor:
+def attend_dense(shared: SharedCall, reason: DenseReason) -> Tensor:
     """Gathers all keys and values, and attends to every key that the local rows see.
 
     Returns:
@@ -163,7 +157,7 @@ def _attend_all(shared: SharedCall, rows: Span, part: SdpaCall) -> Tensor:
     if offset is not None:
         seen = min(seen, offset + rows.stop)
         mask = _causal_mask(rows, offset, seen, query.device)
-    return F.scaled_dot_product_attention(
+    return TORCH_SDPA(
         query,
         key[:, :, :seen],
         value[:, :, :seen],
@@ -174,7 +168,8 @@ def _attend_all(shared: SharedCall, rows: Span, part: SdpaCall) -> Tensor:
 
 
 def _causal_mask(rows: Span, offset: int, seen: int, device: torch.device) -> Tensor:
-    if offset + rows.stop == seen:
+    # A bias knows SDPA only by its public name, which somebody may have assigned a patch to.
+    if offset + rows.stop == seen and F.scaled_dot_product_attention is TORCH_SDPA:
         bias: Tensor = causal_lower_right(rows.length, seen)
         return bias
     # Aligned top-left with more rows than keys.

@@ -7,11 +7,15 @@ import shutil
 
 import torch
 
-from ..block_masks import DEFAULT_SELECTOR, BlockGeometry
-from ..block_masks.kernels import operator
-from ..passes import SdpaCall, flex_lowers
-from ..passes.device_rates import find_rates
-from ..passes.flex_backend import FLASH_CAPABILITY, flash_obstacle, is_flash_installed
+from ..block_masks import DEFAULT_SELECTOR, BlockGeometry, kernels
+from ..passes.calls import SdpaCall
+from ..passes.decision import (
+    FLASH_CAPABILITY,
+    find_rates,
+    flash_obstacle,
+    flex_lowers,
+    is_flash_installed,
+)
 from .finding import Finding, Status
 
 CXX_COMPILERS = ("g++", "clang++", "c++", "cl")
@@ -129,11 +133,11 @@ def _kernels_obstacle(device: torch.device) -> str | None:
     geometry = BlockGeometry(
         q_len=length, kv_len=length, block_size=DEFAULT_SELECTOR.block_size, causal_offset=0
     )
-    if operator.takes(call.query, call.key, geometry, scale=1.0):
+    if kernels.supports(call.query, call.key, geometry, scale=1.0):
         return None
     if device.type != "cuda":
         return f"they need a CUDA device, got {device}"
-    capability, least = torch.cuda.get_device_capability(device), operator.LEAST_CAPABILITY
+    capability, least = torch.cuda.get_device_capability(device), kernels.LEAST_CAPABILITY
     if capability < least:
         got, want = (".".join(map(str, pair)) for pair in (capability, least))
         return f"they need compute capability {want}, got {got}"

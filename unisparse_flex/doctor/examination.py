@@ -16,7 +16,7 @@ from .backends import (
 from .compile_check import NAME as COMPILE_CHECK
 from .compile_check import check_compiled_call
 from .finding import Finding, Status
-from .private_names import check_private_names
+from .torch_names import check_private_names
 from .versions import check_optional_packages, check_python, check_torch
 
 

@@ -28,7 +28,7 @@ def draw_block_maps(
 
     Args:
         blocks: What `collect_blocks` returned; dense calls are left out.
-        path: Of the first page; further ones have a number behind the name.
+        path: Of the first page; further ones have a number after the name.
         title: What was read, and by which model.
         heads: Most heads that are drawn, spread evenly over those there are.
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..block_masks import BlockSelection
-from ..explain import record_attention
-from ..passes import SdpaCall, SparseConfig, observe_calls
+from ..passes import SparseConfig, observe_calls
+from ..passes.calls import SdpaCall
+from ..reports import record_attention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

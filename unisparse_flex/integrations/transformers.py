@@ -9,7 +9,7 @@ from types import CellType
 from typing import Any
 
 from ..block_masks import DEFAULT_SELECTOR, Selector
-from ..dispatch import set_up_key
+from ..catching import set_up_key
 from .transformers_attention import AttentionSettings, create_attention_function
 from .transformers_masks import create_mask_function
 
@@ -78,9 +78,9 @@ def register(
     registered: with the first alone, transformers would make no masks, and padding be attended to.
     Where a call runs dense it is what ``"sdpa"`` computes. Models run sparse compiled or not; on
     CUDA an eager model's attention is compiled once for all layers. Settings that a model got from
-    `optimize` or `sparse` win over those of its name. Registering again with the same settings
-    changes nothing, whatever somebody has wrapped around the functions since; with others it
-    replaces them, wrappers too, for every model of that name.
+    `optimize` or `temporarily_optimize` win over those of its name. Registering again with the
+    same settings changes nothing, whatever somebody has wrapped around the functions since; with
+    others it replaces them, wrappers too, for every model of that name.
 
     Args:
         name: What models are asked for; several names have settings of their own.
@@ -93,7 +93,7 @@ def register(
     Raises:
         ImportError: transformers is missing or older than 5.4.
         TypeError: ``selector`` is no selector (a `Calibration` names modules: `optimize` or
-            `sparse` take it), or a layer is no integer.
+            `temporarily_optimize` take it), or a layer is no integer.
         ValueError: ``name`` or ``backend`` is not one that can be, or the name is taken.
     """
     functions = _import_transformers()

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..block_masks import Selector
-from ..deferred_mask import DeferredMask
-from ..passes import SdpaCall, SparseConfig, marked_sdpa, refuse
-from ..scopes import config_in_force, is_seen_here, run_sparse
+from ..catching import config_in_force, is_seen_here, run_sparse
+from ..passes import SparseConfig
+from ..passes.attend import marked_sdpa
+from ..passes.calls import SdpaCall
+from ..passes.decision import refuse
+from .deferred_mask import DeferredMask
 from .transformers_refusals import refuse_arguments, refuse_module
 
 # Stands for any mask beside causality.
@@ -36,12 +39,8 @@ class AttentionSettings:
 
     def config(self, *, dense: bool = False) -> SparseConfig:
         """The settings of a call, ``dense`` those of the layers that stay so."""
-        return SparseConfig(
-            selector=self.selector,
-            min_length=self.min_length,
-            min_queries=getattr(self.selector, "block_size", 0),
-            dense=dense,
-            backend=self.backend,
+        return SparseConfig.of_model(
+            self.selector, min_length=self.min_length, dense=dense, backend=self.backend
         )
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ..deferred_mask import DeferredMask
+from ..passes.calls import is_tracing
+from .deferred_mask import DeferredMask
 
 
 class _NotSkipped(Exception):
@@ -48,7 +47,7 @@ def create_mask_function(sdpa_mask: Callable[..., Any], min_queries: int) -> Cal
             kv_length=kv_length,
             attention_mask=attention_mask,
         )
-        if _is_traced() or q_length < min_queries:
+        if is_tracing() or q_length < min_queries:
             return sdpa_mask(q_offset=q_offset, kv_offset=kv_offset, **options)
         try:
             skip = {**options, "mask_function": _ask}
@@ -75,12 +74,3 @@ def create_mask_function(sdpa_mask: Callable[..., Any], min_queries: int) -> Cal
         )
 
     return unisparse_mask
-
-
-def _is_traced() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or get_proxy_mode() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
-    )

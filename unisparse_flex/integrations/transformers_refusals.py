@@ -1,4 +1,4 @@
-"""What transformers' SDPA function cannot run, or models do by the name "sdpa" alone."""
+"""What transformers' SDPA function cannot run, or models do only by the name "sdpa"."""
 
 from __future__ import annotations
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..explain import AttentionRecord, Explanation, record_attention
-from ..interception import original_module
-from ..passes import SdpaCall, SparseConfig, observe_calls
+from ..catching import original_module
+from ..passes import SparseConfig, observe_calls
+from ..passes.calls import SdpaCall
+from .explanation import AttentionRecord, Explanation, record_attention
 from .timing import CallTime, time_call
 
 SCHEMA = 1

@@ -9,7 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..passes import SdpaCall, SparseConfig, flex_lowers, refuse, run_compiled
+from ..passes import SparseConfig
+from ..passes.attend import run_compiled
+from ..passes.calls import SdpaCall
+from ..passes.decision import flex_lowers, refuse
 
 REPEATS = 3
 

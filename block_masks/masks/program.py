@@ -1,0 +1,191 @@
+"""MaskProgram: an attention mask as a formula over positions instead of a tensor of pairs.
+
+Symbols: B batch, Sq/Skv tokens, Tq/Tk tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from .evaluation import Evaluation
+from .expr import KV, TRUE, Affine, Bool, Compare, Load, Q, Symbol, all_of, conjuncts, variable
+from .text import format_mask, parse_mask
+from .walk import atoms, coordinates, replace_atoms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MaskProgram:
+    """Which keys each query row sees, the same for every head.
+
+    Written as text such as ``(kv <= q + n0) & (t0[b, kv])``: coordinates ``b``, ``q`` and ``kv``,
+    integers ``n0, n1, ...`` and entries of tensors ``t0, t1, ...``; ``+ - * //``, ``< <= ==`` and
+    ``& | ~``. Every tensor is read at one token at most, never at a query and a key together.
+
+    Attributes:
+        expr: The formula.
+        tensors: What ``t0, t1, ...`` stand for: bool or int64, any rank.
+        numbers: What ``n0, n1, ...`` stand for while a graph is traced; plain integers are part
+            of the formula.
+        batch: Batch elements B.
+        q_len: Query rows Sq.
+        kv_len: Keys Skv.
+    """
+
+    expr: Bool
+    tensors: tuple[Tensor, ...] = ()
+    numbers: tuple[int, ...] = ()
+    batch: int
+    q_len: int
+    kv_len: int
+
+    @classmethod
+    def parse(
+        cls,
+        text: str,
+        *,
+        tensors: Sequence[Tensor] = (),
+        numbers: Sequence[int] = (),
+        batch: int,
+        q_len: int,
+        kv_len: int,
+    ) -> MaskProgram:
+        """Reads a formula; see the class for its language.
+
+        Raises:
+            ValueError: The text is no mask expression, or names what is not given.
+        """
+        expr = parse_mask(text)
+        for atom in atoms(expr):
+            given = {Load: len(tensors), Symbol: len(numbers)}.get(type(atom))
+            if given is not None and int(atom.source[1:]) >= given:  # type: ignore[union-attr]
+                raise ValueError(
+                    f"mask must name tensors and numbers that are given, got {atom.source!r} "  # type: ignore[union-attr]
+                    f"with {len(tensors)} tensors and {len(numbers)} numbers"
+                )
+        known = {
+            Symbol(f"n{i}"): Affine(const=number)
+            for i, number in enumerate(numbers)
+            if isinstance(number, int)
+        }
+        return cls(
+            expr=replace_atoms(expr, known.get) if known else expr,  # type: ignore[arg-type]
+            tensors=tuple(tensors),
+            numbers=tuple(numbers),
+            batch=batch,
+            q_len=q_len,
+            kv_len=kv_len,
+        )
+
+    @property
+    def text(self) -> str:
+        """The formula as text."""
+        return format_mask(self.expr)
+
+    @property
+    def varies_in_batch(self) -> bool:
+        """Whether batch elements may differ."""
+        return "b" in coordinates(self.expr)
+
+    def evaluate(
+        self,
+        b: Tensor,
+        q_idx: Tensor,
+        kv_idx: Tensor,
+        *,
+        tensors: Sequence[Tensor] | None = None,
+        numbers: Sequence[Tensor | int] | None = None,
+    ) -> Tensor:
+        """Whether rows see keys, position by position.
+
+        Args:
+            b: Batch elements, integers; broadcastable with the others.
+            q_idx: Query rows.
+            kv_idx: Keys.
+            tensors: In place of `tensors`, as a kernel captures them.
+            numbers: In place of `numbers`.
+
+        Returns:
+            bool, the positions' broadcast shape.
+        """
+        run = Evaluation(
+            {"b": b, "q": q_idx, "kv": kv_idx},
+            self.tensors if tensors is None else tensors,
+            self.numbers if numbers is None else numbers,
+        )
+        return run.truth(self.expr)
+
+    def pairs(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """Which of ``rows`` sees which of ``keys``: bool [1 or B, 1, rows, keys]."""
+        b = torch.arange(self.batch if self.varies_in_batch else 1, device=rows.device)
+        seen = self.evaluate(b[:, None, None], rows[:, None], keys[None, :])
+        return seen.expand(b.shape[0], rows.shape[0], keys.shape[0])[:, None]
+
+    def number(self, value: Affine) -> int:
+        """The value of an expression of only numbers; symbolic where they are."""
+        total = value.const
+        for atom, factor in value.terms:
+            assert isinstance(atom, Symbol)
+            total = total + factor * self.numbers[int(atom.source[1:])]
+        return total
+
+    def split_causal(self) -> tuple[int | None, MaskProgram | None]:
+        """Takes causality out: its offset or ``None``, and what else the mask says.
+
+        Only an offset that leaves the last row within the keys, or 0, is one: then row ``r``
+        stands at key ``r + offset``. ``None`` for the rest where nothing is left.
+        """
+        offset, rest = None, []
+        for part in conjuncts(self.expr):
+            bound = _causal_offset(part)
+            if bound is not None and offset is None:
+                number = self.number(bound)
+                behind = self.kv_len - self.q_len
+                if is_known(number == 0) or (is_known(number >= 0) and is_known(number <= behind)):
+                    offset = number
+                    continue
+            rest.append(part)
+        left = replace(self, expr=all_of(rest)) if rest else None
+        return offset, left
+
+    def holds_at(self, offset: int) -> bool:
+        """Whether every row ``r`` is known to see key ``r + offset``."""
+        if isinstance(offset, int):
+            shift = Affine(const=offset)
+        else:
+            known = (i for i, number in enumerate(self.numbers) if is_known(number == offset))
+            shift = next((variable(Symbol(f"n{i}")) for i in known), None)
+            if shift is None:
+                return False
+        own = variable(Q) + shift
+        at_own = replace_atoms(self.expr, lambda atom: own if atom == KV else None)
+        return at_own == TRUE
+
+    def window(self, causal_offset: int | None) -> int | None:
+        """Keys that a row sees up to its own position, where a sliding window bounds them."""
+        if causal_offset is None:
+            return None
+        for part in conjuncts(self.expr):
+            if isinstance(part, Compare) and part.op != "==":
+                difference = part.difference
+                rest = difference - Affine(((Q, 1), (KV, -1)))
+                if rest.only(Symbol):
+                    return causal_offset - self.number(rest) + 1
+        return None
+
+
+def _causal_offset(part: Bool) -> Affine | None:
+    """``c`` of ``kv <= q + c``."""
+    if not isinstance(part, Compare) or part.op == "==":
+        return None
+    rest = Affine(((KV, 1), (Q, -1))) - part.difference
+    return rest if rest.only(Symbol) else None
+
+
+def is_known(condition: object) -> bool:
+    """Whether a comparison of lengths holds; becomes a guard of the graph that is traced."""
+    return condition if isinstance(condition, bool) else guard_or_false(condition)  # type: ignore[arg-type]

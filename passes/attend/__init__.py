@@ -1,0 +1,39 @@
+"""What a rewritten call computes: the marker operator and the ways that it is lowered."""
+
+from .decided_at_run import has_stated_range
+from .marker import (
+    is_traced,
+    is_watched,
+    lowered_sdpa,
+    marked_sdpa,
+    observe_calls,
+    observer_in_force,
+    run_compiled,
+)
+from .multihead import MULTIHEAD_TARGETS, lowered_multihead, marked_multihead, refuse_multihead
+from .selected_attention import attend_selected
+from .shared_tokens import context_sdpa, register_context
+from .sparse_attention import apply_autocast, call_geometry, keeps_window, logit_scale, select
+
+__all__ = [
+    "MULTIHEAD_TARGETS",
+    "apply_autocast",
+    "attend_selected",
+    "call_geometry",
+    "context_sdpa",
+    "has_stated_range",
+    "is_traced",
+    "is_watched",
+    "keeps_window",
+    "logit_scale",
+    "lowered_multihead",
+    "lowered_sdpa",
+    "marked_multihead",
+    "marked_sdpa",
+    "observe_calls",
+    "observer_in_force",
+    "refuse_multihead",
+    "register_context",
+    "run_compiled",
+    "select",
+]

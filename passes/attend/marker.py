@@ -1,0 +1,289 @@
+"""`torch.ops.unisparse.sdpa`: an attention call that carries its settings.
+
+Dynamo, export and symbolic tracing record it as one node; the pass lowers that node. Where no
+pass runs (eager, another backend, an exported module) its kernel does the same computation.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from ..calls import HeadShard, SdpaCall, SparseConfig, is_sharded, run_on_shards, shard_selector
+from ..decision import DenseReason, flex_backend, flex_lowers, needs_grad, refuse, refuse_sharding
+from .decided_at_run import has_stated_range, implement, sdpa_at_run
+from .region import compiled_in_loop, compiled_inline, compiled_once
+from .shared_tokens import context_sdpa
+from .sparse_attention import (
+    apply_autocast,
+    attend_flex,
+    attend_masked,
+    attend_masked_in_chunks,
+    select,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ...block_masks import BlockSelection
+
+logger = logging.getLogger(__name__)
+
+Observer = Callable[[SdpaCall, SparseConfig, "BlockSelection | None", "DenseReason | None"], None]
+Lowering = Callable[[SdpaCall, SparseConfig], Tensor]
+_observer: ContextVar[Observer | None] = ContextVar("unisparse_observer", default=None)
+_compiling = threading.local()
+
+_library = torch.library.Library("unisparse", "DEF")
+_library.define(
+    "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
+    "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
+    "bool causal_lower_right=False, str mask='', Tensor[]? mask_tensors=None, "
+    "SymInt[]? mask_numbers=None, str config='') -> Tensor"
+)
+
+
+def marked_sdpa(call: SdpaCall, config: str) -> Tensor:
+    """Runs or records the marker operator; on DTensors, on what this rank holds of them."""
+    if is_sharded(call) and refuse_sharding(call) is None:
+        return run_on_shards(call, lambda local, shard: _marked_shard(local, shard, config))
+    return torch.ops.unisparse.sdpa(*call.positional(), **call.keywords(), config=config)
+
+
+def _marked_shard(call: SdpaCall, shard: HeadShard, config: str) -> Tensor:
+    if shard.count > 1 and "head_thresholds=(" in config:
+        config = _shard_config(config, shard.index, shard.count)
+    return marked_sdpa(call, config)
+
+
+@torch.compiler.assume_constant_result
+def _shard_config(config: str, index: int, count: int) -> str:
+    settings = SparseConfig.decode(config)
+    selector = shard_selector(settings.selector, HeadShard(index=index, count=count))
+    return replace(settings, selector=selector).encode()
+
+
+def lowered_sdpa(*args: Any, config: str = "", body: str = "", **kwargs: Any) -> Tensor:
+    """What the pass puts in a marker's place: the sparse computation that Inductor compiles.
+
+    Takes and returns what `torch.ops.unisparse.sdpa` does. Must be traced by AOTAutograd for
+    Inductor: run eagerly, the flex operator inside would ignore the block lists. ``body`` is
+    ``"body"`` or ``"loop"`` in those of a higher-order operator (`rewrite.LOOPED`).
+    """
+    lower = {"": compiled_once, "body": compiled_inline, "loop": compiled_in_loop}[body]
+    return _compute(SdpaCall.bind(args, kwargs), SparseConfig.decode(config), lower)
+
+
+@contextmanager
+def observe_calls(observer: Observer) -> Iterator[None]:
+    """Calls ``observer(call, config, selection, reason)`` for every marker run eagerly inside.
+
+    The observer sees real tensors; ``selection`` is ``None`` where the call stays dense, and
+    ``reason`` then says why. Observers outside see the same calls, before it.
+    """
+    outer = _observer.get()
+
+    def both(
+        call: SdpaCall,
+        config: SparseConfig,
+        selection: BlockSelection | None,
+        reason: DenseReason | None,
+    ) -> None:
+        if outer is not None:
+            outer(call, config, selection, reason)
+        observer(call, config, selection, reason)
+
+    token = _observer.set(both)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def observer_in_force() -> Observer | None:
+    """Who `observe_calls` made the observer of calls made here."""
+    return _observer.get()
+
+
+def is_watched() -> bool:
+    """Whether `observe_calls` wants to know of calls made here."""
+    return _observer.get() is not None
+
+
+def _marker_kernel(*args: Any, config: str = "", **kwargs: Any) -> Tensor:
+    return _compute(SdpaCall.bind(args, kwargs), SparseConfig.decode(config))
+
+
+_library.impl("sdpa", _marker_kernel, "CompositeImplicitAutograd")
+
+
+def _compute(call: SdpaCall, config: SparseConfig, lower: Lowering | None = None) -> Tensor:
+    """Runs or traces a call; ``lower`` is what Inductor compiles, where that is known to."""
+    if is_sharded(call) and refuse_sharding(call) is None:
+        # A graph that was rewritten: what is caught in Python comes here on local tensors.
+        return run_on_shards(call, lambda local, _: _compute(local, config, lower))
+    call = call.with_constants()
+    if config.context is not None:
+        return context_sdpa(call, config)
+    tracing = lower is not None or is_traced(call)
+    if lower is None and not config.strict and _asks_shape(call):
+        # Only the output's shape is asked for: what is decided here would be a guard of the graph.
+        return call.run_dense()
+    if tracing and not config.dense and has_stated_range(call, unknown=lower is None):
+        return sdpa_at_run(apply_autocast(call), config)
+    reason = refuse(call, config)
+    observer = None if tracing else _observer.get()
+    if reason is not None:
+        if observer is not None:
+            observer(call, config, None, reason)
+        if config.strict:
+            raise NotImplementedError(
+                f"sparse attention cannot run this call: {reason} (query {_describe(call.query)}, "
+                f"key {_describe(call.key)}); use F.scaled_dot_product_attention for it"
+            )
+        return call.run_dense()
+    call = apply_autocast(call)
+    if config.backend == "flash":
+        # Also where no kernel is compiled: it was asked for by name.
+        flex_backend(call, config.selector.block_size, config.backend)
+    if observer is None and not tracing and _runs_compiled(call):
+        return run_compiled(call, config)
+    if lower is not None and flex_lowers(call):
+        return lower(call, config)
+    selection = select(call, config)
+    if observer is not None:
+        observer(call, config, selection, None)
+    elif not tracing:
+        _say_uncompiled()
+    if not tracing:
+        return attend_masked_in_chunks(call, selection)
+    if call.query.device.type == "cuda" and flex_lowers(call):
+        # Which backend will compile this is unknown here: one may interpret the flex operator.
+        return attend_flex(call, selection, look_up=True)
+    return attend_masked(call, selection)
+
+
+@cache
+def _say_uncompiled() -> None:
+    """Logs once that an eager call gains nothing."""
+    logger.warning(
+        "sparse attention runs uncompiled: the same blocks, applied as a mask inside dense "
+        "attention and so no faster; torch.compile the model, or its forward where generate() is "
+        "called"
+    )
+
+
+def _run_now(call: SdpaCall, config: SparseConfig) -> Tensor:
+    """What `sdpa_at_run` does: as an eager call, and compiled wherever a kernel is."""
+    if refuse(call, config) is None and flex_lowers(call):
+        return run_compiled(call, config)
+    return _compute(call, config)
+
+
+implement(_run_now)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def is_traced(call: SdpaCall) -> bool:
+    """Whether the call is being recorded into a graph rather than run."""
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+        return True
+    return torch._guards.detect_fake_mode((call.query, call.key, call.value)) is not None
+
+
+def _asks_shape(call: SdpaCall) -> bool:
+    """Whether nothing is recorded of the call, nor computed: its tensors are fake."""
+    return is_fake(call.query) and get_proxy_mode() is None
+
+
+def _runs_compiled(call: SdpaCall) -> bool:
+    """Whether an eager call goes through a compiled kernel: on CUDA, unless already inside one."""
+    nested = getattr(_compiling, "active", False)
+    return call.query.device.type == "cuda" and flex_lowers(call) and not nested
+
+
+def run_compiled(call: SdpaCall, config: SparseConfig) -> Tensor:
+    """Runs an eager call through the kernel that Inductor compiles for its kind, cached.
+
+    Args:
+        call: A call of real tensors that `decision.flex_lowers` accepts.
+        config: Its settings, which must not keep it dense.
+
+    Returns:
+        [B, Hq, Sq, Dv].
+    """
+    mask = call.attn_mask
+    run = _compiled_sdpa(
+        config.encode(),
+        call.is_causal,
+        # As text: Dynamo would make a number symbolic, and the kernel wants a constant.
+        None if call.scale is None else repr(float(call.scale)),
+        call.enable_gqa,
+        call.causal_lower_right,
+        call.mask,
+        None if mask is None else mask.dtype,
+        call.query.dtype,
+        needs_grad(call),
+        type(config.selector),
+    )
+    _compiling.active = True
+    try:
+        return run(call.query, call.key, call.value, mask, call.mask_tensors, call.mask_numbers)
+    finally:
+        _compiling.active = False
+
+
+@lru_cache(maxsize=256)
+def _compiled_sdpa(
+    config: str,
+    is_causal: bool,
+    scale: str | None,
+    enable_gqa: bool,
+    causal_lower_right: bool,
+    mask: str,
+    *_distinct: object,
+) -> Callable[..., Tensor]:
+    """The marker operator behind torch.compile, where the pass lowers it; one per kind of call."""
+
+    def run(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        mask_tensors: Sequence[Tensor] | None,
+        mask_numbers: Sequence[int] | None,
+    ) -> Tensor:
+        return torch.ops.unisparse.sdpa(
+            query,
+            key,
+            value,
+            attn_mask,
+            0.0,
+            is_causal,
+            scale=None if scale is None else float(scale),
+            enable_gqa=enable_gqa,
+            causal_lower_right=causal_lower_right,
+            mask=mask,
+            mask_tensors=mask_tensors,
+            mask_numbers=mask_numbers,
+            config=config,
+        )
+
+    # A code object of its own: Dynamo limits recompilations per code object.
+    run.__code__ = run.__code__.replace(co_name="unisparse_sdpa")
+    # A second length makes lengths dynamic: the first compilation can know more.
+    return torch.compile(run, fullgraph=True)

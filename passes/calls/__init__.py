@@ -1,0 +1,44 @@
+"""What an attention call is: its arguments, its settings, its place in a graph."""
+
+from .aliases import is_changed_between, mutated_origins, origins
+from .config import BACKENDS, SparseConfig, decode_selector
+from .nodes import operation, recorded, recorded_value
+from .sdpa import POSITIONAL, SDPA_TARGETS, TORCH_SDPA, SdpaCall, is_sdpa, is_symbolic
+from .sharding import (
+    HeadShard,
+    is_dtensor,
+    is_sharded,
+    is_sharded_alike,
+    run_on_shards,
+    shard_selector,
+    shards_tokens,
+    splits_group,
+)
+from .tracing import is_tracing
+
+__all__ = [
+    "BACKENDS",
+    "POSITIONAL",
+    "SDPA_TARGETS",
+    "TORCH_SDPA",
+    "HeadShard",
+    "SdpaCall",
+    "SparseConfig",
+    "decode_selector",
+    "is_changed_between",
+    "is_dtensor",
+    "is_sdpa",
+    "is_sharded",
+    "is_sharded_alike",
+    "is_symbolic",
+    "is_tracing",
+    "mutated_origins",
+    "operation",
+    "origins",
+    "recorded",
+    "recorded_value",
+    "run_on_shards",
+    "shard_selector",
+    "shards_tokens",
+    "splits_group",
+]

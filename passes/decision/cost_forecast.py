@@ -1,0 +1,209 @@
+"""Seconds of one attention call, dense and sparse, and the length from which sparse is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+from torch.fx.experimental import symbolic_shapes
+
+from ...block_masks.selectors import Selector
+from ..calls import SdpaCall
+from . import cost_model
+from .device_rates import DeviceRates, FoundRates, find_rates
+
+# Keys up to which a break-even is looked for.
+LONGEST = 2**22
+# As torch 2.13, 2.11 and those between call it; all take a fallback for sizes nobody knows.
+_first_seen: Callable[..., int] = next(
+    getattr(symbolic_shapes, name)
+    for name in ("optimization_hint", "size_hint", "hint_int")
+    if hasattr(symbolic_shapes, name)
+)
+
+
+class CallShape(NamedTuple):
+    """What the cost model needs to know of one call.
+
+    A tuple, not a dataclass: it is made and hashed at every eager call.
+
+    Attributes:
+        batch: Batch size.
+        q_heads: Query heads.
+        kv_heads: Key heads.
+        q_len: Query rows.
+        kv_len: Keys.
+        head_dim: Of queries and keys.
+        value_dim: Of values.
+        is_causal: As in `SdpaCall`.
+        causal_lower_right: As in `SdpaCall`.
+        masked: Whether there is a mask beside causality.
+        dtype: Of what the kernel reads.
+        device: Kind and index.
+    """
+
+    batch: int
+    q_heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    value_dim: int
+    is_causal: bool
+    causal_lower_right: bool
+    masked: bool
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """What the cost model expects of one call.
+
+    Attributes:
+        dense_seconds: Dense attention.
+        select_seconds: Scoring and selection.
+        attend_seconds: Attention to the kept blocks.
+        density: Kept over visible blocks that were assumed.
+    """
+
+    dense_seconds: float
+    select_seconds: float
+    attend_seconds: float
+    density: float
+
+    @property
+    def sparse_seconds(self) -> float:
+        """Selection and attention."""
+        return self.select_seconds + self.attend_seconds
+
+
+def call_shape(call: SdpaCall) -> CallShape:
+    """The shape of a call; symbolic sizes as they were first seen (they steer only speed)."""
+    # Not autocast's dtype: tracing, the pass and lowering must see the same call.
+    query, key = call.query, call.key
+    batch, q_heads, q_len, head_dim = query.shape
+    return CallShape(
+        batch=_size(batch),
+        q_heads=_size(q_heads),
+        kv_heads=_size(key.shape[1]),
+        q_len=_size(q_len),
+        kv_len=_size(key.shape[2]),
+        head_dim=_size(head_dim),
+        value_dim=_size(call.value.shape[3]),
+        is_causal=bool(call.is_causal),
+        causal_lower_right=bool(call.causal_lower_right),
+        masked=call.attn_mask is not None or bool(call.mask),
+        dtype=query.dtype,
+        device=query.device,
+    )
+
+
+def _size(size: Any) -> int:
+    return size if type(size) is int else _first_seen(size, fallback=1)
+
+
+@lru_cache(maxsize=4096)
+def forecast(shape: CallShape, selector: Selector, density: float | None = None) -> Forecast:
+    """Predicts a call that the flex kernel can run; cached.
+
+    Args:
+        shape: The call.
+        selector: Which blocks are kept.
+        density: Kept over visible blocks where that was measured; the selector's own estimate by
+            default.
+    """
+    return forecast_at(shape, selector, rates_of(shape, selector).rates, density)
+
+
+def rates_of(shape: CallShape, selector: Selector) -> FoundRates:
+    """The rates of a call: its selection runs by GPU kernels, or by plain PyTorch."""
+    plain = shape.masked or not selector.cost.has_kernels
+    return find_rates(shape.device, shape.dtype, plain=plain)
+
+
+def forecast_at(
+    shape: CallShape, selector: Selector, rates: DeviceRates, density: float | None = None
+) -> Forecast:
+    """`forecast` with the rates of a device that need not be here."""
+    cost, block_size = selector.cost, selector.block_size
+    if density is None:
+        density = cost.density(
+            q_len=shape.q_len,
+            kv_len=shape.kv_len,
+            block_size=block_size,
+            is_causal=shape.is_causal,
+            causal_lower_right=shape.causal_lower_right,
+        )
+    offset = max(shape.kv_len - shape.q_len, 0) if shape.causal_lower_right else 0
+    sizes = (*shape[:7], offset, int(shape.masked), shape.dtype.itemsize)
+    composite = (cost.c_q, cost.c_k, cost.c_h, cost.sampled_queries)
+    settings = (block_size, *composite, density, rates.tile)
+    values = (getattr(rates, name) for name in _rate_names())
+    causal = shape.is_causal or shape.causal_lower_right
+    dense, select, attend = _seconds(causal)(*sizes, *settings, *values)
+    return Forecast(
+        dense_seconds=dense, select_seconds=select, attend_seconds=attend, density=density
+    )
+
+
+@lru_cache
+def _rate_names() -> tuple[str, ...]:
+    return tuple(f.name for f in fields(DeviceRates) if f.type == "float")
+
+
+@lru_cache
+def _seconds(causal: bool) -> Callable[..., tuple[float, float, float]]:
+    """The model's three stages as one function of plain numbers."""
+    stages = cost_model.attention_stages(causal=causal).values()
+    arguments = [
+        *cost_model.SHAPE,
+        *cost_model.SETTINGS,
+        *(sympy.Symbol(name) for name in _rate_names()),
+    ]
+    expressions = [stage.seconds for stage in stages]
+    return sympy.lambdify(arguments, expressions, modules="math", cse=True)
+
+
+def break_even_length(shape: CallShape, selector: Selector, *, self_attention: bool) -> int | None:
+    """The fewest keys from which sparse is predicted faster, or ``None`` where it never is.
+
+    Args:
+        shape: The call; its ``kv_len`` does not matter.
+        selector: Which blocks are kept.
+        self_attention: Whether there are as many queries as keys, at every length; otherwise
+            there are ``shape.q_len``.
+
+    Returns:
+        A multiple of the block size, from which sparse is faster at every length.
+    """
+    q_len = 0 if self_attention else shape.q_len
+    return _break_even_length(shape._replace(q_len=q_len, kv_len=0), selector, self_attention)
+
+
+@lru_cache(maxsize=1024)
+def _break_even_length(shape: CallShape, selector: Selector, self_attention: bool) -> int | None:
+    rates, size = rates_of(shape, selector).rates, selector.block_size
+
+    def is_faster(blocks: int) -> bool:
+        length = blocks * size
+        q_len = length if self_attention else shape.q_len
+        found = forecast_at(shape._replace(q_len=q_len, kv_len=length), selector, rates)
+        return found.sparse_seconds < found.dense_seconds
+
+    aligned = not self_attention and shape.causal_lower_right
+    first = -(-shape.q_len // size) if aligned else 1
+    high = max(LONGEST // size, first)
+    if not is_faster(high):
+        return None
+    low = high
+    while low >= first and is_faster(low):
+        high, low = low, max(low * 7 // 8, first - 1)
+    while high - low > 1:
+        middle = (high + low) // 2
+        high, low = (middle, low) if is_faster(middle) else (high, middle)
+    return high * size

@@ -1,0 +1,227 @@
+"""Sparse or dense: what can be decided from shapes, dtypes and settings, with the reason."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+
+from ...block_masks import supports_dtype
+from ..calls import (
+    SdpaCall,
+    SparseConfig,
+    is_sharded,
+    is_sharded_alike,
+    is_symbolic,
+    shards_tokens,
+    splits_group,
+)
+from .cost_forecast import break_even_length, call_shape, forecast
+
+# Hopper's flex backward tiles queries and keys by 128: sparse blocks must be multiples of it.
+BACKWARD_BLOCK_MULTIPLE = 128
+MIN_CUDA_HEAD_DIM = 16
+
+
+class DenseReason(StrEnum):
+    """Why a call stays dense."""
+
+    EXCLUDED = "layer excluded by the settings"
+    DROPOUT = "dropout_p is not 0: no sparse kernel drops attention weights"
+    NOT_4D = "query, key and value are not [batch, heads, tokens, head_dim]"
+    NOT_DENSE = "query, key and value are not dense tensors: nested or sparse"
+    FEW_QUERIES = "few queries (decoding): dense is faster"
+    SHORT = "fewer keys than min_length"
+    SLOWER = "the cost model predicts that dense is faster"
+    NO_KERNEL = "only masked SDPA could apply the blocks: never faster than dense"
+    HEADS = "heads, batch or lengths do not go together: left to SDPA's own error"
+    DTYPE = "dtypes differ or are not floating"
+    DEVICE = "not on CPU or CUDA, or on several devices"
+    MASK_AND_CAUSAL = "attn_mask and is_causal together: left to SDPA's own error"
+    MASK_SHAPE = "attn_mask does not broadcast to [batch, heads, q_len, kv_len]"
+    MASK_GRADIENT = "attn_mask needs a gradient"
+    CAUSAL_ROWS_WITHOUT_KEYS = "causal_lower_right with more queries than keys"
+    KERNEL = "FlexAttention's CUDA kernel takes float16, bfloat16 or float32 and head_dim >= 16"
+    BACKWARD_BLOCK = "training on CUDA needs a block_size that is a multiple of 128"
+    SHARDED_TOKENS = (
+        "DTensors sharded along the tokens: use unisparse_flex.distributed.ContextParallel"
+    )
+    SHARDED_UNLIKE = "DTensors that are not sharded alike, only on heads and batch"
+    SPLIT_GROUP = "a GQA group is split over ranks, or ranks hold unequal numbers of heads"
+    NOT_ROW_BY_ROW = "the selector needs query rows that other ranks of the context hold"
+    SELECTOR = "the selector is not defined for such calls: not causal, masked or cross-attention"
+    NOT_OPTIMIZED = "not inside an optimized module"
+    NEEDS_WEIGHTS = "need_weights=True returns what no fused kernel computes"
+    KEYS_OF_ITS_OWN = "bias_k, add_zero_attn or static keys: the module adds keys of its own"
+
+
+def refuse(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
+    """Why this call must or should stay dense, or ``None`` where it runs sparse.
+
+    Comparisons of symbolic lengths become guards of the traced graph; lengths that nothing is
+    known about stay dense. Where ``min_length`` is ``None`` the cost model decides last: exactly
+    for known lengths, by one guard on the keys for symbolic ones.
+
+    Of a call of DTensors only the sharding is judged: each rank decides about what it holds.
+    """
+    if config.dense:
+        return DenseReason.EXCLUDED
+    query, key, value = call.query, call.key, call.value
+    if not all(t.layout is torch.strided and not t.is_nested for t in (query, key, value)):
+        return DenseReason.NOT_DENSE
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        return DenseReason.NOT_4D
+    if is_sharded(call):
+        return refuse_sharding(call)
+    if not guard_or_false(query.shape[2] >= max(config.min_queries, 1)):
+        return DenseReason.FEW_QUERIES
+    if not guard_or_false(key.shape[2] >= max(config.min_length or 0, 1)):
+        return DenseReason.SHORT
+    if call.dropout_p != 0.0:
+        return DenseReason.DROPOUT
+    reason = (
+        _refuse_tensors(call)
+        or _refuse_mask(call)
+        or _refuse_selector(call, config)
+        or _refuse_kernel(call, config)
+    )
+    if reason is None and config.min_length is None:
+        reason = _refuse_slow(call, config)
+    return reason
+
+
+def refuse_sharding(call: SdpaCall) -> DenseReason | None:
+    """Why the ranks cannot compute a call of DTensors each for itself; ``None`` where they can."""
+    if any(tensor.dim() != 4 for tensor in (call.query, call.key, call.value)):
+        # Which dimension holds heads is not known.
+        return DenseReason.NOT_4D
+    if shards_tokens(call):
+        return DenseReason.SHARDED_TOKENS
+    if not is_sharded_alike(call):
+        return DenseReason.SHARDED_UNLIKE
+    return DenseReason.SPLIT_GROUP if splits_group(call) else None
+
+
+def needs_grad(call: SdpaCall) -> bool:
+    """Whether the output must carry a gradient."""
+    return torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (call.query, call.key, call.value)
+    )
+
+
+def flex_supports(query: Tensor, value: Tensor) -> bool:
+    """Whether FlexAttention's CUDA kernel takes these tensors."""
+    narrow = min(query.shape[-1], value.shape[-1]) >= MIN_CUDA_HEAD_DIM
+    return narrow and query.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def flex_lowers(call: SdpaCall) -> bool:
+    """Whether Inductor lowers the flex operator for these tensors to a block-sparse kernel."""
+    if call.query.device.type == "cuda":
+        return flex_supports(call.query, call.value)
+    # The CPU kernel has no backward and cannot read captured tensors at dynamic lengths.
+    capture_free = call.attn_mask is None and not call.mask_tensors and not needs_grad(call)
+    # Nor symbolic integers: its template takes one for a size of its own where the names collide.
+    numbers = (*(call.mask_numbers or ()), call.causal_offset())
+    capture_free = capture_free and not any(is_symbolic(number) for number in numbers)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    return capture_free and call.query.dtype in dtypes and _has_cpu_kernel()
+
+
+def _has_cpu_kernel() -> bool:
+    """Whether Inductor has a flex kernel for this CPU, as it runs in this process.
+
+    What its `check_cpu_supported` asks: vector units of AVX2 or newer that ATEN_CPU_CAPABILITY
+    does not switch off, on a system with that kernel.
+    """
+    vectorised = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return vectorised and sys.platform != "darwin" and not torch.xpu.is_available()
+
+
+def _refuse_tensors(call: SdpaCall) -> DenseReason | None:
+    query, key, value = call.query, call.key, call.value
+    if query.device.type not in ("cpu", "cuda") or {key.device, value.device} != {query.device}:
+        return DenseReason.DEVICE
+    autocast = torch.is_autocast_enabled(query.device.type)
+    if not supports_dtype(query.dtype) or (
+        not autocast and {key.dtype, value.dtype} != {query.dtype}
+    ):
+        return DenseReason.DTYPE
+    batches = guard_or_false(query.shape[0] == key.shape[0]) and guard_or_false(
+        key.shape[0] == value.shape[0]
+    )
+    lengths = guard_or_false(key.shape[2] == value.shape[2])
+    heads = 0 < key.shape[1] == value.shape[1] and (
+        query.shape[1] == key.shape[1]
+        or (call.enable_gqa and query.shape[1] > 0 and query.shape[1] % key.shape[1] == 0)
+    )
+    if not (batches and lengths and heads and 0 < query.shape[3] == key.shape[3]):
+        return DenseReason.HEADS
+    return None
+
+
+def _refuse_mask(call: SdpaCall) -> DenseReason | None:
+    q_len, kv_len = call.query.shape[2], call.key.shape[2]
+    # Together with is_causal, causal_lower_right counts as a mask, which it is in torch.
+    masked = call.attn_mask is not None
+    if (call.causal and masked) or (call.is_causal and call.causal_lower_right):
+        return DenseReason.MASK_AND_CAUSAL
+    if call.causal_lower_right and not guard_or_false(q_len <= kv_len):
+        return DenseReason.CAUSAL_ROWS_WITHOUT_KEYS
+    mask = call.attn_mask
+    if mask is None:
+        return None
+    if mask.requires_grad and torch.is_grad_enabled():
+        return DenseReason.MASK_GRADIENT
+    if mask.layout is not torch.strided or mask.is_nested:
+        return DenseReason.NOT_DENSE
+    if mask.dtype is not torch.bool and not supports_dtype(mask.dtype):
+        return DenseReason.DTYPE
+    if mask.device != call.query.device:
+        return DenseReason.DEVICE
+    target = (call.query.shape[0], call.query.shape[1], q_len, kv_len)
+    fits = mask.dim() <= 4 and all(
+        guard_or_false(have == 1) or guard_or_false(have == want)
+        for have, want in zip(reversed(mask.shape), reversed(target), strict=False)
+    )
+    return None if fits else DenseReason.MASK_SHAPE
+
+
+def _refuse_selector(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
+    if config.context is not None and not config.selector.row_independent:
+        return DenseReason.NOT_ROW_BY_ROW
+    supported = config.selector.supports(
+        causal=call.causal,
+        masked=call.attn_mask is not None or bool(call.mask),
+        self_attention=guard_or_false(call.query.shape[2] == call.key.shape[2]),
+    )
+    return None if supported else DenseReason.SELECTOR
+
+
+def _refuse_kernel(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
+    if call.query.device.type != "cuda":
+        return None
+    autocast = torch.is_autocast_enabled("cuda")
+    if not autocast and not flex_supports(call.query, call.value):
+        return DenseReason.KERNEL
+    if needs_grad(call) and config.selector.block_size % BACKWARD_BLOCK_MULTIPLE:
+        return DenseReason.BACKWARD_BLOCK
+    return None
+
+
+def _refuse_slow(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
+    if not flex_lowers(call):
+        return DenseReason.NO_KERNEL
+    q_len, kv_len = call.query.shape[2], call.key.shape[2]
+    shape = call_shape(call)
+    if isinstance(kv_len, torch.SymInt):
+        self_attention = statically_known_true(q_len == kv_len)
+        length = break_even_length(shape, config.selector, self_attention=self_attention)
+        faster = length is not None and guard_or_false(kv_len >= length)
+    else:
+        found = forecast(shape, config.selector)
+        faster = found.sparse_seconds < found.dense_seconds
+    return None if faster else DenseReason.SLOWER

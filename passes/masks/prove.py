@@ -1,0 +1,226 @@
+"""What an attention mask provably is: a node of a graph, lifted to a formula over positions.
+
+The nodes that compute the mask are read as expressions over its dimensions. Where the whole comes
+out as a formula whose tensors are per query or per key, the mask of pairs is not needed at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from ...block_masks.masks import (
+    FALSE,
+    KV,
+    TRUE,
+    Affine,
+    Bool,
+    Compare,
+    Coordinate,
+    Load,
+    Q,
+    Symbol,
+    atoms,
+    coordinates,
+    format_mask,
+    map_parts,
+    replace_atoms,
+    replace_in,
+    upper_bound,
+    variable,
+)
+from ..calls import mutated_origins, operation, origins, recorded, recorded_value
+from . import shape_readers, truth_readers, value_readers  # noqa: F401  (the readers register)
+from .kinds import describe_mask
+from .readers import HANDLERS, Lifter
+from .values import Absolute, Choice
+
+COORDINATES = ("b", "h", "q", "kv")
+# Far beyond what masks say; a formula this long costs more than it saves.
+MAX_TEXT = 2000
+MAX_NUMBER = 2**30
+
+
+class Unproved(StrEnum):
+    """Why a mask stays a tensor."""
+
+    UNRECORDED = "no shapes are recorded"
+    UNTRACED = "what computes it cannot be traced"
+    PAIRS = "it depends on query and key together in a way that is not understood"
+    HEADS = "it differs between heads"
+    BIAS = "it adds a bias to the logits"
+    MUTATED = "a tensor that it is made of is changed in place"
+    NUMBERS = "its integers may be too large for a kernel's arithmetic"
+    LONG = "its formula is too long"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiftedMask:
+    """A mask as the formula that it provably is.
+
+    Attributes:
+        text: The formula, as `MaskProgram.parse` reads it.
+        expr: The same, with the graph's nodes as sources.
+        tensors: Nodes of ``t0, t1, ...``.
+        numbers: Nodes of ``n0, n1, ...``.
+        kind: What it is, in words: ``"causal, key padding"``.
+    """
+
+    text: str
+    expr: Bool
+    tensors: tuple[fx.Node, ...]
+    numbers: tuple[fx.Node, ...]
+    kind: str
+
+    def is_everything(self) -> bool:
+        """Whether the mask hides nothing."""
+        return self.expr == TRUE
+
+    def causal_offset(self) -> Any:
+        """The offset, symbolic perhaps, where the mask is causality and nothing else."""
+        if not isinstance(self.expr, Compare) or self.expr.op == "==":
+            return None
+        own = Affine(((KV, 1), (Q, -1)))
+        bound = own - self.expr.difference
+        return number_of(bound) if bound.only(Symbol) else None
+
+
+class MaskCache:
+    """The masks of one graph, each lifted once for all the calls that share it."""
+
+    def __init__(self) -> None:
+        self._lifted: dict[tuple[Any, ...], LiftedMask | Unproved] = {}
+        self._read: dict[fx.Node, None] = {}
+
+    def lift(self, node: fx.Node, shape: tuple[Any, ...] | None) -> LiftedMask | Unproved:
+        """See `lift_mask`."""
+        if shape is None:
+            return Unproved.UNRECORDED
+        key = (node, *(str(size) for size in shape))
+        if key not in self._lifted:
+            lifter = Lifter(node)
+            self._lifted[key] = lift_mask(node, shape, lifter)
+            self._read.update(dict.fromkeys(lifter.visited))
+        return self._lifted[key]
+
+    def erase_unused(self) -> None:
+        """Erases what computed the masks and has no other use."""
+        for node in sorted(self._read, reverse=True):
+            if not node.users and operation(node) in HANDLERS:
+                node.graph.erase_node(node)
+
+
+def lift_mask(
+    node: fx.Node, shape: tuple[Any, ...], lifter: Lifter | None = None
+) -> LiftedMask | Unproved:
+    """Proves what the mask that ``node`` computes is.
+
+    Args:
+        node: The mask in its graph: bool, or floating and added to the logits.
+        shape: [B, Hq, Sq, Skv], perhaps symbolic.
+        lifter: Where ``node`` was read; read anew by default.
+
+    Returns:
+        The formula, or why there is none.
+    """
+    mask = recorded(node)
+    if mask is None or mask.dim() > len(COORDINATES):
+        return Unproved.UNRECORDED
+    lifter = Lifter(node) if lifter is None else lifter
+    value = lifter.value_of(node)
+    if isinstance(value, Choice):
+        value = _visible(value, mask.dtype)
+    if value is None or isinstance(value, (Affine, Absolute)):
+        return Unproved.BIAS if mask.dtype.is_floating_point else Unproved.PAIRS
+    if not mutated_origins(node.graph.nodes).isdisjoint(
+        origin for visited in lifter.visited for origin in origins(visited)
+    ):
+        return Unproved.MUTATED
+    names = COORDINATES[len(COORDINATES) - mask.dim() :]
+    ours = {Coordinate(f"d{i}"): variable(Coordinate(name)) for i, name in enumerate(names)}
+    expr = replace_atoms(value, ours.get)  # type: ignore[arg-type]
+    expr = _simplified(expr, dict(zip(COORDINATES, shape, strict=True)))
+    reason = _refuse(expr, mask.device)
+    if reason is not None:
+        return reason
+    return _named(expr)
+
+
+def number_of(value: Affine) -> Any:
+    """An integer of symbols as tracing recorded it."""
+    total: Any = value.const
+    for atom, factor in value.terms:
+        assert isinstance(atom, Symbol)
+        total = total + factor * recorded_value(atom.source)
+    return total
+
+
+def _visible(value: Choice, dtype: torch.dtype) -> Bool | None:
+    """Where an additive mask hides nothing, if hiding is all that it does."""
+    lowest = torch.finfo(dtype).min if dtype.is_floating_point else 0
+    if any(entry != 0 and not entry <= lowest for entry in value.regions):
+        return None
+    return value.regions.get(0.0, FALSE)
+
+
+def _simplified(expr: Bool, shape: dict[str, Any]) -> Bool:
+    """The same for these sizes: comparisons that always or never hold are decided."""
+    sizes = {name: size for name, size in shape.items() if isinstance(size, int)}
+
+    def decide(part: Bool) -> Bool:
+        if isinstance(part, Compare) and part.op != "==":
+            if upper_bound(part.difference, sizes, 0):
+                return TRUE
+            if upper_bound(-part.difference + 1, sizes, 0):
+                return FALSE
+        return part
+
+    return map_parts(expr, decide)
+
+
+def _refuse(expr: Bool, device: torch.device) -> Unproved | None:
+    for atom in atoms(expr):
+        if isinstance(atom, Load):
+            names = {name for index in atom.index for name in coordinates(index)}
+            if not names <= set(COORDINATES) or {"q", "kv"} <= names:
+                return Unproved.PAIRS
+            tensor = recorded(atom.source)
+            if tensor is None or tensor.device != device:
+                return Unproved.PAIRS
+        elif isinstance(atom, Symbol):
+            number = recorded_value(atom.source)
+            if not guard_or_false(number < MAX_NUMBER) or not guard_or_false(number > -MAX_NUMBER):
+                return Unproved.NUMBERS
+        elif isinstance(atom, Coordinate) and atom.name not in COORDINATES:
+            return Unproved.PAIRS
+    return Unproved.HEADS if "h" in coordinates(expr) else None
+
+
+def _named(expr: Bool) -> LiftedMask | Unproved:
+    tensors: dict[fx.Node, str] = {}
+    numbers: dict[fx.Node, str] = {}
+
+    def rename(atom: Any) -> Affine | None:
+        if isinstance(atom, Symbol):
+            return variable(Symbol(numbers.setdefault(atom.source, f"n{len(numbers)}")))
+        if isinstance(atom, Load):
+            name = tensors.setdefault(atom.source, f"t{len(tensors)}")
+            index = tuple(replace_in(part, rename) for part in atom.index)
+            return variable(Load(name, index))
+        return None
+
+    text = format_mask(replace_atoms(expr, rename))
+    if len(text) > MAX_TEXT:
+        return Unproved.LONG
+    return LiftedMask(
+        text=text,
+        expr=expr,
+        tensors=tuple(tensors),
+        numbers=tuple(numbers),
+        kind=describe_mask(expr),
+    )

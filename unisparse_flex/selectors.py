@@ -1,0 +1,31 @@
+"""Which blocks are kept: `UniSparse`, selectors of other work to compare with, and the oracle."""
+
+from .block_masks import (
+    DEFAULT_SELECTOR,
+    BlockSelection,
+    DenseSpan,
+    FlashPrefill,
+    FlexPrefill,
+    MInference,
+    Oracle,
+    PatchOrder,
+    Selector,
+    StreamingLLM,
+    UniSparse,
+    XAttention,
+)
+
+__all__ = [
+    "DEFAULT_SELECTOR",
+    "BlockSelection",
+    "DenseSpan",
+    "FlashPrefill",
+    "FlexPrefill",
+    "MInference",
+    "Oracle",
+    "PatchOrder",
+    "Selector",
+    "StreamingLLM",
+    "UniSparse",
+    "XAttention",
+]
