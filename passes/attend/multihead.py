@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calls import SdpaCall
+from ..calls import SdpaCall, own_function
 from ..decision import DenseReason
 from .marker import lowered_sdpa, marked_sdpa
 
 Attend = Callable[[SdpaCall], Tensor]
 
-MULTIHEAD = F.multi_head_attention_forward
+MULTIHEAD = own_function(F.multi_head_attention_forward)
 # What nn.TransformerEncoderLayer calls in inference, Dynamo's tracing included.
 FUSED_ENCODER_LAYER = torch._transformer_encoder_layer_fwd
 MULTIHEAD_TARGETS: dict[str, Callable[..., Any]] = {

@@ -3,6 +3,7 @@
 from .aliases import is_changed_between, mutated_origins, origins
 from .config import BACKENDS, SparseConfig, decode_selector
 from .nodes import operation, recorded, recorded_value
+from .own_functions import own_function
 from .sdpa import POSITIONAL, SDPA_TARGETS, TORCH_SDPA, SdpaCall, is_sdpa, is_symbolic
 from .sharding import (
     HeadShard,
@@ -35,6 +36,7 @@ __all__ = [
     "mutated_origins",
     "operation",
     "origins",
+    "own_function",
     "recorded",
     "recorded_value",
     "run_on_shards",

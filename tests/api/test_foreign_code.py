@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +21,7 @@ from unisparse_flex.passes import DenseReason
 
 from .models import Attention, create, embeddings
 
+ROOT = Path(__file__).parents[2]
 FEW = UniSparse(block_size=32, top_k=2)
 SDPA: Callable[..., Tensor] = F.scaled_dot_product_attention
 OPERATORS = [
@@ -294,6 +298,30 @@ def test_a_function_of_torch_that_somebody_patched_runs_once(
     restore(model)
     assert [call.reason for call in explain(model, x).calls] == [DenseReason.NOT_OPTIMIZED]
     assert len(calls) == 4 * count
+
+
+PATCHED_BEFORE = """
+import torch, torch.nn.functional as F
+own = F.multi_head_attention_forward
+F.multi_head_attention_forward = lambda query, *rest, **more: own(2 * query, *rest, **more)
+from tests.api.models import create
+from tests.api.test_foreign_code import Mixed
+from unisparse_flex import UniSparse, explain, optimize
+x = torch.randn(1, 256, 32)
+model = create(Mixed).train()
+expected = model(x)
+for selector in (None, UniSparse(block_size=32, top_p=1.0, c_q=8, c_k=8)):
+    optimize(model, selector, min_length=None if selector is None else 0)
+    torch.testing.assert_close(model(x), expected)
+    print(*(call.decision for call in explain(model, x).calls))
+"""
+
+
+def test_a_function_that_was_patched_before_the_import_runs_once() -> None:
+    command = [sys.executable, "-c", PATCHED_BEFORE]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["dense", "sparse"]
 
 
 def assign_itself(module: nn.Module) -> None:

@@ -12,7 +12,6 @@ from .modules import (
     settings_of,
     split_fused_layers,
 )
-from .own_functions import own_function
 from .scopes import config_in_force, is_seen_here, run_sparse
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "is_seen_here",
     "leave_attention",
     "original_module",
-    "own_function",
     "release",
     "resolve_causal_bias",
     "run_sparse",

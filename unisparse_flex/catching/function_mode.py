@@ -16,9 +16,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from ..passes.attend import MULTIHEAD_TARGETS, marked_multihead, marked_sdpa, refuse_multihead
-from ..passes.calls import POSITIONAL, SDPA_TARGETS, TORCH_SDPA, SdpaCall, is_dtensor
+from ..passes.calls import (
+    POSITIONAL,
+    SDPA_TARGETS,
+    TORCH_SDPA,
+    SdpaCall,
+    is_dtensor,
+    own_function,
+)
 from .causal_bias import resolve_causal_bias
-from .own_functions import own_function
 
 SDPA_OPERATORS = SDPA_TARGETS[1:]
 UNFLATTEN = torch.Tensor.unflatten

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..catching import own_function
-from ..passes.calls import TORCH_SDPA
+from ..passes.calls import TORCH_SDPA, own_function
 
 ROW_STRIDE = 16
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..block_masks import BlockSelection, valid_blocks
-from ..catching import original_module, own_function
+from ..catching import original_module
 from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import MULTIHEAD_TARGETS, refuse_multihead
-from ..passes.calls import TORCH_SDPA, SdpaCall
+from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
 from ..passes.decision import CallForecast, forecast_call
 
 COLUMNS = (
