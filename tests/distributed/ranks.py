@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 
 # A collective that waits longer for a rank fails; a rank may compile meanwhile.
-GROUP_SECONDS = 90
-START_SECONDS = 60
+GROUP_SECONDS = 240
+START_SECONDS = 180
+# Other tests run beside these on the same cores.
+SLACK = 3
 
 
 class RankFailed(AssertionError):
@@ -100,7 +102,7 @@ class Ranks:
         self._folder.cleanup()
 
     def _collect(self, seconds: float) -> list[Any]:
-        end = time.monotonic() + seconds
+        end = time.monotonic() + SLACK * seconds
         results: list[Any] = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(max(0.0, end - time.monotonic())):
