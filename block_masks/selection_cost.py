@@ -84,7 +84,7 @@ class SelectionCost:
         validate_causality(is_causal, causal_lower_right)
         causal = is_causal or causal_lower_right
         if is_causal:
-            # Nobody sees the keys after.
+            # Nobody sees later keys.
             kv_len = min(kv_len, q_len)
         rows, columns = -(-q_len // block_size), -(-kv_len // block_size)
         # Rows that grow by one visible block each, up to all columns; the others see them all.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodDescriptorType, MethodWrapperType
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 Function = Callable[..., Any]
 
-TORCH_FOLDER = str(Path(torch.__file__).parent)
+# With its separator: torchvision and torchao lie beside it.
+TORCH_FOLDER = os.path.join(os.path.dirname(torch.__file__), "")
 # Each with the module that its functions are written in.
 NAMESPACES: dict[Any, str] = {
     F: "torch.nn.functional",

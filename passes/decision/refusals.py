@@ -49,7 +49,9 @@ class DenseReason(StrEnum):
     SHARDED_TOKENS = (
         "DTensors sharded along the tokens: use unisparse_flex.distributed.ContextParallel"
     )
-    SHARDED_UNLIKE = "DTensors that are not sharded alike, only on heads and batch"
+    SHARDED_UNLIKE = (
+        "DTensors that are sharded unlike one another, or on other dimensions than heads and batch"
+    )
     SPLIT_GROUP = "a GQA group is split over ranks, or ranks hold unequal numbers of heads"
     NOT_ROW_BY_ROW = "the selector needs query rows that other ranks of the context hold"
     SELECTOR = "the selector is not defined for such calls: not causal, masked or cross-attention"

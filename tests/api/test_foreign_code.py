@@ -301,9 +301,13 @@ def test_a_function_of_torch_that_somebody_patched_runs_once(
 
 
 PATCHED_BEFORE = """
-import torch, torch.nn.functional as F
+import os, sys, torch, torch.nn.functional as F
 own = F.multi_head_attention_forward
-F.multi_head_attention_forward = lambda query, *rest, **more: own(2 * query, *rest, **more)
+# In a file of the user's, or of a package beside torch.
+beside = os.path.dirname(torch.__file__) + "vision/patch.py"
+name = {"here": "patch.py", "beside": beside}[sys.argv[1]]
+patch = "lambda query, *rest, **more: own(2 * query, *rest, **more)"
+F.multi_head_attention_forward = eval(compile(patch, name, "eval"))
 from tests.api.models import create
 from tests.api.test_foreign_code import Mixed
 from unisparse_flex import UniSparse, explain, optimize
@@ -317,8 +321,9 @@ for selector in (None, UniSparse(block_size=32, top_p=1.0, c_q=8, c_k=8)):
 """
 
 
-def test_a_function_that_was_patched_before_the_import_runs_once() -> None:
-    command = [sys.executable, "-c", PATCHED_BEFORE]
+@pytest.mark.parametrize("place", ["here", "beside"])
+def test_a_function_that_was_patched_before_the_import_runs_once(place: str) -> None:
+    command = [sys.executable, "-c", PATCHED_BEFORE, place]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == ["dense", "sparse"]

@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import carry
-from .dispatch_key import leave_attention, set_up_key
+from .dispatch_key import set_up_key
 from .encoder_padding import fill_padding
-from .function_mode import SparseAttentionMode
-from .scopes import is_in_force, run_sparse
+from .scopes import is_in_force, run_sparse, run_under_mode
 
 CONFIG_ATTRIBUTE = "_unisparse_config"
 # True where only a function mode catches all attention of an eager forward.
@@ -99,8 +98,7 @@ def _run_forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **k
     if config is None or is_in_force(config):
         return forward(*args, **kwargs)
     if module.__dict__.get(MODE_ATTRIBUTE) and not torch.compiler.is_compiling():
-        with leave_attention(), SparseAttentionMode(config):
-            return forward(*args, **kwargs)
+        return run_under_mode(config, forward, *args, **kwargs)
     return run_sparse(config, forward, *args, **kwargs)
 
 

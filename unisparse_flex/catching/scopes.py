@@ -18,9 +18,14 @@ def run_sparse(config: str, function: Callable[..., Any], *args: Any, **kwargs: 
         with SparseAttentionMode(config):
             return function(*args, **kwargs)
     if not can_catch_attention():
-        with leave_attention(), SparseAttentionMode(config):
-            return function(*args, **kwargs)
+        return run_under_mode(config, function, *args, **kwargs)
     with catch_attention(config):
+        return function(*args, **kwargs)
+
+
+def run_under_mode(config: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`run_sparse` of an eager call by a function mode, which sees more than the dispatch key."""
+    with leave_attention(), SparseAttentionMode(config):
         return function(*args, **kwargs)
 
 
