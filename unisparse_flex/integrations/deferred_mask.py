@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from ..block_masks import MaskProgram
 from ..passes.calls import SdpaCall
@@ -64,7 +64,10 @@ class DeferredMask(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Runs every operation on the computed mask."""
-        args, kwargs = tree_map_only(DeferredMask, cls.compute, (args, dict(kwargs or {})))
+        args, kwargs = tree_map(
+            lambda value: value.compute() if isinstance(value, DeferredMask) else value,
+            (args, dict(kwargs or {})),
+        )
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
