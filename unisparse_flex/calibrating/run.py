@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..block_masks import DEFAULT_SELECTOR, Selector, UniSparse, validate_fraction
+from ..block_masks import DEFAULT_SELECTOR, Selector, UniSparse
 from ..block_masks.selectors import default_top_p, validate_selector
+from ..block_masks.validation import validate_fraction
 from ..calibration import Calibration
 from ..catching import is_intercepted
 from ..optimization import validate_model
