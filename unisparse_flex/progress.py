@@ -31,13 +31,13 @@ class Progress:
     def __init__(self, title: str = "", *, total: int = 0, shown: bool = True) -> None:
         self.title, self.total, self.done, self.shown = title, total, 0, shown
         self._step = ""
-        self._written: float | None = None
+        self._unfinished = False
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> Self:
-        self._start = time.monotonic()
+        self._start = self._next_line = time.monotonic()
         if self.shown:
             self._ticker.start()
         return self
@@ -47,7 +47,7 @@ class Progress:
             return
         self._over.set()
         self._ticker.join()
-        if self._written is not None and sys.stderr.isatty():
+        if self._unfinished:
             sys.stderr.write("\n")
 
     def show(self, step: str) -> None:
@@ -78,13 +78,13 @@ class Progress:
 
         with self._lock:
             self._start = time.monotonic()
+            self._next_line = self._start + LINE_SECONDS
         self.show(f"{bar(done, total)} {name}" if total else name)
         yield advance
         with self._lock:
             self._step = ""
             if self.shown:
                 self._write(name, time.monotonic(), end="\n")
-            self._written = None
 
     def _tick(self) -> None:
         while not self._over.wait(TICK_SECONDS):
@@ -98,7 +98,7 @@ class Progress:
             return
         if sys.stderr.isatty():
             self._write(self._step, now, end="")
-        elif self._written is None or now - self._written >= LINE_SECONDS:
+        elif now >= self._next_line:
             self._write(self._step, now, end="\n")
 
     def _write(self, step: str, now: float, *, end: str) -> None:
@@ -106,7 +106,7 @@ class Progress:
         title = f"{self.title}: " if self.title else ""
         sys.stderr.write(f"{before}{title}{step}, {now - self._start:.0f} s{end}")
         sys.stderr.flush()
-        self._written = now
+        self._next_line, self._unfinished = now + LINE_SECONDS, not end
 
 
 def bar(done: int, total: int) -> str:

@@ -81,15 +81,15 @@ def test_parts_are_counted_in_a_bar(capsys, clock):
 
 
 def test_a_pipe_keeps_a_line_for_every_step_that_is_over(capsys, clock):
-    clock([0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.5, 9.0, 10.0])
+    clock([0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 9.0, 17.0, 18.0])
     with Progress() as progress:
         with progress.step("load"):
             pass
         with progress.step("read", 2) as advance:
             advance()
             advance()
-    running = f"[{'#' * 24}] 2/2 read, 8 s\n"
-    assert capsys.readouterr().err == f"load, 1 s\n{running}read, 9 s\n"
+    running = f"[{'#' * 24}] 2/2 read, 16 s\n"
+    assert capsys.readouterr().err == f"load, 1 s\n{running}read, 17 s\n"
 
 
 def test_on_a_terminal_the_line_of_a_step_that_is_over_stays(capsys, clock, monkeypatch):
