@@ -13,7 +13,7 @@ from pathlib import Path
 
 import grimp
 
-from unisparse_flex.figures.style import COLORS, save
+from unisparse_flex.reports.figures.style import COLORS, save
 
 ROOT = "unisparse_flex"
 LAYERS = {ROOT: "unisparse_flex: what a user touches", f"{ROOT}.passes": "passes: where in a graph"}

@@ -22,9 +22,9 @@ from unisparse_flex.block_masks import (
     SelectionRule,
     Threshold,
     TopP,
-    compute_mean_scores,
     summarize,
 )
+from unisparse_flex.block_masks.scoring import compute_mean_scores
 from unisparse_flex.block_masks.selectors import DROPPED_THRESHOLDS, ForcesBlocks, default_top_p
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...block_masks import MaskProgram, validate_causality
+from ...block_masks.masks import MaskProgram
+from ...block_masks.validation import validate_causality
 
 POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 # What torch defined. The name in torch.nn.functional may be somebody's patch, which calls this one:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unisparse_flex import attention
-from unisparse_flex.block_masks import BlockGeometry, FlexPrefill, Selector
+from unisparse_flex.block_masks import BlockGeometry, Selector
+from unisparse_flex.block_masks.selectors import FlexPrefill
 
 from . import last_queries_oracle as oracle
 from .last_queries_oracle import tokens

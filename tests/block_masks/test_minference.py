@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unisparse_flex import attention
-from unisparse_flex.block_masks import BlockGeometry, MInference, Selector
+from unisparse_flex.block_masks import BlockGeometry, Selector
+from unisparse_flex.block_masks.selectors import MInference
 
 from . import last_queries_oracle as oracle
 from .last_queries_oracle import tokens

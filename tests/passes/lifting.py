@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from unisparse_flex.block_masks import MaskProgram
+from unisparse_flex.block_masks.masks import MaskProgram
 from unisparse_flex.passes.calls.nodes import recorded
 from unisparse_flex.passes.calls.sdpa import is_sdpa
 from unisparse_flex.passes.masks.prove import LiftedMask, Unproved, lift_mask

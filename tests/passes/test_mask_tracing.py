@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 from transformers.masking_utils import sdpa_mask
 
-from unisparse_flex.block_masks import MaskProgram
+from unisparse_flex.block_masks.masks import MaskProgram
 from unisparse_flex.passes.masks.prove import Unproved
 from unisparse_flex.passes.masks.trace import TracedMask, trace_mask
 

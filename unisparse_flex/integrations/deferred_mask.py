@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..block_masks import MaskProgram
+from ..block_masks.masks import MaskProgram
 from ..passes.calls import SdpaCall
 from ..passes.masks import TracedMask, Unproved, trace_mask
 

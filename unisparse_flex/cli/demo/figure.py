@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..evaluation import MODEL_NAME
+from ...evaluation import MODEL_NAME
 from .options import DemoOptions
 from .results import DemoResult, Layer
 

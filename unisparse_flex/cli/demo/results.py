@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..evaluation import Prompt
+from ...evaluation import Prompt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

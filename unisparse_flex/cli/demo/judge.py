@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..evaluation import (
+from ...evaluation import (
     Prefill,
     Prompt,
     compute_kl,

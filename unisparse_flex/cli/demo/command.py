@@ -7,17 +7,11 @@ from typing import Any
 
 import click
 
-from ..demo import (
-    SELECTORS,
-    SHORTEST_PROMPT,
-    STDOUT,
-    DemoOptions,
-    find_what_is_missing,
-    show_demo,
-)
-from ..evaluation import TEXT_NAMES
-from . import PROGRAM
-from .failures import wrong_arguments
+from ...evaluation import TEXT_NAMES
+from .. import PROGRAM
+from ..failures import wrong_arguments
+from .options import SELECTORS, SHORTEST_PROMPT, DemoOptions
+from .show import STDOUT, find_what_is_missing, show_demo
 
 DEFAULT = DemoOptions()
 EXAMPLES = f"""\b

@@ -11,7 +11,8 @@ from shutil import which
 
 import torch
 
-from ..doctor import CXX_COMPILERS
+from ...doctor import CXX_COMPILERS
+from ...progress import Progress
 from .options import DemoOptions
 
 EXTRA_MODULES = (
@@ -39,13 +40,12 @@ def show_demo(options: DemoOptions, command: Sequence[str]) -> None:
     from rich.console import Console
 
     from .figure import save_figure
-    from .progress import ConsoleProgress, NoProgress
     from .report import dump_json, print_report, write_json
     from .run import run_demo
 
     to_stdout = options.json_path == STDOUT
     console = Console(stderr=to_stdout)
-    with NoProgress() if options.quiet else ConsoleProgress(console) as progress:
+    with Progress(shown=not options.quiet) as progress:
         result = run_demo(options, progress)
     save_figure(result, options, options.figure_path)
     written = [options.figure_path]

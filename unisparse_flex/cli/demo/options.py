@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..evaluation import CONTEXT_LENGTH, TextName
-from ..selectors import DEFAULT_SELECTOR, Selector, UniSparse
+from ...evaluation import CONTEXT_LENGTH, TextName
+from ...selectors import DEFAULT_SELECTOR, Selector, UniSparse
 
 # The library's own, and what the paper does.
 SELECTORS = {"default": DEFAULT_SELECTOR, "paper": UniSparse()}

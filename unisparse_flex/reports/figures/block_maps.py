@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..block_masks import BlockSelection
-from ..passes import SparseConfig, observe_calls
-from ..passes.calls import SdpaCall
-from ..reports import record_attention
+from ...block_masks import BlockSelection
+from ...passes import SparseConfig, observe_calls
+from ...passes.calls import SdpaCall
+from ..explanation import record_attention
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -6,12 +6,11 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ..evaluation import (
+from ...evaluation import (
     CaptureAttention,
     CapturedAttention,
     Prefill,
@@ -22,25 +21,16 @@ from ..evaluation import (
     prefill,
     time_in_turn,
 )
-from ..optimization import optimize
-from ..reports import record_attention
-from ..selectors import Selector
+from ...optimization import optimize
+from ...progress import Progress
+from ...reports import record_attention
+from ...selectors import Selector
 from .judge import Judge
 from .options import DemoOptions
 from .results import DemoResult, Layer, Row
 
 CUDA_REPEATS = 5
 WARM_UP_TOKENS = 256
-
-
-class Progress(Protocol):
-    """Shows what is going on."""
-
-    def step(
-        self, description: str, total: int | None = None
-    ) -> AbstractContextManager[Callable[[], None]]:
-        """Announces a step; the function that it yields advances one of ``total`` parts."""
-        ...
 
 
 def run_demo(options: DemoOptions, progress: Progress) -> DemoResult:

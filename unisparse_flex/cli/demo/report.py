@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation import MODEL_NAME, ROW_STRIDE, TEXT_SOURCES
+from ...evaluation import MODEL_NAME, ROW_STRIDE, TEXT_SOURCES
 from .options import DemoOptions
 from .results import DemoResult, Row
 
