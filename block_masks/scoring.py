@@ -282,11 +282,8 @@ def compute_sampled_scores(
     logits = (stacked @ key.to(accumulate).transpose(-1, -2)).unflatten(2, (group, rows))
 
     column = torch.arange(geometry.kv_len, device=query.device)
-    if geometry.causal_offset is not None:
-        seen = column[None, :] <= position[:, None] + geometry.causal_offset
-        logits = logits.masked_fill(~seen, -math.inf)
-    if geometry.mask is not None:
-        seen = geometry.mask.pairs(position, column)[:, :, None]
+    if geometry.hides_keys:
+        seen = geometry.pairs(position, column)[:, :, None]
         logits = logits.masked_fill(~seen, -math.inf)
     if attn_mask is not None:
         mask = expand_mask(attn_mask, geometry)[:, :, position]

@@ -1,4 +1,4 @@
-"""Masks as programs: formulas of a query's and a key's position."""
+"""Masks as programs, formulas of a query's and a key's position; and as tensors of pairs."""
 
 from .expr import (
     FALSE,
@@ -28,6 +28,7 @@ from .expr import (
 )
 from .program import MaskProgram, is_known
 from .rows import row_spans
+from .tensors import mask_4d
 from .text import format_mask
 from .tiles import Tiles, tile_bounds
 from .walk import atoms, coordinates, map_parts, replace_atoms, replace_in
@@ -61,6 +62,7 @@ __all__ = [
     "format_mask",
     "is_known",
     "map_parts",
+    "mask_4d",
     "negate",
     "replace_atoms",
     "replace_in",

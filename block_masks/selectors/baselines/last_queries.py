@@ -68,7 +68,7 @@ def attend_last(
     logits = torch.where(logits.isfinite(), logits, float("nan"))
     column = torch.arange(geometry.kv_len, device=query.device)
     exists = row[:, None] >= 0
-    seen = exists & (column <= row[:, None] + geometry.causal_offset)
+    seen = exists & geometry.pairs(row, column)
     shares = logits.masked_fill(~seen, -math.inf).softmax(-1) / exists.sum()
     return shares.masked_fill(~seen, 0.0)
 
