@@ -1,5 +1,6 @@
 """Masks as programs, formulas of a query's and a key's position; and as tensors of pairs."""
 
+from .evaluation import number_of
 from .expr import (
     FALSE,
     KV,
@@ -23,6 +24,7 @@ from .expr import (
     equal,
     floor_div,
     negate,
+    offset_bound,
     upper_bound,
     variable,
 )
@@ -64,6 +66,8 @@ __all__ = [
     "map_parts",
     "mask_4d",
     "negate",
+    "number_of",
+    "offset_bound",
     "replace_atoms",
     "replace_in",
     "row_spans",
