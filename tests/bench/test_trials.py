@@ -78,8 +78,8 @@ def test_a_trial_of_shipped_parts_selects_as_they_do(name: str) -> None:
 
 def test_the_trial_of_every_row_is_the_oracle() -> None:
     query, key, _ = qkv(500)
-    guards = {"sink_blocks": 0, "last_query_blocks": 0}
-    trial = Trial(block_size=32, sampled_queries=32, rule="top_p", value=0.6, **guards)
+    forced_blocks = {"sink_blocks": 0, "last_query_blocks": 0}
+    trial = Trial(block_size=32, sampled_queries=32, rule="top_p", value=0.6, **forced_blocks)
     oracle = Oracle(block_size=32, top_p=0.6)
     kept = trial.select(query, key, is_causal=True).keep
     assert kept.equal(oracle.select(query, key, is_causal=True).keep)

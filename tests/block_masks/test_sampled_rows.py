@@ -234,7 +234,7 @@ def test_the_selection_follows_the_average_of_both_scores(call: Call) -> None:
     keep, _ = select_blocks(
         (pooled + library_scores(call)) / 2,
         rule=selector.rule,
-        guards=selector.guards,
+        forced_blocks=selector.forced_blocks,
         geometry=call.geometry,
     )
     assert call.keep().equal(oracle.per_query_head(keep, call))
