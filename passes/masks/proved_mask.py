@@ -46,7 +46,7 @@ class ProvedMask:
         """Whether the mask hides nothing."""
         return self.expr == TRUE
 
-    def causal_flags(self, q_len: int, kv_len: int) -> dict[str, bool] | None:
+    def causal_flags(self, q_len: int, kv_len: int) -> tuple[bool, bool] | None:
         """SDPA's flags that say the same; ``None`` where the mask is more, or other, than a flag.
 
         Args:
@@ -54,11 +54,8 @@ class ProvedMask:
             kv_len: Its keys.
 
         Returns:
-            ``is_causal`` and ``causal_lower_right``, one of them True; both False for a mask that
-            hides nothing.
+            ``is_causal`` and ``causal_lower_right``, one of them True.
         """
-        if self.is_everything():
-            return {"is_causal": False, "causal_lower_right": False}
         bound = offset_bound(self.expr, KV, Q)
         if bound is None:
             return None
@@ -71,7 +68,7 @@ class ProvedMask:
         lower_right = aligned and is_known(last >= 0)
         if not (upper_left or lower_right):
             return None
-        return {"is_causal": upper_left, "causal_lower_right": lower_right}
+        return upper_left, lower_right
 
     def bind(self, call: SdpaCall, *, q_len: int, kv_len: int) -> SdpaCall:
         """``call`` with this mask in place of a tensor: as flags where they say it all.
@@ -81,12 +78,15 @@ class ProvedMask:
             q_len: Its query rows, perhaps symbolic.
             kv_len: Its keys.
         """
+        call = replace(call, attn_mask=None)
+        if self.is_everything():
+            return call
         flags = self.causal_flags(q_len, kv_len)
         if flags is not None:
-            return replace(call, attn_mask=None, **flags)
+            is_causal, lower_right = flags
+            return replace(call, is_causal=is_causal, causal_lower_right=lower_right)
         return replace(
             call,
-            attn_mask=None,
             mask=self.text,
             mask_tensors=list(self.tensors),
             mask_numbers=list(self.numbers),
