@@ -193,7 +193,7 @@ class Case:
             c_h=selector.c_h,
             sampled_queries=selector.sampled_queries,
             rule=selector.rule,
-            guards=selector.guards,
+            forced_blocks=selector.forced_blocks,
             scale=default_scale(query.shape[3]),
         )
         return lists.tensors()

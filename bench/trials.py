@@ -6,8 +6,9 @@ their names too. What they gave is in docs/selectors.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from unisparse_flex import Selector
 from unisparse_flex.block_masks import (
     BlockGeometry,
     BlockSelection,
+    MaskSummary,
     Pooled,
     Sampled,
     SelectionRule,
@@ -24,7 +26,12 @@ from unisparse_flex.block_masks import (
     TopP,
     summarize,
 )
-from unisparse_flex.block_masks.scoring import compute_mean_scores
+from unisparse_flex.block_masks.scoring import (
+    composite_logits,
+    compute_mean_scores,
+    row_masses,
+    sampled_logits,
+)
 from unisparse_flex.block_masks.selectors import DROPPED_THRESHOLDS, ForcesBlocks, default_top_p
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
@@ -95,6 +102,58 @@ RULES: dict[str, Callable[[float], SelectionRule]] = {
 }
 
 
+def power_mean_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    geometry: BlockGeometry,
+    granularities: Sequence[Pooled | Sampled],
+    scale: float,
+    power: int,
+    attn_mask: Tensor | None = None,
+    mask: MaskSummary | None = None,
+) -> Tensor:
+    """`compute_mean_scores` with a power mean, over rows and granularities alike.
+
+    A block counts for more where few of its rows attend to it much. Rows sum to 1.
+    """
+    size, found = geometry.block_size, []
+    for granularity in granularities:
+        if isinstance(granularity, Pooled):
+            groups = (size // granularity.q, size // granularity.k)
+            logits, counts = composite_logits(
+                query, key, geometry=geometry, granularity=granularity, scale=scale, mask=mask
+            )
+        else:
+            groups = (granularity.queries, size)
+            logits, counts = sampled_logits(
+                query,
+                key,
+                geometry=geometry,
+                granularity=granularity,
+                scale=scale,
+                attn_mask=attn_mask,
+            )
+        part, total, share = row_masses(logits, counts, geometry, groups)
+        found.append(((part / total) ** power * share).sum(-2).flatten(1, 2))
+    return from_moments(torch.stack(found).mean(0), power)
+
+
+def from_moments(moments: Tensor, power: int) -> Tensor:
+    """Scores of which ``moments`` are means of powers: roots, a row of which sums to 1.
+
+    Args:
+        moments: [B, Hs, Nq, Nk].
+        power: Of the power mean.
+
+    Returns:
+        [B, Hs, Nq, Nk]. A row stays 0 or NaN where it is.
+    """
+    scores = moments ** (1 / power)
+    total = scores.sum(-1, keepdim=True)
+    return scores / total.masked_fill(total == 0, 1.0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial(ForcesBlocks, Selector):
     """The mean of scores at up to two granularities, and a rule of `RULES`.
@@ -140,16 +199,17 @@ class Trial(ForcesBlocks, Selector):
             granularities.append(Pooled(q=self.c_q, k=self.c_k))
         if self.sampled_queries:
             granularities.append(Sampled(queries=self.sampled_queries))
-        scores = compute_mean_scores(
-            query,
-            key,
-            geometry=geometry,
-            granularities=granularities,
-            scale=scale,
-            attn_mask=attn_mask,
-            mask=mask,
-            power=self.power,
-        )
+        options: dict[str, Any] = {
+            "geometry": geometry,
+            "granularities": granularities,
+            "scale": scale,
+            "attn_mask": attn_mask,
+            "mask": mask,
+        }
+        if self.power == 1:
+            scores = compute_mean_scores(query, key, **options)
+        else:
+            scores = power_mean_scores(query, key, power=self.power, **options)
         rule = RULES[self.rule](self.value)
         return self.select_by(rule, scores, geometry=geometry, q_heads=query.shape[1], mask=mask)
 

@@ -8,7 +8,6 @@ from importlib import import_module
 PRIVATE_NAMES = (
     "torch._dynamo.eval_frame:_TorchDynamoContext",
     "torch._dynamo.variables.torch_function:TorchFunctionModeStackVariable",
-    "torch._higher_order_ops.flex_attention:flex_attention",
     "torch._inductor.compile_fx:compile_fx",
     "torch._inductor.custom_graph_pass:CustomGraphPass",
     "torch._inductor:config",

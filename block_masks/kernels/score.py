@@ -39,7 +39,10 @@ def _mask(
     KEY_GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Hides columns that do not exist or lie ahead; the last may stand for fewer keys."""
+    """Hides columns that do not exist or lie ahead; the last may stand for fewer keys.
+
+    Triton can call no method: this is `BlockGeometry.sees` for groups of keys.
+    """
     seen = (column < columns)[None, :]
     if KEY_GROUP > 1:
         count = tl.minimum(tl.maximum(kv_len - column * KEY_GROUP, 1), KEY_GROUP)

@@ -61,3 +61,8 @@ def test_a_selector_that_defines_an_old_name_is_refused(before: str, now: str) -
     with pytest.raises(TypeError, match=f"define {now}, which was {before} before"):
         type("Own", (UniSparse,), {before: True})
     assert "Own" not in Selector.registry
+
+
+def test_the_old_name_of_forced_blocks_says_the_new_one() -> None:
+    with pytest.raises(AttributeError, match=r"UniSparse\.guards is UniSparse\.forced_blocks now"):
+        _ = UniSparse().guards

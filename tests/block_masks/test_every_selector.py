@@ -1,4 +1,4 @@
-"""What holds for every selector: guards, batches, GQA, masks, padding, compilation."""
+"""What holds for every selector: forced blocks, batches, GQA, masks, padding, compilation."""
 
 from __future__ import annotations
 

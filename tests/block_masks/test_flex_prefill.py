@@ -101,7 +101,7 @@ def query_aware(
 def expected(query: Tensor, key: Tensor, selector: FlexPrefill) -> Tensor:
     """bool [B, Hq, Nq, Nk] by the definition."""
     size, (q_len, kv_len) = selector.block_size, (query.shape[2], key.shape[2])
-    forced, visible = oracle.forced_and_visible(selector.guards, q_len, kv_len, size)
+    forced, visible = oracle.forced_and_visible(selector.forced_blocks, q_len, kv_len, size)
 
     def one(head_query: Tensor, head_key: Tensor, _: int) -> oracle.Rows:
         if kv_len <= max(2 * size, selector.min_budget):

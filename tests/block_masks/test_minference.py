@@ -49,7 +49,7 @@ def expected(query: Tensor, key: Tensor, selector: MInference) -> Tensor:
             kv_len,
             size,
         )
-        forced, visible = oracle.forced_and_visible(selector.guards, q_len, kv_len, size)
+        forced, visible = oracle.forced_and_visible(selector.forced_blocks, q_len, kv_len, size)
         return oracle.as_rows((lines | forced) & visible, q_len, kv_len, size)
 
     return oracle.per_head(query, key, one)

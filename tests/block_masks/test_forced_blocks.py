@@ -65,7 +65,7 @@ def test_every_offset_keeps_both_blocks_that_a_query_block_stands_on(residue: in
 
 @pytest.mark.parametrize("residue", range(16))
 @pytest.mark.parametrize("q_len", [1, 15, 16, 17, 33])
-def test_visible_and_interior_blocks_are_exact_at_every_offset(q_len: int, residue: int) -> None:
+def test_visible_and_full_blocks_are_exact_at_every_offset(q_len: int, residue: int) -> None:
     for kv_len in (16 + residue, 64):
         geometry = BlockGeometry(
             q_len=q_len, kv_len=kv_len, block_size=16, causal_offset=16 + residue
@@ -94,7 +94,7 @@ def test_the_last_query_blocks_keep_all_they_see(call: Call) -> None:
 @settings(max_examples=40)
 @given(calls())
 def test_forced_blocks_equal_the_definition(call: Call) -> None:
-    forced = call.selector.guards.forced_blocks(call.geometry, CPU)[0, 0]
+    forced = call.selector.forced_blocks.locate(call.geometry, CPU)[0, 0]
     pairs = oracle.visible_pairs(call.q_len, call.kv_len, call.offset)
     visible = oracle.any_in_block(pairs, call.selector.block_size)
     assert (forced & visible).equal(oracle.forced_blocks(call) & visible)
@@ -103,8 +103,8 @@ def test_forced_blocks_equal_the_definition(call: Call) -> None:
 @settings(max_examples=30)
 @given(calls(causal=False), st.integers(1, 3))
 def test_cross_attention_has_no_diagonal_to_keep(call: Call, local_blocks: int) -> None:
-    guards = ForcedBlocks(sink_blocks=0, local_blocks=local_blocks, last_query_blocks=0)
-    forced = guards.forced_blocks(call.geometry, CPU)
+    forced_blocks = ForcedBlocks(sink_blocks=0, local_blocks=local_blocks, last_query_blocks=0)
+    forced = forced_blocks.locate(call.geometry, CPU)
     assert forced.any() == (call.q_len == call.kv_len)
 
 
@@ -130,7 +130,7 @@ def test_a_block_is_visible_where_any_pair_is(geometry: BlockGeometry) -> None:
 
 @settings(max_examples=60)
 @given(geometries())
-def test_a_block_is_interior_where_all_pairs_are_visible(geometry: BlockGeometry) -> None:
+def test_a_block_is_full_where_all_pairs_are_visible(geometry: BlockGeometry) -> None:
     pairs = oracle.visible_pairs(geometry.q_len, geometry.kv_len, geometry.causal_offset)
     expected = oracle.all_in_block(pairs, geometry.block_size)
     assert geometry.full_blocks(CPU).equal(expected)
