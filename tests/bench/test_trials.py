@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.sweeps import defaults
-from bench.trials import GRANULARITIES, RULES, TRIALS, EvenShare, MassBudget, Trial
+from bench.quality import defaults
+from bench.quality.trials import GRANULARITIES, RULES, TRIALS, EvenShare, MassBudget, Trial
 from tests.api.models import qkv
 from unisparse_flex import UniSparse
 from unisparse_flex.block_masks.selection import Threshold
