@@ -78,7 +78,7 @@ def benchmark_of(result: Result, name: str) -> Benchmark:
         if benchmark.name == result.get("benchmark"):
             return benchmark
     for benchmark in BENCHMARKS:
-        if "benchmark" not in result and fnmatch(name, benchmark.files):
+        if "benchmark" not in result and fnmatch(Path(name).name, benchmark.files):
             return benchmark
     raise ValueError(
         f"{name} must name its benchmark, or be called as one of "
@@ -110,5 +110,9 @@ def describe(results: Mapping[str, Result]) -> str:
 
 
 def read(paths: Iterable[Path]) -> dict[str, Result]:
-    """Files by their names."""
-    return {path.name: json.loads(path.read_text()) for path in paths}
+    """Files by their names; of two called the same, the second by its path."""
+    found: dict[str, Result] = {}
+    for path in paths:
+        name = str(path) if path.name in found else path.name
+        found[name] = json.loads(path.read_text())
+    return found

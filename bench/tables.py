@@ -47,7 +47,10 @@ def main(arguments: list[str] | None = None) -> None:
     if not results:
         raise SystemExit(f"bench.tables: no files of {', '.join(described)} in {FOLDER}")
     for files in [results] if options.join else [{name: results[name]} for name in results]:
-        print(describe(files))
+        try:
+            print(describe(files))
+        except ValueError as error:
+            raise SystemExit(f"bench.tables: {error}") from error
         name, result = next(iter(files.items()))
         draw = benchmark_of(result, name).draw
         if draw is not None and not options.no_plots:

@@ -101,7 +101,9 @@ def draw(imports: Imports, output: Path) -> None:
 
 def main() -> None:
     """Draws what the sources say."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench layers", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT)
     draw(reduce(find_imports()), parser.parse_args().output)
 

@@ -48,7 +48,7 @@ def draw(results: Mapping[str, Result], folder: Path, selector: str | None) -> l
     drawn = []
     for name, result in results.items():
         if texts_of(result):
-            path = (folder / name).with_suffix(".png")
+            path = folder / f"{Path(name).stem}.png"
             plots.draw(result, path, emphasized=selector or OURS)
             drawn.append(path)
     return drawn

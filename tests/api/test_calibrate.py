@@ -417,7 +417,11 @@ def test_a_file_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> None:
         ({"recall": 0.9, "ladder": []}, ValueError, "ladder must hold at least one"),
         ({"recall": 0.9, "ladder": [0.1]}, TypeError, "selector must be a selector"),
         ({"recall": 0.9, "ladder": [SELECTOR, FINE]}, ValueError, r"block sizes \[16, 32\]"),
-        ({"recall": 0.9, "ladder": [FINE], "per_head": True}, ValueError, "differ only in threshold"),
+        (
+            {"recall": 0.9, "ladder": [FINE], "per_head": True},
+            ValueError,
+            "differ only in threshold",
+        ),
         ({"recall": 0.9, "model": create().train()}, ValueError, "evaluation mode"),
         ({"recall": 0.9, "model": optimize(create())}, ValueError, "must not be optimized yet"),
         ({"recall": 0.9, "model": nn.Linear(64, 64).eval()}, ValueError, "must make attention"),

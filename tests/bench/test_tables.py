@@ -177,6 +177,19 @@ def test_a_file_is_told_by_the_benchmark_that_it_names_before_its_own_name() -> 
         benchmark_of({}, "rows.json")
 
 
+def test_two_files_of_one_name_are_both_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[Any]
+) -> None:
+    paths = [tmp_path / folder / "attention-x.json" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps(make_result()))
+    command.main([*map(str, paths), "--no-plots"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("attention-x.json: a device")
+    assert f"\n{paths[1]}: a device" in printed
+
+
 def test_files_of_several_benchmarks_make_no_table() -> None:
     with pytest.raises(ValueError, match="files must be of one benchmark, got a, b"):
         registry.describe({"a": {"benchmark": "video"}, "b": {"benchmark": "prefill"}})
