@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.sweeps import defaults
-from bench.trials import (
+from bench.quality import defaults
+from bench.quality.trials import (
     GRANULARITIES,
     RULES,
     TRIALS,

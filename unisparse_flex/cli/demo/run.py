@@ -6,10 +6,13 @@ import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
 
+from ...clock import in_turn
 from ...evaluation import (
     CaptureAttention,
     CapturedAttention,
@@ -19,7 +22,6 @@ from ...evaluation import (
     describe_device,
     load_smollm2,
     prefill,
-    time_in_turn,
 )
 from ...optimization import optimize
 from ...progress import Progress
@@ -76,21 +78,18 @@ def run_demo(options: DemoOptions, progress: Progress) -> DemoResult:
     repeats = options.repeats or (CUDA_REPEATS if on_cuda else 1)
     with progress.step("Time the prefills in turn", repeats * len(models)) as advance:
 
-        def timed(model: Callable[..., Any]) -> Callable[[], Prefill]:
-            def run() -> Prefill:
-                result = read(model)
-                advance()
-                return result
+        def clock(model: Callable[..., Any]) -> float:
+            seconds = read(model).seconds
+            advance()
+            return seconds
 
-            return run
-
-        seconds = time_in_turn([timed(model) for model in models], repeats=repeats)
+        turns = in_turn([partial(clock, model) for model in models], repeats=repeats)
     return DemoResult(
         prompt=prompt,
         judged=judge.positions,
         rows=tuple(
-            dataclasses.replace(row, prefill_seconds=s)
-            for row, s in zip(rows, seconds, strict=True)
+            dataclasses.replace(row, prefill_seconds=median(seconds))
+            for row, seconds in zip(rows, turns, strict=True)
         ),
         layers=tuple(layers),
         heads=heads,
