@@ -37,8 +37,8 @@ class Benchmark:
 
     @property
     def module(self) -> str:
-        """What ``python -m`` runs."""
-        return "unisparse_flex.demo" if self.name == "demo" else f"bench.{self.name}"
+        """What ``python -m`` runs; the demo is a command of the library's."""
+        return "unisparse_flex" if self.name == "demo" else f"bench.{self.name}"
 
 
 BENCHMARKS = (
