@@ -117,11 +117,17 @@ class BlockGeometry:
         return kv_idx <= q_idx + causal_offset
 
     def pairs(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """`sees` for each of ``rows`` with each of ``keys``: bool [1 or B, 1, rows, keys]."""
-        batch = 1 if self.mask is None or not self.mask.varies_in_batch else self.mask.batch
-        b = torch.arange(batch, device=rows.device)[:, None, None, None]
-        seen = self.sees(b, rows[:, None], keys[None, :])
-        return seen.expand(batch, 1, rows.shape[0], keys.shape[0])
+        """`sees` for each of ``rows`` with each of ``keys``, all of which exist.
+
+        Returns:
+            bool [rows, keys], with a `mask` [1 or B, 1, rows, keys].
+        """
+        if self.causal_offset is None:
+            if self.mask is not None:
+                return self.mask.pairs(rows, keys)
+            return (keys < self.kv_len).expand(rows.shape[0], -1)
+        seen = self.sees_causally(rows[:, None], keys[None, :], self.causal_offset)
+        return seen if self.mask is None else self.mask.pairs(rows, keys) & seen
 
     @property
     def hides_keys(self) -> bool:

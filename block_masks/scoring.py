@@ -276,7 +276,8 @@ def sampled_logits(
 
     column = torch.arange(geometry.kv_len, device=query.device)
     if geometry.hides_keys:
-        seen = geometry.pairs(position, column)[:, :, None]
+        seen = geometry.pairs(position, column)
+        seen = seen if seen.dim() == 2 else seen[:, :, None]
         logits = logits.masked_fill(~seen, -math.inf)
     if attn_mask is not None:
         mask = expand_mask(attn_mask, geometry)[:, :, position]

@@ -61,7 +61,7 @@ def _pad_to_blocks(weights: Tensor, size: int) -> Tensor:
 def _bias(call: SdpaCall, geometry: BlockGeometry, rows: Tensor) -> Tensor:
     """What is added to the logits of some rows: [1 or B, 1 or Hq, rows, Skv], -inf where hidden."""
     column = torch.arange(geometry.kv_len, device=rows.device)
-    seen = geometry.pairs(rows, column)
+    seen = mask_4d(geometry.pairs(rows, column))
     bias = torch.zeros_like(seen, dtype=torch.float32)
     if call.attn_mask is not None:
         own = mask_4d(call.attn_mask)
