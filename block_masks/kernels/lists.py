@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
+from ..key_intervals import IntervalTables
 from ..selection import ForcedBlocks
 from .pool import pool
 from .score import held_blocks, score, supports_descriptor
@@ -69,19 +70,21 @@ def compute_lists(
     guards: ForcedBlocks,
     scale: float,
     are_composites: bool = False,
+    intervals: IntervalTables | None = None,
 ) -> BlockLists:
     """Chooses key blocks for every query block and head.
 
     Args:
         query: [B, Hq, Sq, D] on the GPU: float16, bfloat16 or float32.
         key: [B, Hkv, Skv, D].
-        geometry: The block grid, without a mask.
+        geometry: The block grid.
         granularities: What is scored.
         rule: Which blocks are kept.
         guards: Blocks kept in any case.
         scale: Factor on the logits, above 0.
         are_composites: Whether ``key`` holds what `pool_keys` made of the keys of all blocks;
             nothing can be sampled then.
+        intervals: What the geometry's mask hides, where it has one.
 
     Returns:
         The block lists.
@@ -101,6 +104,7 @@ def compute_lists(
         merged=g.merged,
         group=g.c_q,
         step=step,
+        valid=None if intervals is None else intervals.row_valid,
     )
     composite_keys = None
     if composites is not None:
@@ -110,7 +114,13 @@ def compute_lists(
             composite_keys = _interleave(key, held, blocks, size // g.c_k)
         else:
             pooled, _ = pool(
-                key, kv_heads=kv_heads, blocks=blocks, block_size=size, group=g.c_k, held=held
+                key,
+                kv_heads=kv_heads,
+                blocks=blocks,
+                block_size=size,
+                group=g.c_k,
+                held=held,
+                valid=None if intervals is None else intervals.key_valid,
             )
             assert pooled is not None
             composite_keys = pooled.tokens.unflatten(0, (batch, kv_heads))
@@ -130,13 +140,16 @@ def compute_lists(
                 "geometry": geometry,
                 "heads": slice(head, min(head + at_once, total)),
                 "q_blocks": part,
+                "intervals": intervals,
             }
             coarse = fine = None
             if composites is not None and composite_keys is not None:
                 columns = -(-geometry.kv_len // g.c_k)
                 coarse = score(composites, composite_keys, g.c_k, columns, scale=scale, **turn)
             if samples is not None:
-                fine = score(samples, key, 1, geometry.kv_len, scale=scale, **turn)
+                fine = score(
+                    samples, key, 1, geometry.kv_len, scale=scale, sampled=True, **turn
+                )
             select(
                 coarse,
                 fine,

@@ -27,7 +27,7 @@ from .expr import (
     variable,
 )
 from .program import MaskProgram, is_known
-from .rows import row_spans
+from .rows import has_intervals, row_spans
 from .text import format_mask
 from .tiles import Tiles, tile_bounds
 from .walk import atoms, coordinates, map_parts, replace_atoms, replace_in
@@ -59,6 +59,7 @@ __all__ = [
     "equal",
     "floor_div",
     "format_mask",
+    "has_intervals",
     "is_known",
     "map_parts",
     "negate",

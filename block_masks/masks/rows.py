@@ -110,3 +110,9 @@ def _integer(program: MaskProgram, value: Affine, row: Tensor) -> Tensor:
     b = torch.arange(batch, device=row.device)[:, None]
     run = Evaluation({"b": b, "q": row, "kv": row}, program.tensors, program.numbers)
     return run.integer(value).expand(batch, row.shape[1])
+
+
+def has_intervals(program: MaskProgram) -> bool:
+    """Whether spans of keys, of which each is valid or not for all rows, say the whole mask."""
+    parts = [part for part in conjuncts(program.expr) if {"q", "kv"} <= coordinates(part)]
+    return all(_key_bound(part) is not None for part in parts)
