@@ -1,7 +1,7 @@
 """Lists the benchmarks, or runs one.
 
 python -m bench [--list]
-python -m bench NAME [ARGUMENTS]      # the same as python -m bench.NAME
+python -m bench NAME [ARGUMENTS]
 """
 
 from __future__ import annotations
@@ -10,27 +10,49 @@ import ast
 import runpy
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+HERE = Path(__file__).parent
+# What writes the tables of each page was called otherwise before one module wrote them all.
+RENAMED = dict.fromkeys(("quality_tables", "reason_tables", "video_tables"), "tables")
 
-def find_benchmarks() -> dict[str, str]:
-    """What can be run, and what each says of itself in its first line."""
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Something that can be run.
+
+    Attributes:
+        module: As ``python -m`` takes it.
+        purpose: What it says of itself in its first line.
+    """
+
+    module: str
+    purpose: str
+
+
+def find_benchmarks() -> dict[str, Entry]:
+    """What can be run by its name, which is that of its module; of its folder for a `measure`."""
     found = {}
-    for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
+    for path in HERE.rglob("[!_]*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}:
-            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return found
+            place = path.parent if path.name == "measure.py" else path.with_suffix("")
+            module = ".".join(place.relative_to(HERE.parent).parts)
+            purpose = (ast.get_docstring(tree) or "").partition("\n")[0]
+            found[place.name] = Entry(module, purpose)
+    return dict(sorted(found.items()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a benchmark; 2 where there is none of that name."""
     name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--list"]
     benchmarks = find_benchmarks()
+    name = RENAMED.get(name, name)
     if name in ("--list", "--help", "-h"):
         width = max(map(len, benchmarks))
-        for each, purpose in benchmarks.items():
-            print(f"{each:{width}}  {purpose}")
+        for each, entry in benchmarks.items():
+            print(f"{each:{width}}  {entry.purpose}")
         return 0
     if name not in benchmarks:
         print(
@@ -40,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     sys.argv[1:] = arguments
-    runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=True)
+    runpy.run_module(benchmarks[name].module, run_name="__main__", alter_sys=True)
     return 0
 
 

@@ -11,7 +11,9 @@ attention call (`--layers 0`: every microsecond of the call shows) or so many la
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,10 +27,11 @@ from unisparse_flex import UniSparse
 from unisparse_flex.passes.decision import device_name
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
-from .contenders import SHAPES
-from .record import Record, guarded, numbers
-from .stages import Heads, create_inputs
-from .timing import time_cuda
+from . import markdown
+from .calls import SHAPES, Heads, create_inputs
+from .markdown import milliseconds, percent
+from .record import FOLDER, Record, guarded, numbers
+from .timing import in_turn, time_cuda
 
 LENGTHS = (1024, 2048, 4096, 8192, 9216, 10240, 12288, 16384, 32768, 65536)
 TOP_K = (16, 64, 256)
@@ -109,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     record = Record.create(
         "bench.cost_decision",
         "cuda",
-        options.output or Path(f"bench/results/cost-decision-{name}.json"),
+        options.output or FOLDER / f"cost-decision-{name}.json",
         options.max_seconds,
         statistic=f"median over turns of {BATCH} calls each, launched from Python, between CUDA "
         "events; ratio: median over turns of optimized over dense",
@@ -189,13 +192,50 @@ def compare(
             run(*inputs)
     once = turn(plain) + turn(optimized)
     turns = max(LEAST, min(MOST, int(BUDGET * 1e3 / (BATCH * once))))
-    pairs = [(turn(plain), turn(optimized)) for _ in range(turns)]
+    dense, sparse = in_turn([partial(turn, plain), partial(turn, optimized)], repeats=turns)
     return {
-        "dense_ms": median(pair[0] for pair in pairs),
-        "optimized_ms": median(pair[1] for pair in pairs),
-        "ratio": median(pair[1] / pair[0] for pair in pairs),
+        "dense_ms": median(dense),
+        "optimized_ms": median(sparse),
+        "ratio": median(ms / dense_ms for dense_ms, ms in zip(dense, sparse, strict=True)),
         "turns": turns,
     }
+
+
+COLUMNS: dict[str, markdown.Format] = {
+    "layers": "{}",
+    "tokens": "{}",
+    "queries": "{}",
+    "rule": "{}",
+    "decision": "{}",
+    "density": percent,
+    "left alone ms": milliseconds,
+    "optimized ms": milliseconds,
+    "ratio": "{:.2f}",
+}
+
+
+def describe(result: dict[str, Any], name: str) -> str:
+    """The table of one file."""
+    title = f"{name}: {result['device']}, torch {result['versions'].get('torch')}"
+    return markdown.page(*markdown.heading(title, result), decision_table(result))
+
+
+def decision_table(result: dict[str, Any]) -> str:
+    """How the cost model decides each call, and its time over that of the call left alone."""
+    names = ("decision", "density", "dense_ms", "optimized_ms", "ratio")
+    return markdown.table(
+        COLUMNS,
+        [
+            [row["layers"] or "bare call", row["tokens"], row["queries"], _rule(row["selector"])]
+            + [row.get(name) for name in names]
+            for row in result["rows"]
+        ],
+    )
+
+
+def _rule(selector: str) -> str:
+    """The rule in a selector's text."""
+    return ", ".join(re.findall(r"(?:top_p|top_k|threshold)=[\d.]+", selector))
 
 
 if __name__ == "__main__":

@@ -9,20 +9,19 @@ python -m bench.expected_density [--output FILE]
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import torch
-
 from unisparse_flex import UniSparse
-from unisparse_flex.evaluation import MODEL_NAME, TextName, load_smollm2
+from unisparse_flex.evaluation import MODEL_NAME, LoadedModel, TextName, load_smollm2
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
-from .captured import capture_calls
-from .sweeps import defaults
-from .trials import rows_alike
+from .calls import capture_calls
+from .quality import defaults, rows_alike
+from .record import FOLDER, Record
 
 TEXTS: tuple[TextName, ...] = ("prose", "code")
 LENGTHS = (1024, 2048, 4096, 8192)
@@ -36,9 +35,24 @@ SELECTORS: dict[str, list[Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.expected_density", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("bench/results/density-smollm2.json"))
+    parser.add_argument("--output", type=Path, default=FOLDER / "density-smollm2.json")
     options = parser.parse_args()
-    loaded, rows = load_smollm2(), []
+    loaded = load_smollm2()
+    record = Record.create(
+        "bench.expected_density",
+        loaded.device.type,
+        options.output,
+        math.inf,
+        model=MODEL_NAME,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        selectors={name: repr(settings) for name, settings in SELECTORS.items()},
+    )
+    with record.stopping():
+        record.collect(measure(loaded))
+
+
+def measure(loaded: LoadedModel) -> Iterator[dict[str, Any]]:
+    """A row for each text, length and setting: the mean density of the model's calls."""
     for text in TEXTS:
         for tokens in LENGTHS:
             calls = capture_calls(loaded, text, tokens)
@@ -47,23 +61,12 @@ def main() -> None:
                     row = {"text": text, "tokens": tokens, "selector": name}
                     rule = ("top_p", "threshold", "threshold_blocks")
                     row |= {field: getattr(selector, field) for field in rule}
-                    densities = [
-                        selector.select(call.query, call.key, is_causal=True).density()
-                        for call in calls
-                    ]
-                    rows.append(row | {"density": sum(densities) / len(densities)})
-                    print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "schema": 1,
-        "benchmark": "expected_density",
-        "model": MODEL_NAME,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
-        "command": ["python", "-m", "bench.expected_density", *sys.argv[1:]],
-        "selectors": {name: repr(settings) for name, settings in SELECTORS.items()},
-        "rows": rows,
-    }
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+                    yield row | {
+                        "density": mean(
+                            selector.select(call.query, call.key, is_causal=True).density()
+                            for call in calls
+                        )
+                    }
 
 
 if __name__ == "__main__":

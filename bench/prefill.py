@@ -10,8 +10,7 @@ torch.compile, of S x S entries, and dense attention is then slow or out of memo
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,9 +22,11 @@ import unisparse_flex
 from unisparse_flex import UniSparse
 from unisparse_flex.passes.decision import device_name
 
-from .contenders import SETTINGS, at_density, create_selector
-from .gpu_clock import kernel_ms
-from .record import Record, guarded, numbers
+from . import markdown
+from .calls import SETTINGS, at_density, create_selector
+from .markdown import milliseconds, percent
+from .record import FOLDER, Record, guarded, numbers
+from .timing import kernel_ms, timed
 
 LENGTHS = (32768, 131072, 65536, 16384)
 DENSITIES = (0.1, 0.3)
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     record = Record.create(
         "bench.prefill",
         device,
-        options.output or Path(f"bench/results/prefill-{name}.json"),
+        options.output or FOLDER / f"prefill-{name}.json",
         options.max_seconds,
         model={"layers": options.layers, **(SMALL if options.small else SHAPE)},
         compile=options.compile,
@@ -148,20 +149,19 @@ def _measure_variant(
             logits.argmax(-1).item()
             return logits
 
-        start = time.perf_counter()
-        logits = first_token().float()
-        row["first_call_seconds"] = round(time.perf_counter() - start, 2)
+        logits, seconds = timed(first_token, ids.device)
+        logits, row["first_call_seconds"] = logits.float(), round(seconds, 2)
         if "logits" in dense:
             error = (logits - dense["logits"]).norm() / dense["logits"].norm()
             row["logits_relative_error"] = float(error)
         if on_gpu:
             held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-        times = [_seconds(first_token)]
+        times = [timed(first_token, ids.device)[1]]
         if on_gpu:
             row["peak_bytes"] = torch.cuda.max_memory_allocated() - held
         if times[0] < LONG_SECONDS:
-            times += [_seconds(first_token) for _ in range(REPEATS - 1)]
+            times += [timed(first_token, ids.device)[1] for _ in range(REPEATS - 1)]
         row["ms"], row["repeats"] = median(times) * 1e3, len(times)
         if selector is None:
             dense.setdefault("logits", logits)
@@ -204,12 +204,32 @@ def _compare(row: dict[str, Any], dense: dict[str, Any]) -> None:
         row["speedup"] = min(times) / row["ms"]
 
 
-def _seconds(function: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+COLUMNS: dict[str, markdown.Format] = {
+    "tokens": "{}",
+    "variant": "{}",
+    "density": percent,
+    "ms": milliseconds,
+    "speed-up": "{:.2f}x",
+    "peak GiB": "{:.1f}",
+}
+
+
+def describe(result: dict[str, Any], name: str) -> str:
+    """The table of one file."""
+    title = f"{name}: {result['device']}, torch {result['versions'].get('torch')}"
+    model = result["model"]
+    size = f"{model['layers']} layers of width {model['hidden_size']}."
+    return markdown.page(*markdown.heading(title, result), size, prefill_table(result))
+
+
+def prefill_table(result: dict[str, Any]) -> str:
+    """Milliseconds to the first token, and the speed-up over the faster dense run."""
+    names = ("tokens", "variant", "density_expected", "ms", "speedup", "peak_bytes")
+    lines = []
+    for row in sorted(result["rows"], key=lambda row: row["tokens"]):
+        *line, peak = (row.get(name) for name in names)
+        lines.append([*line, None if peak is None else peak / 2**30])
+    return markdown.table(COLUMNS, lines)
 
 
 if __name__ == "__main__":

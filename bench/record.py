@@ -18,6 +18,8 @@ import torch
 
 from unisparse_flex.evaluation import describe_device
 
+# Where the files that are kept lie.
+FOLDER = Path("bench/results")
 PACKAGES = ("torch", "triton", "transformers", "flash-attn-4", "flash-attn")
 
 
@@ -41,12 +43,22 @@ class Record:
     start: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def create(cls, module: str, device: str, output: Path, limit: float, **more: Any) -> Record:
-        """A file that says where its rows come from."""
+    def create(
+        cls, module: str, device: str | None, output: Path, limit: float, /, **more: Any
+    ) -> Record:
+        """A file that says where its rows come from.
+
+        Args:
+            module: The benchmark's, as in ``python -m``.
+            device: What is measured; ``None`` where nothing runs on one.
+            output: Where the file is written; its folder is made.
+            limit: Seconds after which no row is begun.
+            **more: What else the file says before its rows.
+        """
         content = {
             "schema": 1,
             "benchmark": module.removeprefix("bench."),
-            "device": describe_device(torch.device(device)),
+            **({} if device is None else {"device": describe_device(torch.device(device))}),
             "versions": versions(),
             "command": ["python", "-m", module, *sys.argv[1:]],
             **more,

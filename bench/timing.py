@@ -1,55 +1,47 @@
-"""Timings of the stages of attention on one device."""
+"""The clock of the benchmarks: how long a function takes on a device, and the bytes at its peak.
+
+Wall-clock time is `unisparse_flex.clock`'s; here are CPU time, CUDA events and CUDA graphs.
+"""
 
 from __future__ import annotations
 
-import gc
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .stages import (
-    GATE_LENGTH,
-    SELECTOR,
-    Heads,
-    attend,
-    block_mask_of,
-    check,
-    create_inputs,
-    dense,
-    force_density,
-    select,
-    whole,
+from unisparse_flex.clock import in_turn, timed
+
+__all__ = [
+    "LONG_MS",
+    "STATISTIC",
+    "graph_ms",
+    "in_turn",
+    "kernel_ms",
+    "measure",
+    "peak_bytes",
+    "plain_ms",
+    "time_cuda",
+    "timed",
+]
+
+# Most repeats of one number.
+MOST = 60
+# Seconds that the repeats of one number on the GPU may take; a slower call is repeated LEAST times.
+BUDGET, LEAST = 0.25, 3
+# Milliseconds above which the gaps between launches are nothing, and above which once is enough.
+LONG_MS, VERY_LONG_MS = 100.0, 1000.0
+# A graph holds so many calls that it takes about this long.
+GRAPH_MS, MOST_CALLS = 2.0, 20
+STATISTIC = (
+    "median between CUDA events; graph: calls captured as one CUDA graph, plain: launched from "
+    f"Python; the L2 cache is not flushed; a call over {LONG_MS:g} ms is timed plain alone, one "
+    f"over {VERY_LONG_MS:g} ms once"
 )
-
-MOST_REPEATS = 60
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What is measured on a device.
-
-    Attributes:
-        lengths: Tokens, for queries and keys alike.
-        densities: Forced densities of the attention stage.
-        heads: Head shapes; the whole call is timed only for the first.
-        dtypes: Dtypes.
-        tile: Keys that the dense kernel reads at a time.
-        least: Fewest repeats of a timing.
-        budget: Seconds up to which a timing is repeated further.
-    """
-
-    lengths: tuple[int, ...]
-    densities: tuple[float, ...]
-    heads: tuple[Heads, ...]
-    dtypes: tuple[torch.dtype, ...]
-    tile: int
-    least: int
-    budget: float
 
 
 def measure(function: Callable[[], Any], device: str, *, least: int, budget: float) -> list[float]:
@@ -61,7 +53,7 @@ def measure(function: Callable[[], Any], device: str, *, least: int, budget: flo
     function()
     warm_up = _time_queued(function, 4) if device == "cuda" else [_time_cpu(function)]
     affordable = int(budget / max(min(warm_up), 1e-6))
-    repeats = max(least, min(affordable, MOST_REPEATS))
+    repeats = max(least, min(affordable, MOST))
     if device == "cuda":
         return sorted(_time_queued(function, repeats))
     return sorted(_time_cpu(function) for _ in range(repeats))
@@ -97,107 +89,65 @@ def time_cuda(function: Callable[[], Any]) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """The timings of one head shape and dtype.
-
-    A row that fails holds its error instead of times.
-    """
-
-    plan: Plan
-    heads: Heads
-    dtype: torch.dtype
-    device: str
-
-    def stages(self) -> Iterator[dict[str, Any]]:
-        """The gate, then dense, select and attend at every length and density."""
-        torch._dynamo.reset()
-        run: dict[Any, Any] = {
-            run: torch.compile(run, dynamic=True, fullgraph=True) for run in (attend, select)
-        }
-        gate = _guarded(
-            lambda: {"relative_error": check(self.heads, self.dtype, self.device, run[attend])}
-        )
-        yield self._row("gate", GATE_LENGTH, gate)
-        for length in self.plan.lengths:
-            yield self._timed("dense", length, lambda q, k, v: dense(q, k, v))
-            yield self._timed("select", length, lambda q, k, v: run[select](q, k))
-            for density in self.plan.densities:
-                yield self._attend(run[attend], length, density)
-
-    def whole_calls(self) -> Iterator[dict[str, Any]]:
-        """The call as a user makes it, at the density that comes of itself."""
-        torch._dynamo.reset()
-        run = torch.compile(whole, dynamic=True, fullgraph=True)
-        for length in self.plan.lengths:
-            row = self._timed("whole", length, lambda q, k, v: run(q, k, v))
-
-            def natural(length: int = length) -> dict[str, Any]:
-                query, key, _ = self._inputs(length)
-                return {"density": SELECTOR.select(query, key, is_causal=True).density()}
-
-            yield row | _guarded(natural)
-
-    def _inputs(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        return create_inputs(self.heads, length, self.dtype, self.device)
-
-    def _attend(self, run: Any, length: int, density: float) -> dict[str, Any]:
-        def forced() -> dict[str, Any]:
-            selection = force_density(self.heads.query, length, density, self.device)
-            mask = block_mask_of(selection)
-            row = self._timed("attend", length, lambda q, k, v: run(q, k, v, mask))
-            return row | {"density": selection.density()}
-
-        return self._row("attend", length, _guarded(forced))
-
-    def _timed(self, stage: str, length: int, function: Callable[..., Any]) -> dict[str, Any]:
-        def run() -> dict[str, Any]:
-            inputs, plan = self._inputs(length), self.plan
-            with torch.no_grad():
-                times = measure(
-                    lambda: function(*inputs), self.device, least=plan.least, budget=plan.budget
-                )
-            p20, p50, p80 = (times[int(len(times) * part)] for part in (0.2, 0.5, 0.8))
-            return {"p20": p20, "p50": p50, "p80": p80, "repeats": len(times)}
-
-        return self._row(stage, length, _guarded(run))
-
-    def _row(self, stage: str, length: int, more: dict[str, Any]) -> dict[str, Any]:
-        heads = self.heads
-        return {
-            "stage": stage,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "q_heads": heads.query,
-            "kv_heads": heads.key,
-            "head_dim": heads.head_dim,
-            "length": length,
-            **more,
-        }
+def plain_ms(function: Callable[[], Any]) -> float:
+    """Median of a call as Python launches it."""
+    function()
+    return _repeat(function)
 
 
-def measure_all(plan: Plan, device: str) -> Iterator[dict[str, Any]]:
-    """One row per stage, shape and density; whole calls, which nothing is fitted to, come last."""
-    kinds = [(heads, dtype) for dtype in plan.dtypes for heads in plan.heads]
-    series = [Series(plan=plan, heads=h, dtype=t, device=device) for h, t in kinds]
-    for one in series:
-        yield from one.stages()
-    for one in series:
-        if one.heads is plan.heads[0]:
-            yield from one.whole_calls()
+def graph_ms(function: Callable[[], Any]) -> float:
+    """Median of a call inside a CUDA graph: what the GPU needs, without gaps between launches."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    once = _captured_ms(function, 1, time_once=True)
+    calls = max(1, min(MOST_CALLS, math.ceil(GRAPH_MS / max(once, 1e-3))))
+    return _captured_ms(function, calls)
 
 
-def _guarded(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``run`` returns, or the error it raised; memory is given back after one."""
+def _captured_ms(function: Callable[[], Any], calls: int, *, time_once: bool = False) -> float:
+    graph = torch.cuda.CUDAGraph()
     try:
-        return run()
-    except Exception as error:
-        result = {"error": _describe(error)}
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return result
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                function()
+        if time_once:
+            graph.replay()
+            return time_cuda(graph.replay) * 1e3
+        return _repeat(graph.replay) / calls
+    finally:
+        graph.reset()
 
 
-def _describe(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+def _repeat(function: Callable[[], Any]) -> float:
+    first = time_cuda(function)
+    more = max(LEAST, min(MOST, int(BUDGET / max(first, 1e-6)))) - 1
+    if first * 1e3 > VERY_LONG_MS:
+        more = 0
+    return median([first, *(time_cuda(function) for _ in range(more))]) * 1e3
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Bytes that a call takes at its peak, beyond what is held before it."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def kernel_ms(function: Callable[[], Any], calls: int = 3) -> dict[str, float]:
+    """Device time of every kernel of a call, by name, from the profiler."""
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total for event in profile.key_averages()}
+    return {name: time / calls / 1e3 for name, time in times.items() if time > 0}

@@ -24,10 +24,9 @@ from unisparse_flex.block_masks import kernels
 from unisparse_flex.passes.decision import device_name
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
-from .contenders import compile_apart
-from .gpu_clock import STATISTIC, graph_ms, kernel_ms, plain_ms
-from .record import Record, guarded, numbers
-from .stages import Heads, create_inputs
+from .calls import Heads, compile_apart, create_inputs
+from .record import FOLDER, Record, guarded, numbers
+from .timing import STATISTIC, graph_ms, kernel_ms, plain_ms
 
 LENGTHS, GAINS = (8192, 32768), (1.0, 2.0, 4.0, 6.0, 10.0)
 HEADS = Heads(query=32, key=8, head_dim=128)
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     record = Record.create(
         "bench.wide_logits",
         "cuda",
-        options.output or Path(f"bench/results/wide-logits-{name}.json"),
+        options.output or FOLDER / f"wide-logits-{name}.json",
         options.max_seconds,
         heads=[HEADS.query, HEADS.key, HEADS.head_dim],
         selector=repr(DEFAULT_SELECTOR),

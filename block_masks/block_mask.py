@@ -130,11 +130,9 @@ def to_block_mask(
 
 def causal_mask_mod(geometry: BlockGeometry) -> MaskMod:
     """What partial blocks need beside the block lists: causality, `mask`, the end of the keys."""
-    offset, kv_len, mask = geometry.causal_offset, geometry.kv_len, geometry.mask
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        allowed = kv_idx < kv_len if offset is None else kv_idx <= q_idx + offset
-        return allowed if mask is None else allowed & mask.evaluate(b, q_idx, kv_idx)
+        return geometry.sees(b, q_idx, kv_idx)
 
     return mask_mod
 

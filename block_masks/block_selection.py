@@ -53,12 +53,8 @@ class BlockSelection:
         query = torch.arange(geometry.q_len, device=device)[rows]
         key = torch.arange(geometry.kv_len, device=device)[keys]
         size = geometry.block_size
-        mask = self.keep[:, :, query // size][..., key // size]
-        if geometry.mask is not None:
-            mask = mask & geometry.mask.pairs(query, key)
-        if geometry.causal_offset is None:
-            return mask
-        return mask & (key[None, :] <= query[:, None] + geometry.causal_offset)
+        kept = self.keep[:, :, query // size][..., key // size]
+        return kept & geometry.pairs(query, key) if geometry.hides_keys else kept
 
     def block_lists(self, *, partial_only: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The kept blocks as FlexAttention's lists, each block in exactly one of them.
@@ -75,8 +71,8 @@ class BlockSelection:
         """
         if self.lists is not None and not partial_only:
             return self.lists.tensors()
-        interior = self.geometry.full_blocks(self.keep.device) & (not partial_only)
-        return (*_compact(self.keep & ~interior), *_compact(self.keep & interior))
+        full = self.geometry.full_blocks(self.keep.device) & (not partial_only)
+        return (*_compact(self.keep & ~full), *_compact(self.keep & full))
 
 
 def _compact(blocks: Tensor) -> tuple[Tensor, Tensor]:

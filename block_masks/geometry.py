@@ -85,6 +85,55 @@ class BlockGeometry:
         last_row = (torch.arange(groups, device=device) + 1) * rows_per_group - 1
         return last_row.clamp(max=self.q_len - 1) + (self.causal_offset or 0)
 
+    def sees(self, b: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """Which rows see which keys, position by position: causality, `mask`, the end of the keys.
+
+        Args:
+            b: Batch elements, integers; read only by a `mask`. Broadcastable with the others.
+            q_idx: Query rows.
+            kv_idx: Keys; of a causal grid, only those before ``kv_len``.
+
+        Returns:
+            bool, the positions' broadcast shape, or one that broadcasts to it.
+        """
+        if self.causal_offset is None:
+            seen = kv_idx < self.kv_len
+        else:
+            seen = self.sees_causally(q_idx, kv_idx, self.causal_offset)
+        return seen if self.mask is None else seen & self.mask.evaluate(b, q_idx, kv_idx)
+
+    @staticmethod
+    def sees_causally(q_idx: Tensor, kv_idx: Tensor, causal_offset: int | Tensor) -> Tensor:
+        """Whether causality lets rows see keys, position by position.
+
+        Args:
+            q_idx: Query rows, integers; broadcastable with the keys.
+            kv_idx: Keys.
+            causal_offset: Key position of query row 0; a tensor where a ``mask_mod`` captures it.
+
+        Returns:
+            bool, the positions' broadcast shape.
+        """
+        return kv_idx <= q_idx + causal_offset
+
+    def pairs(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """`sees` for each of ``rows`` with each of ``keys``: bool [1 or B, 1, rows, keys]."""
+        batch = 1 if self.mask is None or not self.mask.varies_in_batch else self.mask.batch
+        b = torch.arange(batch, device=rows.device)[:, None, None, None]
+        seen = self.sees(b, rows[:, None], keys[None, :])
+        return seen.expand(batch, 1, rows.shape[0], keys.shape[0])
+
+    @property
+    def hides_keys(self) -> bool:
+        """Whether some row may not see some key."""
+        return self.causal_offset is not None or self.mask is not None
+
+    def num_visible_keys(self, rows: int) -> int:
+        """The keys that the first ``rows`` rows see at most; all keys after them are hidden."""
+        if self.causal_offset is None:
+            return self.kv_len
+        return min(rows + self.causal_offset, self.kv_len)
+
     def visible(self, q_group: int, kv_group: int, device: torch.device) -> Tensor:
         """Which groups of keys some row of a group of queries may see.
 
@@ -137,7 +186,7 @@ class BlockGeometry:
 
         With a `mask`, bool [1 or B, 1, Nq, Nk], and those for which that is known. These need no
         ``mask_mod``: FlexAttention calls them full. A block on the causal diagonal or over the
-        ragged end of the keys is not interior.
+        ragged end of the keys is not full.
         """
         last_key = (torch.arange(self.num_kv_blocks, device=device) + 1) * self.block_size - 1
         whole = last_key[None, :] < self.kv_len
@@ -146,8 +195,7 @@ class BlockGeometry:
         if self.causal_offset is None:
             return whole.expand(*whole.shape[:-2], self.num_q_blocks, self.num_kv_blocks)
         first_row = torch.arange(self.num_q_blocks, device=device) * self.block_size
-        first_position = first_row + self.causal_offset
-        return whole & (last_key[None, :] <= first_position[:, None])
+        return whole & self.sees_causally(first_row[:, None], last_key[None, :], self.causal_offset)
 
     def sees_own_position(self) -> bool:
         """Whether it is known that every row sees a key in its own `local_blocks`."""
@@ -182,6 +230,6 @@ class BlockGeometry:
         column = torch.arange(shape[1], device=device)
         # Aligned top-left with q_len > kv_len, rows outrun the keys: the last block is theirs.
         first, last = first.clamp(max=shape[1] - 1), last.clamp(max=shape[1] - 1)
-        behind = 0 if self.causal_offset is not None else count - 1
+        after = 0 if self.causal_offset is not None else count - 1
         after_first = column[None, :] > first[:, None] - count
-        return after_first & (column[None, :] <= last[:, None] + behind)
+        return after_first & (column[None, :] <= last[:, None] + after)

@@ -58,9 +58,7 @@ class KeyIntervals:
         first = following.expand(batch, -1).gather(1, first.clamp(max=kv_len - 1))
         last = preceding.expand(batch, -1).gather(1, last.clamp(min=0))
         sees = (first <= last) & ~beyond & ~before
-        return cls(
-            torch.where(sees, first, kv_len).int(), torch.where(sees, last, -1).int(), valid
-        )
+        return cls(torch.where(sees, first, kv_len).int(), torch.where(sees, last, -1).int(), valid)
 
     @property
     def sees(self) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
-from .masks import Tiles, row_spans, tile_bounds
+from .masks import Tiles, mask_4d, row_spans, tile_bounds
 from .strides import fix_strides
 
 
@@ -57,9 +57,7 @@ def visible_tokens(attn_mask: Tensor) -> Tensor:
 
 def expand_mask(attn_mask: Tensor, geometry: BlockGeometry) -> Tensor:
     """Views a broadcastable mask as [Bm, Hm, Sq, Skv] without copying."""
-    leading = (1,) * (4 - attn_mask.dim())
-    mask = attn_mask.reshape(leading + tuple(attn_mask.shape))
-    return mask.expand(-1, -1, geometry.q_len, geometry.kv_len)
+    return mask_4d(attn_mask).expand(-1, -1, geometry.q_len, geometry.kv_len)
 
 
 def summarize_mask(

@@ -26,13 +26,8 @@ def compute_mean_scores(
     scale: float,
     attn_mask: Tensor | None = None,
     mask: MaskSummary | None = None,
-    power: int = 1,
 ) -> Tensor:
     """Averages the scores at several granularities of the same heads.
-
-    With a ``power`` above 1 the mean of shares is a power mean, over the rows of a block and over
-    granularities alike, and rows of the result are normalised: a block counts for more where few
-    of its rows attend to it much.
 
     Args:
         query: [B, Hq, Sq, D].
@@ -42,7 +37,6 @@ def compute_mean_scores(
         scale: Factor on the logits, as in SDPA.
         attn_mask: bool or float, broadcastable to [B, Hq, Sq, Skv].
         mask: Its summary, made with the `Pooled` among them.
-        power: Of the power mean, 1 or more.
 
     Returns:
         [B, Hs, Nq, Nk], as `compute_block_scores`.
@@ -55,7 +49,6 @@ def compute_mean_scores(
             granularity=granularity,
             scale=scale,
             mask=mask,
-            power=power,
         )
         if isinstance(granularity, Pooled)
         else compute_sampled_scores(
@@ -65,29 +58,11 @@ def compute_mean_scores(
             granularity=granularity,
             scale=scale,
             attn_mask=attn_mask,
-            power=power,
         )
         for granularity in granularities
     ]
     first, *others = found
-    return from_moments(sum(others, first) / len(found) if others else first, power)
-
-
-def from_moments(moments: Tensor, power: int) -> Tensor:
-    """Scores of which ``moments`` are means of powers: roots, a row of which sums to 1.
-
-    Args:
-        moments: [B, Hs, Nq, Nk], as `compute_block_scores` gives them for ``power``.
-        power: Of the power mean; 1 changes nothing.
-
-    Returns:
-        [B, Hs, Nq, Nk]. A row stays 0 or NaN where it is.
-    """
-    if power == 1:
-        return moments
-    scores = moments ** (1 / power)
-    total = scores.sum(-1, keepdim=True)
-    return scores / total.masked_fill(total == 0, 1.0)
+    return sum(others, first) / len(found) if others else first
 
 
 def compute_block_scores(
@@ -98,7 +73,6 @@ def compute_block_scores(
     granularity: Pooled,
     scale: float,
     mask: MaskSummary | None = None,
-    power: int = 1,
 ) -> Tensor:
     """Estimates the share of attention mass that each block holds (UniSparse, section 3).
 
@@ -112,19 +86,18 @@ def compute_block_scores(
         granularity: How tokens and heads are pooled.
         scale: Factor on the logits, as in SDPA.
         mask: Summary of the call's ``attn_mask``, made with the same granularity.
-        power: To which each composite row's shares are raised before the average.
 
     Returns:
         [B, Hs, Nq, Nk] with Hs = Hq / granularity.heads, float32 (float64 for float64 inputs).
-        A row sums to 1 with power 1, to 0 where its queries see nothing, and is NaN where a query
-        or key that takes part in it is not finite.
+        A row sums to 1, to 0 where its queries see nothing, and is NaN where a query or key that
+        takes part in it is not finite.
     """
     logits, q_counts = composite_logits(
         query, key, geometry=geometry, granularity=granularity, scale=scale, mask=mask
     )
     size = geometry.block_size
     groups = (size // granularity.q, size // granularity.k)
-    return block_shares(logits, q_counts, geometry, groups, power)
+    return block_shares(logits, q_counts, geometry, groups)
 
 
 def composite_logits(
@@ -249,7 +222,6 @@ def compute_sampled_scores(
     granularity: Sampled,
     scale: float,
     attn_mask: Tensor | None = None,
-    power: int = 1,
 ) -> Tensor:
     """Estimates the share of attention mass that each block holds, from a few rows of each block.
 
@@ -263,11 +235,32 @@ def compute_sampled_scores(
         granularity: Which rows are sampled.
         scale: Factor on the logits, as in SDPA.
         attn_mask: bool or float, broadcastable to [B, Hq, Sq, Skv].
-        power: To which each row's shares are raised before the average.
 
     Returns:
         [B, Hs, Nq, Nk] with Hs = Hq / granularity.heads, float32 (float64 for float64 inputs), as
         `compute_block_scores`.
+    """
+    logits, counts = sampled_logits(
+        query, key, geometry=geometry, granularity=granularity, scale=scale, attn_mask=attn_mask
+    )
+    groups = (granularity.queries, geometry.block_size)
+    return block_shares(logits, counts, geometry, groups)
+
+
+def sampled_logits(
+    query: Tensor,
+    key: Tensor,
+    *,
+    geometry: BlockGeometry,
+    granularity: Sampled,
+    scale: float,
+    attn_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits of sampled rows; the arguments are those of `compute_sampled_scores`.
+
+    Returns:
+        [B, Hkv, G / granularity.heads, Nq * granularity.queries, Nk * block_size], -inf where
+        hidden; and the query rows that each stands for, [1, Nq * granularity.queries].
     """
     size, samples = geometry.block_size, granularity.queries
     step, rows = size // samples, geometry.num_q_blocks * samples
@@ -282,11 +275,8 @@ def compute_sampled_scores(
     logits = (stacked @ key.to(accumulate).transpose(-1, -2)).unflatten(2, (group, rows))
 
     column = torch.arange(geometry.kv_len, device=query.device)
-    if geometry.causal_offset is not None:
-        seen = column[None, :] <= position[:, None] + geometry.causal_offset
-        logits = logits.masked_fill(~seen, -math.inf)
-    if geometry.mask is not None:
-        seen = geometry.mask.pairs(position, column)[:, :, None]
+    if geometry.hides_keys:
+        seen = geometry.pairs(position, column)[:, :, None]
         logits = logits.masked_fill(~seen, -math.inf)
     if attn_mask is not None:
         mask = expand_mask(attn_mask, geometry)[:, :, position]
@@ -297,15 +287,11 @@ def compute_sampled_scores(
     padding = geometry.num_kv_blocks * size - geometry.kv_len
     if not isinstance(padding, int) or padding:
         logits = F.pad(logits, (0, padding), value=-math.inf)
-    return block_shares(logits, counts, geometry, (samples, size), power)
+    return logits, counts
 
 
 def block_shares(
-    logits: Tensor,
-    counts: Tensor,
-    geometry: BlockGeometry,
-    groups: tuple[int, int],
-    power: int = 1,
+    logits: Tensor, counts: Tensor, geometry: BlockGeometry, groups: tuple[int, int]
 ) -> Tensor:
     """Softmax over columns, summed over a block's and averaged over its rows by their counts.
 
@@ -314,10 +300,22 @@ def block_shares(
         counts: [1 or B, Nq * groups[0]], query rows that each row stands for.
         geometry: The block grid.
         groups: Rows and columns of a block.
-        power: To which a row's shares are raised before the average.
 
     Returns:
         [B, Hkv * G, Nq, Nk].
+    """
+    mass, total, share = row_masses(logits, counts, geometry, groups)
+    return (mass * (share / total)).sum(-2).flatten(1, 2)
+
+
+def row_masses(
+    logits: Tensor, counts: Tensor, geometry: BlockGeometry, groups: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `block_shares` averages; it has the arguments.
+
+    Returns:
+        Each row's mass of every block, [B, Hkv, G, Nq, groups[0], Nk]; its whole mass, 1 where
+        that is 0; and its share of the rows of its block, [B, Hkv, G, Nq, groups[0], 1] both.
     """
     peak = logits.amax(-1, keepdim=True)
     weights = (logits - peak.masked_fill(peak == -math.inf, 0.0)).exp()
@@ -329,9 +327,7 @@ def block_shares(
     row_weight = row_weight.view(*leading, *rows, 1)
     share = row_weight / row_weight.sum(-2, keepdim=True).clamp_min(1)
     total = total.masked_fill(total == 0, 1.0).view(*leading, *rows, 1)
-    if power == 1:
-        return (mass * (share / total)).sum(-2).flatten(1, 2)
-    return ((mass / total) ** power * share).sum(-2).flatten(1, 2)
+    return mass, total, share
 
 
 def hide_cells(

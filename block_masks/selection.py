@@ -1,4 +1,4 @@
-"""Selection rules and the guards that every selection obeys.
+"""Selection rules and the blocks that every selection keeps.
 
 Symbols: B batch, H heads, Nq/Nk query and key blocks.
 """
@@ -230,11 +230,11 @@ class ForcedBlocks:
         validate_int(self.last_query_blocks, "last_query_blocks", minimum=0)
 
     def of_part(self, geometry: BlockGeometry) -> ForcedBlocks:
-        """The guards of a part of a call, for what does not know of the rows after it."""
+        """Those of a part of a call, for what does not know of the rows after it."""
         left = max(0, self.last_query_blocks - geometry.q_blocks_after)
         return replace(self, last_query_blocks=left)
 
-    def forced_blocks(
+    def locate(
         self, geometry: BlockGeometry, device: torch.device, mask: MaskSummary | None = None
     ) -> Tensor:
         """The forced blocks: bool [1 or Bm, 1, Nq, Nk], not yet restricted to visible ones.
@@ -258,11 +258,11 @@ def select_blocks(
     scores: Tensor,
     *,
     rule: SelectionRule,
-    guards: ForcedBlocks,
+    forced_blocks: ForcedBlocks,
     geometry: BlockGeometry,
     mask: MaskSummary | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Applies a rule and the guards to block scores.
+    """Applies a rule to block scores, and keeps the forced blocks.
 
     Rows whose scores are not finite keep every visible block, so that a NaN or an infinity in
     queries or keys reaches the output as it does in dense attention. Under a mask, a query block
@@ -271,7 +271,7 @@ def select_blocks(
     Args:
         scores: float [B, H, Nq, Nk]; NaN where a row cannot be judged.
         rule: Which blocks a row keeps.
-        guards: Which blocks are kept in any case.
+        forced_blocks: Which blocks are kept in any case.
         geometry: The block grid.
         mask: Summary of the call's ``attn_mask``.
 
@@ -283,7 +283,7 @@ def select_blocks(
     if mask is not None:
         visible = visible & mask.visible_blocks
         rule_visible = _group_heads(visible, scores.shape[1])
-    forced = guards.forced_blocks(geometry, scores.device, mask) & rule_visible
+    forced = forced_blocks.locate(geometry, scores.device, mask) & rule_visible
     unjudged = scores.isnan().any(-1, keepdim=True)
     judged = scores.masked_fill(unjudged, 0.0)
     keep = rule.select(judged, forced, rule_visible) | (unjudged & rule_visible)

@@ -5,18 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
-from .block_masks import (
-    DEFAULT_SELECTOR,
-    PatchOrder,
-    Selector,
-    UniSparse,
+from .block_masks import DEFAULT_SELECTOR, PatchOrder, Selector, UniSparse
+from .block_masks.selectors import validate_selector
+from .block_masks.validation import (
     validate_attn_mask,
     validate_causality,
     validate_query_key,
     validate_scale,
     validate_value,
 )
-from .block_masks.selectors import validate_selector
 from .catching import resolve_causal_bias
 from .passes import SparseConfig
 from .passes.attend import marked_sdpa

@@ -1,47 +1,115 @@
-"""One line on stderr that says what a long call is doing."""
+"""Progress on standard error: what a long call is doing, with a bar where its parts are counted."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Self
 
 QUIET_SECONDS = 2.0
 # Between two lines where they cannot overwrite one another.
 LINE_SECONDS = 15.0
+TICK_SECONDS = 0.5
+BAR_CHARACTERS = 24
 
 
-class StepDisplay:
-    """Shows steps once they have taken two seconds together.
+class Progress:
+    """One line that says what is being done and for how long, once that takes two seconds.
+
+    A terminal has the line overwritten, also while a step goes on. Elsewhere, as in a file or a
+    pipe, there is a new line every 15 seconds.
 
     Args:
-        title: Who is at work.
+        title: Who is at work, before every step; nobody where it is empty.
+        total: Parts that `advance` will count; 0 where that is unknown.
         shown: Whether anything is written at all.
     """
 
-    def __init__(self, title: str, *, shown: bool = True) -> None:
-        self.title, self.shown = title, shown
+    def __init__(self, title: str = "", *, total: int = 0, shown: bool = True) -> None:
+        self.title, self.total, self.done, self.shown = title, total, 0, shown
+        self._step = ""
+        self._unfinished = False
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> Self:
-        self._start = time.monotonic()
-        self._last: float | None = None
+        self._start = self._next_line = time.monotonic()
+        if self.shown:
+            self._ticker.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._last is not None and sys.stderr.isatty():
+        if not self.shown:
+            return
+        self._over.set()
+        self._ticker.join()
+        if self._unfinished:
             sys.stderr.write("\n")
 
     def show(self, step: str) -> None:
         """Says what comes next."""
+        with self._lock:
+            self._step = step
+            self._show()
+
+    def advance(self, step: str) -> None:
+        """Says which part comes next and counts it."""
+        self.done += 1
+        self.show(f"{bar(self.done - 1, self.total)} {step}" if self.total else step)
+
+    @contextmanager
+    def step(self, name: str, total: int = 0) -> Iterator[Callable[[], None]]:
+        """Shows a step with seconds of its own; a line with them stays when it is over.
+
+        Args:
+            name: What is done in it.
+            total: Its parts; each call of what is yielded counts one that is over.
+        """
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            self.show(f"{bar(done, total)} {name}" if total else name)
+
+        with self._lock:
+            self._start = time.monotonic()
+            self._next_line = self._start + LINE_SECONDS
+        self.show(f"{bar(done, total)} {name}" if total else name)
+        yield advance
+        with self._lock:
+            self._step = ""
+            if self.shown:
+                self._write(name, time.monotonic(), end="\n")
+
+    def _tick(self) -> None:
+        while not self._over.wait(TICK_SECONDS):
+            with self._lock:
+                if self._step:
+                    self._show()
+
+    def _show(self) -> None:
         now = time.monotonic()
         if not self.shown or now - self._start < QUIET_SECONDS:
             return
-        text = f"{self.title}: {step}, {now - self._start:.0f} s"
         if sys.stderr.isatty():
-            sys.stderr.write(f"\r\x1b[K{text}")
-        elif self._last is None or now - self._last >= LINE_SECONDS:
-            sys.stderr.write(f"{text}\n")
-        else:
-            return
+            self._write(self._step, now, end="")
+        elif now >= self._next_line:
+            self._write(self._step, now, end="\n")
+
+    def _write(self, step: str, now: float, *, end: str) -> None:
+        before = "\r\x1b[K" if sys.stderr.isatty() else ""
+        title = f"{self.title}: " if self.title else ""
+        sys.stderr.write(f"{before}{title}{step}, {now - self._start:.0f} s{end}")
         sys.stderr.flush()
-        self._last = now
+        self._next_line, self._unfinished = now + LINE_SECONDS, not end
+
+
+def bar(done: int, total: int) -> str:
+    """A bar of fixed width with the numbers after it."""
+    filled = min(BAR_CHARACTERS, round(BAR_CHARACTERS * done / total))
+    return f"[{'#' * filled}{'-' * (BAR_CHARACTERS - filled)}] {done}/{total}"

@@ -3,15 +3,17 @@
 from .block_masks import (
     DEFAULT_SELECTOR,
     BlockSelection,
+    PatchOrder,
+    Selector,
+    UniSparse,
+)
+from .block_masks.selectors import (
     DenseSpan,
     FlashPrefill,
     FlexPrefill,
     MInference,
     Oracle,
-    PatchOrder,
-    Selector,
     StreamingLLM,
-    UniSparse,
     XAttention,
 )
 

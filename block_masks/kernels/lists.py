@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,29 +16,12 @@ from ..selection import ForcedBlocks
 from .pool import pool
 from .score import held_blocks, score, supports_descriptor
 from .scratch import power_of_two, reach_of
-from .select import Rule, select
+from .select import select
 
 # Scratch that scores may take at a time; more is computed in turns.
 SCRATCH_BYTES = 128 * 2**20
 # Blocks up to which a launch more costs more than it saves.
 LEAST_POWER = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Granularities:
-    """What is scored.
-
-    Attributes:
-        c_q: Query tokens to a composite query; 0 for no composite scores.
-        c_k: Keys to a composite key.
-        merged: Consecutive query heads to a composite head.
-        sampled: Single queries of a block that meet every key; 0 for none.
-    """
-
-    c_q: int
-    c_k: int
-    merged: int
-    sampled: int
 
 
 def pool_keys(key: Tensor, *, group: int, block_size: int, blocks: int) -> Tensor:
@@ -65,9 +47,13 @@ def compute_lists(
     key: Tensor,
     *,
     geometry: BlockGeometry,
-    granularities: Granularities,
-    rule: Rule,
-    guards: ForcedBlocks,
+    c_q: int,
+    c_k: int,
+    c_h: int,
+    sampled_queries: int,
+    rule: str,
+    values: Sequence[float],
+    forced_blocks: ForcedBlocks,
     scale: float,
     are_composites: bool = False,
     intervals: IntervalTables | None = None,
@@ -78,9 +64,13 @@ def compute_lists(
         query: [B, Hq, Sq, D] on the GPU: float16, bfloat16 or float32.
         key: [B, Hkv, Skv, D].
         geometry: The block grid.
-        granularities: What is scored.
-        rule: Which blocks are kept.
-        guards: Blocks kept in any case.
+        c_q: Query rows per composite query; 0 for no composite scores.
+        c_k: Keys per composite key.
+        c_h: Consecutive query heads per composite head.
+        sampled_queries: Rows of a block that meet every key; 0 for none.
+        rule: Which blocks are kept, see `select`.
+        values: Its numbers.
+        forced_blocks: Blocks kept in any case.
         scale: Factor on the logits, above 0.
         are_composites: Whether ``key`` holds what `pool_keys` made of the keys of all blocks;
             nothing can be sampled then.
@@ -93,32 +83,32 @@ def compute_lists(
     kv_heads = key.shape[1]
     if not (are_composites or supports_descriptor(key)):
         key = key.contiguous()
-    size, g = geometry.block_size, granularities
+    size = geometry.block_size
     q_blocks, kv_blocks = geometry.num_q_blocks, geometry.num_kv_blocks
-    step = size // g.sampled if g.sampled else 0
+    step = size // sampled_queries if sampled_queries else 0
     composites, samples = pool(
         query,
         kv_heads=kv_heads,
         blocks=q_blocks,
         block_size=size,
-        merged=g.merged,
-        group=g.c_q,
+        merged=c_h,
+        group=c_q,
         step=step,
         valid=None if intervals is None else intervals.row_valid,
     )
     composite_keys = None
     if composites is not None:
-        held = held_blocks(key, size // g.c_k) if g.c_k > 1 else 1
+        held = held_blocks(key, size // c_k) if c_k > 1 else 1
         blocks = -(-kv_blocks // held) * held
         if are_composites:
-            composite_keys = _interleave(key, held, blocks, size // g.c_k)
+            composite_keys = _interleave(key, held, blocks, size // c_k)
         else:
             pooled, _ = pool(
                 key,
                 kv_heads=kv_heads,
                 blocks=blocks,
                 block_size=size,
-                group=g.c_k,
+                group=c_k,
                 held=held,
                 valid=None if intervals is None else intervals.key_valid,
             )
@@ -128,8 +118,8 @@ def compute_lists(
     shapes = (counts, (*counts, kv_blocks)) * 2
     lists = BlockLists(*(query.new_empty(shape, dtype=torch.int32) for shape in shapes))
 
-    composite_heads = q_heads // kv_heads // g.merged
-    rows = composite_heads * max(size // g.c_q if g.c_q else 0, g.sampled)
+    composite_heads = q_heads // kv_heads // c_h
+    rows = composite_heads * max(size // c_q if c_q else 0, sampled_queries)
     row_bytes = rows * (4 if query.dtype == torch.float32 else 2)
     total = batch * kv_heads
     for part in turns(geometry, row_bytes):
@@ -144,20 +134,19 @@ def compute_lists(
             }
             coarse = fine = None
             if composites is not None and composite_keys is not None:
-                columns = -(-geometry.kv_len // g.c_k)
-                coarse = score(composites, composite_keys, g.c_k, columns, scale=scale, **turn)
+                columns = -(-geometry.kv_len // c_k)
+                coarse = score(composites, composite_keys, c_k, columns, scale=scale, **turn)
             if samples is not None:
-                fine = score(
-                    samples, key, 1, geometry.kv_len, scale=scale, sampled=True, **turn
-                )
+                fine = score(samples, key, 1, geometry.kv_len, scale=scale, sampled=True, **turn)
             select(
                 coarse,
                 fine,
                 lists,
                 rule=rule,
-                guards=guards,
+                values=values,
+                forced_blocks=forced_blocks,
                 composite_heads=composite_heads,
-                merged=g.merged,
+                merged=c_h,
                 **turn,
             )
     return lists

@@ -75,7 +75,7 @@ def select_lists(
     c_h: int,
     sampled_queries: int,
     rule: SelectionRule,
-    guards: ForcedBlocks,
+    forced_blocks: ForcedBlocks,
     scale: float,
     are_composites: bool = False,
 ) -> BlockLists:
@@ -90,7 +90,7 @@ def select_lists(
         c_h: Query heads per composite head.
         sampled_queries: Rows of a block that meet every key; 0 for none.
         rule: `TopP`, `TopK`, `Threshold` or `TopPOrThreshold`.
-        guards: Blocks kept in any case.
+        forced_blocks: Blocks kept in any case.
         scale: Factor on the logits, above 0.
         are_composites: Whether ``key`` holds what `pool_keys` made of the keys.
 
@@ -99,7 +99,7 @@ def select_lists(
     """
     name, values = spell(rule)
     if geometry.is_part:
-        guards = guards.of_part(geometry)
+        forced_blocks = forced_blocks.of_part(geometry)
     intervals = None
     if geometry.mask is not None:
         intervals = torch.ops.unisparse.key_intervals(
@@ -114,8 +114,8 @@ def select_lists(
             c_q=c_q,
             c_k=c_k,
             sampled_queries=sampled_queries,
-            sink_blocks=guards.sink_blocks,
-            last_query_blocks=guards.last_query_blocks,
+            sink_blocks=forced_blocks.sink_blocks,
+            last_query_blocks=forced_blocks.last_query_blocks,
             device=query.device,
         )
     return BlockLists(
@@ -131,9 +131,9 @@ def select_lists(
             sampled_queries=sampled_queries,
             rule=name,
             values=values,
-            sink_blocks=guards.sink_blocks,
-            local_blocks=guards.local_blocks,
-            last_query_blocks=guards.last_query_blocks,
+            sink_blocks=forced_blocks.sink_blocks,
+            local_blocks=forced_blocks.local_blocks,
+            last_query_blocks=forced_blocks.last_query_blocks,
             kv_len=geometry.kv_len if are_composites else None,
             intervals=intervals,
         )
@@ -214,8 +214,7 @@ def _run(
     intervals: list[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     # Triton need not be there for what runs on the CPU.
-    from .lists import Granularities, compute_lists
-    from .select import Rule
+    from .lists import compute_lists
 
     geometry = BlockGeometry(
         q_len=query.shape[2],
@@ -229,9 +228,13 @@ def _run(
             query,
             key,
             geometry=geometry,
-            granularities=Granularities(c_q, c_k, c_h, sampled_queries),
-            rule=Rule(rule, *values),
-            guards=ForcedBlocks(
+            c_q=c_q,
+            c_k=c_k,
+            c_h=c_h,
+            sampled_queries=sampled_queries,
+            rule=rule,
+            values=values,
+            forced_blocks=ForcedBlocks(
                 sink_blocks=sink_blocks,
                 local_blocks=local_blocks,
                 last_query_blocks=last_query_blocks,

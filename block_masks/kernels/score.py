@@ -54,7 +54,10 @@ def _mask(
     CAUSAL: tl.constexpr,
     INTERVALS: tl.constexpr,
 ):
-    """Hides columns that do not exist or that a row does not see, from ``low`` to ``high``."""
+    """Hides columns that do not exist or that a row does not see, from ``low`` to ``high``.
+
+    Triton can call no method: this is `BlockGeometry.sees` for groups of keys.
+    """
     first = (column * KEY_GROUP)[None, :]
     if INTERVALS:
         logits = _weigh(logits, column, weights, columns, KEY_GROUP)

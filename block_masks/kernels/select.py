@@ -5,7 +5,7 @@ Symbols: R rows of a query block and head, Nq/Nk query and key blocks, P = Nk as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -291,10 +291,10 @@ def _select(
     if INTERVALS:
         forced = flags // 4 > 0
     if CAUSAL or SELF:
-        behind = 0 if CAUSAL else locals_ - 1
+        after = 0 if CAUSAL else locals_ - 1
         lowest = tl.minimum(first // BLOCK, blocks - 1)
         highest = tl.minimum(last // BLOCK, blocks - 1)
-        forced = forced | ((key_block > lowest - locals_) & (key_block <= highest + behind))
+        forced = forced | ((key_block > lowest - locals_) & (key_block <= highest + after))
     # Conditions on the whole row, one lane each: the interpreter joins no scalar with a vector.
     lane = key_block * 0
     if INTERVALS:
@@ -370,28 +370,15 @@ _launch = Launch(_select)
 BLOCKS_OF_A_WARP, MOST_WARPS, WARP_ELEMENTS = 256, 4, 2048
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A selection rule by name, and its numbers.
-
-    ``top_p``, ``top_k``, ``threshold``, or ``top_p_or_threshold`` with the threshold in ``least``;
-    ``threshold_blocks`` are the blocks of a row for which a threshold is stated, 0 for all alike.
-    """
-
-    name: str
-    value: float
-    least: float = 0.0
-    threshold_blocks: float = 0.0
-
-
 def select(
     coarse: Masses | None,
     fine: Masses | None,
     lists: BlockLists,
     *,
     geometry: BlockGeometry,
-    rule: Rule,
-    guards: ForcedBlocks,
+    rule: str,
+    values: Sequence[float],
+    forced_blocks: ForcedBlocks,
     heads: slice,
     q_blocks: slice,
     composite_heads: int,
@@ -405,8 +392,10 @@ def select(
         fine: Masses of picked queries; the scores of both are averaged.
         lists: Block lists of all heads and query blocks.
         geometry: The block grid.
-        rule: Which blocks are kept.
-        guards: Blocks kept in any case.
+        rule: ``top_p``, ``top_k``, ``threshold`` or ``top_p_or_threshold``.
+        values: Its number; the threshold of ``top_p_or_threshold``, else 0; the blocks of a row for
+            which a threshold is stated, 0 for all rows alike. Trailing zeros may be left out.
+        forced_blocks: Blocks kept in any case.
         heads: Which of the B * Hkv key heads.
         q_blocks: Which query blocks.
         composite_heads: Composite heads that share a key head.
@@ -445,15 +434,13 @@ def select(
         geometry.q_len,
         geometry.kv_len,
         geometry.causal_offset or 0,
-        float(rule.value),
-        float(rule.least),
-        float(rule.threshold_blocks),
-        guards.sink_blocks,
-        guards.local_blocks,
-        guards.last_query_blocks,
-        RULE=rule.name,
+        *(float(number) for number in (*values, 0.0, 0.0)[:3]),
+        forced_blocks.sink_blocks,
+        forced_blocks.local_blocks,
+        forced_blocks.last_query_blocks,
+        RULE=rule,
         # All bits of a score, or as many as make a difference.
-        STEPS=31 if exact or rule.name == "top_k" else 15,
+        STEPS=31 if exact or rule == "top_k" else 15,
         BLOCK=geometry.block_size,
         HEADS=composite_heads,
         MERGED=merged,

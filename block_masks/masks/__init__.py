@@ -1,5 +1,6 @@
-"""Masks as programs: formulas of a query's and a key's position."""
+"""Masks as programs, formulas of a query's and a key's position; and as tensors of pairs."""
 
+from .evaluation import number_of
 from .expr import (
     FALSE,
     KV,
@@ -23,11 +24,13 @@ from .expr import (
     equal,
     floor_div,
     negate,
+    offset_bound,
     upper_bound,
     variable,
 )
 from .program import MaskProgram, is_known
 from .rows import has_intervals, row_spans
+from .tensors import mask_4d
 from .text import format_mask
 from .tiles import Tiles, tile_bounds
 from .walk import atoms, coordinates, map_parts, replace_atoms, replace_in
@@ -62,7 +65,10 @@ __all__ = [
     "has_intervals",
     "is_known",
     "map_parts",
+    "mask_4d",
     "negate",
+    "number_of",
+    "offset_bound",
     "replace_atoms",
     "replace_in",
     "row_spans",

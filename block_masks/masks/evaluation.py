@@ -77,3 +77,12 @@ class Evaluation:
         zero = torch.zeros_like(self.position["q"])
         index = tuple(zero if not i.terms and not i.const else self.integer(i) for i in load.index)
         return tensor[index]
+
+
+def number_of(value: Affine, numbers: Sequence[int]) -> int:
+    """The value of an expression of only ``n0, n1, ...``; symbolic where they are."""
+    total = value.const
+    for atom, factor in value.terms:
+        assert isinstance(atom, Symbol)
+        total = total + factor * numbers[int(atom.source[1:])]
+    return total

@@ -196,6 +196,17 @@ def negate(value: Bool) -> Bool:
             return Not(value)
 
 
+def offset_bound(part: Bool, low: Atom, high: Atom) -> Affine | None:
+    """``c`` where a truth says ``low <= high + c`` and ``c`` is made of numbers, else ``None``.
+
+    ``kv <= q + c`` is causality, ``q <= kv + c`` bounds a sliding window.
+    """
+    if not isinstance(part, Compare) or part.op == "==":
+        return None
+    bound = variable(low) - variable(high) - part.difference
+    return bound if bound.only(Symbol) else None
+
+
 def all_of(parts: Iterable[Bool]) -> Bool:
     """Conjunction."""
     return _joined(parts, And, TRUE, FALSE)

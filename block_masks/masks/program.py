@@ -12,8 +12,20 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from .evaluation import Evaluation
-from .expr import KV, TRUE, Affine, Bool, Compare, Load, Q, Symbol, all_of, conjuncts, variable
+from .evaluation import Evaluation, number_of
+from .expr import (
+    KV,
+    TRUE,
+    Affine,
+    Bool,
+    Load,
+    Q,
+    Symbol,
+    all_of,
+    conjuncts,
+    offset_bound,
+    variable,
+)
 from .text import format_mask, parse_mask
 from .walk import atoms, coordinates, replace_atoms
 
@@ -125,14 +137,6 @@ class MaskProgram:
         seen = self.evaluate(b[:, None, None], rows[:, None], keys[None, :])
         return seen.expand(b.shape[0], rows.shape[0], keys.shape[0])[:, None]
 
-    def number(self, value: Affine) -> int:
-        """The value of an expression of only numbers; symbolic where they are."""
-        total = value.const
-        for atom, factor in value.terms:
-            assert isinstance(atom, Symbol)
-            total = total + factor * self.numbers[int(atom.source[1:])]
-        return total
-
     def split_causal(self) -> tuple[int | None, MaskProgram | None]:
         """Takes causality out: its offset or ``None``, and what else the mask says.
 
@@ -141,11 +145,11 @@ class MaskProgram:
         """
         offset, rest = None, []
         for part in conjuncts(self.expr):
-            bound = _causal_offset(part)
+            bound = offset_bound(part, KV, Q)
             if bound is not None and offset is None:
-                number = self.number(bound)
-                behind = self.kv_len - self.q_len
-                if is_known(number == 0) or (is_known(number >= 0) and is_known(number <= behind)):
+                number = number_of(bound, self.numbers)
+                most = self.kv_len - self.q_len
+                if is_known(number == 0) or (is_known(number >= 0) and is_known(number <= most)):
                     offset = number
                     continue
             rest.append(part)
@@ -170,20 +174,10 @@ class MaskProgram:
         if causal_offset is None:
             return None
         for part in conjuncts(self.expr):
-            if isinstance(part, Compare) and part.op != "==":
-                difference = part.difference
-                rest = difference - Affine(((Q, 1), (KV, -1)))
-                if rest.only(Symbol):
-                    return causal_offset - self.number(rest) + 1
+            bound = offset_bound(part, Q, KV)
+            if bound is not None:
+                return causal_offset + number_of(bound, self.numbers) + 1
         return None
-
-
-def _causal_offset(part: Bool) -> Affine | None:
-    """``c`` of ``kv <= q + c``."""
-    if not isinstance(part, Compare) or part.op == "==":
-        return None
-    rest = Affine(((KV, 1), (Q, -1))) - part.difference
-    return rest if rest.only(Symbol) else None
 
 
 def is_known(condition: object) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .evaluation import number_of
 from .expr import (
     Affine,
     And,
@@ -116,7 +117,7 @@ class _TileBounds:
         match atom:
             case Symbol():
                 value = torch.full((1, 1, 1), 0, dtype=torch.int64, device=self.device)
-                value = value + self.program.number(variable(atom))
+                value = value + number_of(variable(atom), self.program.numbers)
                 return value, value
             case FloorDiv():
                 low, high = self.integer(atom.numerator)

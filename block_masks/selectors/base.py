@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import is_dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -224,7 +224,7 @@ class Selector(ABC):
 
 
 class ForcesBlocks:
-    """The guards of a selector that has their fields, named as those of `ForcedBlocks`."""
+    """The forced blocks of a selector that has the fields of `ForcedBlocks`."""
 
     __slots__ = ()
     sink_blocks: int
@@ -232,12 +232,19 @@ class ForcesBlocks:
     last_query_blocks: int
 
     @property
-    def guards(self) -> ForcedBlocks:
+    def forced_blocks(self) -> ForcedBlocks:
         """The blocks that are kept in any case."""
         return ForcedBlocks(
             sink_blocks=self.sink_blocks,
             local_blocks=self.local_blocks,
             last_query_blocks=self.last_query_blocks,
+        )
+
+    @property
+    def guards(self) -> NoReturn:
+        """What `forced_blocks` was called before."""
+        raise AttributeError(
+            f"{type(self).__name__}.guards is {type(self).__name__}.forced_blocks now"
         )
 
     def select_by(
@@ -249,7 +256,7 @@ class ForcesBlocks:
         q_heads: int,
         mask: MaskSummary | None = None,
     ) -> BlockSelection:
-        """What a rule and the guards keep.
+        """What a rule keeps, and the forced blocks.
 
         Args:
             rule: Which blocks a row keeps.
@@ -259,7 +266,7 @@ class ForcesBlocks:
             mask: Summary of the call's ``attn_mask``.
         """
         keep, visible = select_blocks(
-            scores, rule=rule, guards=self.guards, geometry=geometry, mask=mask
+            scores, rule=rule, forced_blocks=self.forced_blocks, geometry=geometry, mask=mask
         )
         keep = per_query_head(keep, visible, q_heads)
         return BlockSelection(keep=keep, visible=visible, geometry=geometry)

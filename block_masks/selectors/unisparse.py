@@ -101,7 +101,7 @@ class UniSparse(ForcesBlocks, Selector):
         if not rules:
             object.__setattr__(self, "top_p", DEFAULT_TOP_P)
         # Built here so that a wrong value is reported where it was given.
-        _ = self.rule, self.guards
+        _ = self.rule, self.forced_blocks
         Selector.__post_init__(self)
 
     def _validate_head_thresholds(self) -> None:
@@ -222,7 +222,7 @@ class UniSparse(ForcesBlocks, Selector):
             c_h=self.c_h,
             sampled_queries=self.sampled_queries,
             rule=self.rule,
-            guards=self.guards,
+            forced_blocks=self.forced_blocks,
             scale=scale,
             are_composites=are_composites,
         )

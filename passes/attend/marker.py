@@ -202,7 +202,7 @@ def is_traced(call: SdpaCall) -> bool:
     """Whether the call is being recorded into a graph rather than run."""
     if torch.compiler.is_compiling() or get_proxy_mode() is not None:
         return True
-    return torch._guards.detect_fake_mode((call.query, call.key, call.value)) is not None
+    return any(is_fake(tensor) for tensor in (call.query, call.key, call.value))
 
 
 def _asks_shape(call: SdpaCall) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._inductor import config as inductor_config
 
 from ...block_masks import fix_strides
@@ -57,7 +56,7 @@ def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
     name = f"unisparse_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     # Annotated for a GraphModule, traces any callable.
     run: Any = _region(config, flags)
-    output: Tensor = invoke_subgraph(run, name, *operands)[0]
+    output: Tensor = torch.ops.higher_order.invoke_subgraph(run, name, *operands)[0]
     return restore_nan(output, call, config) if output.device.type == "cpu" else output
 
 

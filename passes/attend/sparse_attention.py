@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_op
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ...block_masks import (
@@ -20,10 +19,12 @@ from ...block_masks import (
     to_block_mask,
     visible_tokens,
 )
-from ...block_masks.masks import is_known
+from ...block_masks.masks import is_known, mask_4d
 from ..calls import TORCH_SDPA, SdpaCall, SparseConfig, is_symbolic
 from ..decision import flex_backend, needs_grad
 
+# torch itself imports what registers it.
+FLEX_OPERATOR = torch.ops.higher_order.flex_attention
 # Bytes of expanded mask per step where blocks are applied as a token mask.
 MASK_CHUNK_BYTES = 256 * 2**20
 # Scores are made for every pair of composite tokens, 1/64 of all pairs by default, whatever the
@@ -59,7 +60,7 @@ def select(call: SdpaCall, config: SparseConfig) -> BlockSelection:
             call.key.detach(),
             geometry=geometry,
             scale=logit_scale(call),
-            attn_mask=None if call.attn_mask is None else _mask_4d(call.attn_mask),
+            attn_mask=None if call.attn_mask is None else mask_4d(call.attn_mask),
         )
 
 
@@ -112,7 +113,7 @@ def attend_flex(
         compute_q_blocks=grad,
     )
     output_lse = grad and call.query.device.type != "cpu"
-    return flex_attention_op(
+    return FLEX_OPERATOR(
         call.query,
         call.key,
         call.value,
@@ -169,7 +170,7 @@ def attend_masked(
     """
     mask = selection.token_mask(rows, keys)
     if call.attn_mask is not None:
-        own = _mask_4d(call.attn_mask)
+        own = mask_4d(call.attn_mask)
         own = own if own.shape[2] == 1 else own[:, :, rows]
         own = own if own.shape[3] == 1 else own[..., keys]
         if own.dtype is torch.bool:
@@ -222,9 +223,7 @@ def attend_masked_in_chunks(call: SdpaCall, selection: BlockSelection) -> Tensor
     outputs = []
     for start in range(0, q_len, chunk):
         stop = min(start + chunk, q_len)
-        offset = geometry.causal_offset
-        seen = geometry.kv_len if offset is None else min(stop + offset, geometry.kv_len)
-        tile = slice(start, stop), slice(0, seen)
+        tile = slice(start, stop), slice(0, geometry.num_visible_keys(stop))
         outputs.append(attend_masked(call, selection, *tile, by_definition=not finite))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
@@ -243,10 +242,6 @@ def _rows_apart(tensor: Tensor) -> Tensor:
 def logit_scale(call: SdpaCall) -> float:
     """The factor on the logits of a call: its own, or 1 / sqrt(D)."""
     return default_scale(call.query.shape[3]) if call.scale is None else call.scale
-
-
-def _mask_4d(mask: Tensor) -> Tensor:
-    return mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape))
 
 
 def kernel_options(block_size: int, *, backend: str, output_lse: bool) -> dict[str, Any]:
@@ -269,7 +264,8 @@ def kernel_options(block_size: int, *, backend: str, output_lse: bool) -> dict[s
 def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tuple[Any, ...]:
     """``mask_mod`` and ``score_mod`` with what each captures, as the operator takes them.
 
-    Captured tensors are passed as arguments: only Dynamo could lift them out of a closure.
+    Captured tensors are passed as arguments: only Dynamo could lift them out of a closure. So
+    `BlockGeometry.sees`, which holds its own, cannot be used here.
     """
     offset = selection.geometry.causal_offset
     size = selection.geometry.block_size
@@ -280,7 +276,7 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
     given = is_symbolic(offset) and program is None
     numbers, tensors = ([], []) if program is None else (program.numbers, program.tensors)
     numbers_given = any(is_symbolic(number) for number in numbers)
-    mask = None if call.attn_mask is None else _mask_4d(call.attn_mask)
+    mask = None if call.attn_mask is None else mask_4d(call.attn_mask)
     additive = mask is not None and mask.dtype is not torch.bool
     at = _broadcast_index(mask) if mask is not None else None
 
@@ -294,7 +290,9 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
             # Never trivially true: a backend may drop the block lists of a trivial mask_mod.
             allowed = kv_idx >= 0
         else:
-            allowed = kv_idx <= q_idx + (buffers.pop(0) if given else offset)
+            allowed = BlockGeometry.sees_causally(
+                q_idx, kv_idx, buffers.pop(0) if given else offset
+            )
         if look_up:
             kept = buffers.pop(0)
             head = h if kept_heads else h * 0

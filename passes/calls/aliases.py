@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .nodes import operation
+from .nodes import OVERLOAD, PACKET, operation
 
 # Operations whose result is new memory, whatever their inputs are.
 _FRESH = (
@@ -54,10 +54,10 @@ def is_changed_between(node: fx.Node, first: fx.Node, last: fx.Node) -> bool:
 def _written(node: fx.Node) -> Iterator[fx.Node]:
     """Nodes whose tensors ``node`` changes."""
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, PACKET):
         overloads = [getattr(target, name) for name in target.overloads()]
     else:
-        overloads = [target] if isinstance(target, torch._ops.OpOverload) else []
+        overloads = [target] if isinstance(target, OVERLOAD) else []
     for overload in overloads:
         for position, argument in enumerate(overload._schema.arguments):
             given = node.args[position : position + 1] or (node.kwargs.get(argument.name),)

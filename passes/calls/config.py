@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ...block_masks import validate_int
 from ...block_masks.selectors import Selector, validate_selector
+from ...block_masks.validation import validate_int
 
 SELECTOR_NAME = re.compile(r"=(\w+)\(")
 BACKENDS = ("auto", "flash", "triton")

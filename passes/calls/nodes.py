@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+# The types of ``torch.ops.aten.add.Tensor`` and of ``torch.ops.aten.add``.
+OVERLOAD: type[Any] = type(torch.ops.aten.add.Tensor)
+PACKET: type[Any] = type(torch.ops.aten.add)
+
 
 def operation(node: fx.Node) -> str:
     """One name for every spelling: ``add`` for a method, an operator, a function, an ATen op.
@@ -18,7 +22,7 @@ def operation(node: fx.Node) -> str:
         name = str(target)
     elif node.op != "call_function":
         return ""
-    elif isinstance(target, torch._ops.OpOverload):
+    elif isinstance(target, OVERLOAD):
         name = target._schema.name.partition("::")[2]
     else:
         name = getattr(target, "__name__", "")

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...block_masks import MaskProgram, validate_causality
+from ...block_masks import BlockGeometry
+from ...block_masks.masks import MaskProgram
+from ...block_masks.validation import validate_causality
 
 POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 # What torch defined. The name in torch.nn.functional may be somebody's patch, which calls this one:
@@ -143,10 +145,16 @@ class SdpaCall:
         """Whether a flag says that queries see the keys up to their position, however aligned."""
         return bool(self.is_causal or self.causal_lower_right)
 
-    def causal_offset(self) -> int | None:
-        """Key position of the first query row by the flags; ``None`` where they say nothing."""
+    def causal_offset(self, q_len: int | None = None, kv_len: int | None = None) -> int | None:
+        """Key position of the first query row by the flags; ``None`` where they say nothing.
+
+        Args:
+            q_len: Query rows of the whole call, where ``query`` is a part of it.
+            kv_len: Its keys, where ``key`` is a part.
+        """
         if self.causal_lower_right:
-            return self.key.shape[2] - self.query.shape[2]
+            rows = self.query.shape[2] if q_len is None else q_len
+            return (self.key.shape[2] if kv_len is None else kv_len) - rows
         return 0 if self.is_causal else None
 
     def has_plain_numbers(self) -> bool:
@@ -174,8 +182,9 @@ class SdpaCall:
                 mask = program.pairs(row, key)
             else:
                 validate_causality(bool(is_causal), True, mask)
-                is_causal = bool(q_len == kv_len)
-                mask = None if is_causal else key <= row[:, None] + (kv_len - q_len)
+                is_causal, mask = bool(q_len == kv_len), None
+                if not is_causal:
+                    mask = BlockGeometry.sees_causally(row[:, None], key, kv_len - q_len)
         return TORCH_SDPA(
             self.query,
             self.key,

@@ -1,12 +1,12 @@
 """Mask tensors proved to be formulas of positions."""
 
-from .prove import LiftedMask, MaskCache, Unproved
-from .trace import TracedMask, trace_mask
+from .prove import MaskCache, Unproved
+from .proved_mask import ProvedMask
+from .trace import trace_mask
 
 __all__ = [
-    "LiftedMask",
     "MaskCache",
-    "TracedMask",
+    "ProvedMask",
     "Unproved",
     "trace_mask",
 ]

@@ -1,4 +1,4 @@
-"""What a lifted mask is, in words."""
+"""What a proved mask is, in words."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ...block_masks.masks import (
     Load,
     Or,
     Q,
-    Symbol,
     conjuncts,
     coordinates,
+    offset_bound,
     replace_atoms,
     variable,
 )
@@ -25,7 +25,7 @@ def describe_mask(expr: Bool) -> str:
     parts = conjuncts(expr)
     if not parts:
         return "everything"
-    bounds = [offset for part in parts if (offset := _bound(part, KV, Q)) is not None]
+    bounds = [offset for part in parts if (offset := offset_bound(part, KV, Q)) is not None]
     names: dict[str, None] = {}
     for part in parts:
         names[_describe(part, bounds)] = None
@@ -36,11 +36,11 @@ def describe_mask(expr: Bool) -> str:
 
 def _describe(part: Bool, offsets: list[Affine]) -> str:
     names = coordinates(part)
-    if _bound(part, KV, Q) is not None:
+    if offset_bound(part, KV, Q) is not None:
         return "causal"
-    behind = _bound(part, Q, KV)
-    if behind is not None:
-        widths = [offset + behind + 1 for offset in offsets]
+    bound = offset_bound(part, Q, KV)
+    if bound is not None:
+        widths = [offset + bound + 1 for offset in offsets]
         plain = next((width.const for width in widths if not width.terms), None)
         return "sliding window" if plain is None else f"sliding window {plain}"
     if "q" not in names:
@@ -54,7 +54,7 @@ def _describe(part: Bool, offsets: list[Affine]) -> str:
     ):
         return "causal by position"
     if isinstance(part, Or):
-        causal = [p for p in part.parts if _bound(p, KV, Q) is not None]
+        causal = [p for p in part.parts if offset_bound(p, KV, Q) is not None]
         if causal and all("q" not in coordinates(p) for p in part.parts if p not in causal):
             return "prefix"
     return "other"
@@ -66,11 +66,3 @@ def _describe_equality(part: Compare) -> str:
     if own == TRUE and all(isinstance(atom, FloorDiv) for atom in atoms):
         return f"chunks of {atoms[0].divisor}"  # type: ignore[union-attr]
     return "document" if all(isinstance(atom, Load) for atom in atoms) else "other"
-
-
-def _bound(part: Bool, low: object, high: object) -> Affine | None:
-    """``c`` of ``low <= high + c``."""
-    if not isinstance(part, Compare) or part.op == "==":
-        return None
-    rest = Affine(((low, 1), (high, -1))) - part.difference  # type: ignore[arg-type]
-    return rest if rest.only(Symbol) else None

@@ -6,7 +6,6 @@ out as a formula whose tensors are per query or per key, the mask of pairs is no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -16,14 +15,12 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ...block_masks.masks import (
     FALSE,
-    KV,
     TRUE,
     Affine,
     Bool,
     Compare,
     Coordinate,
     Load,
-    Q,
     Symbol,
     atoms,
     coordinates,
@@ -37,6 +34,7 @@ from ...block_masks.masks import (
 from ..calls import mutated_origins, operation, origins, recorded, recorded_value
 from . import shape_readers, truth_readers, value_readers  # noqa: F401  (the readers register)
 from .kinds import describe_mask
+from .proved_mask import ProvedMask
 from .readers import HANDLERS, Lifter
 from .values import Absolute, Choice
 
@@ -59,45 +57,14 @@ class Unproved(StrEnum):
     LONG = "its formula is too long"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LiftedMask:
-    """A mask as the formula that it provably is.
-
-    Attributes:
-        text: The formula, as `MaskProgram.parse` reads it.
-        expr: The same, with the graph's nodes as sources.
-        tensors: Nodes of ``t0, t1, ...``.
-        numbers: Nodes of ``n0, n1, ...``.
-        kind: What it is, in words: ``"causal, key padding"``.
-    """
-
-    text: str
-    expr: Bool
-    tensors: tuple[fx.Node, ...]
-    numbers: tuple[fx.Node, ...]
-    kind: str
-
-    def is_everything(self) -> bool:
-        """Whether the mask hides nothing."""
-        return self.expr == TRUE
-
-    def causal_offset(self) -> Any:
-        """The offset, symbolic perhaps, where the mask is causality and nothing else."""
-        if not isinstance(self.expr, Compare) or self.expr.op == "==":
-            return None
-        own = Affine(((KV, 1), (Q, -1)))
-        bound = own - self.expr.difference
-        return number_of(bound) if bound.only(Symbol) else None
-
-
 class MaskCache:
     """The masks of one graph, each lifted once for all the calls that share it."""
 
     def __init__(self) -> None:
-        self._lifted: dict[tuple[Any, ...], LiftedMask | Unproved] = {}
+        self._lifted: dict[tuple[Any, ...], ProvedMask | Unproved] = {}
         self._read: dict[fx.Node, None] = {}
 
-    def lift(self, node: fx.Node, shape: tuple[Any, ...] | None) -> LiftedMask | Unproved:
+    def lift(self, node: fx.Node, shape: tuple[Any, ...] | None) -> ProvedMask | Unproved:
         """See `lift_mask`."""
         if shape is None:
             return Unproved.UNRECORDED
@@ -117,7 +84,7 @@ class MaskCache:
 
 def lift_mask(
     node: fx.Node, shape: tuple[Any, ...], lifter: Lifter | None = None
-) -> LiftedMask | Unproved:
+) -> ProvedMask | Unproved:
     """Proves what the mask that ``node`` computes is.
 
     Args:
@@ -149,15 +116,6 @@ def lift_mask(
     if reason is not None:
         return reason
     return _named(expr)
-
-
-def number_of(value: Affine) -> Any:
-    """An integer of symbols as tracing recorded it."""
-    total: Any = value.const
-    for atom, factor in value.terms:
-        assert isinstance(atom, Symbol)
-        total = total + factor * recorded_value(atom.source)
-    return total
 
 
 def _visible(value: Choice, dtype: torch.dtype) -> Bool | None:
@@ -201,7 +159,7 @@ def _refuse(expr: Bool, device: torch.device) -> Unproved | None:
     return Unproved.HEADS if "h" in coordinates(expr) else None
 
 
-def _named(expr: Bool) -> LiftedMask | Unproved:
+def _named(expr: Bool) -> ProvedMask | Unproved:
     tensors: dict[fx.Node, str] = {}
     numbers: dict[fx.Node, str] = {}
 
@@ -214,12 +172,11 @@ def _named(expr: Bool) -> LiftedMask | Unproved:
             return variable(Load(name, index))
         return None
 
-    text = format_mask(replace_atoms(expr, rename))
-    if len(text) > MAX_TEXT:
+    named = replace_atoms(expr, rename)
+    if len(format_mask(named)) > MAX_TEXT:
         return Unproved.LONG
-    return LiftedMask(
-        text=text,
-        expr=expr,
+    return ProvedMask(
+        expr=named,
         tensors=tuple(tensors),
         numbers=tuple(numbers),
         kind=describe_mask(expr),

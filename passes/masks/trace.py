@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .prove import LiftedMask, Unproved, lift_mask
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TracedMask:
-    """A mask as a formula, with what the formula reads.
-
-    Attributes:
-        text: The formula, as `MaskProgram.parse` reads it; of what hides nothing, empty.
-        tensors: What ``t0, t1, ...`` stand for.
-        numbers: What ``n0, n1, ...`` stand for.
-        kind: What it is, in words: ``"causal, key padding"``.
-    """
-
-    text: str
-    tensors: tuple[Tensor, ...]
-    numbers: tuple[int, ...]
-    kind: str
+from .prove import Unproved, lift_mask
+from .proved_mask import ProvedMask
 
 
 def trace_mask(
     compute: Callable[..., Tensor], numbers: Sequence[int], shape: tuple[int, int, int, int]
-) -> TracedMask | Unproved:
+) -> ProvedMask | Unproved:
     """Proves what ``compute(*numbers)`` is; no tensor of pairs is made on the way.
 
     Args:
@@ -50,10 +34,10 @@ def trace_mask(
     except Exception:  # Whatever a model's own mask function may do.
         return Unproved.UNTRACED
     (root,) = traced.graph.find_nodes(op="output")[0].all_input_nodes or (None,)
-    lifted = Unproved.UNTRACED if root is None else lift_mask(root, shape)
-    if isinstance(lifted, Unproved):
-        return lifted
-    return _with_values(lifted, traced, numbers)
+    proved = Unproved.UNTRACED if root is None else lift_mask(root, shape)
+    if isinstance(proved, Unproved):
+        return proved
+    return _with_values(proved, traced, numbers)
 
 
 def _trace(compute: Callable[..., Tensor], numbers: Sequence[int]) -> fx.GraphModule:
@@ -69,7 +53,7 @@ def _trace(compute: Callable[..., Tensor], numbers: Sequence[int]) -> fx.GraphMo
     return traced
 
 
-def _with_values(lifted: LiftedMask, traced: fx.GraphModule, numbers: Sequence[int]) -> TracedMask:
+def _with_values(proved: ProvedMask, traced: fx.GraphModule, numbers: Sequence[int]) -> ProvedMask:
     values: dict[fx.Node, Any] = dict(
         zip(traced.graph.find_nodes(op="placeholder"), numbers, strict=True)
     )
@@ -85,11 +69,6 @@ def _with_values(lifted: LiftedMask, traced: fx.GraphModule, numbers: Sequence[i
 
     with torch.no_grad():
         # Copies: what the mask is made of may change before it is read.
-        tensors = tuple(value(node).clone() for node in lifted.tensors)
-        found = tuple(int(value(node)) for node in lifted.numbers)
-    return TracedMask(
-        text="" if lifted.is_everything() else lifted.text,
-        tensors=tensors,
-        numbers=found,
-        kind=lifted.kind,
-    )
+        tensors = tuple(value(node).clone() for node in proved.tensors)
+        found = tuple(int(value(node)) for node in proved.numbers)
+    return replace(proved, tensors=tensors, numbers=found)

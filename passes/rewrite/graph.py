@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ...block_masks.masks import is_known
 from ..attend import (
     MULTIHEAD_TARGETS,
     call_geometry,
@@ -24,7 +22,7 @@ from ..attend import (
 )
 from ..calls import SdpaCall, SparseConfig, is_sdpa, recorded, recorded_value
 from ..decision import DenseReason, refuse
-from ..masks import LiftedMask, MaskCache, Unproved
+from ..masks import MaskCache, ProvedMask, Unproved
 from .repeat_kv import erase_unused, recover_gqa
 from .report import RewriteReport
 
@@ -159,22 +157,23 @@ def _rewrite_node(
         return
     # Whether it is slower is asked once the mask is known: a formula has faster kernels.
     reason = _refuse_node(call, replace(config, min_length=config.min_length or 0))
-    lifted: LiftedMask | Unproved | None = None
+    proved: ProvedMask | Unproved | None = None
     if reason is None and isinstance(call.attn_mask, fx.Node) and not call.causal:
-        lifted = masks.lift(call.attn_mask, _shape(call))
-        if isinstance(lifted, LiftedMask):
-            call = _with_mask(call, lifted)
+        shape = _shape(call)
+        proved = masks.lift(call.attn_mask, shape)
+        if shape is not None and isinstance(proved, ProvedMask):
+            call = proved.bind(call, q_len=shape[2], kv_len=shape[3])
     if reason is None and config.min_length is None:
         reason = _refuse_node(call, config)
     if reason is not None:
         report.left[name] = reason
         logger.debug("%s stays dense: %s", name, reason)
         return
-    if isinstance(lifted, Unproved):
-        report.unproved[name] = lifted
-        logger.debug("%s keeps its mask as a tensor: %s", name, lifted)
-    elif lifted is not None:
-        report.masks[name] = lifted.kind
+    if isinstance(proved, Unproved):
+        report.unproved[name] = proved
+        logger.debug("%s keeps its mask as a tensor: %s", name, proved)
+    elif proved is not None:
+        report.masks[name] = proved.kind
         if keeps_window(call_geometry(_as_recorded(call), config)):
             report.windows.append(name)
     if recorded(call.query) is not None:
@@ -242,34 +241,6 @@ def _shape(call: SdpaCall) -> tuple[Any, ...] | None:
     if query is None or key is None:
         return None
     return (*query.shape[:3], key.shape[2])
-
-
-def _with_mask(call: SdpaCall, mask: LiftedMask) -> SdpaCall:
-    """The call with what its mask was proved to be in place of the tensor."""
-    query, key = recorded(call.query), recorded(call.key)
-    assert query is not None
-    assert key is not None
-    if mask.is_everything():
-        return replace(call, attn_mask=None)
-    offset = mask.causal_offset()
-    if offset is not None:
-        behind = key.shape[2] - query.shape[2]
-        upper_left = statically_known_true(offset == 0)
-        aligned = (
-            isinstance(offset, int) and not upper_left and statically_known_true(offset == behind)
-        )
-        lower_right = aligned and is_known(behind >= 0)
-        if upper_left or lower_right:
-            return replace(
-                call, attn_mask=None, is_causal=upper_left, causal_lower_right=lower_right
-            )
-    return replace(
-        call,
-        attn_mask=None,
-        mask=mask.text,
-        mask_tensors=list(mask.tensors),
-        mask_numbers=list(mask.numbers),
-    )
 
 
 def _number(argument: Any) -> Any:

@@ -26,7 +26,6 @@ from unisparse_flex.calibration import DENSE, MAX_FILE_BYTES, Setting
 from unisparse_flex.evaluation.measure import compute_kl, compute_log_probs
 from unisparse_flex.evaluation.recall import CaptureAttention, compute_recall
 from unisparse_flex.passes import DenseReason
-from unisparse_flex.progress import StepDisplay
 from unisparse_flex.reports import record_attention
 from unisparse_flex.selectors import FlexPrefill
 
@@ -417,7 +416,11 @@ def test_a_file_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> None:
         ({"recall": 0.9, "ladder": []}, ValueError, "ladder must hold at least one"),
         ({"recall": 0.9, "ladder": [0.1]}, TypeError, "selector must be a selector"),
         ({"recall": 0.9, "ladder": [SELECTOR, FINE]}, ValueError, r"block sizes \[16, 32\]"),
-        ({"recall": 0.9, "ladder": [FINE], "per_head": True}, ValueError, "differ only in threshold"),
+        (
+            {"recall": 0.9, "ladder": [FINE], "per_head": True},
+            ValueError,
+            "differ only in threshold",
+        ),
         ({"recall": 0.9, "model": create().train()}, ValueError, "evaluation mode"),
         ({"recall": 0.9, "model": optimize(create())}, ValueError, "must not be optimized yet"),
         ({"recall": 0.9, "model": nn.Linear(64, 64).eval()}, ValueError, "must make attention"),
@@ -472,17 +475,6 @@ def test_heads_are_priced_without_kernels_and_slow_layers_are_dense() -> None:
     long = calibrate(create(Attention), [embeddings(4096)], recall=0.1, ladder=fast, per_head=True)
     assert set(long.layers) == {"Attention"}
     assert isinstance(long.layers["Attention"], UniSparse)
-
-
-def test_steps_are_shown_once_they_have_taken_two_seconds(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = iter([0.0, 1.9, 2.5, 3.0, 60.0])
-    monkeypatch.setattr("unisparse_flex.progress.time.monotonic", lambda: next(clock))
-    with StepDisplay("calibrate") as display:
-        for step in ("one", "two", "three", "four"):
-            display.show(step)
-    assert capsys.readouterr().err == "calibrate: two, 2 s\ncalibrate: four, 60 s\n"
 
 
 def test_nothing_is_shown_where_progress_is_off(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -321,14 +320,11 @@ def test_a_function_that_a_model_compiles_itself_has_the_settings_of_its_caller(
 def test_what_is_compiled_while_a_call_is_caught_does_not_see_the_key() -> None:
     torch._dynamo.reset()
     dispatch.set_up_key()
-    key = dispatch._key
-    assert key is not None
     inside: list[bool] = []
     compiled = torch.compile(sdpa, backend="aot_eager", fullgraph=True)
 
     def observe(*_: Any) -> None:
-        off = torch._C._dispatch_tls_is_dispatch_key_excluded(key.key)
-        inside.append(key.scope() is not None and not off)
+        inside.append(dispatch.scope_in_force() is not None)
         assert_computes(compiled(X), Calling(sdpa), None, X)
 
     with observe_calls(observe):
@@ -337,18 +333,21 @@ def test_what_is_compiled_while_a_call_is_caught_does_not_see_the_key() -> None:
     assert_computes(compiled(X), Calling(sdpa), None, X)
 
 
-def test_settings_in_force_are_kept_alive() -> None:
-    """torch 2.11 drops a reference that it never counted."""
+def test_settings_of_an_inner_scope_end_with_it() -> None:
     dispatch.set_up_key()
     if dispatch._key is None:
         pytest.skip("this torch has no dispatch key to spare")
-    config = SparseConfig(selector=SELECTOR).encode()
-    with dispatch.catch_attention(config):
-        scope = dispatch._key.scope()
-        assert scope is not None
-        before = sys.getrefcount(scope)
-        for _ in range(10):
-            with dispatch.catch_attention(config):
-                assert dispatch._key.scope() is not scope
-            assert dispatch._key.scope() is scope
-        assert sys.getrefcount(scope) == before
+    outer = SparseConfig(selector=SELECTOR).encode()
+    inner = SparseConfig(selector=FINE).encode()
+    with dispatch.catch_attention(outer):
+        with dispatch.catch_attention(inner):
+            assert dispatch.in_force.config == inner
+        assert dispatch.in_force.config == outer
+        assert dispatch.scope_in_force() is not None
+        with dispatch.leave_attention():
+            assert dispatch.scope_in_force() is None
+        with dispatch.suspend_attention():
+            assert dispatch.in_force.config is None
+        assert dispatch.in_force.config == outer
+    assert dispatch.in_force.config is None
+    assert dispatch.scope_in_force() is None

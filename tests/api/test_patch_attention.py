@@ -17,9 +17,9 @@ from unisparse_flex.selectors import DenseSpan, PatchOrder
 from .models import qkv
 from .reference import rmse
 
-GUARDS: dict[str, Any] = {"sink_blocks": 0, "last_query_blocks": 0}
-ALL = UniSparse(block_size=16, top_p=1.0, **GUARDS)
-FEW = UniSparse(block_size=16, c_q=4, c_k=4, top_k=2, **GUARDS)
+FORCED: dict[str, Any] = {"sink_blocks": 0, "last_query_blocks": 0}
+ALL = UniSparse(block_size=16, top_p=1.0, **FORCED)
+FEW = UniSparse(block_size=16, c_q=4, c_k=4, top_k=2, **FORCED)
 ORDERS = [
     PatchOrder(grid=(4, 8, 8), tile=(2, 2, 4)),
     PatchOrder(grid=(3, 5, 9), tile=(2, 2, 4), cell=(2, 2, 1)),
@@ -112,7 +112,7 @@ def test_the_default_selector_keeps_no_first_or_last_block_for_all() -> None:
     order = PatchOrder(grid=(8, 16, 16), tile=(2, 8, 8))
     query, key, value = qkv(q_len=order.num_tokens, batch=1, heads=(1, 1))
     output = patch_attention(query, key, value, order=order)
-    expected = patch_attention(query, key, value, order=order, selector=UniSparse(**GUARDS))
+    expected = patch_attention(query, key, value, order=order, selector=UniSparse(**FORCED))
     assert output.equal(expected)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import attention, gpu_clock, prefill, stages
-from bench.contenders import (
+from bench import calls, prefill, timing
+from bench.attention import measure as attention
+from bench.calls import (
     SHAPES,
     Case,
     causal_lists,
@@ -35,14 +36,14 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return selector.select(query, key, is_causal=True).block_lists()
 
     def attends(case: Case) -> dict[str, Any]:
-        return {"triton": lambda q, k, v, mask: stages.dense(q, k, v)}
+        return {"triton": lambda q, k, v, mask: calls.dense(q, k, v)}
 
     def clock(function: Any) -> float:
         function()
         return 2.0
 
     def compile_whole(case: Case, selector: UniSparse) -> Any:
-        return lambda: stages.whole(*case.inputs)
+        return lambda: calls.whole(*case.inputs)
 
     monkeypatch.setattr(Case, "select", select)
     monkeypatch.setattr(Case, "attends", property(attends))
@@ -96,7 +97,7 @@ def test_no_other_top_k_is_nearer() -> None:
 
 
 def test_forced_blocks_keep_diagonal_first_and_density() -> None:
-    selection = stages.force_density(4, 128 * 40, 0.2, "cpu")
+    selection = calls.force_density(4, 128 * 40, 0.2, "cpu")
     assert selection.keep[..., 0].all()
     assert selection.keep.diagonal(dim1=-2, dim2=-1).all()
     assert not (selection.keep & ~selection.visible).any()
@@ -199,7 +200,7 @@ def test_the_relative_error_is_that_of_norms() -> None:
 
 def test_the_tail_error_is_that_of_dense_attention() -> None:
     case = Case("smollm2", 700, "cpu", torch.float32)
-    dense = stages.dense(*case.inputs)
+    dense = calls.dense(*case.inputs)
     assert tail_error(case, dense) < 1e-6
     dense[:, -1, 650] += 1
     assert tail_error(case, dense) > 1e-2
@@ -208,31 +209,31 @@ def test_the_tail_error_is_that_of_dense_attention() -> None:
 @pytest.mark.slow
 def test_compiled_attention_over_lists_is_right() -> None:
     case = Case("smollm2", 640, "cpu", torch.float32)
-    selection = stages.force_density(9, 640, 0.6, "cpu")
+    selection = calls.force_density(9, 640, 0.6, "cpu")
     output = case.attend("triton", selection.block_lists())
     assert relative_error(output, exact_output(case, selection)) < 1e-5
     every = case.attend("triton", causal_lists(case.geometry, "cpu"))
-    assert relative_error(every, stages.dense(*case.inputs)) < 1e-5
+    assert relative_error(every, calls.dense(*case.inputs)) < 1e-5
     selector = UniSparse(top_k=3)
     kept = selector.select(*case.inputs[:2], is_causal=True)
     assert relative_error(case.compile_whole(selector)(), exact_output(case, kept)) < 1e-5
 
 
 def test_long_calls_are_repeated_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[float] = []
+    ran: list[float] = []
 
     def clock(seconds: float) -> Any:
         def take(function: Any) -> float:
-            calls.append(seconds)
+            ran.append(seconds)
             return seconds
 
         return take
 
     for seconds, repeats in ((2.0, 1), (0.3, 3), (0.05, 5), (1e-5, 60)):
-        calls.clear()
-        monkeypatch.setattr(gpu_clock, "time_cuda", clock(seconds))
-        assert gpu_clock.plain_ms(lambda: None) == pytest.approx(seconds * 1e3)
-        assert len(calls) == repeats
+        ran.clear()
+        monkeypatch.setattr(timing, "time_cuda", clock(seconds))
+        assert timing.plain_ms(lambda: None) == pytest.approx(seconds * 1e3)
+        assert len(ran) == repeats
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import communication, distributed, tables
+from bench import tables
+from bench.communication import measure as communication
 from unisparse_flex.distributed import SequenceLayout
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +19,7 @@ def test_the_page_holds_the_tables_of_the_file(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs/distributed.md").read_text()
     assert "SIMULATED" in page
-    assert tables.fill(page, distributed.describe) == page
+    assert tables.fill(page) == page
 
 
 def test_the_file_is_what_the_model_says_today() -> None:

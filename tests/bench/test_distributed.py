@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from bench.distributed import describe, main
-from bench.ranks import Rank, start_ranks
+from bench.distributed import describe
+from bench.distributed.measure import main
+from bench.distributed.ranks import Rank, start_ranks
 
 ROOT = Path(__file__).parents[2]
 

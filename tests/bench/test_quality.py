@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench import answers, quality, selection_share
-from bench.sweeps import SWEEPS
+from bench.quality import answers, measure, selection_share
+from bench.quality.sweeps import SWEEPS
 from unisparse_flex.evaluation.measure import generate_greedily
 
 
@@ -26,7 +26,7 @@ def test_a_curve_is_written_with_density_and_divergence(
     output = tmp_path / "quality.json"
     options = "--tokens 320 --judged 64 --block-size 16 --texts code --selectors unisparse-paper"
     more = f"--every 5 --recall-layers 2 --output {output} --tasks niah_single --samples 1"
-    quality.main([*options.split(), *more.split()])
+    measure.main([*options.split(), *more.split()])
     written = json.loads(output.read_text())
     few, many, *answered = written["rows"]
     assert [row["samples"] for row in answered] == [1, 1]
@@ -52,15 +52,15 @@ def test_a_curve_is_written_with_density_and_divergence(
 
 
 def test_layers_are_spread_evenly() -> None:
-    assert quality.spread(30, 4) == [3, 11, 18, 26]
-    assert quality.spread(3, 4) == [0, 1, 2]
-    assert quality.spread(30, 1) == [15]
-    assert quality.spread(0, 4) == []
+    assert measure.spread(30, 4) == [3, 11, 18, 26]
+    assert measure.spread(3, 4) == [0, 1, 2]
+    assert measure.spread(30, 1) == [15]
+    assert measure.spread(0, 4) == []
 
 
 def test_an_unknown_selector_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        quality.main(["--selectors", "xattn"])
+        measure.main(["--selectors", "xattn"])
     assert "--selectors must be of unisparse-default" in capsys.readouterr().err
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from bench import quality_curves as curves
-from bench import quality_tables as tables
-from bench.quality_plots import draw
-from bench.quality_summary import HEAD, OURS, join, summary_table
-from bench.tables import FOLDER, fill
+from bench.quality import curves, tables
+from bench.quality.plots import draw
+from bench.quality.summary import COLUMNS, OURS, summary_table
+from bench.record import FOLDER
+from bench.tables import fill, main
 from unisparse_flex import UniSparse
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
@@ -191,7 +191,7 @@ def test_a_file_becomes_tables_and_a_plot(
     result = make_result()
     result["rows"].append(scores(OURS, "x", vt=(0.5, 0.75)))
     path.write_text(json.dumps(result))
-    tables.main([str(path), "--plots", str(tmp_path / "plots")])
+    main([str(path), "--plots", str(tmp_path / "plots")])
     printed = capsys.readouterr().out
     assert "| unisparse-paper | 0.400 | 0.0183 | 1.018 |  |  |  | 1 |" in printed
     assert "| dense |  | 20 | 0.750 |" in printed
@@ -203,7 +203,7 @@ def test_a_file_of_tasks_alone_has_no_plot(
 ) -> None:
     path = tmp_path / "quality-x.json"
     path.write_text(json.dumps(make_result() | {"rows": [scores("oracle", "x", vt=(0.5, 0.75))]}))
-    tables.main([str(path), "--plots", str(tmp_path / "plots")])
+    main([str(path), "--plots", str(tmp_path / "plots")])
     printed = capsys.readouterr().out
     assert "### Tasks" in printed
     assert "Curves" not in printed
@@ -239,7 +239,7 @@ def test_the_summary_compares_at_the_kl_of_one_setting() -> None:
     result["rows"][-1] = row("oracle", 0.1, math.exp(-4))
     result["rows"].append(row("oracle", 0.3, math.exp(-8)))
     [line] = summary_table([result], selector=f"{OURS}(0.2)").splitlines()[2:]
-    assert len(HEAD) == len(cells(line))
+    assert len(COLUMNS) == len(cells(line))
     # The paper's curve has this KL at .4, the oracle's at .1; at .2 the oracle's is e**-6.
     assert cells(line) == [
         "a-model, 512, prose (1)",
@@ -270,7 +270,7 @@ def test_the_page_of_quality_holds_what_the_files_say() -> None:
     page = (ROOT / "docs/quality.md").read_text()
     named = re.findall(r"<!-- tables of (\S+) -->", page)
     assert sorted(named) == sorted(path.name for path in FOLDER.glob("quality-*.json"))
-    assert fill(page, tables.describe, join) == page
+    assert fill(page) == page
 
 
 def test_the_page_shows_the_default_as_it_is() -> None:

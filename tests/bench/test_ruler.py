@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.ruler import TASK_NAMES, TaskSample, build_task, score
+from bench.quality.ruler import TASK_NAMES, TaskSample, build_task, score
 from unisparse_flex.evaluation.model import load_tokenizer
 
 NIAH = ("niah_single", "niah_multikey", "niah_multivalue")

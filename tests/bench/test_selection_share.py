@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import selection_share
-from bench.selection_share import Inputs, ShareClock
+from bench.calls import Inputs
+from bench.quality import selection_share
+from bench.quality.selection_share import ShareClock
 from unisparse_flex import Selector, UniSparse
 from unisparse_flex.evaluation.recall import CapturedAttention
 from unisparse_flex.selectors import FlashPrefill

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import speed_plots, tables
-from bench.speed_plots import BreakEven, Curve, curves, decided, draw, first_token
+from bench import registry
+from bench.attention import density_name, join, sparse_rows
+from bench.figures import speed_plots
+from bench.figures.speed_plots import BreakEven, Curve, curves, decided, draw, first_token
+from bench.record import FOLDER
 from tests.bench.results import DENSITIES, LENGTHS, make_result
 
 SPARSE: dict[str, Any] = {"variant": "sparse", "selector": "two", "density": 0.1}
@@ -76,9 +79,9 @@ def test_a_speedup_is_that_of_the_whole_call_over_the_fastest_dense_kernel() -> 
 
 
 def test_the_committed_ratios_are_those_of_the_tables() -> None:
-    files = sorted(tables.FOLDER.glob("attention-cuda-sm90*.json"))
-    result = tables.join([json.loads(path.read_text()) for path in files])
-    rows = tables.sparse_rows(result, "llama3-8b", "two")
+    files = sorted(FOLDER.glob("attention-cuda-sm90*.json"))
+    result = join([json.loads(path.read_text()) for path in files])
+    rows = sparse_rows(result, "llama3-8b", "two")
     expected = {(r["density"], r["tokens"]): r["speedup_best"] for r in rows if "speedup_best" in r}
     found = {(c.density, x): y for c in curves(result, "llama3-8b", "two") for x, y in c.points}
     assert found == pytest.approx(expected)
@@ -151,8 +154,8 @@ def test_lines_and_marks_are_the_curves_and_their_break_even() -> None:
     for axes, time in ((graph, "total_ms"), (launched, "total_plain_ms")):
         found = curves(result, "llama3-8b", "two", time=time)
         lines, marks = drawn(axes, "speed-up"), drawn(axes, "break-even")
-        assert lines == {tables.percent(c.density): list(c.points) for c in found}
-        sides = {tables.percent(c.density): c.break_even for c in found}
+        assert lines == {density_name(c.density): list(c.points) for c in found}
+        sides = {density_name(c.density): c.break_even for c in found}
         at = {name: [(even.tokens, 1.0)] for name, even in sides.items() if even.side == "at"}
         below = {name: lines[name][0] for name, even in sides.items() if even.side == "below"}
         assert marks == at
@@ -247,14 +250,14 @@ def test_files_of_two_devices_are_not_drawn_together() -> None:
 
 
 def test_without_files_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(speed_plots, "FOLDER", tmp_path)
+    monkeypatch.setattr(registry, "FOLDER", tmp_path)
     with pytest.raises(SystemExit, match="no files of attention"):
         speed_plots.main([])
 
 
 def test_the_page_says_when_the_committed_files_break_even() -> None:
-    files = sorted(tables.FOLDER.glob("attention-cuda-sm90*.json"))
-    result = tables.join([json.loads(path.read_text()) for path in files])
+    files = sorted(FOLDER.glob("attention-cuda-sm90*.json"))
+    result = join([json.loads(path.read_text()) for path in files])
     graph = {c.density: c.break_even for c in curves(result, "llama3-8b", "two")}
     found = curves(result, "llama3-8b", "two", time="total_plain_ms")
     launched = {c.density: c.break_even for c in found}

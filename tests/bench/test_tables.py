@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import tables
+from bench import cost_decision, markdown, prefill, registry
+from bench import tables as command
+from bench.attention import tables
+from bench.record import FOLDER
+from bench.registry import BENCHMARKS, benchmark_of
 from tests.bench.results import make_result
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +81,7 @@ def test_prefill_is_compared_with_dense() -> None:
         {"variant": "dense_eager", "tokens": 8192, "ms": 300.0, "speedup": 1.0},
         {"variant": "sparse", "tokens": 8192, "ms": 150.0, "speedup": 2.0, "peak_bytes": 2**31},
     ]
-    _, _, *lines = cells(tables.prefill_table({"rows": rows}))
+    _, _, *lines = cells(prefill.prefill_table({"rows": rows}))
     assert lines[1] == ["8192", "sparse", "", "150", "2.00x", "2.0"]
 
 
@@ -86,15 +91,15 @@ def test_a_file_becomes_tables_and_a_plot(
     pytest.importorskip("matplotlib")
     path = tmp_path / "attention-x.json"
     path.write_text(json.dumps(make_result()))
-    tables.main([str(path), "--plots", str(tmp_path / "plots")])
+    command.main([str(path), "--plots", str(tmp_path / "plots")])
     assert "| 32768 |" in capsys.readouterr().out
     assert (tmp_path / "plots" / "attention-llama3-8b.png").stat().st_size > 10000
 
 
 def test_without_files_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    monkeypatch.setattr(registry, "FOLDER", tmp_path)
     with pytest.raises(SystemExit, match="no files of attention"):
-        tables.main([])
+        command.main([])
 
 
 def test_a_decision_is_shown_with_its_ratio() -> None:
@@ -102,11 +107,11 @@ def test_a_decision_is_shown_with_its_ratio() -> None:
     row |= {"decision": "dense", "density": None, "dense_ms": 2.0, "optimized_ms": 2.1}
     failed = {"layers": 2, "tokens": 2048, "queries": 2048, "selector": "UniSparse(top_p=0.95)"}
     result = make_result() | {"rows": [row | {"ratio": 1.05}, failed]}
-    head, _, *lines = cells(tables.decision_table(result))
+    head, _, *lines = cells(cost_decision.decision_table(result))
     assert len(head) == len(lines[0])
     assert lines[0] == ["bare call", "1024", "1", "top_k=16", "dense", "", "2", "2.1", "1.05"]
     assert lines[1] == ["2", "2048", "2048", "top_p=0.95", "", "", "", "", ""]
-    assert "left alone ms" in tables.describe(result, "cost-decision.json")
+    assert "left alone ms" in cost_decision.describe(result, "cost-decision.json")
 
 
 def test_of_files_made_one_the_first_to_have_a_row_counts() -> None:
@@ -139,10 +144,54 @@ def test_a_gate_that_failed_in_one_file_failed_in_all() -> None:
 def test_the_page_of_performance_holds_what_the_files_say() -> None:
     page = (ROOT / "docs/performance.md").read_text()
     named = " ".join(re.findall(r"<!-- tables of ([\w. -]+?) -->", page)).split()
-    kept = [path.name for kind in tables.KINDS for path in tables.FOLDER.glob(f"{kind}-*.json")]
-    assert sorted(named) == sorted(kept)
-    assert tables.fill(page, tables.describe) == page
+    kept = registry.files_of("attention", "cost_decision", "prefill")
+    assert sorted(named) == [path.name for path in kept]
+    assert command.fill(page) == page
     # It does write: a page without its tables gets them back.
-    bare = re.sub(tables.SECTION, r"\g<start>\n\g<end>", page, flags=re.DOTALL)
+    bare = re.sub(markdown.SECTION % command.SECTIONS, r"\g<start>\n\g<end>", page, flags=re.DOTALL)
     assert "| 131072 |" not in bare
-    assert tables.fill(bare, tables.describe) == page
+    assert command.fill(bare) == page
+
+
+def test_cells_are_written_by_the_format_of_their_column() -> None:
+    columns: dict[str, markdown.Format] = {"a": "{}", "b": "{:.1%}", "c": markdown.milliseconds}
+    table = markdown.table(columns, [["x", 0.25, 123.4], [None, None, 1.234]])
+    assert cells(table)[2:] == [["x", "25.0%", "123"], ["", "", "1.23"]]
+    assert markdown.table(columns, []) == ""
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.iterdir()), ids=lambda path: path.name)
+def test_every_result_belongs_to_one_benchmark(path: Path) -> None:
+    [benchmark] = [each for each in BENCHMARKS if fnmatch(path.name, each.files)]
+    result = json.loads(path.read_text())
+    assert benchmark_of(result, path.name) is benchmark
+    assert result.get("benchmark", benchmark.name) == benchmark.name
+    assert result["command"][:3] == ["python", "-m", benchmark.module]
+
+
+def test_a_file_is_told_by_the_benchmark_that_it_names_before_its_own_name() -> None:
+    assert benchmark_of({"benchmark": "video"}, "prefill-x.json").name == "video"
+    with pytest.raises(
+        ValueError, match=r"rows\.json must name its benchmark, or be called as one"
+    ):
+        benchmark_of({}, "rows.json")
+
+
+def test_two_files_of_one_name_are_both_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[Any]
+) -> None:
+    paths = [tmp_path / folder / "attention-x.json" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps(make_result()))
+    command.main([*map(str, paths), "--no-plots"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("attention-x.json: a device")
+    assert f"\n{paths[1]}: a device" in printed
+
+
+def test_files_of_several_benchmarks_make_no_table() -> None:
+    with pytest.raises(ValueError, match="files must be of one benchmark, got a, b"):
+        registry.describe({"a": {"benchmark": "video"}, "b": {"benchmark": "prefill"}})
+    with pytest.raises(ValueError, match="nothing makes tables of a"):
+        registry.describe({"a": {"benchmark": "cost_rates"}})

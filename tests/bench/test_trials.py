@@ -10,10 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.sweeps import defaults
-from bench.trials import GRANULARITIES, RULES, TRIALS, EvenShare, MassBudget, Trial
+from bench.quality import defaults
+from bench.quality.trials import (
+    GRANULARITIES,
+    RULES,
+    TRIALS,
+    EvenShare,
+    MassBudget,
+    Trial,
+    from_moments,
+    power_mean_scores,
+)
 from tests.api.models import qkv
 from unisparse_flex import UniSparse
+from unisparse_flex.block_masks import BlockGeometry, Pooled, Sampled
 from unisparse_flex.block_masks.selection import Threshold
 from unisparse_flex.selectors import DEFAULT_SELECTOR, Oracle
 
@@ -78,11 +88,40 @@ def test_a_trial_of_shipped_parts_selects_as_they_do(name: str) -> None:
 
 def test_the_trial_of_every_row_is_the_oracle() -> None:
     query, key, _ = qkv(500)
-    guards = {"sink_blocks": 0, "last_query_blocks": 0}
-    trial = Trial(block_size=32, sampled_queries=32, rule="top_p", value=0.6, **guards)
+    forced_blocks = {"sink_blocks": 0, "last_query_blocks": 0}
+    trial = Trial(block_size=32, sampled_queries=32, rule="top_p", value=0.6, **forced_blocks)
     oracle = Oracle(block_size=32, top_p=0.6)
     kept = trial.select(query, key, is_causal=True).keep
     assert kept.equal(oracle.select(query, key, is_causal=True).keep)
+
+
+@pytest.mark.parametrize("offset", [None, 0])
+@pytest.mark.parametrize("power", [2, 4])
+def test_a_power_mean_is_one_over_rows_and_granularities(power: int, offset: int | None) -> None:
+    size, length = 16, 75
+    query, key = torch.randn(2, 4, length, 8).double(), torch.randn(2, 2, length, 8).double()
+    logits = query @ key.repeat_interleave(2, dim=1).mT * 0.7
+    hidden = torch.full((length, length), offset is not None).triu(1)
+    blocks = logits.masked_fill(hidden, -torch.inf).softmax(-1).split(size, dim=3)
+    shares = torch.stack([block.sum(-1) for block in blocks], dim=-1)
+    means = [rows.pow(power).mean(2) ** (1 / power) for rows in shares.split(size, dim=2)]
+    expected = torch.stack(means, dim=2)
+    geometry = BlockGeometry(q_len=length, kv_len=length, block_size=size, causal_offset=offset)
+    # Either one is exact, so that both together are.
+    exact: list[Pooled | Sampled] = [Sampled(queries=size), Pooled(q=1, k=1)]
+    for granularities in (exact[:1], exact[1:], exact):
+        found = power_mean_scores(
+            query, key, geometry=geometry, granularities=granularities, scale=0.7, power=power
+        )
+        torch.testing.assert_close(found, expected / expected.sum(-1, keepdim=True))
+
+
+def test_power_means_of_nothing_and_of_what_is_not_a_number_stay() -> None:
+    moments = torch.tensor([[[[0.0, 0.0], [float("nan"), 0.0], [0.09, 0.01]]]])
+    zero, unknown, shares = from_moments(moments, 2)[0, 0]
+    assert zero.equal(torch.zeros(2))
+    assert unknown.isnan().all()
+    torch.testing.assert_close(shares, torch.tensor([0.75, 0.25]))
 
 
 @pytest.mark.parametrize("rule", RULES)

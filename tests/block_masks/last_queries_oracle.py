@@ -87,7 +87,7 @@ def blocks_on_lines(
 
 
 def forced_and_visible(
-    guards: ForcedBlocks, q_len: int, kv_len: int, size: int
+    blocks: ForcedBlocks, q_len: int, kv_len: int, size: int
 ) -> tuple[set[tuple[int, int]], set[tuple[int, int]]]:
     """Blocks that are kept in any case, and those that some row sees."""
     forced, visible = set(), set()
@@ -96,8 +96,8 @@ def forced_and_visible(
         own = {position // size for position in positions(i, q_len, kv_len, size)}
         for j in range(max(own) + 1):
             visible.add((i, j))
-            local = any(block - guards.local_blocks < j <= block for block in own)
-            if local or j < guards.sink_blocks or i >= rows - guards.last_query_blocks:
+            local = any(block - blocks.local_blocks < j <= block for block in own)
+            if local or j < blocks.sink_blocks or i >= rows - blocks.last_query_blocks:
                 forced.add((i, j))
     return forced, visible
 

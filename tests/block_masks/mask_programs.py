@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unisparse_flex.block_masks import MaskProgram
+from unisparse_flex.block_masks.masks import MaskProgram
 
 LENGTHS = st.sampled_from([1, 2, 15, 16, 17, 63, 64, 127, 129])
 # What a formula may read: documents, padding of keys and queries, prefixes.

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unisparse_flex.block_masks import UniSparse, compute_block_scores, summarize_mask
+from unisparse_flex.block_masks import UniSparse, compute_block_scores
+from unisparse_flex.block_masks.mask_summary import summarize_mask
 from unisparse_flex.block_masks.scoring import default_scale
 
 from . import oracle

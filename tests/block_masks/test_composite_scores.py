@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unisparse_flex.block_masks import UniSparse, compute_block_scores, pool_heads, pool_tokens
-from unisparse_flex.block_masks.granularity import Pooled
+from unisparse_flex.block_masks import UniSparse, compute_block_scores, pool_tokens
+from unisparse_flex.block_masks.granularity import Pooled, pool_heads
 from unisparse_flex.block_masks.scoring import default_scale
 
 from . import oracle

@@ -1,4 +1,4 @@
-"""What holds for every selector: guards, batches, GQA, masks, padding, compilation."""
+"""What holds for every selector: forced blocks, batches, GQA, masks, padding, compilation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unisparse_flex.block_masks import BlockGeometry, MaskProgram, Selector
+from unisparse_flex.block_masks import BlockGeometry, Selector
+from unisparse_flex.block_masks.masks import MaskProgram
 from unisparse_flex.block_masks.scoring import default_scale
 from unisparse_flex.block_masks.selectors import FlashPrefill, XAttention
 

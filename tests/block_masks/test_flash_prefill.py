@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unisparse_flex.block_masks.selection import RowMax
+from unisparse_flex.block_masks.selection import ForcedBlocks, RowMax
 from unisparse_flex.block_masks.selectors import FlashPrefill
 
 from .baselines import SIZE, assert_keeps_what_is_defined, calls_of
@@ -46,20 +46,20 @@ def choose(
 
 
 @pytest.mark.parametrize(
-    "guards",
+    "forced",
     [{}, {"sink_blocks": 0, "local_blocks": 1, "last_query_blocks": 0}, {"local_blocks": 1}],
     ids=str,
 )
-def test_kept_blocks_equal_the_definition(guards: dict[str, int]) -> None:
-    for call in calls_of(FlashPrefill(block_size=SIZE, alpha=ALPHA, **guards)):
+def test_kept_blocks_equal_the_definition(forced: dict[str, int]) -> None:
+    for call in calls_of(FlashPrefill(block_size=SIZE, alpha=ALPHA, **forced)):
         assert_keeps_what_is_defined(call, head_scores, choose)
 
 
 def test_defaults_are_those_of_its_authors() -> None:
     selector = FlashPrefill()
     assert selector.rule == RowMax(alpha=0.1)
-    guards = selector.guards
-    assert (guards.sink_blocks, guards.local_blocks, guards.last_query_blocks) == (2, 4, 2)
+    expected = ForcedBlocks(sink_blocks=2, local_blocks=4, last_query_blocks=2)
+    assert selector.forced_blocks == expected
     assert (selector.cost.c_q, selector.cost.c_k) == (1, 128)
 
 

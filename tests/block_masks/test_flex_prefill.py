@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unisparse_flex import attention
-from unisparse_flex.block_masks import BlockGeometry, FlexPrefill, Selector
+from unisparse_flex.block_masks import BlockGeometry, Selector
+from unisparse_flex.block_masks.selectors import FlexPrefill
 
 from . import last_queries_oracle as oracle
 from .last_queries_oracle import tokens
@@ -100,7 +101,7 @@ def query_aware(
 def expected(query: Tensor, key: Tensor, selector: FlexPrefill) -> Tensor:
     """bool [B, Hq, Nq, Nk] by the definition."""
     size, (q_len, kv_len) = selector.block_size, (query.shape[2], key.shape[2])
-    forced, visible = oracle.forced_and_visible(selector.guards, q_len, kv_len, size)
+    forced, visible = oracle.forced_and_visible(selector.forced_blocks, q_len, kv_len, size)
 
     def one(head_query: Tensor, head_key: Tensor, _: int) -> oracle.Rows:
         if kv_len <= max(2 * size, selector.min_budget):

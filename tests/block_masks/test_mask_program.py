@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unisparse_flex.block_masks import BlockGeometry, MaskProgram, UniSparse
+from unisparse_flex.block_masks import BlockGeometry, UniSparse
+from unisparse_flex.block_masks.masks import MaskProgram
 from unisparse_flex.block_masks.masks.rows import row_spans
 from unisparse_flex.block_masks.masks.tiles import Tiles, tile_bounds
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unisparse_flex import attention
-from unisparse_flex.block_masks import BlockGeometry, MInference, Selector
+from unisparse_flex.block_masks import BlockGeometry, Selector
+from unisparse_flex.block_masks.selectors import MInference
 
 from . import last_queries_oracle as oracle
 from .last_queries_oracle import tokens
@@ -48,7 +49,7 @@ def expected(query: Tensor, key: Tensor, selector: MInference) -> Tensor:
             kv_len,
             size,
         )
-        forced, visible = oracle.forced_and_visible(selector.guards, q_len, kv_len, size)
+        forced, visible = oracle.forced_and_visible(selector.forced_blocks, q_len, kv_len, size)
         return oracle.as_rows((lines | forced) & visible, q_len, kv_len, size)
 
     return oracle.per_head(query, key, one)

@@ -36,10 +36,10 @@ def choose(
 
 
 @pytest.mark.parametrize(
-    "guards", [{}, {"sink_blocks": 1, "local_blocks": 2, "last_query_blocks": 1}], ids=str
+    "forced", [{}, {"sink_blocks": 1, "local_blocks": 2, "last_query_blocks": 1}], ids=str
 )
-def test_kept_blocks_equal_the_definition(guards: dict[str, int]) -> None:
-    for call in calls_of(Oracle(block_size=SIZE, top_p=TOP_P, **guards)):
+def test_kept_blocks_equal_the_definition(forced: dict[str, int]) -> None:
+    for call in calls_of(Oracle(block_size=SIZE, top_p=TOP_P, **forced)):
         assert_keeps_what_is_defined(call, head_scores, choose)
 
 

@@ -12,8 +12,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unisparse_flex.block_masks import DenseSpan, PatchOrder, UniSparse
-from unisparse_flex.block_masks.selectors import StreamingLLM
+from unisparse_flex.block_masks import PatchOrder, UniSparse
+from unisparse_flex.block_masks.selectors import DenseSpan, StreamingLLM
 
 
 @st.composite

@@ -15,13 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unisparse_flex.block_masks import BlockGeometry, UniSparse, compute_block_scores, select_blocks
-from unisparse_flex.block_masks.granularity import Pooled, Sampled
-from unisparse_flex.block_masks.scoring import (
-    compute_mean_scores,
-    compute_sampled_scores,
-    default_scale,
-    from_moments,
-)
+from unisparse_flex.block_masks.granularity import Sampled
+from unisparse_flex.block_masks.scoring import compute_sampled_scores, default_scale
 
 from . import oracle
 from .mask_programs import Mask, masks
@@ -175,40 +170,6 @@ def test_every_row_sampled_is_attention_itself(call: Call) -> None:
             torch.testing.assert_close(library_scores(call)[:, :, i, j], expected)
 
 
-@settings(max_examples=20)
-@given(sampled_calls(), st.sampled_from([2, 4]))
-def test_a_power_mean_is_one_over_rows_and_granularities(call: Call, power: int) -> None:
-    size = call.selector.block_size
-    call = call.with_selector(sampled_queries=size, c_h=1)
-    query, key = call.query_key()
-    logits = query @ key.repeat_interleave(call.group, dim=1).mT * SCALE
-    pairs = oracle.visible_pairs(call.q_len, call.kv_len, call.offset)
-    blocks = logits.masked_fill(~pairs, -math.inf).softmax(-1).split(size, dim=3)
-    shares = torch.stack([block.sum(-1) for block in blocks], dim=-1)
-    means = [rows.pow(power).mean(2) ** (1 / power) for rows in shares.split(size, dim=2)]
-    expected = torch.stack(means, dim=2)
-    # Either one is exact, so that both together are.
-    exact: list[Pooled | Sampled] = [Sampled(queries=size), Pooled(q=1, k=1)]
-    for granularities in (exact[:1], exact):
-        found = compute_mean_scores(
-            query,
-            key,
-            geometry=call.geometry,
-            granularities=granularities,
-            scale=SCALE,
-            power=power,
-        )
-        torch.testing.assert_close(found, expected / expected.sum(-1, keepdim=True))
-
-
-def test_power_means_of_nothing_and_of_what_is_not_a_number_stay() -> None:
-    moments = torch.tensor([[[[0.0, 0.0], [float("nan"), 0.0], [0.09, 0.01]]]])
-    zero, unknown, shares = from_moments(moments, 2)[0, 0]
-    assert zero.equal(torch.zeros(2))
-    assert unknown.isnan().all()
-    torch.testing.assert_close(shares, torch.tensor([0.75, 0.25]))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_sampled_scores_of_any_dtype_are_those_of_its_float32_upcast(dtype: torch.dtype) -> None:
     query, key = torch.randn(1, 2, 40, 4).to(dtype), torch.randn(1, 1, 50, 4).to(dtype)
@@ -234,7 +195,7 @@ def test_the_selection_follows_the_average_of_both_scores(call: Call) -> None:
     keep, _ = select_blocks(
         (pooled + library_scores(call)) / 2,
         rule=selector.rule,
-        guards=selector.guards,
+        forced_blocks=selector.forced_blocks,
         geometry=call.geometry,
     )
     assert call.keep().equal(oracle.per_query_head(keep, call))

@@ -144,7 +144,9 @@ def test_the_blocks_of_a_threshold_reach_every_rule_that_has_one() -> None:
 def test_fields_reach_granularity_and_guards() -> None:
     selector = UniSparse(c_q=2, c_k=4, c_h=3, sink_blocks=5, local_blocks=6, last_query_blocks=7)
     assert selector.granularity == Pooled(q=2, k=4, heads=3)
-    assert selector.guards == ForcedBlocks(sink_blocks=5, local_blocks=6, last_query_blocks=7)
+    assert selector.forced_blocks == ForcedBlocks(
+        sink_blocks=5, local_blocks=6, last_query_blocks=7
+    )
 
 
 def test_selectors_are_known_by_their_class_name() -> None:

@@ -54,11 +54,11 @@ def top_p(
 
 
 @pytest.mark.parametrize(
-    ("stride", "guards"),
+    ("stride", "forced"),
     [(8, {}), (4, {"sink_blocks": 0, "last_query_blocks": 1}), (16, {"local_blocks": 2}), (1, {})],
 )
-def test_kept_blocks_equal_the_definition(stride: int, guards: dict[str, Any]) -> None:
-    selector = XAttention(block_size=SIZE, stride=stride, threshold=0.7, **guards)
+def test_kept_blocks_equal_the_definition(stride: int, forced: dict[str, Any]) -> None:
+    selector = XAttention(block_size=SIZE, stride=stride, threshold=0.7, **forced)
     for call in calls_of(selector)[:: 3 if stride == 1 else 1]:
         assert_keeps_what_is_defined(call, head_scores, top_p(0.7))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import subprocess
 import sys
@@ -10,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from bench.__main__ import find_benchmarks
 from unisparse_flex.cli import bench
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_every_benchmark_is_a_module_with_a_main():
-    for name in bench.BENCHMARKS:
-        tree = ast.parse((ROOT / "bench" / f"{name}.py").read_text(encoding="utf-8"))
-        assert "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    entries = find_benchmarks()
+    assert [entries[name].module for name in bench.BENCHMARKS] == [
+        f"bench.{name}" for name in bench.BENCHMARKS
+    ]
 
 
 def test_list_names_them_all(run):

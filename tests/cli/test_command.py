@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from unisparse_flex import __version__, cli
-from unisparse_flex import progress as step_display
 from unisparse_flex.cli import app
-from unisparse_flex.cli import progress as progress_module
-from unisparse_flex.cli.progress import Progress, bar
 
 COMMANDS = ("demo", "explain", "calibrate", "plot", "bench", "doctor")
 ROOT = Path(__file__).parents[2]
@@ -73,41 +69,3 @@ def test_the_package_runs_as_a_module():
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert set(json.loads(ran.stdout)) == {"schema", "benchmarks", "checkout"}
-
-
-def test_bar_fills_with_the_parts_that_are_done():
-    assert bar(0, 4) == f"[{'-' * 24}] 0/4"
-    assert bar(1, 4) == f"[{'#' * 6}{'-' * 18}] 1/4"
-    assert bar(9, 4) == f"[{'#' * 24}] 9/4"
-
-
-def test_a_long_step_is_shown_while_it_runs(capsys, monkeypatch):
-    monkeypatch.setattr(step_display, "QUIET_SECONDS", 0.1)
-    monkeypatch.setattr(progress_module, "TICK_SECONDS", 0.01)
-    shown = ""
-    with Progress("doctor") as progress:
-        progress.show("compile")
-        assert capsys.readouterr().err == ""
-        for _ in range(500):
-            shown += capsys.readouterr().err
-            if shown:
-                break
-            time.sleep(0.01)
-    assert shown == "doctor: compile, 0 s\n"
-    assert not progress._ticker.is_alive()
-
-
-def test_progress_that_is_not_wanted_is_not_shown(capsys):
-    with Progress("doctor", shown=False) as progress:
-        progress._start -= 3.0
-        progress.show("compile")
-    assert capsys.readouterr().err == ""
-
-
-def test_progress_is_silent_for_two_seconds_and_then_counts(capsys):
-    with Progress("explain", total=3) as progress:
-        progress.advance("early")
-        assert capsys.readouterr().err == ""
-        progress._start -= 3.0
-        progress.advance("late")
-    assert f"explain: [{'#' * 8}{'-' * 16}] 1/3 late, 3 s" in capsys.readouterr().err

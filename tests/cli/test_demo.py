@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from unisparse_flex.demo import show
+from unisparse_flex.cli.demo import show
 
 
 def test_help_has_every_option_and_examples(run):
@@ -25,8 +25,8 @@ def test_exit_codes(run, monkeypatch):
     assert run("demo", "--quiet").code == 1
 
 
-def test_the_demo_is_a_module_too():
-    command = [sys.executable, "-m", "unisparse_flex.demo", "--tokens", "1"]
+def test_the_demo_runs_as_a_command_of_the_module():
+    command = [sys.executable, "-m", "unisparse_flex", "demo", "--tokens", "1"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
     assert "tokens must be in [512, 8192]" in ran.stderr

@@ -11,8 +11,8 @@ from tests.api.models import SELECTOR as API_SELECTOR
 from tests.api.models import create, embeddings
 from unisparse_flex import explain, optimize
 from unisparse_flex.cli import failures
-from unisparse_flex.figures import DensitySeries, LayerBlocks, collect_blocks, draw_block_maps
-from unisparse_flex.figures.block_map_figure import spread, wrap_name
+from unisparse_flex.reports import DensitySeries, LayerBlocks, collect_blocks, draw_block_maps
+from unisparse_flex.reports.figures.block_map_figure import spread, wrap_name
 
 from .conftest import SELECTOR
 

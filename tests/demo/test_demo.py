@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from unisparse_flex.cli import demo as command
 from unisparse_flex.cli import main
-from unisparse_flex.demo import run, show
-from unisparse_flex.demo.options import DemoOptions
-from unisparse_flex.demo.progress import NoProgress
-from unisparse_flex.demo.report import to_json
-from unisparse_flex.demo.run import run_demo
+from unisparse_flex.cli.demo import command, run, show
+from unisparse_flex.cli.demo.options import DemoOptions
+from unisparse_flex.cli.demo.report import to_json
+from unisparse_flex.cli.demo.run import run_demo
+from unisparse_flex.progress import Progress
 
 ROW_FIELDS = {
     "label",
@@ -36,7 +35,7 @@ def options():
 def result(options, tiny_model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_smollm2", lambda: tiny_model)
-        return run_demo(options, NoProgress())
+        return run_demo(options, Progress(shown=False))
 
 
 def test_dense_row_is_the_reference(result):
@@ -74,7 +73,7 @@ def test_decoding_stays_dense(result):
 def test_keeping_every_block_changes_nothing(tiny_model, monkeypatch):
     monkeypatch.setattr(run, "load_smollm2", lambda: tiny_model)
     options = DemoOptions(tokens=512, top_p=1.0, compile=False, text="topics")
-    row = run_demo(options, NoProgress()).optimized
+    row = run_demo(options, Progress(shown=False)).optimized
     assert row.density == 1.0
     assert row.recall == pytest.approx(1.0, abs=1e-6)
     assert row.kl == pytest.approx(0.0, abs=1e-9)
@@ -110,9 +109,14 @@ def test_command_writes_figure_and_json(tiny_model, monkeypatch, tmp_path, capsy
     assert (tmp_path / "selected-blocks.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "demo.json").read_text())
     assert report["command"] == ["unisparse-flex", "demo", *arguments]
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
     for word in ("density", "recall", "KL to dense", "perplexity ratio", "needle", "prefill"):
         assert word in printed
+    steps = [line.rpartition(", ")[0] for line in progress.splitlines()]
+    assert steps[0] == "Load SmolLM2-135M-Instruct"
+    assert "Dense: read the prompt" in steps
+    assert steps[-1] == "Time the prefills in turn"
+    assert "Dense: read the prompt" not in printed
 
 
 def test_quiet_command_prints_the_paths_alone(tiny_model, monkeypatch, tmp_path, capsys):
@@ -120,8 +124,12 @@ def test_quiet_command_prints_the_paths_alone(tiny_model, monkeypatch, tmp_path,
     path = tmp_path / "run.json"
     arguments = ["--tokens", "512", "--no-compile", "--quiet", "--json", str(path)]
     assert main(["demo", *arguments, "--output", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [f"wrote {tmp_path / 'selected-blocks.png'}", f"wrote {path}"]
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.splitlines() == [
+        f"wrote {tmp_path / 'selected-blocks.png'}",
+        f"wrote {path}",
+    ]
     assert path.is_file()
 
 

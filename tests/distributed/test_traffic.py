@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import context_traffic
+from bench.communication import traffic as context_traffic
 from tests.api.models import qkv
 from unisparse_flex import Selector, UniSparse
 from unisparse_flex.distributed import ContextParallel

@@ -4,13 +4,11 @@ import pytest
 import torch
 
 from unisparse_flex.evaluation.measure import (
-    Prefill,
     compute_kl,
     compute_log_probs,
     compute_perplexity,
     generate_greedily,
     prefill,
-    time_in_turn,
 )
 
 
@@ -58,18 +56,3 @@ def test_answer_ends_before_a_stop_token(tiny_model):
 
     whole = answer(set())
     assert answer({whole[2]}) == whole[: whole.index(whole[2])]
-
-
-def test_timed_runs_take_turns_and_give_their_median():
-    order = []
-
-    def run(name, seconds):
-        def once():
-            order.append(name)
-            return Prefill(logits=torch.empty(0), cache=None, seconds=seconds.pop(0))
-
-        return once
-
-    medians = time_in_turn([run("a", [9.0, 1.0, 2.0]), run("b", [5.0, 3.0, 4.0])], repeats=3)
-    assert medians == [2.0, 4.0]
-    assert order == ["a", "b"] * 3

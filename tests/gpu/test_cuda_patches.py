@@ -17,10 +17,10 @@ from unisparse_flex.selectors import PatchOrder
 
 pytestmark = pytest.mark.gpu
 
-GUARDS: dict[str, Any] = {"sink_blocks": 0, "last_query_blocks": 0}
-ALL = UniSparse(top_p=1.0, **GUARDS)
-FEW = UniSparse(top_k=3, **GUARDS)
-TWO = UniSparse(c_q=16, c_k=128, sampled_queries=4, top_k=3, **GUARDS)
+FORCED: dict[str, Any] = {"sink_blocks": 0, "last_query_blocks": 0}
+ALL = UniSparse(top_p=1.0, **FORCED)
+FEW = UniSparse(top_k=3, **FORCED)
+TWO = UniSparse(c_q=16, c_k=128, sampled_queries=4, top_k=3, **FORCED)
 # Whole tiles, cut ones, and text on one side.
 ORDERS = [
     PatchOrder(grid=(4, 16, 32), tile=(2, 8, 8)),

@@ -103,11 +103,13 @@ def run(
         query,
         key,
         geometry=call.geometry,
-        granularities=kernels.lists.Granularities(
-            selector.c_q, selector.c_k, selector.c_h, selector.sampled_queries
-        ),
-        rule=kernels.select.Rule(name, *values),
-        guards=selector.guards,
+        c_q=selector.c_q,
+        c_k=selector.c_k,
+        c_h=selector.c_h,
+        sampled_queries=selector.sampled_queries,
+        rule=name,
+        values=values,
+        forced_blocks=selector.forced_blocks,
         scale=default_scale(query.shape[3]) if scale is None else scale,
         are_composites=are_composites,
         intervals=intervals,
@@ -135,7 +137,7 @@ def decided(
     """Blocks kept, and blocks dropped, whatever scores within ``tolerance`` of these decide."""
     selector = call.selector
     visible = call.geometry.visible_blocks(scores.device)[None, None]
-    forced = selector.guards.forced_blocks(call.geometry, scores.device, mask)
+    forced = selector.forced_blocks.locate(call.geometry, scores.device, mask)
     if mask is not None:
         visible = visible & mask.visible_blocks
     forced = forced & visible
@@ -192,7 +194,7 @@ def assert_selects(
 
 
 def assert_well_formed(call: Call, lists: BlockLists) -> None:
-    """Asserts that kept blocks are listed once, in order, as full where they are interior."""
+    """Asserts that kept blocks are listed once, in order, as full where all pairs are visible."""
     for tensor in lists.tensors():
         assert tensor.dtype is torch.int32
         assert tensor.is_contiguous()

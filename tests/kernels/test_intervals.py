@@ -91,7 +91,11 @@ def reference(masked: MaskedCall, query: Tensor, key: Tensor) -> tuple[Tensor, T
         mask=mask,
     )
     keep, visible = select_blocks(
-        scores, rule=selector.rule, guards=selector.guards, geometry=call.geometry, mask=mask
+        scores,
+        rule=selector.rule,
+        forced_blocks=selector.forced_blocks,
+        geometry=call.geometry,
+        mask=mask,
     )
     keep = per_query_head(keep, visible, call.q_heads)
     return scores, keep.expand(-1, call.q_heads, -1, -1), mask
@@ -113,9 +117,7 @@ def assert_selects(masked: MaskedCall, kernels: Kernels) -> int:
         whole = (keep == mask.visible_blocks).all(-1, keepdim=True)
         whole |= (found == mask.visible_blocks).all(-1, keepdim=True)
         assert not (differs & (kept | (dropped & ~whole))).any()
-    selection = BlockSelection(
-        keep=found, visible=mask.visible_blocks, geometry=masked.geometry
-    )
+    selection = BlockSelection(keep=found, visible=mask.visible_blocks, geometry=masked.geometry)
     assert_same_lists(lists, BlockLists(*selection.block_lists()))
     return int(differs.sum())
 
@@ -164,9 +166,7 @@ def masked_calls(draw: st.DrawFn, *, rule: str) -> MaskedCall:
 @pytest.mark.parametrize("rule", RULES)
 @settings(max_examples=12)
 @given(data=st.data())
-def test_the_lists_are_those_of_the_pairs(
-    kernels: Kernels, rule: str, data: st.DataObject
-) -> None:
+def test_the_lists_are_those_of_the_pairs(kernels: Kernels, rule: str, data: st.DataObject) -> None:
     assert_selects(data.draw(masked_calls(rule=rule)), kernels)
 
 

@@ -183,7 +183,7 @@ def test_guards_hold_whatever_the_scores(kernels: Kernels, causal: bool) -> None
             c_h=2,
         )
         query, key = call.query_key()
-        forced = call.selector.guards.forced_blocks(call.geometry, CPU)
+        forced = call.selector.forced_blocks.locate(call.geometry, CPU)
         keep = run(kernels, call, query, key).kept()
         assert keep.equal((forced & call.geometry.visible_blocks(CPU)).expand_as(keep))
 
@@ -209,9 +209,13 @@ def test_queries_far_behind_the_last_key_see_them_all(kernels: Kernels) -> None:
         query,
         key,
         geometry=geometry,
-        granularities=kernels.lists.Granularities(4, 4, 1, 2),
-        rule=kernels.select.Rule("top_p", 1.0),
-        guards=call.selector.guards,
+        c_q=4,
+        c_k=4,
+        c_h=1,
+        sampled_queries=2,
+        rule="top_p",
+        values=[1.0],
+        forced_blocks=call.selector.forced_blocks,
         scale=0.25,
     )
     assert lists.kept().equal(geometry.visible_blocks(CPU).expand(1, 2, 3, 3))

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from unisparse_flex.block_masks import MaskProgram
+from unisparse_flex.block_masks.masks import MaskProgram
 from unisparse_flex.passes.calls.nodes import recorded
 from unisparse_flex.passes.calls.sdpa import is_sdpa
-from unisparse_flex.passes.masks.prove import LiftedMask, Unproved, lift_mask
+from unisparse_flex.passes.masks import ProvedMask, Unproved
+from unisparse_flex.passes.masks.prove import lift_mask
 
 from .graphs import MARKERS
 
@@ -73,7 +74,7 @@ def mask_of(call: fx.Node) -> Any:
     return call.args[3] if len(call.args) > 3 else call.kwargs.get("attn_mask")
 
 
-def lift(call: fx.Node) -> LiftedMask | Unproved:
+def lift(call: fx.Node) -> ProvedMask | Unproved:
     query, key = recorded(call.args[0]), recorded(call.args[1])
     assert query is not None
     assert key is not None
@@ -84,10 +85,10 @@ def visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min
 
 
-def assert_lifts(graph: Graph, call: fx.Node) -> LiftedMask:
+def assert_lifts(graph: Graph, call: fx.Node) -> ProvedMask:
     """Asserts that the call's mask is proved, and is what the graph computed for it."""
     lifted = lift(call)
-    assert isinstance(lifted, LiftedMask), lifted
+    assert isinstance(lifted, ProvedMask), lifted
     query, key = graph.values[call.args[0]], graph.values[call.args[1]]  # type: ignore[index]
     program = MaskProgram.parse(
         lifted.text,

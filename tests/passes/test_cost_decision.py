@@ -152,7 +152,7 @@ def test_what_only_masked_sdpa_could_run_stays_dense(changes: Any) -> None:
 def test_a_chunk_of_a_long_prompt_is_judged_by_its_own_rows() -> None:
     few, many = causal_call(128, 16384), causal_call(2048, 16384)
     lower_right = [replace(call, is_causal=False, causal_lower_right=True) for call in (few, many)]
-    # The guards keep the last query block whole: a chunk of one block has nothing to drop.
+    # The last query block is forced whole: a chunk of one block has nothing to drop.
     assert [refuse(call, AUTOMATIC) for call in lower_right] == [DenseReason.SLOWER, None]
 
 

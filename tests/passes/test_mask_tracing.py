@@ -14,15 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 from transformers.masking_utils import sdpa_mask
 
-from unisparse_flex.block_masks import MaskProgram
-from unisparse_flex.passes.masks.prove import Unproved
-from unisparse_flex.passes.masks.trace import TracedMask, trace_mask
+from unisparse_flex.block_masks.masks import MaskProgram
+from unisparse_flex.passes.masks import ProvedMask, Unproved, trace_mask
 
 Compute = Callable[..., Tensor]
 LENGTH = 61
 
 
-def program(traced: TracedMask, batch: int, q_len: int, kv_len: int) -> MaskProgram:
+def program(traced: ProvedMask, batch: int, q_len: int, kv_len: int) -> MaskProgram:
     return MaskProgram.parse(
         traced.text,
         tensors=traced.tensors,
@@ -35,17 +34,14 @@ def program(traced: TracedMask, batch: int, q_len: int, kv_len: int) -> MaskProg
 
 def assert_proves(
     compute: Compute, numbers: tuple[int, ...], shape: tuple[int, int, int]
-) -> TracedMask:
+) -> ProvedMask:
     """Asserts that the formula says what ``compute`` computes; [B, Sq, Skv]."""
     batch, q_len, kv_len = shape
     traced = trace_mask(compute, numbers, (batch, 4, q_len, kv_len))
-    assert isinstance(traced, TracedMask), traced
+    assert isinstance(traced, ProvedMask), traced
     expected = compute(*numbers).expand(batch, 1, q_len, kv_len)
-    if traced.text:
-        pairs = program(traced, *shape).pairs(torch.arange(q_len), torch.arange(kv_len))
-        assert pairs.expand_as(expected).equal(expected)
-    else:
-        assert expected.all()
+    pairs = program(traced, *shape).pairs(torch.arange(q_len), torch.arange(kv_len))
+    assert pairs.expand_as(expected).equal(expected)
     return traced
 
 
@@ -119,11 +115,11 @@ def test_what_transformers_would_compute_is_proved(case: str, padded: bool, use_
     assert traced.kind == (f"{kind}, key padding" if padded else kind)
 
 
-def test_what_hides_nothing_has_no_text() -> None:
+def test_what_hides_nothing_is_everything() -> None:
     compute = of_transformers(
         masking_utils.bidirectional_mask_function, batch_size=1, q_length=9, kv_length=9
     )
-    assert assert_proves(compute, (), (1, 9, 9)).text == ""
+    assert assert_proves(compute, (), (1, 9, 9)).is_everything()
 
 
 @settings(max_examples=25, deadline=None)
@@ -195,7 +191,7 @@ def test_no_tensor_of_pairs_is_made() -> None:
         attention_mask=padding(length, 0, 9),
     )
     with _LargestTensor() as largest:
-        assert isinstance(trace_mask(compute, (), (2, 4, length, length)), TracedMask)
+        assert isinstance(trace_mask(compute, (), (2, 4, length, length)), ProvedMask)
     assert 0 < largest.elements <= 2 * length
 
 
@@ -210,7 +206,7 @@ def test_what_the_formula_reads_is_a_copy() -> None:
     )
     expected = compute()
     traced = trace_mask(compute, (), (2, 4, LENGTH, LENGTH))
-    assert isinstance(traced, TracedMask)
+    assert isinstance(traced, ProvedMask)
     mask.fill_(True)
     tokens = torch.arange(LENGTH)
     assert program(traced, 2, LENGTH, LENGTH).pairs(tokens, tokens).equal(expected)

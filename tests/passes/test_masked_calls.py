@@ -12,7 +12,8 @@ from torch import Tensor
 from tests.api.models import FINE, qkv
 from tests.api.reference import attend, rmse
 from unisparse_flex import UniSparse
-from unisparse_flex.block_masks import BlockGeometry, MaskProgram
+from unisparse_flex.block_masks import BlockGeometry
+from unisparse_flex.block_masks.masks import MaskProgram
 from unisparse_flex.passes import SparseConfig
 from unisparse_flex.passes.attend.marker import marked_sdpa
 from unisparse_flex.passes.attend.sparse_attention import WINDOW_BLOCKS, keeps_window, select

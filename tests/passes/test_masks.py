@@ -12,7 +12,8 @@ from torch import Tensor
 from tests.api.models import FINE, qkv
 from unisparse_flex.passes import SparseConfig, rewrite_sdpa
 from unisparse_flex.passes.calls.nodes import recorded
-from unisparse_flex.passes.masks.prove import LiftedMask, Unproved, lift_mask
+from unisparse_flex.passes.masks import ProvedMask, Unproved
+from unisparse_flex.passes.masks.prove import lift_mask
 
 from .graphs import build_graph, count_markers
 from .lifting import Graph, Masked, assert_lifts, lift, mask_of
@@ -336,6 +337,6 @@ def test_lifted_masks_of_one_kind_have_equal_text() -> None:
         graph = Graph(Masked(PROVED[name][1]))
         graph.run(*inputs())
         lifted = lift(graph.calls[0])
-        assert isinstance(lifted, LiftedMask)
+        assert isinstance(lifted, ProvedMask)
         texts.add(lifted.text)
     assert texts == {"kv <= q"}

@@ -23,7 +23,8 @@ from transformers import (
 
 from tests.api.reference import attend, rmse
 from unisparse_flex import Selector, UniSparse, optimize
-from unisparse_flex.block_masks import BlockGeometry, MaskProgram
+from unisparse_flex.block_masks import BlockGeometry
+from unisparse_flex.block_masks.masks import MaskProgram
 from unisparse_flex.passes import SparseConfig, rewrite_sdpa
 from unisparse_flex.passes.attend.sparse_attention import keeps_window
 from unisparse_flex.passes.rewrite.report import WINDOW_KEPT

@@ -21,10 +21,8 @@ MODULES = {
 
 
 # What the command does when it is asked to, and nothing else: it runs a benchmark of a checkout,
-# and loads a model by name, from the hub where --allow-download says so. And a reference that
-# torch 2.11 does not count.
+# and loads a model by name, from the hub where --allow-download says so.
 ALLOWED = {
-    "unisparse_flex/catching/dispatch_key.py": ["import of ctypes"],
     "unisparse_flex/cli/bench.py": ["import of subprocess"],
     "unisparse_flex/cli/models.py": [
         "AutoModelForCausalLM.from_pretrained",

@@ -25,7 +25,7 @@ def assert_nothing_is_left() -> None:
     assert torch._C._len_torch_function_stack() == 0
     assert torch._C._len_torch_dispatch_stack() == 0
     assert in_force.config is None
-    assert dispatch._key is None or dispatch._key.scope() is None
+    assert dispatch._key is None or not dispatch._key.is_on()
     assert not is_watched()
     assert not getattr(marker._compiling, "active", False)
     assert eval_frame._stance.stance == "default"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..block_masks import BlockGeometry, default_scale
+from ..block_masks.masks import mask_4d
 from ..passes.calls import SdpaCall
 
 # Weights held at once: 16 MiB of float32.
@@ -60,14 +61,10 @@ def _pad_to_blocks(weights: Tensor, size: int) -> Tensor:
 def _bias(call: SdpaCall, geometry: BlockGeometry, rows: Tensor) -> Tensor:
     """What is added to the logits of some rows: [1 or B, 1 or Hq, rows, Skv], -inf where hidden."""
     column = torch.arange(geometry.kv_len, device=rows.device)
-    seen = torch.ones((1, 1, len(rows), len(column)), dtype=torch.bool, device=rows.device)
-    if geometry.causal_offset is not None:
-        seen = seen & (column <= rows[:, None] + geometry.causal_offset)
-    if geometry.mask is not None:
-        seen = seen & geometry.mask.pairs(rows, column)
+    seen = geometry.pairs(rows, column)
     bias = torch.zeros_like(seen, dtype=torch.float32)
     if call.attn_mask is not None:
-        own = call.attn_mask.reshape((1,) * (4 - call.attn_mask.dim()) + call.attn_mask.shape)
+        own = mask_4d(call.attn_mask)
         own = own if own.shape[2] == 1 else own[:, :, rows]
         if own.dtype is torch.bool:
             seen = seen & own

@@ -19,7 +19,7 @@ from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import apply_autocast, call_geometry, select
 from ..passes.calls import SdpaCall
 from ..passes.decision import call_shape, flex_lowers, forecast, refuse
-from ..progress import StepDisplay
+from ..progress import Progress
 from ..reports import track_layer
 from .allocation import Choice
 from .block_mass import compute_block_mass
@@ -165,7 +165,7 @@ def measure_layers(
     min_length: int | None,
     per_head: bool,
     keep: Callable[[Any], None],
-    display: StepDisplay,
+    display: Progress,
 ) -> dict[str, LayerMeasure]:
     """Runs the dense model and measures every setting at each of its attention calls.
 

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..block_masks import DEFAULT_SELECTOR, Selector, UniSparse, validate_fraction
+from ..block_masks import DEFAULT_SELECTOR, Selector, UniSparse
 from ..block_masks.selectors import default_top_p, validate_selector
+from ..block_masks.validation import validate_fraction
 from ..calibration import Calibration
 from ..catching import is_intercepted
 from ..optimization import validate_model
-from ..progress import StepDisplay
+from ..progress import Progress
 from .search import Run, Search
 
 # Shares of a row's estimated mass from which a block is kept, each with a mass that every row
@@ -101,7 +102,7 @@ def calibrate(
     runs = [_run(model, batch) for batch in batches]
     if not runs:
         raise ValueError("batches must hold at least one input of the model, got none")
-    with StepDisplay("calibrate", shown=progress) as display:
+    with Progress("calibrate", shown=progress) as display:
         search = Search(
             model, runs, settings, min_length=min_length, per_head=per_head, display=display
         )

@@ -17,7 +17,7 @@ from ..block_masks import Selector
 from ..calibration import DENSE, Calibration, Setting
 from ..optimization import optimize_layers, restore
 from ..passes import observe_calls
-from ..progress import StepDisplay
+from ..progress import Progress
 from .allocation import Allocation, Frontier, Units, allocate
 from .layer_measure import LayerMeasure, measure_layers, with_head_thresholds
 
@@ -53,7 +53,7 @@ class Search:
         *,
         min_length: int | None,
         per_head: bool,
-        display: StepDisplay,
+        display: Progress,
     ) -> None:
         self.model, self.runs, self.ladder = model, runs, ladder
         self.min_length, self.per_head, self.display = min_length, per_head, display

@@ -2,19 +2,28 @@
 
 Inside `catch_attention` the key is on in this thread. Every operator falls through it at no cost
 but ``aten::scaled_dot_product_attention`` and the marker, which have kernels there.
+
+Why a key that torch reserves for its tests. These ways need no private name, and fall short:
+
+- A wrapper assigned to ``F.scaled_dot_product_attention`` is as fast, but does not see a name that
+  was imported before it, the aten operator, torch's fused layers, nor what a patch made before it
+  calls; those calls would be dense without a word.
+- Kernels of `torch.library` for the autograd and backend keys see all calls, but those of every
+  other model in the process too, at 25 microseconds each; and with one at a backend key
+  ``ExportedProgram.run_decompositions`` no longer decomposes attention.
+- A function mode makes every operation slower: twice the time of a small model's decoding step.
+- `torch.nn.attention.register_flash_attention_impl` exists from torch 2.14, for CUDA without masks.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,17 +32,15 @@ from torch.nn.attention.bias import CausalBias
 
 from ..passes import SparseConfig
 from ..passes.attend import is_watched, marked_sdpa
-from ..passes.calls import TORCH_SDPA, SdpaCall, is_tracing
+from ..passes.calls import SDPA_TARGETS, TORCH_SDPA, SdpaCall, is_tracing
 from .causal_bias import resolve_causal_bias
 
 logger = logging.getLogger(__name__)
 
 KEY_NAME = "TESTING_ONLY_GenericMode"
-# Kept beside the key, so that a thread that inherits the one (backward's) inherits the other.
-SCOPE_NAME = "unisparse_flex_scope"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Scope:
     """One `catch_attention`.
 
@@ -56,9 +63,18 @@ class Scope:
 
 
 class InForce(threading.local):
-    """The settings of this thread's innermost `catch_attention`: every module's forward asks."""
+    """The settings of this thread's innermost `catch_attention`: every module's forward asks.
 
-    config: str | None = None
+    A thread that inherits the key inherits no settings: what torch runs there (backward) takes
+    them along by itself (`carry`).
+    """
+
+    scope: Scope | None = None
+
+    @property
+    def config(self) -> str | None:
+        """Those of the scope, encoded."""
+        return None if self.scope is None else self.scope.config
 
 
 in_force = InForce()
@@ -71,8 +87,6 @@ class _Key:
         self.key: Any = torch._C._parse_dispatch_key(KEY_NAME)
         if self.key is None or torch._C._dispatch_has_backend_fallback(self.key):
             raise RuntimeError(f"the dispatch key {KEY_NAME} is missing or taken")
-        self.keys = torch._C.DispatchKeySet(self.key)
-        self._takes_reference = _stash_takes_reference()
         self._pass_higher_order_operators()
         self.libraries = [torch.library.Library(name, "IMPL", KEY_NAME) for name in _KERNELS]
         for library, (operator, kernel) in zip(self.libraries, _KERNELS.values(), strict=True):
@@ -87,42 +101,22 @@ class _Key:
         for operator in torch._ops._higher_order_ops.values():
             operator.fallthrough(self.key)
 
-    def stash(self, scope: Scope | None) -> None:
-        """Sets what the key does in this thread."""
-        if not self._takes_reference:
-            _increase_references(scope)
-        torch._C._stash_obj_in_tls(SCOPE_NAME, scope)
+    def is_on(self) -> bool:
+        """Whether this thread's calls come to the kernels."""
+        return torch._C._dispatch_tls_is_dispatch_key_included(self.key)
 
-    def scope(self) -> Scope | None:
-        """What the key does in this thread now."""
-        if not torch._C._dispatch_tls_is_dispatch_key_included(self.key):
-            return None
-        scope: Scope | None = torch._C._get_obj_in_tls(SCOPE_NAME)
-        return scope
+    def switch(self, on: bool) -> None:
+        """Lets this thread's calls come to the kernels, or no longer."""
+        torch._C._dispatch_tls_set_dispatch_key_included(self.key, on)
 
-    def is_off(self) -> bool:
-        """Whether `off` is in force in this thread."""
-        return torch._C._dispatch_tls_is_dispatch_key_excluded(self.key)
-
-    def off(self) -> AbstractContextManager[None]:
-        return torch._C._ExcludeDispatchKeyGuard(self.keys)
-
-
-_increase_references = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_IncRef", ctypes.pythonapi))
-
-
-def _stash_takes_reference() -> bool:
-    """Whether torch's thread-local store counts the reference that it later drops.
-
-    torch 2.11 does not: what is stashed again and again would be freed while it is in use.
-    """
-    probe = object()
-    before = sys.getrefcount(probe)
-    torch._C._stash_obj_in_tls(SCOPE_NAME, probe)
-    takes = sys.getrefcount(probe) > before
-    if not takes:
-        _increase_references(probe)
-    return takes
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        was_on = self.is_on()
+        self.switch(False)
+        try:
+            yield
+        finally:
+            self.switch(was_on)
 
 
 @cache
@@ -165,16 +159,14 @@ def can_catch_attention() -> bool:
 def catch_attention(config: str) -> Iterator[None]:
     """Turns the attention calls of this thread into the marker operator with these settings."""
     assert _key is not None
-    outer, outer_config = _key.scope(), in_force.config
-    scope = Scope.create(config)
+    outer, was_on = in_force.scope, _key.is_on()
+    in_force.scope = Scope.create(config)
+    _key.switch(True)
     try:
-        _key.stash(scope)
-        in_force.config = config
-        with torch._C._IncludeDispatchKeyGuard(_key.key):
-            yield
+        yield
     finally:
-        _key.stash(outer)
-        in_force.config = outer_config
+        _key.switch(was_on)
+        in_force.scope = outer
 
 
 def leave_attention() -> AbstractContextManager[None]:
@@ -189,28 +181,25 @@ def suspend_attention() -> Iterator[None]:
     For what `torch.compile` undoes before it restores the dispatch keys: it would restore what
     `leave_attention` did.
     """
-    assert _key is not None
-    scope, config = _key.scope(), in_force.config
-    _key.stash(None)
-    in_force.config = None
+    scope = in_force.scope
+    in_force.scope = None
     try:
         yield
     finally:
-        _key.stash(scope)
-        in_force.config = config
+        in_force.scope = scope
 
 
 def scope_in_force() -> Scope | None:
     """The `catch_attention` that would see an attention call of this thread."""
-    return None if _key is None or _key.is_off() else _key.scope()
+    return in_force.scope if _key is not None and _key.is_on() else None
 
 
 def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`torch.ops.aten.scaled_dot_product_attention` where the key is on."""
     assert _key is not None
-    scope: Scope | None = torch._C._get_obj_in_tls(SCOPE_NAME)
-    # Cheaper than a guard: decoding pays for what stands here.
-    torch._C._dispatch_tls_set_dispatch_key_excluded(_key.key, True)
+    scope = in_force.scope
+    # Without a context manager: decoding pays for what stands here.
+    _key.switch(False)
     try:
         if scope is None or query.is_nested:
             return TORCH_SDPA(query, *args, **kwargs)
@@ -228,7 +217,7 @@ def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         call = SdpaCall.bind((query, *args), kwargs)
         return marked_sdpa(call, scope.config)
     finally:
-        torch._C._dispatch_tls_set_dispatch_key_excluded(_key.key, False)
+        _key.switch(True)
 
 
 def _marker(*args: Any, **kwargs: Any) -> Tensor:
@@ -247,20 +236,21 @@ _KERNELS = {
 
 def _catch_causal_bias(key: _Key) -> None:
     """Catches calls with a `CausalBias`: it calls CUDA's kernels itself, past SDPA."""
-    dispatch = CausalBias._dispatch
+    override = CausalBias.__torch_function__
 
-    @wraps(dispatch)
-    def caught(*args: Any, **kwargs: Any) -> Tensor:
-        scope = None if torch.compiler.is_compiling() else scope_in_force()
+    def caught(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_caught = func in SDPA_TARGETS and not torch.compiler.is_compiling()
+        scope = scope_in_force() if is_caught else None
         if scope is None:
-            return dispatch(*args, **kwargs)
+            return override(func, types, args, kwargs)
         with key.off():
-            call = resolve_causal_bias(SdpaCall.bind(args, kwargs))
+            call = resolve_causal_bias(SdpaCall.bind(args, kwargs or {}))
             if isinstance(call.attn_mask, CausalBias):
-                return dispatch(*args, **kwargs)
+                return override(func, types, args, kwargs)
             return marked_sdpa(call, scope.config)
 
-    CausalBias._dispatch = staticmethod(caught)  # type: ignore[method-assign]
+    replaced: Any = classmethod(caught)
+    setattr(CausalBias, override.__name__, replaced)
 
 
 __all__ = [

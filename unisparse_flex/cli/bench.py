@@ -63,4 +63,4 @@ def bench(name: str | None, arguments: tuple[str, ...], as_json: bool) -> int:
 
 def find_checkout() -> Path | None:
     """The repository that this code runs from, if it does."""
-    return CHECKOUT if (CHECKOUT / "bench" / "attention.py").is_file() else None
+    return CHECKOUT if (CHECKOUT / "bench" / "__main__.py").is_file() else None

@@ -8,12 +8,12 @@ from pathlib import Path
 import click
 
 from ..calibrating import calibrate as find_settings
+from ..progress import Progress
 from . import PROGRAM
 from .failures import failures, wrong_arguments
 from .models import load_model
 from .options import MODEL_OPTIONS, json_option, quiet_option, with_options
 from .output import print_json, say_written, write_text
-from .progress import Progress
 from .prompts import create_input_ids, model_inputs
 
 

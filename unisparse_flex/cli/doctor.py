@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
+from ..progress import Progress
 from . import PROGRAM
 from .options import json_option, quiet_option
 from .output import print_json
-from .progress import Progress
 
 # Words, not colours, say what a finding means.
 COLORS = {"ok": "green", "note": "yellow", "problem": "red"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..progress import Progress
 from . import PROGRAM
 from .options import (
     MODEL_OPTIONS,
@@ -17,7 +18,6 @@ from .options import (
     with_options,
 )
 from .output import print_json, say_written, write_text
-from .progress import Progress
 from .prompts import model_inputs
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..evaluation import LoadedModel, describe_device
 from ..optimization import optimize
 from ..passes.calls import BACKENDS
+from ..progress import Progress
 from .failures import wrong_arguments
 from .models import load_model
-from .progress import Progress
 from .prompts import create_input_ids
 from .selectors import describe, parse_selector
 

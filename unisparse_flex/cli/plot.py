@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..progress import Progress
 from . import PROGRAM
 from .failures import failures, require
 from .options import (
@@ -20,11 +21,10 @@ from .options import (
     with_options,
 )
 from .output import print_json, say_written
-from .progress import Progress
 from .prompts import model_inputs
 
 if TYPE_CHECKING:
-    from ..figures import DensitySeries
+    from ..reports import DensitySeries
 
 MAX_FILE_BYTES = 50_000_000
 # Of a selector in a legend.
@@ -96,7 +96,7 @@ def plot(
         raise click.UsageError(f"SOURCE must be one MODEL or files *.json, got {' '.join(sources)}")
     density = output / f"density-by-layer.{suffix}"
     if files:
-        from ..figures import draw_densities
+        from ..reports import draw_densities
 
         series = [read_densities(path) for path in files]
         with failures(f"write into {output}"):
@@ -111,7 +111,7 @@ def plot(
 def _plot_model(
     model: str, output: Path, suffix: str, heads: int, shown: bool, options: dict[str, Any]
 ) -> list[Path]:
-    from ..figures import DensitySeries, collect_blocks, draw_block_maps, draw_densities
+    from ..reports import DensitySeries, collect_blocks, draw_block_maps, draw_densities
 
     with Progress("plot", shown=shown) as progress:
         subject = create_subject(model, progress=progress, **options)
@@ -140,7 +140,7 @@ def read_densities(path: Path) -> DensitySeries:
     Raises:
         click.ClickException: It cannot be read or holds none.
     """
-    from ..figures import DensitySeries
+    from ..reports import DensitySeries
 
     with failures(f"read {path}"):
         with path.open("rb") as file:

@@ -6,13 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..block_masks import (
-    DEFAULT_SELECTOR,
-    Selector,
-    validate_causality,
-    validate_query_key,
-    validate_value,
-)
+from ..block_masks import DEFAULT_SELECTOR, Selector
+from ..block_masks.validation import validate_causality, validate_query_key, validate_value
 from ..passes import SparseConfig
 from ..passes.attend import context_sdpa
 from ..passes.calls import SdpaCall

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..block_masks import validate_block_size
+from ..block_masks.validation import validate_block_size
 from ..catching import leave_attention
 from ..passes import SparseConfig
 from ..passes.attend import register_context

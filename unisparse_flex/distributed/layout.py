@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..block_masks import validate_block_size, validate_int
+from ..block_masks.validation import validate_block_size, validate_int
 
 
 class Span(NamedTuple):

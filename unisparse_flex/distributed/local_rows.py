@@ -56,9 +56,7 @@ class SharedCall:
     @property
     def causal_offset(self) -> int | None:
         """Key position of query row 0 of the whole call."""
-        if self.call.causal_lower_right:
-            return self.kv_layout.length - self.q_layout.length
-        return 0 if self.call.is_causal else None
+        return self.call.causal_offset(self.q_layout.length, self.kv_layout.length)
 
     def whole(self) -> SdpaCall:
         """The call as one process would make it, without its numbers: for decisions."""
@@ -146,17 +144,16 @@ def attend_dense(shared: SharedCall, reason: DenseReason) -> Tensor:
 
 def _attend_all(shared: SharedCall, rows: Span, part: SdpaCall) -> Tensor:
     """Some rows and every key that they see."""
-    query, key, value, offset = part.query, part.key, part.value, shared.causal_offset
-    seen, mask = key.shape[2], None
-    long = query.device.type == "cuda" and flex_lowers(part) and seen >= COMPILED_LENGTH
-    if long and offset is not None:
-        geometry = shared.geometry(rows)
+    query, key, value, geometry = part.query, part.key, part.value, shared.geometry(rows)
+    is_causal, mask = geometry.causal_offset is not None, None
+    long = query.device.type == "cuda" and flex_lowers(part) and key.shape[2] >= COMPILED_LENGTH
+    if long and is_causal:
         visible = geometry.visible_blocks(query.device)[None, None]
         everything = BlockSelection(keep=visible, visible=visible, geometry=geometry)
         return attend_selected(part, everything, backend=shared.config.backend)
-    if offset is not None:
-        seen = min(seen, offset + rows.stop)
-        mask = _causal_mask(rows, offset, seen, query.device)
+    seen = geometry.num_visible_keys(rows.length)
+    if is_causal:
+        mask = _causal_mask(geometry, seen, query.device)
     return TORCH_SDPA(
         query,
         key[:, :, :seen],
@@ -167,14 +164,16 @@ def _attend_all(shared: SharedCall, rows: Span, part: SdpaCall) -> Tensor:
     )
 
 
-def _causal_mask(rows: Span, offset: int, seen: int, device: torch.device) -> Tensor:
+def _causal_mask(geometry: BlockGeometry, seen: int, device: torch.device) -> Tensor:
+    offset, length = geometry.causal_offset, geometry.q_len
+    assert offset is not None
     # A bias knows SDPA only by its public name, which somebody may have assigned a patch to.
-    if offset + rows.stop == seen and F.scaled_dot_product_attention is TORCH_SDPA:
-        bias: Tensor = causal_lower_right(rows.length, seen)
+    if offset + length == seen and F.scaled_dot_product_attention is TORCH_SDPA:
+        bias: Tensor = causal_lower_right(length, seen)
         return bias
     # Aligned top-left with more rows than keys.
-    position = torch.arange(*rows, device=device)[:, None] + offset
-    return torch.arange(seen, device=device)[None, :] <= position
+    row, key = torch.arange(length, device=device), torch.arange(seen, device=device)
+    return BlockGeometry.sees_causally(row[:, None], key[None, :], offset)
 
 
 def _select(shared: SharedCall, rows: Span, query: Tensor, key: Tensor) -> BlockSelection:

@@ -5,13 +5,12 @@ Symbols: B batch, H heads, S tokens, D head_dim.
 
 from __future__ import annotations
 
-import time
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..block_masks import UniSparse
+from ..clock import timed
 from ..functional import attention
 from .backends import default_dtype
 from .finding import Finding, Status
@@ -32,17 +31,19 @@ FIX = (
 def check_compiled_call(device: torch.device) -> Finding:
     """Compiles and runs one sparse call, and compares it with its oracle in float64."""
     query, key, value = create_inputs(device)
-    start = time.monotonic()
+
+    def check() -> tuple[float, float, float]:
+        output = torch.compile(_attend, fullgraph=True)(query, key, value)
+        return compare(output, query, key, value)
+
     try:
         with torch.no_grad():
-            output = torch.compile(_attend, fullgraph=True)(query, key, value)
-            difference, allowed, density = compare(output, query, key, value)
+            (difference, allowed, density), seconds = timed(check, device)
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Finding(
             name=NAME, status=Status.PROBLEM, detail=f"{type(error).__name__}: {first}", fix=FIX
         )
-    seconds = time.monotonic() - start
     numbers = f"rms difference {difference:.1e} from the dense masked oracle, allowed {allowed:.1e}"
     if not difference <= allowed:
         return Finding(

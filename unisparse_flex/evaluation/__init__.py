@@ -11,7 +11,6 @@ from .measure import (
     compute_perplexity,
     generate_greedily,
     prefill,
-    time_in_turn,
 )
 from .model import (
     CONTEXT_LENGTH,
@@ -58,5 +57,4 @@ __all__ = [
     "load_text",
     "prefill",
     "quiet_transformers",
-    "time_in_turn",
 ]

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..clock import timed
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,9 @@ def prefill(model: Callable[..., Any], input_ids: Tensor, *, logits_to_keep: int
         input_ids: [1, S].
         logits_to_keep: How many of the last positions get logits.
     """
-    synchronize(input_ids.device)
-    start = time.perf_counter()
-    output = model(input_ids, use_cache=True, logits_to_keep=logits_to_keep)
-    synchronize(input_ids.device)
-    seconds = time.perf_counter() - start
+    output, seconds = timed(
+        lambda: model(input_ids, use_cache=True, logits_to_keep=logits_to_keep), input_ids.device
+    )
     logger.debug("prefill of %d tokens: %.3f s", input_ids.shape[-1], seconds)
     return Prefill(logits=output.logits, cache=output[cache_name()], seconds=seconds)
 
@@ -63,19 +61,6 @@ def cache_name() -> str:
 
     names = {field.name for field in fields(CausalLMOutputWithPast)}
     return "cache" if "cache" in names else "past_key_values"
-
-
-def time_in_turn(runs: Sequence[Callable[[], Prefill]], *, repeats: int) -> list[float]:
-    """Returns the median seconds of each run, after taking turns ``repeats`` times.
-
-    Turns spread whatever else the machine does evenly.
-
-    Args:
-        runs: Prefills that ran before, so that nothing is compiled or allocated first.
-        repeats: Turns.
-    """
-    seconds = [[run().seconds for run in runs] for _ in range(repeats)]
-    return [statistics.median(column) for column in zip(*seconds, strict=True)]
 
 
 @torch.inference_mode()
@@ -131,9 +116,3 @@ def compute_perplexity(log_probs: Tensor, targets: Tensor) -> float:
     """
     picked = log_probs.gather(-1, targets[:, None])
     return math.exp(-float(picked.mean(dtype=torch.float64)))
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until ``device`` has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

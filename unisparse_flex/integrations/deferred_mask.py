@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
-from ..block_masks import MaskProgram
 from ..passes.calls import SdpaCall
-from ..passes.masks import TracedMask, Unproved, trace_mask
+from ..passes.masks import ProvedMask, Unproved, trace_mask
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class DeferredMask(Tensor):
     _compute: Callable[..., Tensor]
     _numbers: tuple[int, ...]
     _tensor: Tensor | None
-    _traced: TracedMask | Unproved | None
+    _proved: ProvedMask | Unproved | None
 
     @staticmethod
     def __new__(
@@ -50,7 +49,7 @@ class DeferredMask(Tensor):
             cls, tuple(shape), dtype=torch.bool, device=device
         )
         mask._compute, mask._numbers = compute, tuple(numbers)
-        mask._tensor = mask._traced = None
+        mask._tensor = mask._proved = None
         return mask
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -64,7 +63,10 @@ class DeferredMask(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Runs every operation on the computed mask."""
-        args, kwargs = tree_map_only(DeferredMask, cls.compute, (args, dict(kwargs or {})))
+        args, kwargs = tree_map(
+            lambda value: value.compute() if isinstance(value, DeferredMask) else value,
+            (args, dict(kwargs or {})),
+        )
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -101,29 +103,10 @@ class DeferredMask(Tensor):
         kv_len = call.key.shape[2]
         if (batch, q_len, kv_len) != (self.shape[0], self.shape[2], self.shape[3]):
             return replace(call, attn_mask=self.compute())
-        if self._traced is None:
-            self._traced = trace_mask(self._compute, self._numbers, (batch, heads, q_len, kv_len))
-            said = self._traced if isinstance(self._traced, Unproved) else self._traced.kind
+        if self._proved is None:
+            self._proved = trace_mask(self._compute, self._numbers, (batch, heads, q_len, kv_len))
+            said = self._proved if isinstance(self._proved, Unproved) else self._proved.kind
             logger.debug("mask %s: %s", list(self.shape), said)
-        traced = self._traced
-        if isinstance(traced, Unproved):
+        if isinstance(self._proved, Unproved):
             return replace(call, attn_mask=self.compute())
-        if not traced.text:
-            return call
-        program = MaskProgram.parse(
-            traced.text,
-            tensors=traced.tensors,
-            numbers=traced.numbers,
-            batch=batch,
-            q_len=q_len,
-            kv_len=kv_len,
-        )
-        offset, rest = program.split_causal()
-        if rest is None and offset in (0, kv_len - q_len):
-            return replace(call, is_causal=offset == 0, causal_lower_right=offset != 0)
-        return replace(
-            call,
-            mask=traced.text,
-            mask_tensors=list(traced.tensors),
-            mask_numbers=list(traced.numbers),
-        )
+        return self._proved.bind(call, q_len=q_len, kv_len=kv_len)

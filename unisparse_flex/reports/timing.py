@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
 
 import torch
 
+from ..clock import in_turn, timed
 from ..passes import SparseConfig
 from ..passes.attend import run_compiled
 from ..passes.calls import SdpaCall
@@ -56,18 +57,9 @@ def _milliseconds(
     """The median of each run; they take turns, so that other load meets all of them."""
     for run in runs:
         run()
-    rounds = [[_once(run, device) for run in runs] for _ in range(repeats)]
-    return [statistics.median(column) * 1e3 for column in zip(*rounds, strict=True)]
+    turns = in_turn([partial(_seconds, run, device) for run in runs], repeats=repeats)
+    return [median(seconds) * 1e3 for seconds in turns]
 
 
-def _once(run: Callable[[], object], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    run()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    return timed(run, device)[1]

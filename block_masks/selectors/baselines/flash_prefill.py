@@ -43,7 +43,7 @@ class FlashPrefill(ForcesBlocks, Selector):
 
     def __post_init__(self) -> None:
         validate_block_size(self.block_size)
-        _ = self.rule, self.guards
+        _ = self.rule, self.forced_blocks
         Selector.__post_init__(self)
 
     @property

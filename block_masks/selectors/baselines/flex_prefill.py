@@ -72,7 +72,7 @@ class FlexPrefill(ForcesBlocks, Selector):
         if not 0.0 <= self.tau <= 1.0:
             raise ValueError(f"tau must be in [0, 1], got {self.tau}")
         validate_int(self.min_budget, "min_budget", minimum=0)
-        _ = self.guards
+        _ = self.forced_blocks
         Selector.__post_init__(self)
 
     @property
@@ -113,13 +113,16 @@ class FlexPrefill(ForcesBlocks, Selector):
             self._choose(diagonals), geometry, size
         )
         along_lines, visible = select_lines(
-            lines, query, columns, guards=self.guards, geometry=geometry
+            lines, query, columns, forced_blocks=self.forced_blocks, geometry=geometry
         )
         scores = compute_block_scores(
             query, key, geometry=geometry, granularity=Pooled(q=size, k=size), scale=scale
         )
         in_map, _ = select_blocks(
-            scores, rule=_MapTopP(top_p=self.gamma), guards=self.guards, geometry=geometry
+            scores,
+            rule=_MapTopP(top_p=self.gamma),
+            forced_blocks=self.forced_blocks,
+            geometry=geometry,
         )
         pooled = pooled_last(query, key, geometry=geometry, scale=scale)
         # False for a NaN: such a head is kept whole as one of lines.

@@ -68,7 +68,7 @@ def attend_last(
     logits = torch.where(logits.isfinite(), logits, float("nan"))
     column = torch.arange(geometry.kv_len, device=query.device)
     exists = row[:, None] >= 0
-    seen = exists & (column <= row[:, None] + geometry.causal_offset)
+    seen = exists & geometry.pairs(row, column)
     shares = logits.masked_fill(~seen, -math.inf).softmax(-1) / exists.sum()
     return shares.masked_fill(~seen, 0.0)
 
@@ -148,15 +148,20 @@ def blocks_on_diagonals(chosen: Tensor, geometry: BlockGeometry, step: int) -> T
 
 
 def select_lines(
-    lines: Tensor, query: Tensor, shares: Tensor, *, guards: ForcedBlocks, geometry: BlockGeometry
+    lines: Tensor,
+    query: Tensor,
+    shares: Tensor,
+    *,
+    forced_blocks: ForcedBlocks,
+    geometry: BlockGeometry,
 ) -> tuple[Tensor, Tensor]:
-    """Applies the guards to the blocks that columns and diagonals hold.
+    """Keeps the blocks that columns and diagonals hold, and the forced ones.
 
     Args:
         lines: bool [B, Hq, Nq, Nk].
         query: [B, Hq, Sq, D].
         shares: Mass of columns, [B, Hq, Skv]; a head whose mass is NaN keeps every block.
-        guards: Which blocks are kept in any case.
+        forced_blocks: Which blocks are kept in any case.
         geometry: The block grid.
 
     Returns:
@@ -167,4 +172,6 @@ def select_lines(
     spoilt = F.pad(~query.isfinite().all(-1), (0, blocks * size - geometry.q_len))
     unjudged = spoilt.unflatten(-1, (blocks, size)).any(-1) | shares.isnan().any(-1, keepdim=True)
     scores = lines.float().masked_fill(unjudged[..., None], float("nan"))
-    return select_blocks(scores, rule=Threshold(threshold=1.0), guards=guards, geometry=geometry)
+    return select_blocks(
+        scores, rule=Threshold(threshold=1.0), forced_blocks=forced_blocks, geometry=geometry
+    )

@@ -63,7 +63,7 @@ class MInference(ForcesBlocks, Selector):
         validate_int(self.last_q, "last_q", minimum=1)
         validate_int(self.forced_columns, "forced_columns", minimum=0)
         validate_int(self.forced_diagonals, "forced_diagonals", minimum=0)
-        _ = self.guards
+        _ = self.forced_blocks
         Selector.__post_init__(self)
 
     @property
@@ -123,7 +123,7 @@ class MInference(ForcesBlocks, Selector):
             in_columns[:, :, None, :] | on_diagonals,
             query,
             columns,
-            guards=self.guards,
+            forced_blocks=self.forced_blocks,
             geometry=geometry,
         )
         return BlockSelection(keep=keep, visible=visible, geometry=geometry)

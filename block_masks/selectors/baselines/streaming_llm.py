@@ -88,7 +88,7 @@ class StreamingLLM(Selector):
         keep, visible = select_blocks(
             chosen.expand(query.shape[0], -1, -1, -1),
             rule=Threshold(threshold=1.0),
-            guards=ForcedBlocks(sink_blocks=0, local_blocks=1, last_query_blocks=0),
+            forced_blocks=ForcedBlocks(sink_blocks=0, local_blocks=1, last_query_blocks=0),
             geometry=geometry,
             mask=mask,
         )
@@ -108,7 +108,7 @@ class StreamingLLM(Selector):
         last_row = geometry.last_positions(size, q_blocks, device)
         first_key = torch.arange(kv_blocks, device=device) * size
         last_key = (first_key + size).clamp(max=geometry.kv_len) - 1
-        behind = last_key[None, :] > first_row[:, None] - self.local_tokens
+        near = last_key[None, :] > first_row[:, None] - self.local_tokens
         ahead = first_key[None, :] < last_row[:, None] + self.local_tokens
         keys = _tokens(mask.key_valid if mask else None, geometry.kv_len, device)
         sinks = keys & (keys.cumsum(-1) <= self.sink_tokens)
@@ -117,9 +117,7 @@ class StreamingLLM(Selector):
         dense = rows & (from_end <= self.dense_last)
         columns = valid_blocks(sinks, kv_blocks, size, device)[:, None, None, :]
         return (
-            (behind & ahead)
-            | columns
-            | valid_blocks(dense, q_blocks, size, device)[:, None, :, None]
+            (near & ahead) | columns | valid_blocks(dense, q_blocks, size, device)[:, None, :, None]
         )
 
 

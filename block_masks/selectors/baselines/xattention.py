@@ -57,7 +57,7 @@ class XAttention(ForcesBlocks, Selector):
                 )
             for i, threshold in enumerate(self.head_thresholds):
                 validate_fraction(threshold, f"head_thresholds[{i}]")
-        _ = self.guards
+        _ = self.forced_blocks
         Selector.__post_init__(self)
 
     @property

@@ -1,0 +1,1 @@
+"""The rates of a device for the cost model."""

@@ -1,0 +1,8 @@
+"""Quality against density of every selector, on real models and texts."""
+
+from .summary import describe_together
+from .sweeps import defaults
+from .tables import describe, draw
+from .trials import rows_alike
+
+__all__ = ["defaults", "describe", "describe_together", "draw", "rows_alike"]

