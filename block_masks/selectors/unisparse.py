@@ -226,7 +226,7 @@ class UniSparse(ForcesBlocks, Selector):
             scale=scale,
             are_composites=are_composites,
         )
-        visible = geometry.visible_blocks(query.device)[None, None]
+        visible, _ = geometry.block_bounds(query.device)
         return BlockSelection(keep=lists.kept(), visible=visible, geometry=geometry, lists=lists)
 
     @property

@@ -128,7 +128,8 @@ def masked_calls(draw: st.DrawFn, *, rule: str) -> MaskedCall:
     call = draw(kernel_calls(rule=rule))
     generator = call.generator()
     batch, q_len, kv_len = call.batch, call.q_len, call.kv_len
-    parts, tensors = [], []
+    parts: list[str] = []
+    tensors: list[Tensor] = []
     kinds = ("left", "right", "holes", "window", "chunk", "rows", "ends", "short")
     for kind in draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=3, unique=True)):
         at = len(tensors)
