@@ -102,21 +102,14 @@ def select_lists(
         forced_blocks = forced_blocks.of_part(geometry)
     intervals = None
     if geometry.mask is not None:
-        intervals = torch.ops.unisparse.key_intervals(
-            geometry.mask.text,
-            geometry.mask.tensors,
-            geometry.mask.numbers,
-            batch=query.shape[0],
-            q_len=geometry.q_len,
-            kv_len=geometry.kv_len,
-            causal_offset=geometry.causal_offset,
-            block_size=geometry.block_size,
+        intervals = list(geometry.mask.prepared) or prepare_mask(
+            geometry,
+            query.shape[0],
+            query.device,
             c_q=c_q,
             c_k=c_k,
             sampled_queries=sampled_queries,
-            sink_blocks=forced_blocks.sink_blocks,
-            last_query_blocks=forced_blocks.last_query_blocks,
-            device=query.device,
+            forced_blocks=forced_blocks,
         )
     return BlockLists(
         *torch.ops.unisparse.select_blocks(
@@ -138,6 +131,38 @@ def select_lists(
             intervals=intervals,
         )
     )
+
+
+def prepare_mask(
+    geometry: BlockGeometry,
+    batch: int,
+    device: torch.device,
+    *,
+    c_q: int,
+    c_k: int,
+    sampled_queries: int,
+    forced_blocks: ForcedBlocks,
+) -> list[Tensor]:
+    """The tables of `key_intervals.interval_tables` for a geometry whose mask is of intervals."""
+    mask = geometry.mask
+    assert mask is not None
+    tables: list[Tensor] = torch.ops.unisparse.key_intervals(
+        mask.text,
+        mask.named,
+        mask.numbers,
+        batch=batch,
+        q_len=geometry.q_len,
+        kv_len=geometry.kv_len,
+        causal_offset=geometry.causal_offset,
+        block_size=geometry.block_size,
+        c_q=c_q,
+        c_k=c_k,
+        sampled_queries=sampled_queries,
+        sink_blocks=forced_blocks.sink_blocks,
+        last_query_blocks=forced_blocks.last_query_blocks,
+        device=device,
+    )
+    return tables
 
 
 def pool_keys(key: Tensor, *, c_k: int, block_size: int, blocks: int) -> Tensor:

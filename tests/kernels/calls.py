@@ -18,9 +18,9 @@ from tests.block_masks.strategies import Call, lengths, offsets
 from unisparse_flex.block_masks import BlockSelection, UniSparse, compute_block_scores
 from unisparse_flex.block_masks import kernels as selection_kernels
 from unisparse_flex.block_masks.block_lists import BlockLists
-from unisparse_flex.block_masks.key_intervals import IntervalTables
 from unisparse_flex.block_masks.granularity import Sampled
 from unisparse_flex.block_masks.kernels import operator
+from unisparse_flex.block_masks.key_intervals import IntervalTables
 from unisparse_flex.block_masks.mask_summary import MaskSummary
 from unisparse_flex.block_masks.scoring import compute_sampled_scores, default_scale
 from unisparse_flex.block_masks.selection import scale_threshold
