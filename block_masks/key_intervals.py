@@ -138,7 +138,7 @@ def _grouped(values: Tensor, groups: int, size: int, fill: float) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IntervalTables:
-    """What the kernels read of `KeyIntervals`, contiguous; all int32 but for the weights.
+    """What the kernels read of `KeyIntervals`, contiguous; int32 where nothing else is said.
 
     Attributes:
         rows: [Bm, Sq, 2], `KeyIntervals.first` and ``last``.
@@ -146,9 +146,9 @@ class IntervalTables:
         samples: See `KeyIntervals.of_samples`; likewise.
         blocks: See `KeyIntervals.of_blocks`.
         key_blocks: See `KeyIntervals.of_key_blocks`.
-        key_weights: See `KeyIntervals.weights`, of composite keys.
-        key_valid: uint8 [Bm, Skv].
-        row_valid: uint8 [Bm, Sq], rows that see some key.
+        key_weights: See `KeyIntervals.weights`, of composite keys; float32.
+        key_valid: bool [Bm, Skv].
+        row_valid: bool [Bm, Sq], rows that see some key.
     """
 
     rows: Tensor
@@ -196,7 +196,7 @@ def interval_tables(
         blocks=found.of_blocks(geometry, last_query_blocks),
         key_blocks=found.of_key_blocks(geometry, sink_blocks),
         key_weights=found.weights(c_k, geometry.num_kv_blocks * (size // c_k)),
-        key_valid=found.key_valid.to(torch.uint8),
-        row_valid=found.sees.to(torch.uint8),
+        key_valid=found.key_valid,
+        row_valid=found.sees,
     )
     return IntervalTables(*(table.contiguous() for table in tables.tensors()))

@@ -1,5 +1,6 @@
 """Scoring and selection in Triton."""
 
+from ..key_intervals import IntervalTables
 from .operator import (
     LEAST_CAPABILITY,
     pool_keys,
@@ -11,6 +12,7 @@ from .operator import (
 
 __all__ = [
     "LEAST_CAPABILITY",
+    "IntervalTables",
     "pool_keys",
     "prepare_mask",
     "select_lists",

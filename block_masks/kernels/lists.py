@@ -94,7 +94,7 @@ def compute_lists(
         merged=c_h,
         group=c_q,
         step=step,
-        valid=None if intervals is None else intervals.row_valid,
+        valid=None if intervals is None else intervals.row_valid.view(torch.uint8),
     )
     composite_keys = None
     if composites is not None:
@@ -110,7 +110,7 @@ def compute_lists(
                 block_size=size,
                 group=c_k,
                 held=held,
-                valid=None if intervals is None else intervals.key_valid,
+                valid=None if intervals is None else intervals.key_valid.view(torch.uint8),
             )
             assert pooled is not None
             composite_keys = pooled.tokens.unflatten(0, (batch, kv_heads))

@@ -62,7 +62,7 @@ def supports(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) 
 
 
 def _supports_mask(geometry: BlockGeometry) -> bool:
-    return geometry.mask is None or (has_intervals(geometry.mask) and not geometry.is_part)
+    return geometry.mask is None or (has_intervals(geometry.mask.expr) and not geometry.is_part)
 
 
 def select_lists(
@@ -352,7 +352,7 @@ def _describe_tables(
         *(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes),
         torch.empty((count, kv_blocks * (block_size // c_k)), device=device),
         *(
-            torch.empty((count, length), dtype=torch.uint8, device=device)
+            torch.empty((count, length), dtype=torch.bool, device=device)
             for length in (kv_len, q_len)
         ),
     ]

@@ -238,24 +238,9 @@ def _score(
         peak = tl.max(logits, 1)
     total = tl.zeros([ROWS, held], dtype=tl.float32)
     in_rows = (row < rows)[:, None]
-    place = out + (begin * held + tl.arange(0, held))[None, :] * rows + row[:, None]
+    place = out + (enter * held + tl.arange(0, held))[None, :] * rows + row[:, None]
     # Sums of a block whose tiles are not all done yet.
     mass = tl.zeros([ROWS, held], dtype=tl.float32)
-    if INTERVALS:
-        for tile in range(begin * tiles_per_step, enter * tiles_per_step):
-            logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT) * scale
-            at_column = tile * COLS + column
-            logits = _mask(
-                logits, at_column, low, high, weights, columns, kv_len,
-                KEY_GROUP, CAUSAL, INTERVALS,
-            )  # fmt: skip
-            part = _held(tl.exp2(logits - peak[:, None]), ROWS, COLS, held)
-            total += part
-            mass = tl.where(tile % tiles_per_step == 0, part, mass + part)
-            block = tile // tiles_per_step * held + tl.arange(0, held)
-            stored = in_rows & (block < blocks)[None, :]
-            tl.store(place, mass.to(out.dtype.element_ty), mask=stored)
-            place += tl.where(tile % tiles_per_step == tiles_per_step - 1, held * rows, 0)
     for tile in range(enter * tiles_per_step, middle * tiles_per_step):
         logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT)
         if INTERVALS:
@@ -272,7 +257,11 @@ def _score(
             done = tile % tiles_per_step == tiles_per_step - 1
             tl.store(place, mass.to(out.dtype.element_ty), mask=in_rows & done)
             place += tl.where(done, held * rows, 0)
-    for tile in range(middle * tiles_per_step, end * tiles_per_step):
+    # What is left, before the whole tiles and after them.
+    ahead = (enter - begin) * tiles_per_step
+    for turn in range(ahead + (end - middle) * tiles_per_step):
+        tile = begin * tiles_per_step + turn
+        tile += tl.where(turn < ahead, 0, (middle - enter) * tiles_per_step)
         logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT) * scale
         at_column = tile * COLS + column
         logits = _mask(
@@ -283,8 +272,8 @@ def _score(
         mass = tl.where(tile % tiles_per_step == 0, part, mass + part)
         block = tile // tiles_per_step * held + tl.arange(0, held)
         stored = in_rows & (block < blocks)[None, :]
+        place = out + block[None, :] * rows + row[:, None]
         tl.store(place, mass.to(out.dtype.element_ty), mask=stored)
-        place += tl.where(tile % tiles_per_step == tiles_per_step - 1, held * rows, 0)
     sums = tl.sum(total, 1)
     at_total = totals + (slot * 4 * SPLITS + split).to(tl.int64) * rows + row
     # What holds that tile sums to 1 or more, but for rounding of logits beyond 2 ** 24.
@@ -436,7 +425,7 @@ def score(
     bounds = block_bounds = weights = queries.tokens
     if intervals is not None:
         bounds = intervals.samples if sampled else intervals.composites
-        weights = intervals.key_valid if key_group == 1 else intervals.key_weights
+        weights = intervals.key_valid.view(torch.uint8) if key_group == 1 else intervals.key_weights
         block_bounds = intervals.blocks
     _launch(
         (row_tiles, splits, count),

@@ -48,7 +48,7 @@ class MaskedCall:
             q_len=call.q_len,
             kv_len=call.kv_len,
         )
-        assert has_intervals(program)
+        assert has_intervals(program.expr)
         return replace(call.geometry, mask=program)
 
     def pairs(self) -> Tensor:
