@@ -1,6 +1,5 @@
 """Scoring and selection in Triton."""
 
-from ..key_intervals import IntervalTables
 from .operator import (
     LEAST_CAPABILITY,
     pool_keys,
@@ -12,7 +11,6 @@ from .operator import (
 
 __all__ = [
     "LEAST_CAPABILITY",
-    "IntervalTables",
     "pool_keys",
     "prepare_mask",
     "select_lists",

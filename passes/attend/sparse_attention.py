@@ -19,8 +19,7 @@ from ...block_masks import (
     to_block_mask,
     visible_tokens,
 )
-from ...block_masks.kernels import IntervalTables
-from ...block_masks.masks import coordinates, is_known, mask_4d
+from ...block_masks.masks import is_known, mask_4d
 from ..calls import TORCH_SDPA, SdpaCall, SparseConfig, is_symbolic
 from ..decision import flex_backend, needs_grad
 
@@ -290,8 +289,6 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
     given = is_symbolic(offset) and program is None
     numbers, tensors = ([], []) if program is None else (program.numbers, program.named)
     numbers_given = any(is_symbolic(number) for number in numbers)
-    if program is not None and program.prepared and not look_up:
-        return (*_interval_modifier(selection.geometry), _unchanged, ())
     mask = None if call.attn_mask is None else mask_4d(call.attn_mask)
     additive = mask is not None and mask.dtype is not torch.bool
     at = _broadcast_index(mask) if mask is not None else None
@@ -343,48 +340,6 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
         mask_buffers += (visible_tokens(mask),)
         score_buffers = (mask,) if additive else ()
     return mask_mod, mask_buffers, score_mod, score_buffers
-
-
-def _unchanged(score: Tensor, *_: Tensor) -> Tensor:
-    return score
-
-
-def _interval_modifier(geometry: BlockGeometry) -> tuple[Any, tuple[Tensor, ...]]:
-    """A ``mask_mod`` for a prepared mask of intervals, and what it captures.
-
-    It reads the tables, not the mask's own tensors: FlashAttention-4 compares no integers that it
-    captures.
-    """
-    assert geometry.mask is not None
-    tables = IntervalTables(*geometry.mask.prepared)
-    varies = tables.key_valid.shape[0] > 1
-    valid, offset = tables.key_valid, geometry.causal_offset
-    if "q" in coordinates(geometry.mask.expr):
-        # Causality is among these bounds.
-        first, last = tables.rows[..., 0].contiguous(), tables.rows[..., 1].contiguous()
-
-        def bounded(
-            b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, *captured: Tensor
-        ) -> Tensor:
-            keys, firsts, lasts = captured
-            at = b if varies else b * 0
-            inside = (kv_idx >= firsts[at, q_idx]) & (kv_idx <= lasts[at, q_idx])
-            return inside & keys[at, kv_idx]
-
-        return bounded, (valid, first, last)
-    captured_offset: tuple[Tensor, ...] = ()
-    if is_symbolic(offset):
-        assert offset is not None
-        captured_offset = (torch.full((), offset, dtype=torch.int32, device=valid.device),)
-
-    def padded(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, *captured: Tensor) -> Tensor:
-        keys, *offsets = captured
-        seen = keys[b if varies else b * 0, kv_idx]
-        if offset is None:
-            return seen
-        return seen & (kv_idx <= q_idx + (offsets[0] if offsets else offset))
-
-    return padded, (valid, *captured_offset)
 
 
 def _broadcast_index(mask: Tensor) -> Any:
