@@ -1,10 +1,18 @@
 """Scoring and selection in Triton."""
 
-from .operator import LEAST_CAPABILITY, pool_keys, select_lists, supports, supports_keys
+from .operator import (
+    LEAST_CAPABILITY,
+    pool_keys,
+    prepare_mask,
+    select_lists,
+    supports,
+    supports_keys,
+)
 
 __all__ = [
     "LEAST_CAPABILITY",
     "pool_keys",
+    "prepare_mask",
     "select_lists",
     "supports",
     "supports_keys",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
+from ..key_intervals import IntervalTables
 from ..selection import ForcedBlocks
 from .pool import pool
 from .score import held_blocks, score, supports_descriptor
@@ -55,13 +56,14 @@ def compute_lists(
     forced_blocks: ForcedBlocks,
     scale: float,
     are_composites: bool = False,
+    intervals: IntervalTables | None = None,
 ) -> BlockLists:
     """Chooses key blocks for every query block and head.
 
     Args:
         query: [B, Hq, Sq, D] on the GPU: float16, bfloat16 or float32.
         key: [B, Hkv, Skv, D].
-        geometry: The block grid, without a mask.
+        geometry: The block grid.
         c_q: Query rows per composite query; 0 for no composite scores.
         c_k: Keys per composite key.
         c_h: Consecutive query heads per composite head.
@@ -72,6 +74,7 @@ def compute_lists(
         scale: Factor on the logits, above 0.
         are_composites: Whether ``key`` holds what `pool_keys` made of the keys of all blocks;
             nothing can be sampled then.
+        intervals: What the geometry's mask hides, where it has one.
 
     Returns:
         The block lists.
@@ -91,6 +94,7 @@ def compute_lists(
         merged=c_h,
         group=c_q,
         step=step,
+        valid=None if intervals is None else intervals.row_valid.view(torch.uint8),
     )
     composite_keys = None
     if composites is not None:
@@ -100,7 +104,13 @@ def compute_lists(
             composite_keys = _interleave(key, held, blocks, size // c_k)
         else:
             pooled, _ = pool(
-                key, kv_heads=kv_heads, blocks=blocks, block_size=size, group=c_k, held=held
+                key,
+                kv_heads=kv_heads,
+                blocks=blocks,
+                block_size=size,
+                group=c_k,
+                held=held,
+                valid=None if intervals is None else intervals.key_valid.view(torch.uint8),
             )
             assert pooled is not None
             composite_keys = pooled.tokens.unflatten(0, (batch, kv_heads))
@@ -120,13 +130,14 @@ def compute_lists(
                 "geometry": geometry,
                 "heads": slice(head, min(head + at_once, total)),
                 "q_blocks": part,
+                "intervals": intervals,
             }
             coarse = fine = None
             if composites is not None and composite_keys is not None:
                 columns = -(-geometry.kv_len // c_k)
                 coarse = score(composites, composite_keys, c_k, columns, scale=scale, **turn)
             if samples is not None:
-                fine = score(samples, key, 1, geometry.kv_len, scale=scale, **turn)
+                fine = score(samples, key, 1, geometry.kv_len, scale=scale, sampled=True, **turn)
             select(
                 coarse,
                 fine,

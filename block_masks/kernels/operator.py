@@ -16,6 +16,8 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
+from ..key_intervals import BLOCK_FIELDS, ROW_FIELDS, IntervalTables, interval_tables
+from ..masks import MaskProgram, has_intervals
 from ..selection import ForcedBlocks, SelectionRule, Threshold, TopK, TopP, TopPOrThreshold
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -29,8 +31,13 @@ _library = torch.library.Library("unisparse", "FRAGMENT")
 _library.define(
     "select_blocks(Tensor query, Tensor key, *, int block_size, SymInt? causal_offset, "
     "float scale, int c_q, int c_k, int c_h, int sampled_queries, str rule, float[] values, "
-    "int sink_blocks, int local_blocks, int last_query_blocks, SymInt? kv_len=None) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "int sink_blocks, int local_blocks, int last_query_blocks, SymInt? kv_len=None, "
+    "Tensor[]? intervals=None) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "key_intervals(str mask, Tensor[] tensors, SymInt[] numbers, *, SymInt batch, SymInt q_len, "
+    "SymInt kv_len, SymInt? causal_offset, int block_size, int c_q, int c_k, "
+    "int sampled_queries, int sink_blocks, int last_query_blocks, Device device) -> Tensor[]"
 )
 
 
@@ -40,18 +47,22 @@ def supports(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) 
     Args:
         query: [B, Hq, Sq, D].
         key: [B, Hkv, Skv, D].
-        geometry: The block grid; one with a mask is not for the kernels.
+        geometry: The block grid; its mask, where it has one, must be one of intervals.
         scale: Factor on the logits.
     """
     return (
         supports_keys(query)
         and key.dtype == query.dtype
-        and geometry.mask is None
+        and _supports_mask(geometry)
         # They know a row's own position where the call is whole or causal.
         and (geometry.causal_offset is not None or not geometry.is_part)
         and scale > 0
         and guard_or_false(geometry.num_kv_blocks <= MAX_KEY_BLOCKS)
     )
+
+
+def _supports_mask(geometry: BlockGeometry) -> bool:
+    return geometry.mask is None or (has_intervals(geometry.mask.expr) and not geometry.is_part)
 
 
 def select_lists(
@@ -89,6 +100,17 @@ def select_lists(
     name, values = spell(rule)
     if geometry.is_part:
         forced_blocks = forced_blocks.of_part(geometry)
+    intervals = None
+    if geometry.mask is not None:
+        intervals = list(geometry.mask.prepared) or prepare_mask(
+            geometry,
+            query.shape[0],
+            query.device,
+            c_q=c_q,
+            c_k=c_k,
+            sampled_queries=sampled_queries,
+            forced_blocks=forced_blocks,
+        )
     return BlockLists(
         *torch.ops.unisparse.select_blocks(
             query,
@@ -106,8 +128,41 @@ def select_lists(
             local_blocks=forced_blocks.local_blocks,
             last_query_blocks=forced_blocks.last_query_blocks,
             kv_len=geometry.kv_len if are_composites else None,
+            intervals=intervals,
         )
     )
+
+
+def prepare_mask(
+    geometry: BlockGeometry,
+    batch: int,
+    device: torch.device,
+    *,
+    c_q: int,
+    c_k: int,
+    sampled_queries: int,
+    forced_blocks: ForcedBlocks,
+) -> list[Tensor]:
+    """The tables of `key_intervals.interval_tables` for a geometry whose mask is of intervals."""
+    mask = geometry.mask
+    assert mask is not None
+    tables: list[Tensor] = torch.ops.unisparse.key_intervals(
+        mask.text,
+        mask.named,
+        mask.numbers,
+        batch=batch,
+        q_len=geometry.q_len,
+        kv_len=geometry.kv_len,
+        causal_offset=geometry.causal_offset,
+        block_size=geometry.block_size,
+        c_q=c_q,
+        c_k=c_k,
+        sampled_queries=sampled_queries,
+        sink_blocks=forced_blocks.sink_blocks,
+        last_query_blocks=forced_blocks.last_query_blocks,
+        device=device,
+    )
+    return tables
 
 
 def pool_keys(key: Tensor, *, c_k: int, block_size: int, blocks: int) -> Tensor:
@@ -181,6 +236,7 @@ def _run(
     local_blocks: int,
     last_query_blocks: int,
     kv_len: int | None = None,
+    intervals: list[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     # Triton need not be there for what runs on the CPU.
     from .lists import compute_lists
@@ -210,6 +266,7 @@ def _run(
             ),
             scale=scale,
             are_composites=kv_len is not None,
+            intervals=None if intervals is None else IntervalTables(*intervals),
         )
     return lists.tensors()
 
@@ -225,5 +282,83 @@ def _describe(
     return tuple(query.new_empty(shape, dtype=torch.int32) for shape in shapes)
 
 
+def _make_tables(
+    mask: str,
+    tensors: list[Tensor],
+    numbers: list[int],
+    *,
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    causal_offset: int | None,
+    block_size: int,
+    c_q: int,
+    c_k: int,
+    sampled_queries: int,
+    sink_blocks: int,
+    last_query_blocks: int,
+    device: torch.device,
+) -> list[Tensor]:
+    program = MaskProgram.parse(
+        mask, tensors=tensors, numbers=numbers, batch=batch, q_len=q_len, kv_len=kv_len
+    )
+    geometry = BlockGeometry(
+        q_len=q_len,
+        kv_len=kv_len,
+        block_size=block_size,
+        causal_offset=causal_offset,
+        mask=program,
+    )
+    return interval_tables(
+        geometry,
+        device,
+        c_q=c_q,
+        c_k=c_k,
+        sampled_queries=sampled_queries,
+        sink_blocks=sink_blocks,
+        last_query_blocks=last_query_blocks,
+    ).tensors()
+
+
+def _describe_tables(
+    mask: str,
+    tensors: list[Tensor],
+    numbers: list[int],
+    *,
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    block_size: int,
+    c_q: int,
+    c_k: int,
+    sampled_queries: int,
+    device: torch.device,
+    **_: object,
+) -> list[Tensor]:
+    geometry = BlockGeometry(q_len=q_len, kv_len=kv_len, block_size=block_size)
+    program = MaskProgram.parse(
+        mask, tensors=tensors, numbers=numbers, batch=batch, q_len=q_len, kv_len=kv_len
+    )
+    count = batch if program.varies_in_batch else 1
+    q_blocks, kv_blocks = geometry.num_q_blocks, geometry.num_kv_blocks
+    shapes: list[tuple[int, ...]] = [
+        (count, q_len, 2),
+        (count, q_blocks * (block_size // c_q) if c_q else 0, ROW_FIELDS),
+        (count, q_blocks * sampled_queries, ROW_FIELDS),
+        (count, q_blocks, BLOCK_FIELDS),
+        (count, kv_blocks),
+    ]
+    return [
+        *(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes),
+        torch.empty((count, kv_blocks * (block_size // c_k)), device=device),
+        *(
+            torch.empty((count, length), dtype=torch.bool, device=device)
+            for length in (kv_len, q_len)
+        ),
+    ]
+
+
+_library.impl("key_intervals", _make_tables, "CompositeExplicitAutograd")
+torch.library.register_fake("unisparse::key_intervals", _describe_tables, lib=_library)
 _library.impl("select_blocks", _run, "CUDA")
 torch.library.register_fake("unisparse::select_blocks", _describe, lib=_library)

@@ -13,11 +13,12 @@ from .launch import Launch
 from .scratch import Rows, power_of_two
 
 
-@triton.jit(do_not_specialize=["length", "blocks", "kv_heads"])
+@triton.jit(do_not_specialize=["length", "blocks", "kv_heads", "stride_valid"])
 def _pool(
     tokens,
     means,
     lasts,
+    valid,
     stride_b,
     stride_h,
     stride_s,
@@ -26,6 +27,7 @@ def _pool(
     blocks,
     kv_heads,
     head_dim,
+    stride_valid,
     MERGED: tl.constexpr,
     HEADS: tl.constexpr,
     HELD: tl.constexpr,
@@ -33,8 +35,11 @@ def _pool(
     GROUP: tl.constexpr,
     STEP: tl.constexpr,
     WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Means of GROUP tokens and, of every STEP tokens, the last: 0 for none of either.
+
+    With MASKED, means are of the tokens that ``valid`` marks, and 0 where there are none.
 
     MERGED consecutive heads are averaged; HEADS composite heads share a key head. The means of
     HELD blocks are interleaved: first those of their first groups.
@@ -53,15 +58,23 @@ def _pool(
         groups: tl.constexpr = BLOCK // GROUP
         first = block * BLOCK + tl.arange(0, groups) * GROUP
         total = tl.zeros([groups, WIDTH], dtype=tl.float32)
+        marked = tl.zeros([groups], dtype=tl.int32)
         for merged in tl.static_range(MERGED):
             for i in tl.static_range(GROUP):
                 row = first + i
                 at = base + merged * stride_h + row[:, None].to(tl.int64) * stride_s
-                exists = (row < length)[:, None] & inside[None, :]
+                counted = row < length
+                if MASKED:
+                    mark = tl.load(valid + batch * stride_valid + row, mask=counted, other=0)
+                    counted = mark > 0
+                    marked += counted.to(tl.int32)
+                exists = counted[:, None] & inside[None, :]
                 total += tl.load(at + column[None, :] * stride_d, mask=exists, other=0.0).to(
                     tl.float32
                 )
         count = tl.minimum(tl.maximum(length - first, 1), GROUP) * MERGED
+        if MASKED:
+            count = tl.maximum(marked, 1)
         mean = total / count[:, None].to(tl.float32)
         # A NaN in the scores keeps a row whole; an infinity could vanish in a softmax.
         mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
@@ -96,6 +109,7 @@ def pool(
     group: int = 0,
     step: int = 0,
     held: int = 1,
+    valid: Tensor | None = None,
 ) -> tuple[Rows | None, Rows | None]:
     """Averages groups of tokens and picks single ones, in one pass.
 
@@ -109,6 +123,7 @@ def pool(
         step: Of every ``step`` tokens the last is picked; 0 for none.
         held: Blocks whose means are interleaved, the first of each block first; divides
             ``blocks``, and is 1 where several heads share a key head.
+        valid: uint8 [1 or B, S], tokens that count in means; all by default.
 
     Returns:
         The means and the picked tokens, in the dtype of ``tokens``; ``None`` where not asked for.
@@ -128,11 +143,13 @@ def pool(
         tokens,
         tokens if means is None else means.tokens,
         tokens if lasts is None else lasts.tokens,
+        tokens if valid is None else valid,
         *tokens.stride(),
         length,
         blocks,
         kv_heads,
         head_dim,
+        0 if valid is None or valid.shape[0] == 1 else length,
         MERGED=merged,
         HEADS=per_kv,
         HELD=held,
@@ -140,6 +157,7 @@ def pool(
         GROUP=group,
         STEP=step,
         WIDTH=power_of_two(head_dim),
+        MASKED=valid is not None,
         num_warps=4,
     )
     return means, lasts

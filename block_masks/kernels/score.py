@@ -16,8 +16,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..geometry import BlockGeometry
+from ..key_intervals import IntervalTables
 from .launch import Launch
-from .scratch import Masses, Rows, power_of_two, reach_of
+from .scratch import Masses, Rows, batch_stride, power_of_two, reach_of
 
 
 @triton.jit
@@ -30,25 +31,45 @@ def _logits(
 
 
 @triton.jit
+def _weigh(logits, column, weights, columns, KEY_GROUP: tl.constexpr):
+    """Adds the weights of columns; hides those without any valid key."""
+    if KEY_GROUP > 1:
+        weight = tl.load(weights + column, mask=column < columns, other=float("-inf"))
+        # After the addition: what is hidden stays hidden, a NaN too.
+        return tl.where((weight > float("-inf"))[None, :], logits + weight[None, :], float("-inf"))
+    valid = tl.load(weights + column, mask=column < columns, other=0)
+    return tl.where((valid > 0)[None, :], logits, float("-inf"))
+
+
+@triton.jit
 def _mask(
     logits,
     column,
-    position,
+    low,
+    high,
+    weights,
     columns,
     kv_len,
     KEY_GROUP: tl.constexpr,
     CAUSAL: tl.constexpr,
+    INTERVALS: tl.constexpr,
 ):
-    """Hides columns that do not exist or lie ahead; the last may stand for fewer keys.
+    """Hides columns that do not exist or that a row does not see, from ``low`` to ``high``.
 
     Triton can call no method: this is `BlockGeometry.sees` for groups of keys.
     """
-    seen = (column < columns)[None, :]
-    if KEY_GROUP > 1:
-        count = tl.minimum(tl.maximum(kv_len - column * KEY_GROUP, 1), KEY_GROUP)
-        logits += tl.log2(count.to(tl.float32) / KEY_GROUP)[None, :]
-    if CAUSAL:
-        seen = seen & ((column * KEY_GROUP)[None, :] <= position[:, None])
+    first = (column * KEY_GROUP)[None, :]
+    if INTERVALS:
+        logits = _weigh(logits, column, weights, columns, KEY_GROUP)
+        seen = (first <= high[:, None]) & (first + KEY_GROUP > low[:, None])
+    else:
+        seen = (column < columns)[None, :]
+        if KEY_GROUP > 1:
+            # The last may stand for fewer keys.
+            count = tl.minimum(tl.maximum(kv_len - column * KEY_GROUP, 1), KEY_GROUP)
+            logits += tl.log2(count.to(tl.float32) / KEY_GROUP)[None, :]
+        if CAUSAL:
+            seen = seen & (first <= high[:, None])
     return tl.where(seen, logits, float("-inf"))
 
 
@@ -62,6 +83,9 @@ def _held(weights, ROWS: tl.constexpr, COLS: tl.constexpr, HELD: tl.constexpr):
 MOST_TOTAL = tl.constexpr(2.0**100)
 
 LENGTHS = [
+    "stride_bounds",
+    "stride_blocks",
+    "stride_weights",
     "first_head",
     "first_row",
     "columns",
@@ -80,7 +104,13 @@ def _score(
     keys,
     out,
     totals,
+    bounds,
+    block_bounds,
+    weights,
     stride_query,
+    stride_bounds,
+    stride_blocks,
+    stride_weights,
     first_head,
     first_row,
     rows,
@@ -102,6 +132,7 @@ def _score(
     COLS: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
+    INTERVALS: tl.constexpr,
 ):
     """Writes summed exponentials: out[head, key block, row].
 
@@ -109,6 +140,9 @@ def _score(
     of them, ``KEY_GROUP`` keys to one of ``keys``. All are relative to the greatest logit of the
     first tile. Where a row outgrows it too far, the program computes its sums again, relative to
     the greatest logit of its own keys, and writes how far that lies above, as `Masses` says.
+
+    With INTERVALS a row sees the valid keys between its ``bounds``, `key_intervals.KeyIntervals`,
+    and nothing else is read of its batch element.
     """
     # The last rows see most: those of all heads go first.
     program = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
@@ -126,22 +160,42 @@ def _score(
     held: tl.constexpr = STEP // per_block
     absolute = first_row + row
     last = (absolute // block_rows) * BLOCK + (absolute % groups + 1) * ROW_GROUP - 1
-    position = tl.minimum(last, q_len - 1) + offset
+    high = tl.minimum(last, q_len - 1) + offset
+    low = high * 0
     at = queries + head.to(tl.int64) * stride_query + absolute[:, None].to(tl.int64) * head_dim
     load = (row < rows)[:, None] & (width < head_dim)[None, :]
     query = tl.load(at + width[None, :], mask=load, other=0.0)
     batch = head // kv_heads
     kv_head = head % kv_heads
+    if INTERVALS:
+        group = absolute // block_rows * groups + absolute % groups
+        at_bounds = bounds + batch * stride_bounds + group * 3
+        low = tl.load(at_bounds, mask=row < rows, other=kv_len)
+        high = tl.load(at_bounds + 1, mask=row < rows, other=-1)
+        weights += batch * stride_weights
     out += slot.to(tl.int64) * blocks * rows
     # The keys of a block lie ``held`` columns apart, and so in the registers of one thread.
     column = tl.arange(0, COLS) % held * per_block + tl.arange(0, COLS) // held
 
     # Tiles whose columns all exist and are seen whole by all rows, and tiles that some row sees.
+    first_whole = 0
+    first = 0
     whole = columns // STEP
     if kv_len % KEY_GROUP != 0:
         whole = (columns - 1) // STEP
     steps = tl.cdiv(columns, STEP)
-    if CAUSAL:
+    if INTERVALS:
+        # All that is read of a query block, though some rows of it are in another program.
+        at_block = block_bounds + batch * stride_blocks + absolute // block_rows * 6
+        begins = tl.load(at_block, mask=row < rows, other=kv_len)
+        ends = tl.load(at_block + 1, mask=row < rows, other=-1)
+        steps = tl.minimum(steps, (tl.max(ends, 0) + KEY_GROUP * STEP) // (KEY_GROUP * STEP))
+        first = tl.minimum(tl.min(begins, 0) // (KEY_GROUP * STEP), steps)
+        highest = tl.max(tl.where(row < rows, low, 0), 0)
+        lowest = tl.min(tl.where(row < rows, high, kv_len - 1), 0)
+        first_whole = tl.cdiv(highest, KEY_GROUP * STEP)
+        whole = tl.maximum((lowest + 1) // (KEY_GROUP * STEP), first_whole)
+    elif CAUSAL:
         # The rows of a tile stand in order of their query blocks.
         lowest = (first_row + tile_row * ROWS) // block_rows * BLOCK + ROW_GROUP - 1
         lowest = tl.minimum(lowest, q_len - 1) + offset
@@ -149,22 +203,51 @@ def _score(
         highest = tl.minimum((first_row + final) // block_rows * BLOCK + BLOCK, q_len) - 1 + offset
         whole = tl.minimum(whole, (lowest // KEY_GROUP + 1) // STEP)
         steps = tl.minimum(steps, highest // KEY_GROUP // STEP + 1)
-    share = tl.cdiv(steps, SPLITS)
-    begin = tl.minimum(split * share, steps)
+    share = tl.cdiv(steps - first, SPLITS)
+    begin = tl.minimum(first + split * share, steps)
     end = tl.minimum(begin + share, steps)
-    middle = tl.minimum(tl.maximum(whole, begin), end)
+    enter = tl.minimum(tl.maximum(first_whole, begin), end)
+    middle = tl.minimum(tl.maximum(whole, enter), end)
 
-    # Column 0 is seen by every row.
-    logits = _logits(query, keys, batch, kv_head, 0, COLS, WIDTH, EXACT) * scale
-    peak = tl.max(_mask(logits, column, position, columns, kv_len, KEY_GROUP, CAUSAL), 1)
+    # The tile that holds the first key of a row; without INTERVALS column 0 is seen by every row.
+    home = low // (KEY_GROUP * COLS)
+    if INTERVALS:
+        sees = high >= low
+        missing = sees
+        peak = tl.zeros([ROWS], dtype=tl.float32)
+        tile = tl.max(tl.where(missing, home, -1), 0)
+        while tile >= 0:
+            logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT) * scale
+            at_column = tile * COLS + column
+            logits = _mask(
+                logits, at_column, low, high, weights, columns, kv_len,
+                KEY_GROUP, CAUSAL, INTERVALS,
+            )  # fmt: skip
+            found = tl.max(logits, 1)
+            # A row's own tile, or a later one of another row that it sees as well.
+            taken = missing & ((home == tile) | (found > float("-inf")))
+            peak = tl.where(taken, found, peak)
+            home = tl.where(taken, tile, home)
+            missing = missing & (taken == 0)
+            tile = tl.max(tl.where(missing, home, -1), 0)
+    else:
+        logits = _logits(query, keys, batch, kv_head, 0, COLS, WIDTH, EXACT) * scale
+        logits = _mask(
+            logits, column, low, high, weights, columns, kv_len, KEY_GROUP, CAUSAL, INTERVALS
+        )
+        peak = tl.max(logits, 1)
     total = tl.zeros([ROWS, held], dtype=tl.float32)
     in_rows = (row < rows)[:, None]
-    place = out + (begin * held + tl.arange(0, held))[None, :] * rows + row[:, None]
+    place = out + (enter * held + tl.arange(0, held))[None, :] * rows + row[:, None]
     # Sums of a block whose tiles are not all done yet.
     mass = tl.zeros([ROWS, held], dtype=tl.float32)
-    for tile in range(begin * tiles_per_step, middle * tiles_per_step):
+    for tile in range(enter * tiles_per_step, middle * tiles_per_step):
         logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT)
-        part = _held(tl.exp2(logits * scale - peak[:, None]), ROWS, COLS, held)
+        if INTERVALS:
+            logits = _weigh(logits * scale, tile * COLS + column, weights, columns, KEY_GROUP)
+            part = _held(tl.exp2(logits - peak[:, None]), ROWS, COLS, held)
+        else:
+            part = _held(tl.exp2(logits * scale - peak[:, None]), ROWS, COLS, held)
         total += part
         if tiles_per_step == 1:
             tl.store(place, part.to(out.dtype.element_ty), mask=in_rows)
@@ -174,21 +257,30 @@ def _score(
             done = tile % tiles_per_step == tiles_per_step - 1
             tl.store(place, mass.to(out.dtype.element_ty), mask=in_rows & done)
             place += tl.where(done, held * rows, 0)
-    for tile in range(middle * tiles_per_step, end * tiles_per_step):
+    # What is left, before the whole tiles and after them.
+    ahead = (enter - begin) * tiles_per_step
+    for turn in range(ahead + (end - middle) * tiles_per_step):
+        tile = begin * tiles_per_step + turn
+        tile += tl.where(turn < ahead, 0, (middle - enter) * tiles_per_step)
         logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT) * scale
         at_column = tile * COLS + column
-        logits = _mask(logits, at_column, position, columns, kv_len, KEY_GROUP, CAUSAL)
+        logits = _mask(
+            logits, at_column, low, high, weights, columns, kv_len, KEY_GROUP, CAUSAL, INTERVALS
+        )
         part = _held(tl.exp2(logits - peak[:, None]), ROWS, COLS, held)
         total += part
         mass = tl.where(tile % tiles_per_step == 0, part, mass + part)
         block = tile // tiles_per_step * held + tl.arange(0, held)
         stored = in_rows & (block < blocks)[None, :]
+        place = out + block[None, :] * rows + row[:, None]
         tl.store(place, mass.to(out.dtype.element_ty), mask=stored)
-        place += tl.where(tile % tiles_per_step == tiles_per_step - 1, held * rows, 0)
     sums = tl.sum(total, 1)
-    at_total = totals + (slot * 3 * SPLITS + split).to(tl.int64) * rows + row
-    # What holds the first tile sums to 1 or more, but for rounding of logits beyond 2 ** 24.
-    least = tl.where(split == 0, 0.5, -1.0)
+    at_total = totals + (slot * 4 * SPLITS + split).to(tl.int64) * rows + row
+    # What holds that tile sums to 1 or more, but for rounding of logits beyond 2 ** 24.
+    holds = (home >= begin * tiles_per_step) & (home < end * tiles_per_step)
+    if INTERVALS:
+        holds = holds & sees
+    least = tl.where(holds, 0.5, -1.0)
     if tl.max(((sums > MOST_TOTAL) | (sums < least)).to(tl.int32), 0) > 0:
         # Twice over the tiles: the greatest logits, then the sums relative to them.
         count = (end - begin) * tiles_per_step
@@ -197,7 +289,10 @@ def _score(
             tile = begin * tiles_per_step + turn % count
             logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT) * scale
             at_column = tile * COLS + column
-            logits = _mask(logits, at_column, position, columns, kv_len, KEY_GROUP, CAUSAL)
+            logits = _mask(
+                logits, at_column, low, high, weights, columns, kv_len,
+                KEY_GROUP, CAUSAL, INTERVALS,
+            )  # fmt: skip
             raised = tl.where(turn < count, tl.maximum(raised, tl.max(logits, 1)), raised)
             part = _held(tl.exp2(logits - raised[:, None]), ROWS, COLS, held)
             total = tl.where(turn <= count, part, total + part)
@@ -213,6 +308,8 @@ def _score(
             tl.store(at_total + SPLITS * rows, raised - peak, mask=row < rows)
             span = row * 0.0 + share * held
             tl.store(at_total + 2 * SPLITS * rows, span, mask=row < rows)
+            start = row * 0.0 + first * held
+            tl.store(at_total + 3 * SPLITS * rows, start, mask=row < rows)
     tl.store(at_total, sums, mask=row < rows)
 
 
@@ -287,6 +384,8 @@ def score(
     heads: slice,
     q_blocks: slice,
     scale: float,
+    intervals: IntervalTables | None = None,
+    sampled: bool = False,
 ) -> Masses:
     """Computes each row's summed exponentials in each key block.
 
@@ -296,13 +395,15 @@ def score(
             `supports_descriptor` accepts.
         key_group: Keys to a composite key; 1 for the keys themselves.
         columns: Composite keys that exist.
-        geometry: The block grid, without a mask.
+        geometry: The block grid.
         heads: Which of the B * Hkv key heads.
         q_blocks: Which query blocks.
         scale: Factor on the logits, above 0.
+        intervals: What the geometry's mask hides, where it has one.
+        sampled: Whether the queries were picked, not pooled.
 
     Returns:
-        The masses; what causality hides is left unset.
+        The masses; what is hidden from a whole query block is left unset.
     """
     block_rows = queries.tokens.shape[1] // geometry.num_q_blocks
     rows = block_rows * (q_blocks.stop - q_blocks.start)
@@ -319,15 +420,24 @@ def score(
     width = power_of_two(keys.shape[3])
     masses = Masses(
         keys.new_empty((count, blocks, rows), dtype=torch.float32 if exact else torch.bfloat16),
-        keys.new_empty((count, 3, splits, rows), dtype=torch.float32),
+        keys.new_empty((count, 4, splits, rows), dtype=torch.float32),
     )
+    bounds = block_bounds = weights = queries.tokens
+    if intervals is not None:
+        bounds = intervals.samples if sampled else intervals.composites
+        weights = intervals.key_valid.view(torch.uint8) if key_group == 1 else intervals.key_weights
+        block_bounds = intervals.blocks
     _launch(
         (row_tiles, splits, count),
         queries.tokens,
         TensorDescriptor(keys, keys.shape, keys.stride(), [1, 1, tile.columns, width]),
         masses.blocks,
         masses.totals,
+        bounds,
+        block_bounds,
+        weights,
         queries.tokens.stride(0),
+        *(batch_stride(table) for table in (bounds, block_bounds, weights)),
         heads.start,
         q_blocks.start * block_rows,
         rows,
@@ -349,6 +459,7 @@ def score(
         COLS=tile.columns,
         WIDTH=width,
         SPLITS=splits,
+        INTERVALS=intervals is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,

@@ -35,8 +35,9 @@ class Masses:
     Attributes:
         blocks: [heads, reach, rows], bfloat16 or float32: of each key block up to the last that
             one of the rows sees.
-        totals: float32 [heads, 3, splits, rows]: of all keys, in parts; of a row of several
-            parts, where its total is negative, the shift, and the key blocks to a part.
+        totals: float32 [heads, 4, splits, rows]: of all keys, in parts; of a row of several
+            parts, where its total is negative, the shift, the key blocks to a part, and the key
+            block that the first part begins with.
     """
 
     blocks: Tensor
@@ -50,6 +51,11 @@ def reach_of(geometry: BlockGeometry, q_blocks: slice) -> int:
     row = min(q_blocks.stop * geometry.block_size, geometry.q_len) - 1
     seen = (row + geometry.causal_offset) // geometry.block_size + 1
     return min(seen, geometry.num_kv_blocks)
+
+
+def batch_stride(table: Tensor) -> int:
+    """The step from batch element to batch element; 0 where all share one."""
+    return 0 if table.shape[0] == 1 else table.stride(0)
 
 
 def power_of_two(count: int) -> int:

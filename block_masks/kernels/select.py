@@ -13,9 +13,10 @@ import triton.language as tl
 
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
+from ..key_intervals import IntervalTables
 from ..selection import ForcedBlocks
 from .launch import Launch
-from .scratch import Masses, power_of_two, reach_of
+from .scratch import Masses, batch_stride, power_of_two, reach_of
 
 
 @triton.jit
@@ -33,16 +34,19 @@ def _level(
     for row in range(R):
         lines = totals + row + part * rows
         total = tl.load(lines)
-        shift = tl.load(lines + SPLITS * rows, mask=total < 0, other=0.0)
-        span = tl.load(lines + 2 * SPLITS * rows, mask=total < 0, other=0.0)
+        raised_parts = total < 0
+        shift = tl.load(lines + SPLITS * rows, mask=raised_parts, other=0.0)
+        span = tl.load(lines + 2 * SPLITS * rows, mask=raised_parts, other=0.0)
         highest = tl.max(shift, 0)
         total = tl.sum(tl.abs(total) * tl.exp2(shift - highest), 0)
         # Key blocks to a part, 0 where all parts have one factor; after the last are hidden ones.
         span = tl.max(span, 0).to(tl.int32)
-        stop = tl.minimum(span * SPLITS, reach)
-        for start in range(0, stop, SLICE):
+        first = tl.load(lines + 3 * SPLITS * rows, mask=raised_parts, other=0.0)
+        first = tl.max(first, 0).to(tl.int32)
+        stop = tl.minimum(first + span * SPLITS, reach)
+        for start in range(first, stop, SLICE):
             block = start + tl.arange(0, SLICE)
-            own = totals + row + block // span * rows
+            own = totals + row + (block - first) // span * rows
             inside = block < stop
             moved = tl.load(own, mask=inside, other=0.0) < 0
             raised = tl.load(own + SPLITS * rows, mask=moved, other=0.0)
@@ -65,15 +69,18 @@ def _shares(
     key_block,
     visible,
     left,
+    bounds,
     R: tl.constexpr,
     STEP: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     P: tl.constexpr,
+    INTERVALS: tl.constexpr,
 ):
     """Each key block's share of a row's mass, averaged over rows by the tokens they stand for.
 
-    ``left`` query tokens exist from the block's first on.
+    ``left`` query tokens exist from the block's first on; with INTERVALS, ``bounds`` of the rows
+    say for how many tokens each stands.
     """
     if SPLITS > 1:
         part = tl.arange(0, SPLITS)[:, None] * rows + tl.arange(0, R)[None, :]
@@ -81,6 +88,9 @@ def _shares(
             _level(masses, totals, rows, reach, R, SPLITS, P if P < 128 else 128)
     result = tl.zeros([P], dtype=tl.float32)
     tokens = tl.minimum(left, R * STEP).to(tl.float32)
+    if INTERVALS:
+        counted = tl.sum(tl.load(bounds + tl.arange(0, R) * 3 + 2), 0)
+        tokens = tl.maximum(counted, 1).to(tl.float32)
     for start in tl.static_range(0, R, CHUNK):
         row = start + tl.arange(0, CHUNK)
         total = tl.load(totals + row)
@@ -88,9 +98,14 @@ def _shares(
             total += tl.load(totals + split * rows + row)
         # A row that stands for no token repeats the last one and weighs nothing.
         count = tl.minimum(tl.maximum(left - row * STEP, 0), STEP).to(tl.float32)
+        if INTERVALS:
+            count = tl.load(bounds + row * 3 + 2).to(tl.float32)
+            # A row that sees nothing has no mass.
+            total = tl.where(count > 0, total, 1.0)
+        factor = count / tokens / total
         place = masses + key_block[:, None] * rows + row[None, :]
         mass = tl.load(place, mask=visible[:, None], other=0.0).to(tl.float32)
-        result += tl.sum(mass * (count / tokens / total)[None, :], 1)
+        result += tl.sum(mass * factor[None, :], 1)
     return result
 
 
@@ -129,7 +144,40 @@ def _write(counts, indices, at, blocks, key_block, chosen, place, count):
     tl.store(indices + at * blocks + key_block, 0, mask=key_block + count == 0)
 
 
+@triton.jit
+def _leaves_out(
+    keep,
+    key_block,
+    flags,
+    rows,
+    first_row,
+    q_len,
+    BLOCK: tl.constexpr,
+    P: tl.constexpr,
+):
+    """Whether some row of a query block sees keys, but none in the blocks of ``keep``: 0 or 1."""
+    SLICE: tl.constexpr = 16
+    left_out = 0
+    for start in range(0, BLOCK, SLICE):
+        row = first_row + start + tl.arange(0, SLICE)
+        low = tl.load(rows + row * 2, mask=row < q_len, other=1)
+        high = tl.load(rows + row * 2 + 1, mask=row < q_len, other=-1)
+        begin = (key_block * BLOCK)[:, None]
+        # Its first and last keys are valid, and what lies between where the block has any.
+        meets = (begin <= high[None, :]) & (begin + BLOCK > low[None, :])
+        meets = meets & (keep & (flags % 2 > 0))[:, None]
+        met = tl.max(meets.to(tl.int32), 0)
+        left_out = tl.maximum(left_out, tl.max(((high >= low) & (met == 0)).to(tl.int32), 0))
+    return left_out
+
+
 LENGTHS = [
+    "kv_heads",
+    "stride_rows",
+    "stride_blocks",
+    "stride_flags",
+    "stride_coarse",
+    "stride_fine",
     "first_head",
     "first_block",
     "q_blocks",
@@ -156,6 +204,17 @@ def _select(
     partial_indices,
     full_counts,
     full_indices,
+    row_bounds,
+    block_bounds,
+    key_flags,
+    coarse_bounds,
+    fine_bounds,
+    stride_rows,
+    stride_blocks,
+    stride_flags,
+    stride_coarse,
+    stride_fine,
+    kv_heads,
     first_head,
     first_block,
     coarse_rows,
@@ -186,6 +245,7 @@ def _select(
     CAUSAL: tl.constexpr,
     SELF: tl.constexpr,
     P: tl.constexpr,
+    INTERVALS: tl.constexpr,
 ):
     """COARSE and FINE are rows a query block and head have in either scratch, 0 for none."""
     head = tl.program_id(0)
@@ -198,6 +258,14 @@ def _select(
     visible = key_block < reach
     if CAUSAL:
         visible = visible & (key_block * BLOCK <= last)
+    if INTERVALS:
+        batch = (first_head + slot) // kv_heads
+        flags = tl.load(key_flags + batch * stride_flags + key_block, mask=visible, other=0)
+        of_block = block_bounds + batch * stride_blocks + block * 6
+        visible = visible & (flags % 2 > 0) & (key_block * BLOCK <= tl.load(of_block + 1))
+        visible = visible & (key_block * BLOCK + BLOCK > tl.load(of_block))
+        coarse_bounds += batch * stride_coarse + block * COARSE * 3
+        fine_bounds += batch * stride_fine + block * FINE * 3
 
     left = q_len - block * BLOCK
     at = local_block * HEADS + head
@@ -205,21 +273,23 @@ def _select(
     if COARSE > 0:
         score += _shares(
             coarse + slot.to(tl.int64) * reach * coarse_rows + at * COARSE,
-            coarse_totals + slot.to(tl.int64) * 3 * COARSE_SPLITS * coarse_rows + at * COARSE,
-            coarse_rows, reach, key_block, visible, left,
-            COARSE, BLOCK // COARSE, COARSE_CHUNK, COARSE_SPLITS, P,
+            coarse_totals + slot.to(tl.int64) * 4 * COARSE_SPLITS * coarse_rows + at * COARSE,
+            coarse_rows, reach, key_block, visible, left, coarse_bounds,
+            COARSE, BLOCK // COARSE, COARSE_CHUNK, COARSE_SPLITS, P, INTERVALS,
         )  # fmt: skip
     if FINE > 0:
         score += _shares(
             fine + slot.to(tl.int64) * reach * fine_rows + at * FINE,
-            fine_totals + slot.to(tl.int64) * 3 * FINE_SPLITS * fine_rows + at * FINE,
-            fine_rows, reach, key_block, visible, left,
-            FINE, BLOCK // FINE, FINE_CHUNK, FINE_SPLITS, P,
+            fine_totals + slot.to(tl.int64) * 4 * FINE_SPLITS * fine_rows + at * FINE,
+            fine_rows, reach, key_block, visible, left, fine_bounds,
+            FINE, BLOCK // FINE, FINE_CHUNK, FINE_SPLITS, P, INTERVALS,
         )  # fmt: skip
     if COARSE > 0 and FINE > 0:
         score *= 0.5
 
     forced = key_block < sinks
+    if INTERVALS:
+        forced = flags // 4 > 0
     if CAUSAL or SELF:
         after = 0 if CAUSAL else locals_ - 1
         lowest = tl.minimum(first // BLOCK, blocks - 1)
@@ -227,7 +297,11 @@ def _select(
         forced = forced | ((key_block > lowest - locals_) & (key_block <= highest + after))
     # Conditions on the whole row, one lane each: the interpreter joins no scalar with a vector.
     lane = key_block * 0
-    forced = (forced | (lane + block >= q_blocks - last_rows)) & visible
+    if INTERVALS:
+        forced = forced | (lane + tl.load(of_block + 5) > 0)
+    else:
+        forced = forced | (lane + block >= q_blocks - last_rows)
+    forced = forced & visible
     judged = lane + tl.sum(tl.where(score != score, 1, 0), 0) == 0
     score = tl.where(visible & judged, score, 0.0)
     candidate = visible & (forced == 0)
@@ -257,9 +331,19 @@ def _select(
         # An estimate of zero is no proof of zero: all means all.
         keep = keep | (visible & (lane + value >= 1.0))
 
+    if INTERVALS:
+        left_out = 0
+        if tl.load(of_block + 4) > 0:
+            rows = row_bounds + batch * stride_rows
+            left_out = _leaves_out(keep, key_block, flags, rows, block * BLOCK, q_len, BLOCK, P)
+        keep = keep | (visible & (lane + left_out > 0))
+
     final = key_block * BLOCK + BLOCK - 1
     inside = final < kv_len
-    if CAUSAL:
+    if INTERVALS:
+        inside = (flags // 2 % 2 > 0) & (final <= tl.load(of_block + 3))
+        inside = inside & (key_block * BLOCK >= tl.load(of_block + 2))
+    elif CAUSAL:
         inside = inside & (final <= first)
     partial = keep & (inside == 0)
     full = keep & inside
@@ -299,6 +383,7 @@ def select(
     q_blocks: slice,
     composite_heads: int,
     merged: int,
+    intervals: IntervalTables | None = None,
 ) -> None:
     """Fills the lines of ``lists`` that belong to these heads and query blocks.
 
@@ -306,7 +391,7 @@ def select(
         coarse: Masses of composite queries; ``None`` for none.
         fine: Masses of picked queries; the scores of both are averaged.
         lists: Block lists of all heads and query blocks.
-        geometry: The block grid, without a mask.
+        geometry: The block grid.
         rule: ``top_p``, ``top_k``, ``threshold`` or ``top_p_or_threshold``.
         values: Its number; the threshold of ``top_p_or_threshold``, else 0; the blocks of a row for
             which a threshold is stated, 0 for all rows alike. Trailing zeros may be left out.
@@ -315,6 +400,7 @@ def select(
         q_blocks: Which query blocks.
         composite_heads: Composite heads that share a key head.
         merged: Query heads to a composite head.
+        intervals: What the geometry's mask hides, where it has one.
     """
     blocks = geometry.num_kv_blocks
     reach = reach_of(geometry, q_blocks)
@@ -327,10 +413,18 @@ def select(
     warps = max(1, min(MOST_WARPS, power // BLOCKS_OF_A_WARP))
     chunks = [max(1, min(r, warps * WARP_ELEMENTS // power)) for r in rows]
     exact = any(m.blocks.dtype == torch.float32 for m, _ in parts)
+    tables = [lists.kv_num_blocks] * 5
+    if intervals is not None:
+        found = intervals
+        tables = [found.rows, found.blocks, found.key_blocks, found.composites, found.samples]
+    kv_heads = lists.kv_num_blocks.shape[1] // (composite_heads * merged)
     _launch(
         (composite_heads, count, heads.stop - heads.start),
         *(tensor for m, _ in parts for tensor in (m.blocks, m.totals)),
         *lists.tensors(),
+        *tables,
+        *(batch_stride(table) for table in tables),
+        kv_heads,
         heads.start,
         q_blocks.start,
         *(m.blocks.shape[2] for m, _ in parts),
@@ -359,6 +453,7 @@ def select(
         CAUSAL=geometry.causal_offset is not None,
         SELF=geometry.q_len == geometry.kv_len,
         P=power,
+        INTERVALS=intervals is not None,
         num_warps=warps,
         # Lanes that hold the same row add its parts in different orders. Fused with the products
         # before them, the sums would differ in their last bit, and with them what each lane keeps.

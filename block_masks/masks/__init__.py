@@ -29,7 +29,7 @@ from .expr import (
     variable,
 )
 from .program import MaskProgram, is_known
-from .rows import row_spans
+from .rows import has_intervals, row_spans, says_intervals
 from .tensors import mask_4d
 from .text import format_mask
 from .tiles import Tiles, tile_bounds
@@ -62,6 +62,7 @@ __all__ = [
     "equal",
     "floor_div",
     "format_mask",
+    "has_intervals",
     "is_known",
     "map_parts",
     "mask_4d",
@@ -71,6 +72,7 @@ __all__ = [
     "replace_atoms",
     "replace_in",
     "row_spans",
+    "says_intervals",
     "tile_bounds",
     "upper_bound",
     "variable",

@@ -40,7 +40,8 @@ class MaskProgram:
 
     Attributes:
         expr: The formula.
-        tensors: What ``t0, t1, ...`` stand for: bool or int64, any rank.
+        tensors: What ``t0, t1, ...`` stand for: bool or int64, any rank; after those, what was
+            prepared of the mask (`prepared`).
         numbers: What ``n0, n1, ...`` stand for while a graph is traced; plain integers are part
             of the formula.
         batch: Batch elements B.
@@ -97,6 +98,17 @@ class MaskProgram:
     def text(self) -> str:
         """The formula as text."""
         return format_mask(self.expr)
+
+    @property
+    def named(self) -> tuple[Tensor, ...]:
+        """The tensors that the formula reads."""
+        loads = (atom for atom in atoms(self.expr) if isinstance(atom, Load))
+        return self.tensors[: 1 + max((int(load.source[1:]) for load in loads), default=-1)]
+
+    @property
+    def prepared(self) -> tuple[Tensor, ...]:
+        """What a selector made of the mask once for several calls, see `Selector.prepare_mask`."""
+        return self.tensors[len(self.named) :]
 
     @property
     def varies_in_batch(self) -> bool:

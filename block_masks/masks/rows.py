@@ -14,6 +14,7 @@ from ..strides import fix_strides
 from .evaluation import Evaluation
 from .expr import KV, Affine, Bool, Compare, all_of, conjuncts, variable
 from .program import MaskProgram
+from .text import parse_mask
 from .tiles import token_values
 from .walk import coordinates
 
@@ -110,3 +111,14 @@ def _integer(program: MaskProgram, value: Affine, row: Tensor) -> Tensor:
     b = torch.arange(batch, device=row.device)[:, None]
     run = Evaluation({"b": b, "q": row, "kv": row}, program.tensors, program.numbers)
     return run.integer(value).expand(batch, row.shape[1])
+
+
+def has_intervals(expr: Bool) -> bool:
+    """Whether spans of keys, of which each is valid or not for all rows, say the whole mask."""
+    parts = [part for part in conjuncts(expr) if {"q", "kv"} <= coordinates(part)]
+    return all(_key_bound(part) is not None for part in parts)
+
+
+def says_intervals(text: str) -> bool:
+    """`has_intervals` of a formula as text."""
+    return has_intervals(parse_mask(text))

@@ -114,6 +114,16 @@ class Selector(ABC):
         """Keys pooled into one where it needs no others; ``None`` where it needs every key."""
         return None
 
+    def prepare_mask(
+        self, query: Tensor, key: Tensor, *, geometry: BlockGeometry, scale: float
+    ) -> list[Tensor]:
+        """What a selection reads of the geometry's mask, for calls that share it.
+
+        The layers of a compiled model have it made once. What it returns stands after the mask's
+        own tensors where `compute_selection` is called (`MaskProgram.prepared`).
+        """
+        return []
+
     def pool_keys(self, key: Tensor, *, blocks: int) -> Tensor:
         """Composite keys of key [B, Hkv, Skv, D], for `select_from_composites`.
 

@@ -200,6 +200,22 @@ class UniSparse(ForcesBlocks, Selector):
             self.rule, scores, geometry=geometry, q_heads=query.shape[1], mask=mask
         )
 
+    def prepare_mask(
+        self, query: Tensor, key: Tensor, *, geometry: BlockGeometry, scale: float
+    ) -> list[Tensor]:
+        """See `Selector.prepare_mask`: tables for the kernels, where these select."""
+        if not (self._has_kernels and kernels.supports(query, key, geometry, scale)):
+            return []
+        return kernels.prepare_mask(
+            geometry,
+            query.shape[0],
+            query.device,
+            c_q=self.c_q,
+            c_k=self.c_k,
+            sampled_queries=self.sampled_queries,
+            forced_blocks=self.forced_blocks,
+        )
+
     @property
     def _has_kernels(self) -> bool:
         return self.head_thresholds is None
@@ -226,7 +242,7 @@ class UniSparse(ForcesBlocks, Selector):
             scale=scale,
             are_composites=are_composites,
         )
-        visible = geometry.visible_blocks(query.device)[None, None]
+        visible, _ = geometry.block_bounds(query.device)
         return BlockSelection(keep=lists.kept(), visible=visible, geometry=geometry, lists=lists)
 
     @property

@@ -13,7 +13,14 @@ from .marker import (
 from .multihead import MULTIHEAD_TARGETS, lowered_multihead, marked_multihead, refuse_multihead
 from .selected_attention import attend_selected
 from .shared_tokens import context_sdpa, register_context
-from .sparse_attention import apply_autocast, call_geometry, keeps_window, logit_scale, select
+from .sparse_attention import (
+    apply_autocast,
+    call_geometry,
+    keeps_window,
+    logit_scale,
+    prepared_mask,
+    select,
+)
 
 __all__ = [
     "MULTIHEAD_TARGETS",
@@ -32,6 +39,7 @@ __all__ = [
     "marked_sdpa",
     "observe_calls",
     "observer_in_force",
+    "prepared_mask",
     "refuse_multihead",
     "register_context",
     "run_compiled",

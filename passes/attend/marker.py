@@ -74,15 +74,25 @@ def _shard_config(config: str, index: int, count: int) -> str:
     return replace(settings, selector=selector).encode()
 
 
-def lowered_sdpa(*args: Any, config: str = "", body: str = "", **kwargs: Any) -> Tensor:
+def lowered_sdpa(
+    *args: Any,
+    config: str = "",
+    body: str = "",
+    prepared: Sequence[Tensor] = (),
+    **kwargs: Any,
+) -> Tensor:
     """What the pass puts in a marker's place: the sparse computation that Inductor compiles.
 
     Takes and returns what `torch.ops.unisparse.sdpa` does. Must be traced by AOTAutograd for
     Inductor: run eagerly, the flex operator inside would ignore the block lists. ``body`` is
-    ``"body"`` or ``"loop"`` in those of a higher-order operator (`rewrite.LOOPED`).
+    ``"body"`` or ``"loop"`` in those of a higher-order operator (`rewrite.LOOPED`); ``prepared``
+    is what `prepared_mask` made of the call's mask.
     """
     lower = {"": compiled_once, "body": compiled_inline, "loop": compiled_in_loop}[body]
-    return _compute(SdpaCall.bind(args, kwargs), SparseConfig.decode(config), lower)
+    call = SdpaCall.bind(args, kwargs)
+    if prepared:
+        call = replace(call, mask_tensors=[*(call.mask_tensors or ()), *prepared])
+    return _compute(call, SparseConfig.decode(config), lower)
 
 
 @contextmanager

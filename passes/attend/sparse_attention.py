@@ -80,6 +80,19 @@ def call_geometry(call: SdpaCall, config: SparseConfig) -> BlockGeometry:
     )
 
 
+def prepared_mask(*args: Any, config: str = "", **kwargs: Any) -> list[Tensor]:
+    """What the selector prepares of the mask of a call, whose arguments these are."""
+    call, settings = SdpaCall.bind(args, kwargs), SparseConfig.decode(config)
+    call = apply_autocast(call.with_constants())
+    with torch.no_grad():
+        return settings.selector.prepare_mask(
+            call.query,
+            call.key,
+            geometry=call_geometry(call, settings),
+            scale=logit_scale(call),
+        )
+
+
 def keeps_window(geometry: BlockGeometry) -> bool:
     """Whether a sliding window leaves a row so few blocks that all of them are kept.
 
@@ -274,7 +287,7 @@ def _modifiers(call: SdpaCall, selection: BlockSelection, look_up: bool) -> tupl
     program = call.mask_program()
     # The tracer of the inner graph knows no symbolic integers: they travel as tensors.
     given = is_symbolic(offset) and program is None
-    numbers, tensors = ([], []) if program is None else (program.numbers, program.tensors)
+    numbers, tensors = ([], []) if program is None else (program.numbers, program.named)
     numbers_given = any(is_symbolic(number) for number in numbers)
     mask = None if call.attn_mask is None else mask_4d(call.attn_mask)
     additive = mask is not None and mask.dtype is not torch.bool

@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch.fx.experimental import symbolic_shapes
 
+from ...block_masks.masks import says_intervals
 from ...block_masks.selectors import Selector
 from ..calls import SdpaCall
 from . import cost_model
@@ -41,7 +42,8 @@ class CallShape(NamedTuple):
         value_dim: Of values.
         is_causal: As in `SdpaCall`.
         causal_lower_right: As in `SdpaCall`.
-        masked: Whether there is a mask beside causality.
+        masked: Whether there is a mask beside causality that the GPU kernels do not read: then
+            plain PyTorch selects.
         dtype: Of what the kernel reads.
         device: Kind and index.
     """
@@ -97,10 +99,18 @@ def call_shape(call: SdpaCall) -> CallShape:
         value_dim=_size(call.value.shape[3]),
         is_causal=bool(call.is_causal),
         causal_lower_right=bool(call.causal_lower_right),
-        masked=call.attn_mask is not None or bool(call.mask),
+        masked=call.attn_mask is not None or not _kernels_read(call.mask, query.device.type),
         dtype=query.dtype,
         device=query.device,
     )
+
+
+@lru_cache(maxsize=4096)
+def _kernels_read(mask: str, device: str) -> bool:
+    if not mask:
+        return True
+    # Dense attention under such a mask is slower than without, at a rate that is not known.
+    return device == "cuda" and says_intervals(mask)
 
 
 def _size(size: Any) -> int:

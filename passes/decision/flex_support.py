@@ -64,6 +64,7 @@ def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
             f"{value.shape[3]}"
         )
     if call.attn_mask is not None or call.mask:
+        # torch 2.11 does not know that it reads what a mask captures, and frees that before.
         return "it is used without masks other than causal ones"
     if is_symbolic(call.causal_offset()):
         # It would be a captured number computed from lengths, which CuTe code cannot hold.

@@ -18,6 +18,7 @@ from ..attend import (
     lowered_multihead,
     lowered_sdpa,
     marked_multihead,
+    prepared_mask,
     refuse_multihead,
 )
 from ..calls import SdpaCall, SparseConfig, is_sdpa, recorded, recorded_value
@@ -34,6 +35,34 @@ MARKER_TARGETS: frozenset[Callable[..., Any]] = frozenset(
 # What Inductor makes loops of, asking more outputs of the flex operator than its CPU kernel has.
 LOOPED = ("map_impl", "scan", "associative_scan")
 LOWERED: frozenset[Callable[..., Any]] = frozenset({lowered_sdpa, lowered_multihead})
+
+
+class PreparedMasks:
+    """What selectors prepare of the masks of one graph, each once for the calls that share it."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[tuple[Any, ...], fx.Node] = {}
+
+    def give(self, node: fx.Node, call: SdpaCall) -> None:
+        """Hands it to the rewritten ``node`` of ``call``; on GPUs, where kernels read it."""
+        query, key = recorded(call.query), recorded(call.key)
+        if query is None or key is None or query.device.type != "cuda":
+            return
+        shapes = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (query, key)]
+        flags = [(n, v) for n, v in node.kwargs.items() if not n.startswith("mask_")]
+        same = (
+            *shapes,
+            *map(str, flags),
+            call.is_causal,
+            *(call.mask_tensors or ()),
+            *(call.mask_numbers or ()),
+        )
+        if same not in self._nodes:
+            with node.graph.inserting_before(node):
+                self._nodes[same] = node.graph.call_function(
+                    prepared_mask, node.args, dict(node.kwargs)
+                )
+        node.kwargs = {**node.kwargs, "prepared": self._nodes[same]}
 
 
 def rewrite_sdpa(
@@ -88,12 +117,14 @@ def _rewrite_graph(
     prefix: str,
     body: str = "",
 ) -> None:
-    masks = MaskCache()
+    masks, prepared = MaskCache(), PreparedMasks()
     for node in graph.nodes:
         found = _bind(node, config)
         name = prefix + node.name
         if found is not None:
-            _rewrite_node(node, *found, masks=masks, lower=lower, report=report, name=name)
+            _rewrite_node(
+                node, *found, masks=masks, prepared=prepared, lower=lower, report=report, name=name
+            )
         elif config is not None and node.target in MULTIHEAD_TARGETS.values():
             _rewrite_multihead(node, config, lower=lower, report=report, name=name)
         if body and node.target in LOWERED:
@@ -143,6 +174,7 @@ def _rewrite_node(
     config: SparseConfig,
     *,
     masks: MaskCache,
+    prepared: PreparedMasks,
     lower: bool,
     report: RewriteReport,
     name: str,
@@ -183,6 +215,8 @@ def _rewrite_node(
     if call.key is not repeated[0]:
         report.ungrouped[name] = saved
     _write_call(node, call, config, lower=lower)
+    if lower and call.mask:
+        prepared.give(node, call)
     if name in report.ungrouped:
         erase_unused(repeated)
     report.rewritten.append(name)

@@ -20,6 +20,8 @@ from unisparse_flex.block_masks import kernels as selection_kernels
 from unisparse_flex.block_masks.block_lists import BlockLists
 from unisparse_flex.block_masks.granularity import Sampled
 from unisparse_flex.block_masks.kernels import operator
+from unisparse_flex.block_masks.key_intervals import IntervalTables
+from unisparse_flex.block_masks.mask_summary import MaskSummary
 from unisparse_flex.block_masks.scoring import compute_sampled_scores, default_scale
 from unisparse_flex.block_masks.selection import scale_threshold
 
@@ -92,6 +94,7 @@ def run(
     *,
     scale: float | None = None,
     are_composites: bool = False,
+    intervals: IntervalTables | None = None,
 ) -> BlockLists:
     """The kernels' lists, interpreted."""
     selector = call.selector
@@ -109,6 +112,7 @@ def run(
         forced_blocks=selector.forced_blocks,
         scale=default_scale(query.shape[3]) if scale is None else scale,
         are_composites=are_composites,
+        intervals=intervals,
     )
 
 
@@ -127,11 +131,16 @@ def exact_scores(call: Call, query: Tensor, key: Tensor) -> Tensor:
     return scores.repeat_interleave(selector.c_h, dim=1)
 
 
-def decided(call: Call, scores: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+def decided(
+    call: Call, scores: Tensor, tolerance: float, mask: MaskSummary | None = None
+) -> tuple[Tensor, Tensor]:
     """Blocks kept, and blocks dropped, whatever scores within ``tolerance`` of these decide."""
     selector = call.selector
-    visible = call.geometry.visible_blocks(scores.device)
-    forced = selector.forced_blocks.locate(call.geometry, scores.device)[0, 0] & visible
+    visible = call.geometry.visible_blocks(scores.device)[None, None]
+    forced = selector.forced_blocks.locate(call.geometry, scores.device, mask)
+    if mask is not None:
+        visible = visible & mask.visible_blocks
+    forced = forced & visible
     candidates = visible & ~forced
     low, high = scores * (1 - tolerance), scores * (1 + tolerance)
     if selector.threshold is not None:
