@@ -1,0 +1,74 @@
+"""On CUDA: under masks of intervals the kernels select what the definition selects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.test_intervals import MaskedCall, assert_selects
+from unisparse_flex.block_masks import kernels
+from unisparse_flex.block_masks.scoring import default_scale
+
+from .test_cuda_kernels import BF16, FP32, cuda_call, needs_kernels, tokens_of  # noqa: F401
+
+pytestmark = pytest.mark.gpu
+
+LENGTH, BATCH = 1900, 3
+NAMES = (
+    *("ones", "padded left", "padded right", "holes", "window", "window, padded", "documents"),
+    "no rows",
+)
+RULES: tuple[dict[str, Any], ...] = (
+    {"top_k": 5},
+    {"top_p": 0.8},
+    {"threshold": 0.05},
+    {"top_p": 0.7, "threshold": 0.05, "threshold_blocks": 8},
+)
+
+
+def cases() -> dict[str, tuple[str, tuple[Tensor, ...]]]:
+    key = torch.arange(LENGTH, device="cuda")
+    padding = torch.tensor([[0], [700], [1333]], device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    holes = torch.rand((BATCH, LENGTH), device="cuda", generator=generator) < 0.7
+    starts = key // 300 * 300
+    return {
+        "ones": ("t0[b, kv]", (torch.ones_like(holes),)),
+        "padded left": ("t0[b, kv]", (key >= padding,)),
+        "padded right": ("t0[b, kv]", (key < LENGTH - padding,)),
+        "holes": ("t0[b, kv]", (holes,)),
+        "window": ("-500 < kv - q", ()),
+        "window, padded": ("(-300 < kv - q) & (t0[b, kv])", (key >= padding,)),
+        "documents": ("t0[q] <= kv", (starts,)),
+        "no rows": ("t0[b, q]", (torch.zeros_like(holes),)),
+    }
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_operator_selects_by_what_pairs_are_visible(name: str, dtype: torch.dtype) -> None:
+    text, tensors = cases()[name]
+    for index, rule in enumerate(RULES):
+        options = {"c_k": 128, "c_q": 16, "sampled_queries": 4} if index % 2 else {}
+        call = cuda_call(LENGTH, batch=BATCH, dtype=dtype, seed=index, **rule, **options)
+        # One that the formula does not read says where the definition is computed.
+        masked = MaskedCall(call=call, text=text, tensors=tensors or (torch.zeros(1).cuda(),))
+        query, key = tokens_of(call)
+        geometry, selector = masked.geometry, call.selector
+        assert kernels.supports(query, key, geometry, 1.0)
+        lists = kernels.select_lists(
+            query,
+            key,
+            geometry=geometry,
+            c_q=selector.c_q,
+            c_k=selector.c_k,
+            c_h=selector.c_h,
+            sampled_queries=selector.sampled_queries,
+            rule=selector.rule,
+            forced_blocks=selector.forced_blocks,
+            scale=default_scale(query.shape[3]),
+        )
+        assert_selects(masked, lists, query, key)
