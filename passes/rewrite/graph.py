@@ -40,13 +40,16 @@ LOWERED: frozenset[Callable[..., Any]] = frozenset({lowered_sdpa, lowered_multih
 class PreparedMasks:
     """What selectors prepare of the masks of one graph, each once for the calls that share it."""
 
+    # Where kernels read it.
+    DEVICE = "cuda"
+
     def __init__(self) -> None:
         self._nodes: dict[tuple[Any, ...], fx.Node] = {}
 
     def give(self, node: fx.Node, call: SdpaCall) -> None:
-        """Hands it to the rewritten ``node`` of ``call``; on GPUs, where kernels read it."""
+        """Hands it to the rewritten ``node`` of ``call``."""
         query, key = recorded(call.query), recorded(call.key)
-        if query is None or key is None or query.device.type != "cuda":
+        if query is None or key is None or query.device.type != self.DEVICE:
             return
         shapes = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (query, key)]
         flags = [(n, v) for n, v in node.kwargs.items() if not n.startswith("mask_")]
@@ -215,7 +218,7 @@ def _rewrite_node(
     if call.key is not repeated[0]:
         report.ungrouped[name] = saved
     _write_call(node, call, config, lower=lower)
-    if lower and call.mask:
+    if lower and call.mask and name not in report.windows:
         prepared.give(node, call)
     if name in report.ungrouped:
         erase_unused(repeated)

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from tests.api.models import FINE, qkv
 from unisparse_flex.passes import SparseConfig, rewrite_sdpa
+from unisparse_flex.passes.attend import lowered_sdpa, prepared_mask
 from unisparse_flex.passes.calls.nodes import recorded
 from unisparse_flex.passes.masks import ProvedMask, Unproved
 from unisparse_flex.passes.masks.prove import lift_mask
+from unisparse_flex.passes.rewrite.graph import PreparedMasks
 
 from .graphs import build_graph, count_markers
 from .lifting import Graph, Masked, assert_lifts, lift, mask_of
@@ -317,6 +319,34 @@ def test_a_mask_that_two_calls_share_is_lifted_once_and_leaves_the_graph() -> No
     assert not [shape for shape in sizes if shape[-2:] == (LENGTH, LENGTH)]
     first, second = (marker.kwargs["mask_tensors"] for marker in graph.calls)
     assert first == second
+
+
+def test_what_a_selector_prepares_of_a_mask_is_made_once_for_the_calls_that_share_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(PreparedMasks, "DEVICE", "cpu")
+
+    def thrice(query: Tensor, key: Tensor, ids: Tensor) -> Tensor:
+        mask = causal(query, key) & (ids > 0)[:, None, None]
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        out = sdpa(query, key, key, attn_mask=mask, enable_gqa=True)
+        out = sdpa(out, key, key, attn_mask=mask, enable_gqa=True)
+        other = causal(query, key) & (ids > 1)[:, None, None]
+        return sdpa(out, key, key, attn_mask=other, enable_gqa=True)
+
+    graph = Graph(thrice)
+    exact = graph.run(*inputs())
+    module = graph.modules[-1]
+    rewrite_sdpa(
+        module, SparseConfig(selector=FINE.__class__(block_size=16, top_p=1.0)), lower=True
+    )
+    lowered = [node for node in module.graph.nodes if node.target is lowered_sdpa]
+    first, second, third = (node.kwargs["prepared"] for node in lowered)
+    assert first is second
+    assert third is not first
+    assert first.target is prepared_mask
+    # Nothing is prepared for a selector without kernels here, and nothing changes.
+    torch.testing.assert_close(graph.run(*inputs()), exact)
 
 
 @pytest.mark.parametrize(
