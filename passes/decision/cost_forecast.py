@@ -13,7 +13,7 @@ from torch.fx.experimental import symbolic_shapes
 
 from ...block_masks.masks import says_intervals
 from ...block_masks.selectors import Selector
-from ..calls import SdpaCall
+from ..calls import SdpaCall, is_symbolic
 from . import cost_model
 from .device_rates import DeviceRates, FoundRates, find_rates
 
@@ -99,18 +99,25 @@ def call_shape(call: SdpaCall) -> CallShape:
         value_dim=_size(call.value.shape[3]),
         is_causal=bool(call.is_causal),
         causal_lower_right=bool(call.causal_lower_right),
-        masked=call.attn_mask is not None or not _kernels_read(call.mask, query.device.type),
+        masked=call.attn_mask is not None or not _kernels_read(call),
         dtype=query.dtype,
         device=query.device,
     )
 
 
-@lru_cache(maxsize=4096)
-def _kernels_read(mask: str, device: str) -> bool:
-    if not mask:
+def _kernels_read(call: SdpaCall) -> bool:
+    """Whether no proved mask keeps the GPU kernels from selecting.
+
+    Dense attention under such a mask is slower than without, at a rate that is not known.
+    """
+    if not call.mask:
         return True
-    # Dense attention under such a mask is slower than without, at a rate that is not known.
-    return device == "cuda" and says_intervals(mask)
+    sizes = (call.query.shape[0], call.query.shape[2], call.key.shape[2])
+    known = not any(is_symbolic(size) for size in (*sizes, *(call.mask_numbers or ())))
+    return call.query.device.type == "cuda" and known and _says_intervals(call.mask)
+
+
+_says_intervals = lru_cache(maxsize=1024)(says_intervals)
 
 
 def _size(size: Any) -> int:
