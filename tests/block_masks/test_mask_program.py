@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unisparse_flex.block_masks import BlockGeometry, UniSparse
-from unisparse_flex.block_masks.masks import MaskProgram
+from unisparse_flex.block_masks.masks import MaskProgram, says_intervals
 from unisparse_flex.block_masks.masks.rows import row_spans
 from unisparse_flex.block_masks.masks.tiles import Tiles, tile_bounds
 
@@ -181,6 +181,31 @@ def test_a_sliding_window_is_recognised(text: str, window: int | None) -> None:
     program = parse(text, numbers=(33,), tensors=(padding,))
     offset, rest = program.split_causal()
     assert (program if rest is None else rest).window(offset) == window
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kv <= q", True),
+        ("(kv <= q) & (t0[b, kv]) & (t0[b, q])", True),
+        ("(kv <= q) & (q < kv + 40) & ~(t0[b, kv])", True),
+        ("t1[b, q] <= kv", True),
+        ("q < 2 * kv", False),
+        ("(kv <= q) | (kv < t1[b, q])", False),
+        ("(kv <= q) & (t1[b, q] == t1[b, kv])", False),
+        ("(kv <= q) & (q // 4 == kv // 4)", False),
+    ],
+)
+def test_masks_of_intervals_are_recognised(text: str, expected: bool) -> None:
+    assert says_intervals(text) is expected
+
+
+def test_what_was_prepared_of_a_mask_stands_after_the_tensors_that_it_names() -> None:
+    valid, table = torch.ones(1, 64, dtype=torch.bool), torch.zeros(3)
+    program = parse("(t0[b, kv]) & (kv <= q)", tensors=(valid, table))
+    assert program.named == (valid,)
+    assert program.prepared == (table,)
+    assert parse("kv <= q", tensors=(table,)).named == ()
 
 
 def test_a_window_counts_from_the_rows_own_position() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.api.capture import GraphCount
 from tests.api.models import SELECTOR, Attention, create, embeddings
@@ -116,6 +117,22 @@ def test_decoding_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refuse(causal_call(1, 8192), AUTOMATIC) is DenseReason.FEW_QUERIES
     assert refuse(causal_call(127, 8192), AUTOMATIC) is DenseReason.FEW_QUERIES
     assert (asked, lowers) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("mask", "device", "masked"),
+    [
+        ("", "meta", False),
+        ("(kv <= q) & (t0[b, kv])", "meta", True),
+        ("(kv <= q) & (t0[b, kv])", "cuda", False),
+        ("(kv <= q) & (t0[b, q] == t0[b, kv])", "cuda", True),
+    ],
+)
+def test_a_mask_that_the_kernels_read_costs_as_none(mask: str, device: str, masked: bool) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query, key = (torch.empty(1, heads, 4096, 64, device=device) for heads in (9, 3))
+        call = SdpaCall(query=query, key=key, value=key, enable_gqa=True, mask=mask)
+        assert prediction.call_shape(call).masked is masked
 
 
 def test_a_shape_is_predicted_once(monkeypatch: pytest.MonkeyPatch) -> None:
