@@ -40,7 +40,7 @@ class DenseReason(StrEnum):
     HEADS = "heads, batch or lengths do not go together: left to SDPA's own error"
     DTYPE = "dtypes differ or are not floating"
     DEVICE = "not on CPU or CUDA, or on several devices"
-    MASK_AND_CAUSAL = "attn_mask and a causal flag together: left to SDPA, which applies both or raises its own error"
+    MASK_AND_CAUSAL = "attn_mask and a causal flag together: left to SDPA, which may refuse both"
     MASK_SHAPE = "attn_mask does not broadcast to [batch, heads, q_len, kv_len]"
     MASK_GRADIENT = "attn_mask needs a gradient"
     CAUSAL_ROWS_WITHOUT_KEYS = "causal_lower_right with more queries than keys"
