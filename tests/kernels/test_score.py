@@ -36,12 +36,14 @@ def row_weights(query: Tensor, key: Tensor, offset: int | None, step: int) -> Te
 
 def shares(masses: Any) -> Tensor:
     """float64 [heads, rows, blocks] of `Masses`."""
-    blocks, (totals, shifts, spans) = masses.blocks.double(), masses.totals.double().unbind(1)
+    blocks = masses.blocks.double()
+    totals, shifts, spans, firsts = masses.totals.double().unbind(1)
     shifts = torch.where(totals < 0, shifts, 0.0)
     factors = (shifts - shifts.amax(1, keepdim=True)).exp2()
     # Where no part has a shift all factors are 1.
     span = torch.where(totals < 0, spans, blocks.shape[1]).amin(1)
-    part = torch.arange(blocks.shape[1])[:, None] // span[:, None]
+    first = torch.where(totals < 0, firsts, 0.0).amax(1)
+    part = (torch.arange(blocks.shape[1])[:, None] - first[:, None]) // span[:, None]
     mass = blocks * factors.gather(1, part.long())
     return (mass / (totals.abs() * factors).sum(1)[:, None]).transpose(1, 2)
 

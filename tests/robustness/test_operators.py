@@ -39,7 +39,7 @@ def check(operator: Any, *args: Any, **kwargs: Any) -> None:
 def test_the_operators_are_those_that_are_checked_here() -> None:
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("unisparse::")}
     operators = (
-        *("sdpa", "contiguous", "select_blocks", "context_sdpa"),
+        *("sdpa", "contiguous", "select_blocks", "key_intervals", "context_sdpa"),
         *("sdpa_at_run", "sdpa_at_run_backward"),
     )
     assert names == {f"unisparse::{name}" for name in operators}
@@ -136,6 +136,42 @@ def test_a_call_whose_tokens_ranks_share() -> None:
 def test_copies_that_keep_their_strides() -> None:
     whole = torch.arange(24).view(2, 3, 4)
     check(torch.ops.unisparse.contiguous.default, [whole.mT, whole[..., ::2], whole[:0], whole])
+
+
+@pytest.mark.parametrize(
+    ("mask", "tensors", "numbers"),
+    [
+        ("t0[b, kv]", [torch.arange(100) >= torch.tensor([[0], [60]])], []),
+        ("(t0[kv]) & (-n0 < kv - q)", [torch.arange(100) % 7 > 0], [30]),
+        ("kv <= q + 20", [], []),
+    ],
+)
+@pytest.mark.parametrize("causal_offset", [None, 40])
+@pytest.mark.parametrize("sampled_queries", [0, 2])
+def test_the_tables_of_a_mask_of_intervals(
+    sampled_queries: int,
+    causal_offset: int | None,
+    mask: str,
+    tensors: list[Tensor],
+    numbers: list[int],
+) -> None:
+    check(
+        torch.ops.unisparse.key_intervals.default,
+        mask,
+        tensors,
+        numbers,
+        batch=2,
+        q_len=60,
+        kv_len=100,
+        causal_offset=causal_offset,
+        block_size=16,
+        c_q=4,
+        c_k=4,
+        sampled_queries=sampled_queries,
+        sink_blocks=1,
+        last_query_blocks=1,
+        device=torch.device("cpu"),
+    )
 
 
 @pytest.mark.gpu
