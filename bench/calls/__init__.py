@@ -1,6 +1,6 @@
 """The attention calls that are measured: their shapes, inputs, stages and contenders."""
 
-from .captured import Inputs, capture_calls, capture_smollm2
+from .captured import capture_calls, capture_smollm2, without_copies
 from .contenders import (
     DENSE_KERNELS,
     SETTINGS,
@@ -45,7 +45,6 @@ __all__ = [
     "TOLERANCE",
     "Case",
     "Heads",
-    "Inputs",
     "Lists",
     "TopK",
     "at_density",
@@ -68,4 +67,5 @@ __all__ = [
     "tail_error",
     "takes",
     "whole",
+    "without_copies",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,31 +17,14 @@ from unisparse_flex.evaluation import (
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Inputs:
-    """The tensors of one causal call.
-
-    Attributes:
-        query: [1, Hq, S, D].
-        key: [1, Hkv, S, D].
-        value: [1, Hkv, S, D].
-        scale: Factor on the logits; ``None`` is 1 / sqrt(D).
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float | None
-
-    @classmethod
-    def of(cls, call: CapturedAttention, kv_heads: int) -> Inputs:
-        """Copies a call; heads that a model repeated for its query heads lose their copies."""
-        step = call.key.shape[1] // kv_heads
-        query, key, value = (
-            tensor.clone(memory_format=torch.contiguous_format)
-            for tensor in (call.query, call.key[:, ::step], call.value[:, ::step])
-        )
-        return cls(query=query, key=key, value=value, scale=call.scale)
+def without_copies(call: CapturedAttention, kv_heads: int) -> CapturedAttention:
+    """A copy of a call whose keys and values a model may have repeated for its query heads."""
+    step = call.key.shape[1] // kv_heads
+    query, key, value = (
+        tensor.clone(memory_format=torch.contiguous_format)
+        for tensor in (call.query, call.key[:, ::step], call.value[:, ::step])
+    )
+    return CapturedAttention(query=query, key=key, value=value, scale=call.scale)
 
 
 def capture_calls(
@@ -60,7 +42,7 @@ def capture_smollm2(
 ) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     """Queries, keys and values of SmolLM2 by layer, for a prompt of the demo's prose."""
     calls = capture_calls(load_smollm2(torch.device(device)), "prose", tokens, layers=layers)
-    inputs = [Inputs.of(call, kv_heads) for call in calls]
+    inputs = [without_copies(call, kv_heads) for call in calls]
     return {
         layer: (call.query, call.key, call.value)
         for layer, call in zip(sorted(layers), inputs, strict=True)

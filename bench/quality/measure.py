@@ -40,7 +40,7 @@ from unisparse_flex.evaluation import (
 )
 from unisparse_flex.reports import record_attention
 
-from ..calls import Inputs
+from ..calls import without_copies
 from ..record import FOLDER, Record, guarded
 from .answers import Exam
 from .models import MODELS, Subject, load
@@ -231,7 +231,7 @@ class Reading:
     def _share(self, selector: Selector) -> dict[str, Any]:
         kv_heads = self.model.config.num_key_value_heads
         call = self.calls[len(self.calls) // 2]
-        return self.clock.measure(selector, Inputs.of(call, kv_heads))
+        return self.clock.measure(selector, without_copies(call, kv_heads))
 
     @torch.inference_mode()
     def _read(self) -> Tensor:

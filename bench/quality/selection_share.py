@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from unisparse_flex import Selector
+from unisparse_flex.evaluation import CapturedAttention
 
-from ..calls import Inputs, block_mask_of, compile_apart
+from ..calls import block_mask_of, compile_apart
 from ..timing import graph_ms, measure
 
 # On the CPU: repeats, and the seconds up to which more are made.
@@ -58,7 +59,7 @@ class ShareClock:
     compile_selection: bool = False
     selections: dict[Selector, Timed] = field(default_factory=dict)
 
-    def measure(self, selector: Selector, inputs: Inputs) -> dict[str, Any]:
+    def measure(self, selector: Selector, inputs: CapturedAttention) -> dict[str, Any]:
         """Times one setting on one call.
 
         Args:
@@ -72,7 +73,7 @@ class ShareClock:
         with torch.no_grad(), _one_thread():
             return self._measure(selector, inputs)
 
-    def _measure(self, selector: Selector, inputs: Inputs) -> dict[str, Any]:
+    def _measure(self, selector: Selector, inputs: CapturedAttention) -> dict[str, Any]:
         timed = self._middles[selector]
         if timed not in self.selections:
             self.selections[timed] = self._time_selection(timed, inputs)
@@ -89,7 +90,7 @@ class ShareClock:
             "selection_by": selection.by,
         }
 
-    def _time_selection(self, selector: Selector, inputs: Inputs) -> Timed:
+    def _time_selection(self, selector: Selector, inputs: CapturedAttention) -> Timed:
         def select(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
             selection = selector.select(query, key, is_causal=True, scale=inputs.scale)
             return selection.block_lists()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.calls import Inputs
+from bench.calls import without_copies
 from bench.quality import selection_share
 from bench.quality.selection_share import ShareClock
 from unisparse_flex import Selector, UniSparse
@@ -62,7 +62,7 @@ def test_a_selector_is_timed_once_and_attention_for_every_setting_and_call(
     runs: list[Any], compiled: list[str]
 ) -> None:
     clock = ShareClock([PAPER, RIVAL])
-    first, second = (Inputs.of(call(seed), 2) for seed in (0, 1))
+    first, second = (without_copies(call(seed), 2) for seed in (0, 1))
     measured = [(PAPER[0], first), (PAPER[2], first), (RIVAL[0], first), (PAPER[0], second)]
     rows = [clock.measure(selector, inputs) for selector, inputs in measured]
     assert [(row["selection_ms"], row["attention_ms"]) for row in rows] == [
@@ -81,7 +81,7 @@ def test_a_selector_is_timed_once_and_attention_for_every_setting_and_call(
 @pytest.mark.usefixtures("runs")
 def test_selection_is_compiled_on_demand_once_for_a_selector(compiled: list[str]) -> None:
     clock = ShareClock([PAPER, RIVAL], compile_selection=True)
-    inputs = Inputs.of(call(), 2)
+    inputs = without_copies(call(), 2)
     rows = [clock.measure(selector, inputs) for selector in (*PAPER, *RIVAL)]
     assert {row["selection_by"] for row in rows} == {"compiled PyTorch"}
     assert compiled == ["select_0", "attend_kept", "select_1"]
@@ -91,7 +91,7 @@ def test_selection_is_compiled_on_demand_once_for_a_selector(compiled: list[str]
 def test_what_is_timed_are_the_lists_of_the_middle_and_attention_over_kept_blocks(
     runs: list[Any],
 ) -> None:
-    inputs = Inputs.of(call(), 2)
+    inputs = without_copies(call(), 2)
     ShareClock([PAPER], compile_selection=True).measure(PAPER[0], inputs)
     lists, output = runs
     query, key = inputs.query, inputs.key
@@ -112,7 +112,7 @@ def test_graphs_of_selection_and_attention_are_timed(selector: Selector) -> None
     generator = torch.Generator("cuda").manual_seed(0)
     options: Any = {"generator": generator, "device": "cuda", "dtype": torch.bfloat16}
     query, key = torch.randn(1, 4, 1024, 64, **options), torch.randn(1, 2, 1024, 64, **options)
-    inputs = Inputs.of(CapturedAttention(query=query, key=key, value=key, scale=None), 2)
+    inputs = without_copies(CapturedAttention(query=query, key=key, value=key, scale=None), 2)
     row = ShareClock([[selector]]).measure(selector, inputs)
     has_kernels = selector.select(query, key, is_causal=True).lists is not None
     assert row["selection_by"] == ("kernels" if has_kernels else "PyTorch")
@@ -120,7 +120,7 @@ def test_graphs_of_selection_and_attention_are_timed(selector: Selector) -> None
 
 
 def test_repeated_heads_are_taken_once() -> None:
-    plain, repeated = Inputs.of(call(), 2), Inputs.of(call(key_heads=4), 2)
+    plain, repeated = without_copies(call(), 2), without_copies(call(key_heads=4), 2)
     assert plain.key.shape[1] == plain.value.shape[1] == 2
     assert torch.equal(plain.key, repeated.key)
     assert torch.equal(plain.value, repeated.value)
@@ -140,6 +140,6 @@ def test_on_the_cpu_the_median_of_one_thread_counts(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(selection_share, "measure", clock)
     before = torch.get_num_threads()
-    row = ShareClock([PAPER]).measure(PAPER[0], Inputs.of(call(), 2))
+    row = ShareClock([PAPER]).measure(PAPER[0], without_copies(call(), 2))
     assert row["selection_ms"] == row["attention_ms"] == pytest.approx(3.0)
     assert (threads, torch.get_num_threads()) == ([1, 1], before)
