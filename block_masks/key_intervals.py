@@ -1,7 +1,9 @@
 """Masks under which each row sees one run of keys, as the kernels read them.
 
-Causality, left and right padding, sliding windows and chunks are such masks: nothing is as large as
-queries times keys. Symbols: Bm batch elements (1 where all are alike), Nq/Nk query and key blocks.
+Causality, left and right padding, sliding windows, chunks, documents and prefixes are such masks:
+nothing is as large as queries times keys.
+
+Symbols: Bm batch elements (1 where all are alike), Nq/Nk query and key blocks.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
-from .masks import row_spans
+from .masks import Hull, conjuncts, hull_of, row_spans
 
 # Of a query block: the first and last key that some row sees, the last of the first ones and the
 # first of the last ones, whether some row may be left without a key, and whether all are kept.
@@ -32,18 +34,24 @@ class KeyIntervals:
         first: int32 [Bm, Sq], the first key that a row sees; Skv where it sees none.
         last: int32 [Bm, Sq], the last one; -1 where it sees none.
         key_valid: bool [Bm, Skv], keys that no row is kept from by what hides single keys.
+        gaps: bool [Bm, Sq], rows that may not see all of these: documents in pieces. All of their
+            blocks are kept, none as full.
     """
 
     first: Tensor
     last: Tensor
     key_valid: Tensor
+    gaps: Tensor
 
     @classmethod
     def of(cls, geometry: BlockGeometry, device: torch.device) -> KeyIntervals:
         """Those of a geometry whose mask `has_intervals`."""
         assert geometry.mask is not None
         spans = row_spans(geometry.mask, geometry.causal_offset, device)
-        assert spans.rest is None
+        row = torch.arange(geometry.q_len, device=device)[None]
+        hull = Hull(spans.first, spans.last, torch.zeros_like(spans.first, dtype=torch.bool))
+        for part in () if spans.rest is None else conjuncts(spans.rest.expr):
+            hull &= hull_of(geometry.mask, part, row)
         kv_len, valid = geometry.kv_len, spans.key_valid
         key = torch.arange(kv_len, device=device)
         # From every key on, the next valid one, and back from it the one before.
@@ -52,13 +60,18 @@ class KeyIntervals:
         # The operator says before it runs how many there are.
         batch = geometry.mask.batch if geometry.mask.varies_in_batch else 1
         valid = valid.expand(batch, -1)
-        first = spans.first.expand(batch, -1).clamp(min=0)
-        last = spans.last.expand(batch, -1).clamp(max=kv_len - 1)
+        first = hull.first.expand(batch, -1).clamp(min=0)
+        last = hull.last.expand(batch, -1).clamp(max=kv_len - 1)
         beyond, before = first >= kv_len, last < 0
         first = following.expand(batch, -1).gather(1, first.clamp(max=kv_len - 1))
         last = preceding.expand(batch, -1).gather(1, last.clamp(min=0))
         sees = (first <= last) & ~beyond & ~before
-        return cls(torch.where(sees, first, kv_len).int(), torch.where(sees, last, -1).int(), valid)
+        return cls(
+            torch.where(sees, first, kv_len).int(),
+            torch.where(sees, last, -1).int(),
+            valid,
+            sees & hull.gaps,
+        )
 
     @property
     def sees(self) -> Tensor:
@@ -91,8 +104,11 @@ class KeyIntervals:
         size, blocks, kv_len = geometry.block_size, geometry.num_q_blocks, geometry.kv_len
         first = _grouped(self.first, blocks, size, kv_len)
         last = _grouped(self.last, blocks, size, -1)
-        lowest_last = _grouped(self.last, blocks, size, kv_len).amin(-1)
-        highest_first = _grouped(self.first, blocks, size, -1).amax(-1)
+        whole_last = self.last.masked_fill(self.gaps, -1)
+        whole_first = self.first.masked_fill(self.gaps, kv_len)
+        lowest_last = _grouped(whole_last, blocks, size, kv_len).amin(-1)
+        highest_first = _grouped(whole_first, blocks, size, -1).amax(-1)
+        gaps = _grouped(self.gaps.int(), blocks, size, 0).amax(-1)
         rows = _grouped(self.sees.int(), blocks, size, 0).amax(-1) > 0
         from_end = rows.flip(-1).cumsum(-1).flip(-1)
         fields = [
@@ -101,7 +117,7 @@ class KeyIntervals:
             highest_first,
             lowest_last,
             _grouped(self._is_apart(geometry).int(), blocks, size, 0).amax(-1),
-            (rows & (from_end <= last_query_blocks)).int(),
+            torch.maximum((rows & (from_end <= last_query_blocks)).int(), gaps),
         ]
         return torch.stack(fields, -1)
 

@@ -47,14 +47,13 @@ def supports(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) 
     Args:
         query: [B, Hq, Sq, D].
         key: [B, Hkv, Skv, D].
-        geometry: The block grid; its mask, where it has one, must be one of intervals, and the
-            lengths known.
+        geometry: The block grid; its mask, where it has one, must be one of intervals.
         scale: Factor on the logits.
     """
     return (
         supports_keys(query)
         and key.dtype == query.dtype
-        and _supports_mask(query, geometry)
+        and _supports_mask(geometry)
         # They know a row's own position where the call is whole or causal.
         and (geometry.causal_offset is not None or not geometry.is_part)
         and scale > 0
@@ -62,12 +61,9 @@ def supports(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) 
     )
 
 
-def _supports_mask(query: Tensor, geometry: BlockGeometry) -> bool:
-    if geometry.mask is None:
-        return True
-    sizes = (query.shape[0], geometry.q_len, geometry.kv_len, *geometry.mask.numbers)
-    known = all(isinstance(size, int) for size in sizes)
-    return known and has_intervals(geometry.mask.expr) and not geometry.is_part
+def _supports_mask(geometry: BlockGeometry) -> bool:
+    mask = geometry.mask
+    return mask is None or (has_intervals(mask.expr) and not geometry.is_part)
 
 
 def select_lists(

@@ -28,6 +28,7 @@ from .expr import (
     upper_bound,
     variable,
 )
+from .hulls import Hull, hull_of
 from .program import MaskProgram, is_known
 from .rows import has_intervals, row_spans, says_intervals
 from .tensors import mask_4d
@@ -46,6 +47,7 @@ __all__ = [
     "Constant",
     "Coordinate",
     "FloorDiv",
+    "Hull",
     "Load",
     "MaskProgram",
     "Or",
@@ -63,6 +65,7 @@ __all__ = [
     "floor_div",
     "format_mask",
     "has_intervals",
+    "hull_of",
     "is_known",
     "map_parts",
     "mask_4d",

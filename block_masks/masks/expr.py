@@ -225,9 +225,30 @@ def _joined(parts: Iterable[Bool], kind: Any, neutral: Bool, absorbing: Bool) ->
                 return absorbing
             if inner != neutral:
                 flat[inner] = None
+    flat = _without_implied(flat, kind)
     if not flat:
         return neutral
     return next(iter(flat)) if len(flat) == 1 else kind(tuple(flat))
+
+
+def _without_implied(parts: dict[Bool, None], kind: Any) -> dict[Bool, None]:
+    """Of comparisons that differ by a constant the strictest in a conjunction, else the loosest."""
+    kept: dict[frozenset[tuple[Atom, int]], tuple[int, Bool]] = {}
+    for part in parts:
+        if isinstance(part, Compare) and part.op != "==":
+            difference = part.difference
+            terms, const = frozenset(difference.terms), difference.const
+            known = kept.get(terms)
+            if known is None or (const > known[0]) == (kind is And):
+                kept[terms] = const, part
+    if not kept:
+        return parts
+    left = {part for _, part in kept.values()}
+    return {
+        part: None
+        for part in parts
+        if not isinstance(part, Compare) or part.op == "==" or part in left
+    }
 
 
 def negate_atom(value: Bool) -> Bool | None:

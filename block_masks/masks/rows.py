@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..strides import fix_strides
-from .evaluation import Evaluation
-from .expr import KV, Affine, Bool, Compare, all_of, conjuncts, variable
+from .expr import Bool, all_of, conjuncts
+from .hulls import LAST, bound_side, bound_value, has_hull
 from .program import MaskProgram
 from .text import parse_mask
 from .tiles import token_values
@@ -76,13 +76,12 @@ def row_spans(program: MaskProgram, causal_offset: int | None, device: torch.dev
             last = torch.where(sees, last, -1)
         elif "q" not in names:
             key_valid = key_valid & token_values(program, part, device)[0]
-        elif (bound := _key_bound(part)) is not None:
-            factor, value = bound
-            position = _integer(program, value, row)
-            if factor > 0:
-                last = torch.minimum(last, position)
+        elif (side := bound_side(part)) is not None:
+            key = bound_value(program, part, side, row)
+            if side == LAST:
+                last = torch.minimum(last, key)
             else:
-                first = torch.maximum(first, position)
+                first = torch.maximum(first, key)
         else:
             rest.append(part)
     left = replace(program, expr=all_of(rest)) if rest else None
@@ -91,32 +90,12 @@ def row_spans(program: MaskProgram, causal_offset: int | None, device: torch.dev
     return RowSpans(first, last, key_valid, left)
 
 
-def _key_bound(part: Bool) -> tuple[int, Affine] | None:
-    """``(1, e)`` of ``kv <= e`` or ``(-1, e)`` of ``kv >= e``, where ``e`` knows no key."""
-    if not isinstance(part, Compare) or part.op == "==":
-        return None
-    difference = part.difference
-    factor = difference.factor(KV)
-    if factor not in (1, -1):
-        return None
-    rest = difference - variable(KV) * factor
-    if "kv" in coordinates(rest):
-        return None
-    return factor, rest * -factor
-
-
-def _integer(program: MaskProgram, value: Affine, row: Tensor) -> Tensor:
-    """An integer that depends on no key, for every row: [1 or B, Sq]."""
-    batch = program.batch if "b" in coordinates(value) else 1
-    b = torch.arange(batch, device=row.device)[:, None]
-    run = Evaluation({"b": b, "q": row, "kv": row}, program.tensors, program.numbers)
-    return run.integer(value).expand(batch, row.shape[1])
-
-
 def has_intervals(expr: Bool) -> bool:
-    """Whether spans of keys, of which each is valid or not for all rows, say the whole mask."""
-    parts = [part for part in conjuncts(expr) if {"q", "kv"} <= coordinates(part)]
-    return all(_key_bound(part) is not None for part in parts)
+    """Whether runs of keys, of which each is valid or not for all rows, may say the whole mask.
+
+    They do unless documents, images or a prefix that it reads from tensors lie in pieces.
+    """
+    return all(has_hull(part) for part in conjuncts(expr))
 
 
 def says_intervals(text: str) -> bool:

@@ -13,7 +13,7 @@ from torch.fx.experimental import symbolic_shapes
 
 from ...block_masks.masks import says_intervals
 from ...block_masks.selectors import Selector
-from ..calls import SdpaCall, is_symbolic
+from ..calls import SdpaCall
 from . import cost_model
 from .device_rates import DeviceRates, FoundRates, find_rates
 
@@ -112,9 +112,7 @@ def _kernels_read(call: SdpaCall) -> bool:
     """
     if not call.mask:
         return True
-    sizes = (call.query.shape[0], call.query.shape[2], call.key.shape[2])
-    known = not any(is_symbolic(size) for size in (*sizes, *(call.mask_numbers or ())))
-    return call.query.device.type == "cuda" and known and _says_intervals(call.mask)
+    return call.query.device.type == "cuda" and _says_intervals(call.mask)
 
 
 _says_intervals = lru_cache(maxsize=1024)(says_intervals)

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from unisparse_flex.block_masks import BlockGeometry, UniSparse
-from unisparse_flex.block_masks.masks import MaskProgram, says_intervals
+from unisparse_flex.block_masks.masks import MaskProgram, hull_of, says_intervals
+from unisparse_flex.block_masks.masks.hulls import has_hull
 from unisparse_flex.block_masks.masks.rows import row_spans
+from unisparse_flex.block_masks.masks.text import format_mask, parse_mask
 from unisparse_flex.block_masks.masks.tiles import Tiles, tile_bounds
 
 from .mask_programs import Mask, masks
@@ -92,6 +94,29 @@ def test_rows_see_keys_between_positions_as_the_pairs_say(
     assert not (pairs.any(1) & ~spans.key_valid).any()
 
 
+@settings(max_examples=150, deadline=None)
+@given(masks())
+def test_the_run_of_keys_of_a_row_holds_all_that_it_sees(mask: Mask) -> None:
+    program = mask.program()
+    assume(has_hull(program.expr))
+    hull = hull_of(program, program.expr, torch.arange(mask.q_len)[None])
+    key = torch.arange(mask.kv_len)
+    run = (key >= hull.first[..., None]) & (key <= hull.last[..., None])
+    pairs = mask.everywhere()[:, 0]
+    run, gaps = run.expand_as(pairs), hull.gaps.expand(pairs.shape[:2])
+    assert not (pairs & ~run).any()
+    assert run[~gaps].equal(pairs[~gaps])
+
+
+@pytest.mark.parametrize(
+    ("ids", "has_gaps"), [([1, 1, 2, 2, 0], False), ([1, 2, 1, 3, 3], True), ([5] * 5, False)]
+)
+def test_documents_in_pieces_have_gaps(ids: list[int], has_gaps: bool) -> None:
+    program = parse("t0[b, q] == t0[b, kv]", 5, tensors=(torch.tensor([ids]),))
+    hull = hull_of(program, program.expr, torch.arange(5)[None])
+    assert bool(hull.gaps.any()) is has_gaps
+
+
 @settings(max_examples=30, deadline=None)
 @given(masks())
 def test_causality_and_the_rest_are_the_mask(mask: Mask) -> None:
@@ -104,6 +129,19 @@ def test_causality_and_the_rest_are_the_mask(mask: Mask) -> None:
     if rest is not None:
         pairs = pairs & rest.pairs(rows, keys)
     assert pairs.expand(mask.batch, -1, -1, -1).equal(mask.everywhere())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("(q <= kv + 39) | (q < kv)", "q <= kv + 39"),
+        ("(kv <= q) & (kv <= q + 3) & (t0[b, kv])", "(kv <= q) & (t0[b, kv])"),
+        ("(kv <= q) | (kv <= q + 3) | (kv <= q + n0)", "(kv <= q + 3) | (kv <= q + n0)"),
+        ("(kv <= q) | (q <= kv)", "(kv <= q) | (q <= kv)"),
+    ],
+)
+def test_a_comparison_that_another_implies_is_dropped(text: str, expected: str) -> None:
+    assert format_mask(parse_mask(text)) == expected
 
 
 @settings(max_examples=30, deadline=None)
@@ -191,9 +229,18 @@ def test_a_sliding_window_is_recognised(text: str, window: int | None) -> None:
         ("(kv <= q) & (q < kv + 40) & ~(t0[b, kv])", True),
         ("t1[b, q] <= kv", True),
         ("q < 2 * kv", False),
-        ("(kv <= q) | (kv < t1[b, q])", False),
-        ("(kv <= q) & (t1[b, q] == t1[b, kv])", False),
-        ("(kv <= q) & (q // 4 == kv // 4)", False),
+        ("(kv <= q) | (kv < t1[b, q])", True),
+        ("(kv <= q) & (t1[b, q] == t1[b, kv])", True),
+        ("(kv <= q) & (t1[b, q] + 1 == t1[b, kv] - kv // 2)", True),
+        ("(kv <= q) & (q // 4 == kv // 4)", True),
+        ("(kv <= q) | (t0[b, kv])", True),
+        ("(kv <= q) | ((t1[b, q] == t1[b, kv]) & (t0[b, kv]) & (t0[b, q]))", True),
+        ("((kv <= q) & (q < kv + 9)) | (t1[b, q] == t1[b, kv])", True),
+        ("((kv <= q) & (q < kv + 9)) | (kv < 4)", False),
+        ("((kv <= q) & (q < kv + 9)) | (t0[b, kv])", False),
+        ("(kv <= q) | (q + 9 <= kv)", False),
+        ("(q - kv) // 2 == 0", False),
+        ("~(t1[b, q] == t1[b, kv])", False),
     ],
 )
 def test_masks_of_intervals_are_recognised(text: str, expected: bool) -> None:

@@ -18,8 +18,8 @@ pytestmark = pytest.mark.gpu
 
 LENGTH, BATCH = 1900, 3
 NAMES = (
-    *("ones", "padded left", "padded right", "holes", "window", "window, padded", "documents"),
-    "no rows",
+    *("ones", "padded left", "padded right", "holes", "window", "window, padded", "first keys"),
+    *("documents", "prefix", "images", "no rows"),
 )
 RULES: tuple[dict[str, Any], ...] = (
     {"top_k": 5},
@@ -35,6 +35,8 @@ def cases() -> dict[str, tuple[str, tuple[Tensor, ...]]]:
     generator = torch.Generator("cuda").manual_seed(0)
     holes = torch.rand((BATCH, LENGTH), device="cuda", generator=generator) < 0.7
     starts = key // 300 * 300
+    ids = (torch.rand((BATCH, LENGTH), device="cuda", generator=generator) < 0.004).cumsum(-1)
+    images = ids.masked_fill(ids % 3 > 0, -1)
     return {
         "ones": ("t0[b, kv]", (torch.ones_like(holes),)),
         "padded left": ("t0[b, kv]", (key >= padding,)),
@@ -42,7 +44,10 @@ def cases() -> dict[str, tuple[str, tuple[Tensor, ...]]]:
         "holes": ("t0[b, kv]", (holes,)),
         "window": ("-500 < kv - q", ()),
         "window, padded": ("(-300 < kv - q) & (t0[b, kv])", (key >= padding,)),
-        "documents": ("t0[q] <= kv", (starts,)),
+        "first keys": ("t0[q] <= kv", (starts,)),
+        "documents": ("t0[b, q] == t0[b, kv]", (ids,)),
+        "prefix": ("(kv <= q) | (kv < t0[b, 0])", (padding,)),
+        "images": ("(kv <= q) | ((t0[b, q] == t0[b, kv]) & (0 <= t0[b, kv]))", (images,)),
         "no rows": ("t0[b, q]", (torch.zeros_like(holes),)),
     }
 
@@ -53,6 +58,7 @@ def test_the_operator_selects_by_what_pairs_are_visible(name: str, dtype: torch.
     text, tensors = cases()[name]
     for index, rule in enumerate(RULES):
         options = {"c_k": 128, "c_q": 16, "sampled_queries": 4} if index % 2 else {}
+        options["causal"] = name not in ("prefix", "images")
         call = cuda_call(LENGTH, batch=BATCH, dtype=dtype, seed=index, **rule, **options)
         # One that the formula does not read says where the definition is computed.
         masked = MaskedCall(call=call, text=text, tensors=tensors or (torch.zeros(1).cuda(),))

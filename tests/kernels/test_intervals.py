@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -122,15 +123,24 @@ def assert_selects(masked: MaskedCall, lists: BlockLists, query: Tensor, key: Te
     return int(differs.sum())
 
 
+def runs(batch: int, length: int, share: float, generator: torch.Generator) -> Tensor:
+    """Ids [batch, length] that stay for 1 / share tokens and then never return."""
+    return (torch.rand((batch, length), generator=generator) < share).cumsum(-1)
+
+
 @st.composite
 def masked_calls(draw: st.DrawFn, *, rule: str) -> MaskedCall:
-    """Padding on either side or anywhere, windows, chunks, and what each row says it sees."""
+    """Padding on either side or anywhere, windows, chunks, documents, prefixes, images."""
     call = draw(kernel_calls(rule=rule))
     generator = call.generator()
     batch, q_len, kv_len = call.batch, call.q_len, call.kv_len
     parts: list[str] = []
     tensors: list[Tensor] = []
-    kinds = ("left", "right", "holes", "window", "chunk", "rows", "ends", "short")
+    offset = call.offset or 0
+    kinds = (
+        *("left", "right", "holes", "window", "chunk", "rows", "ends", "short"),
+        *("documents", "prefix", "images"),
+    )
     for kind in draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=3, unique=True)):
         at = len(tensors)
         key = torch.arange(kv_len)
@@ -155,7 +165,20 @@ def masked_calls(draw: st.DrawFn, *, rule: str) -> MaskedCall:
             tensors.append(torch.randint(0, q_len + 1, (batch, 1), generator=generator))
         elif kind == "window":
             width = draw(st.integers(1, 40))
-            parts.append(f"{(call.offset or 0) - width} < kv - q")
+            parts.append(f"{offset - width} < kv - q")
+        elif kind == "documents":
+            parts.append(f"t{at}[b, q + {offset}] == t{at}[b, kv]")
+            tensors.append(runs(batch, q_len + offset + kv_len, 0.1, generator))
+        elif kind == "prefix":
+            parts.append(f"(kv <= q + {offset}) | (kv < t{at}[b, 0])")
+            tensors.append(edges)
+        elif kind == "images":
+            ids = runs(batch, q_len + offset + kv_len, 0.2, generator)
+            parts.append(
+                f"(kv <= q + {offset}) | ((t{at}[b, q + {offset}] == t{at}[b, kv])"
+                f" & (0 <= t{at}[b, kv]))"
+            )
+            tensors.append(ids.masked_fill(ids % 3 > 0, -1))
         else:
             size = draw(st.integers(3, 40))
             parts.append(f"t{at}[q] <= kv")
@@ -183,3 +206,32 @@ def test_intervals_say_which_pairs_are_visible(data: st.DataObject) -> None:
     inside = (key >= found.first[..., None]) & (key <= found.last[..., None])
     seen = (inside & found.key_valid[:, None])[:, None]
     assert seen.equal(masked.pairs().expand_as(seen))
+    assert not found.gaps.any()
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_rows_of_documents_in_pieces_keep_what_they_see(
+    kernels: Kernels, data: st.DataObject
+) -> None:
+    call = data.draw(kernel_calls(rule="top_k"))
+    generator = call.generator()
+    offset = call.offset or 0
+    ids = torch.randint(0, 3, (call.batch, call.kv_len + call.q_len + offset), generator=generator)
+    text = f"t0[b, q + {offset}] == t0[b, kv]"
+    masked = MaskedCall(call=call, text=text, tensors=(ids,))
+    lists = run(kernels, call, *call.query_key(), intervals=masked.tables())
+    pairs, size = masked.pairs(), call.selector.block_size
+    gaps = KeyIntervals.of(masked.geometry, CPU).gaps
+    gaps = F.pad(gaps, (0, -call.q_len % size)).unflatten(1, (-1, size)).any(-1)
+    kept = lists.kept()
+    assert not (tiled(pairs, size) & gaps[:, None, :, None] & ~kept).any()
+    nothing = torch.zeros_like(lists.kv_num_blocks)
+    full = BlockLists(nothing, *lists.tensors()[1:]).kept()
+    assert not (tiled(~pairs, size) & full).any()
+
+
+def tiled(pairs: Tensor, size: int) -> Tensor:
+    """Whether blocks hold a pair: bool [..., Sq, Skv] as [..., Nq, Nk]."""
+    pairs = F.pad(pairs, (0, -pairs.shape[-1] % size, 0, -pairs.shape[-2] % size))
+    return pairs.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).any(-1).any(-2)

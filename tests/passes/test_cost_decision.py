@@ -125,7 +125,8 @@ def test_decoding_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         ("", "meta", False),
         ("(kv <= q) & (t0[b, kv])", "meta", True),
         ("(kv <= q) & (t0[b, kv])", "cuda", False),
-        ("(kv <= q) & (t0[b, q] == t0[b, kv])", "cuda", True),
+        ("(kv <= q) & (t0[b, q] == t0[b, kv])", "cuda", False),
+        ("((kv <= q) & (q < kv + 9)) | (kv < 4)", "cuda", True),
     ],
 )
 def test_a_mask_that_the_kernels_read_costs_as_none(mask: str, device: str, masked: bool) -> None:

@@ -76,6 +76,10 @@ PROVED: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
             ~causal(q, k), torch.finfo(q.dtype).min
         ),
     ),
+    "band of a causal mask": (
+        "causal, sliding window 20",
+        lambda q, k, i: causal(q, k) & ~causal(q, k).tril(-20),
+    ),
     "full triu": (
         "causal",
         lambda q, k, i: torch.full((LENGTH, LENGTH), torch.finfo(q.dtype).min).triu(1),
