@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from .recording import recorder_in_force
 
 # Integers beyond these are of another type to Triton.
 WIDE = 2**31
@@ -40,9 +43,21 @@ class Launch:
         compiled = self._compiled.get(key)
         if compiled is None:
             # None from the interpreter, which binds every time.
-            self._compiled[key] = self._kernel[grid](*arguments, **constants)
+            compiled = self._compiled[key] = self._kernel[grid](*arguments, **constants)
         else:
             compiled[grid](*arguments, *[constants[name] for name in self._constants])
+        recorder = recorder_in_force()
+        if recorder is not None:
+            recorder.launched(self._repeated(grid, compiled, constants), arguments)
+
+    def _repeated(
+        self, grid: tuple[int, int, int], compiled: Any, constants: dict[str, Any]
+    ) -> Callable[[Sequence[Any]], None]:
+        """The launch, of arguments for which it was compiled."""
+        if compiled is None:
+            return lambda arguments: self._kernel[grid](*arguments, **constants)
+        values = [constants[name] for name in self._constants]
+        return lambda arguments: compiled[grid](*arguments, *values)
 
     def _key(self, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
         """What Triton compiles anew for."""

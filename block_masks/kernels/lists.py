@@ -14,6 +14,7 @@ from ..geometry import BlockGeometry
 from ..key_intervals import IntervalTables
 from ..selection import ForcedBlocks
 from .pool import pool
+from .recording import empty
 from .score import held_blocks, score, supports_descriptor
 from .scratch import power_of_two, reach_of
 from .select import select
@@ -116,7 +117,7 @@ def compute_lists(
             composite_keys = pooled.tokens.unflatten(0, (batch, kv_heads))
     counts = (batch, q_heads, q_blocks)
     shapes = (counts, (*counts, kv_blocks)) * 2
-    lists = BlockLists(*(query.new_empty(shape, dtype=torch.int32) for shape in shapes))
+    lists = BlockLists(*(empty(query, shape, torch.int32) for shape in shapes))
 
     composite_heads = q_heads // kv_heads // c_h
     rows = composite_heads * max(size // c_q if c_q else 0, sampled_queries)

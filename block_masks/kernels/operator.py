@@ -19,6 +19,7 @@ from ..geometry import BlockGeometry
 from ..key_intervals import BLOCK_FIELDS, ROW_FIELDS, IntervalTables, interval_tables
 from ..masks import MaskProgram, has_intervals
 from ..selection import ForcedBlocks, SelectionRule, Threshold, TopK, TopP, TopPOrThreshold
+from .recording import Recordings
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -26,6 +27,8 @@ MAX_HEAD_DIM = 256
 MAX_KEY_BLOCKS = 2**15 - 1
 # The scoring kernel reads keys through the tensor memory accelerator.
 LEAST_CAPABILITY = (9, 0)
+
+_recordings = Recordings()
 
 _library = torch.library.Library("unisparse", "FRAGMENT")
 _library.define(
@@ -239,21 +242,22 @@ def _run(
     kv_len: int | None = None,
     intervals: list[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    # Triton need not be there for what runs on the CPU.
-    from .lists import compute_lists
+    options = (block_size, causal_offset, scale, c_q, c_k, c_h, sampled_queries, rule, *values)
+    forced = (sink_blocks, local_blocks, last_query_blocks)
 
-    geometry = BlockGeometry(
-        q_len=query.shape[2],
-        kv_len=key.shape[2] if kv_len is None else kv_len,
-        block_size=block_size,
-        causal_offset=causal_offset,
-    )
-    # Triton launches on the current device, whatever the tensors are on.
-    with torch.cuda.device(query.device):
-        lists = compute_lists(
+    def compute() -> tuple[Tensor, ...]:
+        # Triton need not be there for what runs on the CPU.
+        from .lists import compute_lists
+
+        return compute_lists(
             query,
             key,
-            geometry=geometry,
+            geometry=BlockGeometry(
+                q_len=query.shape[2],
+                kv_len=key.shape[2] if kv_len is None else kv_len,
+                block_size=block_size,
+                causal_offset=causal_offset,
+            ),
             c_q=c_q,
             c_k=c_k,
             c_h=c_h,
@@ -268,8 +272,13 @@ def _run(
             scale=scale,
             are_composites=kv_len is not None,
             intervals=None if intervals is None else IntervalTables(*intervals),
+        ).tensors()
+
+    # Triton launches on the current device, whatever the tensors are on.
+    with torch.cuda.device(query.device):
+        return tuple(
+            _recordings.run((options, forced, kv_len), (query, key, *(intervals or ())), compute)
         )
-    return lists.tensors()
 
 
 def _describe(

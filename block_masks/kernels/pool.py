@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
+from .recording import empty
 from .scratch import Rows, power_of_two
 
 
@@ -131,13 +132,13 @@ def pool(
     batch, heads, length, head_dim = tokens.shape
     per_kv = heads // merged // kv_heads
 
-    def empty(size: int) -> Rows | None:
+    def rows_of(size: int) -> Rows | None:
         if not size:
             return None
         shape = (batch * kv_heads, blocks * per_kv * (block_size // size), head_dim)
-        return Rows(tokens.new_empty(shape), size)
+        return Rows(empty(tokens, shape), size)
 
-    means, lasts = empty(group), empty(step)
+    means, lasts = rows_of(group), rows_of(step)
     _launch(
         (blocks, heads // merged, batch),
         tokens,

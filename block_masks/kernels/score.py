@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..geometry import BlockGeometry
 from ..key_intervals import IntervalTables
 from .launch import Launch
+from .recording import empty
 from .scratch import Masses, Rows, batch_stride, power_of_two, reach_of
 
 
@@ -419,8 +420,8 @@ def score(
     blocks = reach_of(geometry, q_blocks)
     width = power_of_two(keys.shape[3])
     masses = Masses(
-        keys.new_empty((count, blocks, rows), dtype=torch.float32 if exact else torch.bfloat16),
-        keys.new_empty((count, 4, splits, rows), dtype=torch.float32),
+        empty(keys, (count, blocks, rows), torch.float32 if exact else torch.bfloat16),
+        empty(keys, (count, 4, splits, rows), torch.float32),
     )
     bounds = block_bounds = weights = queries.tokens
     if intervals is not None:

@@ -188,7 +188,7 @@ def masked_calls(draw: st.DrawFn, *, rule: str) -> MaskedCall:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_the_lists_are_those_of_the_pairs(kernels: Kernels, rule: str, data: st.DataObject) -> None:
     masked = data.draw(masked_calls(rule=rule))
@@ -209,7 +209,7 @@ def test_intervals_say_which_pairs_are_visible(data: st.DataObject) -> None:
     assert not found.gaps.any()
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_rows_of_documents_in_pieces_keep_what_they_see(
     kernels: Kernels, data: st.DataObject

@@ -85,10 +85,12 @@ def chunks(length: int) -> Tensor:
 
 
 MASKS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "padding": lambda ids, length: causal(length) & (ids > 0)[:, None, None, :],
-    "documents": lambda ids, length: causal(length) & (ids[:, None, :, None] == ids[:, None, None]),
-    "prefix": lambda ids, length: causal(length) | (ids < 1)[:, None, None, :],
-    "chunks": lambda ids, length: causal(length) & chunks(length),
+    "padding and a prefix": lambda ids, length: (
+        (causal(length) | (ids < 1)[:, None, None, :]) & (ids < 3)[:, None, None, :]
+    ),
+    "documents in chunks": lambda ids, length: (
+        causal(length) & chunks(length) & (ids[:, :, None] == ids[:, None])[:, None]
+    ),
 }
 
 

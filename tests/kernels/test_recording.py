@@ -1,0 +1,211 @@
+"""A call that is repeated from its recording is the call itself."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from unisparse_flex.block_masks.block_lists import BlockLists
+from unisparse_flex.block_masks.kernels import operator
+from unisparse_flex.block_masks.kernels.recording import Recording, Recordings, empty
+
+from .calls import KernelCall, assert_same_lists, fixed_call, kernel_calls, run
+from .interpreter import Kernels
+from .test_intervals import masked_calls
+
+
+@pytest.fixture(scope="module")
+def interpreted_operator(kernels: Kernels) -> Iterator[None]:
+    """The operator's own function runs the interpreted kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device", nullcontext)
+        patch.setitem(sys.modules, f"{operator.__package__}.lists", kernels.lists)
+        yield
+
+
+def select(
+    call: KernelCall, query: Tensor, key: Tensor, intervals: list[Tensor] | None = None
+) -> BlockLists:
+    selector = call.selector
+    rule, values = operator.spell(selector.rule)
+    found = operator._run(
+        query,
+        key,
+        block_size=selector.block_size,
+        causal_offset=call.geometry.causal_offset,
+        scale=call.head_dim**-0.5,
+        c_q=selector.c_q,
+        c_k=selector.c_k,
+        c_h=selector.c_h,
+        sampled_queries=selector.sampled_queries,
+        rule=rule,
+        values=values,
+        sink_blocks=selector.sink_blocks,
+        local_blocks=selector.local_blocks,
+        last_query_blocks=selector.last_query_blocks,
+        intervals=intervals,
+    )
+    return BlockLists(*found)
+
+
+class Counted(Recordings):
+    """Counts how often something was computed, not repeated."""
+
+    def __init__(self, most: int = 256) -> None:
+        super().__init__(most)
+        self.computed = 0
+
+    def run(self, kind: Any, inputs: Any, compute: Any) -> Any:
+        def count() -> Any:
+            self.computed += 1
+            return compute()
+
+        return super().run(kind, inputs, count)
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    counted = Counted()
+    monkeypatch.setattr(operator, "_recordings", counted)
+    return counted
+
+
+@settings(max_examples=3)
+@given(data=st.data())
+@pytest.mark.usefixtures("interpreted_operator")
+def test_a_repeated_call_selects_what_the_kernels_do(kernels: Kernels, data: st.DataObject) -> None:
+    call = data.draw(kernel_calls(rule="top_k"))
+    query, key = call.query_key()
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted()
+        patch.setattr(operator, "_recordings", counted)
+        select(call, query.flip(0, 2), key.flip(2).contiguous())
+        assert_same_lists(select(call, query, key), run(kernels, call, query, key))
+        assert counted.computed == 1
+
+
+@settings(max_examples=3)
+@given(data=st.data())
+@pytest.mark.usefixtures("interpreted_operator")
+def test_a_repeated_call_reads_its_own_mask(kernels: Kernels, data: st.DataObject) -> None:
+    masked = data.draw(masked_calls(rule="top_k"))
+    query, key = masked.call.query_key()
+    tables = masked.tables()
+    other = replace(masked, tensors=tuple(tensor.flip(-1) for tensor in masked.tensors))
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted()
+        patch.setattr(operator, "_recordings", counted)
+        select(masked.call, query, key, other.tables().tensors())
+        found = select(masked.call, query, key, tables.tensors())
+        assert_same_lists(found, run(kernels, masked.call, query, key, intervals=tables))
+        assert counted.computed == 1
+
+
+@pytest.mark.usefixtures("interpreted_operator")
+def test_a_call_in_several_turns_is_repeated(
+    kernels: Kernels, recordings: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.lists, "SCRATCH_BYTES", 1024)
+    call = fixed_call(90, top_k=3, kv_heads=2, sampled_queries=4)
+    query, key = call.query_key()
+    select(call, query + 1, key - 1)
+    assert_same_lists(select(call, query, key), run(kernels, call, query, key))
+    assert recordings.computed == 1
+
+
+WHOLE = torch.arange(48.0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        WHOLE[:24].view(4, 6),
+        WHOLE[:24].view(6, 4).mT.contiguous().mT,
+        WHOLE.view(12, 4)[::2],
+        WHOLE[1:25].view(6, 4),
+        torch.arange(24).view(6, 4),
+        None,
+    ],
+    ids=["shape", "strides", "strides of a part", "alignment", "dtype", "settings"],
+)
+def test_another_kind_of_call_is_another_recording(other: Tensor | None) -> None:
+    recordings, counted = Recordings(), []
+
+    def run(kind: str, given: Tensor) -> None:
+        def compute() -> list[Tensor]:
+            counted.append(kind)
+            return [empty(given, (4,))]
+
+        recordings.run(kind, [given], compute)
+
+    first = WHOLE[:24].view(6, 4)
+    run("kind", first)
+    run("kind", first.clone())
+    assert len(counted) == 1
+    run("other", first) if other is None else run("kind", other)
+    assert len(counted) == 2
+
+
+@pytest.mark.usefixtures("interpreted_operator")
+def test_a_call_that_copies_its_keys_is_never_repeated(
+    kernels: Kernels, recordings: Counted
+) -> None:
+    call = fixed_call(100, top_k=3)
+    query, key = call.query_key()
+    for shift in (1.0, 0.0):
+        strided = (key + shift).mT.contiguous().mT
+        expected = run(kernels, call, query, (key + shift).contiguous())
+        assert_same_lists(select(call, query, strided), expected)
+    assert recordings.computed == 2
+
+
+@pytest.mark.usefixtures("interpreted_operator")
+def test_queries_that_are_keys_are_never_repeated(kernels: Kernels, recordings: Counted) -> None:
+    call = fixed_call(100, top_k=3, group=1)
+    query, key = call.query_key()
+    select(call, query, query)
+    assert_same_lists(select(call, query, key), run(kernels, call, query, key))
+    assert recordings.computed == 2
+
+
+def test_recordings_keep_no_tensor_and_are_not_more_than_told() -> None:
+    recordings = Recordings(most=2)
+
+    def compute(like: Tensor) -> list[Tensor]:
+        return [empty(like, (4,))]
+
+    alive = []
+    for length in (1, 2, 3):
+        given = torch.zeros(length)
+        alive.append(weakref.ref(given))
+        recordings.run("kind", [given], lambda given=given: compute(given))  # type: ignore[misc]
+    del given
+    gc.collect()
+    assert [reference() for reference in alive] == [None] * 3
+    found = recordings._found.values()
+    assert len(found) == 2
+    assert all(isinstance(recording, Recording) for recording in found)
+
+
+def test_a_call_that_fails_leaves_no_recorder() -> None:
+    recordings = Recordings()
+
+    def fail() -> list[Tensor]:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        recordings.run("kind", [torch.zeros(1)], fail)
+    assert not recordings._found
+    output = recordings.run("kind", [torch.zeros(1)], lambda: [empty(torch.zeros(1), (2,))])
+    assert output[0].shape == (2,)
