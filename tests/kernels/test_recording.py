@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unisparse_flex.block_masks.block_lists import BlockLists
 from unisparse_flex.block_masks.kernels import operator
-from unisparse_flex.block_masks.kernels.recording import Recording, Recordings, empty
+from unisparse_flex.block_masks.kernels.recording import Recording, Recordings, _Launched, empty
 
 from .calls import KernelCall, assert_same_lists, fixed_call, kernel_calls, run
 from .interpreter import Kernels
@@ -120,6 +120,10 @@ def test_a_call_in_several_turns_is_repeated(
     call = fixed_call(90, top_k=3, kv_heads=2, sampled_queries=4)
     query, key = call.query_key()
     select(call, query + 1, key - 1)
+    (recording,) = recordings._found.values()
+    assert isinstance(recording, Recording)
+    # Two to pool, and two to score and one to select in each turn.
+    assert sum(isinstance(step, _Launched) for step in recording.steps) > 2 + 3
     assert_same_lists(select(call, query, key), run(kernels, call, query, key))
     assert recordings.computed == 1
 
