@@ -89,7 +89,7 @@ def measure(
                     "text": text,
                     "seed": seed,
                     "padding": padding,
-                    "density": mean(record.density for record in records),
+                    "density": mean(record.density or 0.0 for record in records),
                     "kl": compute_kl(dense, sparse),
                 }
     restore(loaded.model)

@@ -69,7 +69,8 @@ class TwoLayers(torch.nn.Module):
         mask = self.mask(ids, tokens.shape[1])
         for project in self.project:
             heads = project(tokens).unflatten(-1, (3, HEADS, HEAD_DIM)).permute(2, 0, 3, 1, 4)
-            attended = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+            query, key, value = heads.unbind()
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             tokens = tokens + attended.transpose(1, 2).flatten(2)
         return tokens
 
@@ -86,7 +87,7 @@ def chunks(length: int) -> Tensor:
 
 MASKS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "padding and a prefix": lambda ids, length: (
-        (causal(length) | (ids < 1)[:, None, None, :]) & (ids < 3)[:, None, None, :]
+        (causal(length) | (ids < 1)[:, None, None, :]) & (ids < 2)[:, None, None, :]
     ),
     "documents in chunks": lambda ids, length: (
         causal(length) & chunks(length) & (ids[:, :, None] == ids[:, None])[:, None]
@@ -97,7 +98,7 @@ MASKS: dict[str, Callable[[Tensor, int], Tensor]] = {
 def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(length)
     tokens = torch.randn((batch, length, HEADS * HEAD_DIM), generator=generator)
-    starts = torch.rand((batch, length), generator=generator) < 0.02
+    starts = torch.rand((batch, length), generator=generator) < 0.03
     return tokens, starts.cumsum(-1)
 
 
@@ -114,7 +115,7 @@ def test_compiled_calls_attend_to_what_plain_pytorch_selects(runs: Runs, kind: s
         return torch._inductor.compile(graph, examples)
 
     compiled = torch.compile(optimized, backend=backend, dynamic=True)
-    for batch, length in ((2, 150), (2, 203), (3, 97)):
+    for batch, length in ((2, 70), (3, 101)):
         given = inputs(batch, length)
         before = runs.tables, runs.selections
         found = compiled(*given)
