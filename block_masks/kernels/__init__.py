@@ -2,6 +2,7 @@
 
 from .operator import (
     LEAST_CAPABILITY,
+    obstacle,
     pool_keys,
     prepare_mask,
     select_lists,
@@ -11,6 +12,7 @@ from .operator import (
 
 __all__ = [
     "LEAST_CAPABILITY",
+    "obstacle",
     "pool_keys",
     "prepare_mask",
     "select_lists",

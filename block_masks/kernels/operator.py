@@ -45,7 +45,12 @@ _library.define(
 
 
 def supports(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) -> bool:
-    """Whether the kernels can select for a call without an ``attn_mask``.
+    """Whether the kernels can select for a call without an ``attn_mask``: no `obstacle`."""
+    return obstacle(query, key, geometry, scale) is None
+
+
+def obstacle(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) -> str | None:
+    """Why the kernels cannot select for a call without an ``attn_mask``; ``None`` where they can.
 
     Args:
         query: [B, Hq, Sq, D].
@@ -53,20 +58,21 @@ def supports(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) 
         geometry: The block grid; its mask, where it has one, must be one of intervals.
         scale: Factor on the logits.
     """
-    return (
-        supports_keys(query)
-        and key.dtype == query.dtype
-        and _supports_mask(geometry)
-        # They know a row's own position where the call is whole or causal.
-        and (geometry.causal_offset is not None or not geometry.is_part)
-        and scale > 0
-        and guard_or_false(geometry.num_kv_blocks <= MAX_KEY_BLOCKS)
-    )
-
-
-def _supports_mask(geometry: BlockGeometry) -> bool:
-    mask = geometry.mask
-    return mask is None or (has_intervals(mask.expr) and not geometry.is_part)
+    found = keys_obstacle(query)
+    if found is not None:
+        return found
+    if key.dtype != query.dtype:
+        return "they need queries and keys of one dtype"
+    if geometry.mask is not None and not has_intervals(geometry.mask.expr):
+        return "they need a mask under which each row sees one run of keys"
+    # They know a row's own position where the call is whole or causal.
+    if geometry.is_part and (geometry.causal_offset is None or geometry.mask is not None):
+        return "they need all rows of a call that is not plainly causal"
+    if scale <= 0:
+        return "they need a scale above 0"
+    if not guard_or_false(geometry.num_kv_blocks <= MAX_KEY_BLOCKS):
+        return f"they take at most {MAX_KEY_BLOCKS} blocks of keys"
+    return None
 
 
 def select_lists(
@@ -183,12 +189,19 @@ def pool_keys(key: Tensor, *, c_k: int, block_size: int, blocks: int) -> Tensor:
 
 def supports_keys(key: Tensor) -> bool:
     """Whether the kernels can pool key [B, Hkv, Skv, D]."""
-    return (
-        key.device.type == "cuda"
-        and _runs_on(key.device.index or 0)
-        and key.dtype in DTYPES
-        and key.shape[3] <= MAX_HEAD_DIM
-    )
+    return keys_obstacle(key) is None
+
+
+def keys_obstacle(key: Tensor) -> str | None:
+    """Why the kernels cannot read key [B, Hkv, Skv, D]; ``None`` where they can."""
+    if key.device.type != "cuda":
+        return "they need a CUDA device"
+    found = _device_obstacle(key.device.index or 0)
+    if found is not None:
+        return found
+    if key.dtype not in DTYPES:
+        return "they take float16, bfloat16 and float32"
+    return None if key.shape[3] <= MAX_HEAD_DIM else f"they take a head_dim up to {MAX_HEAD_DIM}"
 
 
 def spell(rule: SelectionRule) -> tuple[str, list[float]]:
@@ -212,15 +225,23 @@ def spell(rule: SelectionRule) -> tuple[str, list[float]]:
 
 
 @torch.compiler.assume_constant_result
-def _runs_on(device: int) -> bool:
-    # The C++ wrapper of an ahead-of-time package cannot run an operator written in Python.
-    return _is_built_for(device) and not inductor_config.cpp_wrapper
+def _device_obstacle(device: int) -> str | None:
+    if inductor_config.cpp_wrapper:
+        return "the C++ wrapper of an ahead-of-time package cannot run an operator in Python"
+    return _build_obstacle(device)
 
 
 @cache
-def _is_built_for(device: int) -> bool:
-    capable = torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
-    return capable and torch.version.hip is None and find_spec("triton") is not None
+def _build_obstacle(device: int) -> str | None:
+    if torch.version.hip is not None:
+        return "they are not built for AMD GPUs"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    found = torch.cuda.get_device_capability(device)
+    if found >= LEAST_CAPABILITY:
+        return None
+    least, here = (".".join(map(str, capability)) for capability in (LEAST_CAPABILITY, found))
+    return f"they need compute capability {least}, got {here}"
 
 
 def _run(

@@ -124,6 +124,18 @@ class Selector(ABC):
         """
         return []
 
+    def kernel_obstacle(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        geometry: BlockGeometry,
+        scale: float,
+        attn_mask: Tensor | None,
+    ) -> str | None:
+        """Why `compute_selection` runs plain PyTorch; ``None`` where it runs GPU kernels."""
+        return f"{type(self).__name__} has none"
+
     def pool_keys(self, key: Tensor, *, blocks: int) -> Tensor:
         """Composite keys of key [B, Hkv, Skv, D], for `select_from_composites`.
 

@@ -200,6 +200,22 @@ class UniSparse(ForcesBlocks, Selector):
             self.rule, scores, geometry=geometry, q_heads=query.shape[1], mask=mask
         )
 
+    def kernel_obstacle(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        geometry: BlockGeometry,
+        scale: float,
+        attn_mask: Tensor | None,
+    ) -> str | None:
+        """See `Selector.kernel_obstacle`."""
+        if not self._has_kernels:
+            return "head_thresholds have none"
+        if attn_mask is not None:
+            return "the mask is a tensor of pairs, no proved formula"
+        return kernels.obstacle(query, key, geometry, scale)
+
     def prepare_mask(
         self, query: Tensor, key: Tensor, *, geometry: BlockGeometry, scale: float
     ) -> list[Tensor]:

@@ -233,6 +233,23 @@ def test_what_cannot_be_judged_is_counted_by_layer(value: float) -> None:
     assert explain(optimize(model, min_length=10**6), q, k).calls[0].unjudged == 0
 
 
+def test_why_slower_code_runs_on_a_gpu_is_said_once_with_how_many_calls() -> None:
+    masked: Any = {"plain_selection": "the mask is a tensor of pairs, no proved formula"}
+    calls = [
+        AttentionRecord(layer="0", decision="sparse", own_kernel="it is not there"),
+        *(AttentionRecord(layer=name, decision="sparse", **masked) for name in "12"),
+    ]
+    assert Explanation(tuple(calls)).notes() == [
+        "PyTorch code selects the blocks of 2 calls, slower than the GPU kernels: the mask is a "
+        "tensor of pairs, no proved formula",
+        "FlexAttention's own kernel attends in 1 calls, slower than FlashAttention-4: it is not "
+        "there",
+    ]
+    model = optimize(create(layers=1), SELECTOR, min_length=0)
+    (here,) = explain(model, X).calls
+    assert (here.plain_selection, here.own_kernel) == (None, None)
+
+
 def test_the_table_stays_readable() -> None:
     prediction = CallForecast(
         dense_ms=12345.6, sparse_ms=99.96, density=0.3, break_even=131072, note=""

@@ -16,7 +16,7 @@ KEYS = {
 }
 CALL_KEYS = {
     *("layer", "module", "q_len", "kv_len", "heads", "masked", "decision", "reason", "density"),
-    *("predicted", "measured", "unjudged"),
+    *("predicted", "measured", "unjudged", "plain_selection", "own_kernel"),
 }
 SPARSE = ("--selector", SELECTOR, "--min-length", "0")
 

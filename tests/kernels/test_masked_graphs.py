@@ -45,7 +45,7 @@ def runs(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
         found.selections += 1
         return operator._run(*args, **kwargs)
 
-    monkeypatch.setattr(operator, "supports_keys", lambda key: key.dtype in operator.DTYPES)
+    monkeypatch.setattr(operator, "keys_obstacle", lambda _: None)
     monkeypatch.setattr(operator, "interval_tables", make_tables)
     monkeypatch.setattr(PreparedMasks, "DEVICE", "cpu")
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
@@ -121,7 +121,7 @@ def test_compiled_calls_attend_to_what_plain_pytorch_selects(runs: Runs, kind: s
         found = compiled(*given)
         assert (runs.tables - before[0], runs.selections - before[1]) == (1, 2)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(operator, "supports_keys", lambda _: False)
+            patch.setattr(operator, "keys_obstacle", lambda _: "plain")
             expected = optimized(*given)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert compilations == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from ..block_masks import BlockSelection, valid_blocks
 from ..catching import original_module
 from ..passes import DenseReason, SparseConfig, observe_calls
-from ..passes.attend import MULTIHEAD_TARGETS, refuse_multihead
+from ..passes.attend import MULTIHEAD_TARGETS, logit_scale, refuse_multihead
 from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
-from ..passes.decision import CallForecast, forecast_call
+from ..passes.decision import CallForecast, flash_obstacle, forecast_call
 
 COLUMNS = (
     *("layer", "queries", "keys", "heads", "runs", "density"),
@@ -33,6 +34,12 @@ SLOWER_NOTE = (
 MASK_NOTE = (
     "where torch.compile proves what an attn_mask is, it keeps small windows whole: "
     "runs and density can differ"
+)
+SELECTION_NOTE = (
+    "PyTorch code selects the blocks of {count} calls, slower than the GPU kernels: {reason}"
+)
+KERNEL_NOTE = (
+    "FlexAttention's own kernel attends in {count} calls, slower than FlashAttention-4: {reason}"
 )
 NO_CALL_NOTE = (
     "no attention call was seen: the model computes attention itself or with its own "
@@ -55,6 +62,10 @@ class AttentionRecord:
         density: Kept over visible blocks in [0, 1]; ``None`` where it stays dense.
         unjudged: Query blocks, counted in every head, that keep all they see because they hold or
             see a NaN or an infinity.
+        plain_selection: Why PyTorch code selects its blocks instead of GPU kernels; ``None`` where
+            kernels do, where there is no GPU, or where it stays dense.
+        own_kernel: Why FlexAttention's own kernel attends instead of FlashAttention-4; ``None``
+            where that does or was not to be used, where there is no GPU, or where it stays dense.
         prediction: Milliseconds and break-even length by the cost model; ``None`` where it says
             nothing: no settings, or no block-sparse kernel for the call.
     """
@@ -68,6 +79,8 @@ class AttentionRecord:
     reason: DenseReason | None = None
     density: float | None = None
     unjudged: int = 0
+    plain_selection: str | None = None
+    own_kernel: str | None = None
     prediction: CallForecast | None = None
 
     @property
@@ -142,6 +155,13 @@ class Explanation:
             for call in self.calls
             if call.unjudged
         ]
+        for what, field in ((SELECTION_NOTE, "plain_selection"), (KERNEL_NOTE, "own_kernel")):
+            reasons = Counter(getattr(call, field) for call in self.sparse)
+            notes += [
+                what.format(count=count, reason=reason)
+                for reason, count in reasons.items()
+                if reason is not None
+            ]
         if any(call.may_differ_compiled for call in self.calls):
             notes.append(MASK_NOTE)
         return notes
@@ -283,6 +303,17 @@ def _record(
         # Of many lengths.
         return AttentionRecord(layer=layer, decision="dense", reason=reason)
     four = query.dim() == 4
+    plain = own = None
+    if selection is not None and config is not None and query.device.type == "cuda":
+        plain = config.selector.kernel_obstacle(
+            query,
+            call.key,
+            geometry=selection.geometry,
+            scale=logit_scale(call),
+            attn_mask=call.attn_mask,
+        )
+        if config.backend != "triton":
+            own = flash_obstacle(call, selection.geometry.block_size)
     density = None if selection is None else selection.density()
     return AttentionRecord(
         layer=layer,
@@ -294,6 +325,8 @@ def _record(
         reason=reason,
         density=density,
         unjudged=0 if selection is None else _count_unjudged(call, selection),
+        plain_selection=plain,
+        own_kernel=own,
         prediction=None if config is None else forecast_call(call, config.selector, density),
     )
 
