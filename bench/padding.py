@@ -3,7 +3,7 @@
 A padded prompt's blocks are counted from the padding's first token, so its tokens fall into other
 blocks than those of the same prompt alone.
 
-python -m bench.padding [--tokens N] [--paddings 0,1,33,64,100,127,500] [--seeds 0,1,2]
+python -m bench.padding [--tokens N] [--paddings 0,33,64,127,500] [--seeds 0,1,2]
     [--output FILE]
 """
 
@@ -36,7 +36,7 @@ from unisparse_flex.selectors import DEFAULT_SELECTOR
 from . import markdown
 from .record import FOLDER, Record, numbers
 
-PADDINGS = (0, 1, 33, 64, 100, 127, 500)
+PADDINGS = (0, 33, 64, 127, 500)
 # Last tokens of a prompt, whose predictions are compared.
 JUDGED = 512
 CHARACTERS_PER_TOKEN = 8  # more than either text needs
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tokens", type=int, default=4096, help="of a prompt")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a prompt")
     parser.add_argument("--paddings", type=numbers(int), default=PADDINGS)
     parser.add_argument("--seeds", type=numbers(int), default=(0, 1, 2))
     parser.add_argument("--output", type=Path, default=FOLDER / "padding-smollm2.json")

@@ -89,17 +89,26 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"written to {record.output}", flush=True)
 
 
-def create_model(layers: int, device: str, *, small: bool = False) -> Any:
-    """The model, its weights drawn where it runs."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def create_model(
+    layers: int,
+    device: str,
+    *,
+    small: bool = False,
+    attention: str = ATTENTION,
+    window: int | None = None,
+) -> Any:
+    """The model, its weights drawn where it runs; with a sliding window it is a Mistral."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_attention_forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, lambda *_, **__: None)
-    config = LlamaConfig(
+    windowed = {} if window is None else {"sliding_window": window}
+    config = (LlamaConfig if window is None else MistralConfig)(
         **(SMALL if small else SHAPE),
+        **windowed,
         num_hidden_layers=layers,
         max_position_embeddings=131072,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
@@ -108,7 +117,7 @@ def create_model(layers: int, device: str, *, small: bool = False) -> Any:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     return model.to(device).eval()
 
 

@@ -9,7 +9,17 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from . import attention, communication, cost_decision, distributed, padding, prefill, quality, video
+from . import (
+    attention,
+    communication,
+    cost_decision,
+    distributed,
+    masked,
+    padding,
+    prefill,
+    quality,
+    video,
+)
 from .record import FOLDER
 
 Result = dict[str, Any]
@@ -55,6 +65,7 @@ BENCHMARKS = (
     Benchmark(name="demo", files="demo-*.json"),
     Benchmark(name="distributed", files="distributed-*.json", describe=distributed.describe),
     Benchmark(name="expected_density", files="density-*.json"),
+    Benchmark(name="masked", files="masked-*.json", describe=masked.describe),
     Benchmark(name="padding", files="padding-*.json", describe=padding.describe),
     Benchmark(name="prefill", files="prefill-*.json", describe=prefill.describe),
     Benchmark(
