@@ -64,13 +64,11 @@ class Recording:
 
     Attributes:
         device: Where it runs.
-        inputs: How many tensors it is given.
         steps: What it allocates and launches.
         outputs: What it returns.
     """
 
     device: torch.device
-    inputs: int
     steps: tuple[_Allocation | _Launched, ...]
     outputs: tuple[int, ...]
 
@@ -150,7 +148,7 @@ class Recorder:
                 step = replace(step, last_used=tuple(used - kept))
                 kept |= used
             steps.append(step)
-        return Recording(self._device, self._inputs, tuple(reversed(steps)), numbers)
+        return Recording(self._device, tuple(reversed(steps)), numbers)
 
 
 def recorder_in_force() -> Recorder | None:
@@ -185,7 +183,7 @@ class Recordings:
     """
 
     def __init__(self, most: int = 256) -> None:
-        self._found: OrderedDict[Hashable, Recording | None] = OrderedDict()
+        self._found: OrderedDict[Hashable, Recording] = OrderedDict()
         self._most = most
         self._lock = threading.Lock()
 
