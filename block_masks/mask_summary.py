@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
-from .masks import Tiles, mask_4d, row_spans, tile_bounds
+from .masks import Tiles, is_known, mask_4d, row_spans, tile_bounds
 from .strides import fix_strides
 
 
@@ -138,6 +138,7 @@ def summarize_program(
         if spans.rest is not None:
             tiles = Tiles(1, rows, size, kv_blocks)
             row_blocks = row_blocks & tile_bounds(spans.rest, tiles, device)[1][:, 0]
+            row_blocks = row_blocks | _own_blocks(geometry, rows, device)
         row_blocks, row_sees = row_blocks[:, None], sees[:, None]
     return MaskSummary(
         cell_bias=torch.zeros_like(may_cells, dtype=torch.float64).masked_fill(
@@ -149,6 +150,24 @@ def summarize_program(
         row_blocks=row_blocks,
         row_sees=row_sees,
     )
+
+
+def _own_blocks(geometry: BlockGeometry, rows: int, device: torch.device) -> Tensor:
+    """The block of each row's own position, where the row sees that key: bool [Bm, rows, Nk]."""
+    mask, offset = geometry.mask, geometry.causal_offset
+    assert mask is not None
+    block = torch.arange(geometry.num_kv_blocks, device=device)
+    if offset is None:
+        if not is_known(geometry.has_rows_for_keys()):
+            return torch.zeros((1, rows, geometry.num_kv_blocks), dtype=torch.bool, device=device)
+        offset = geometry.rows_before
+    row = torch.arange(rows, device=device)
+    own = row + offset
+    exists = (row < geometry.q_len) & (own >= 0) & (own < geometry.kv_len)
+    row, own = row.clamp(max=geometry.q_len - 1), own.clamp(0, geometry.kv_len - 1)
+    b = torch.arange(mask.batch if mask.varies_in_batch else 1, device=device)
+    sees = mask.evaluate(b[:, None], row, own) & exists
+    return sees[..., None] & (block == own[:, None] // geometry.block_size)
 
 
 def summarize(

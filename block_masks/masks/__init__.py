@@ -7,6 +7,7 @@ from .expr import (
     TRUE,
     Affine,
     Atom,
+    B,
     Bool,
     Compare,
     Constant,
@@ -33,7 +34,7 @@ from .program import MaskProgram, is_known
 from .rows import has_intervals, row_spans, says_intervals
 from .tensors import mask_4d
 from .text import format_mask
-from .tiles import Tiles, tile_bounds
+from .tiles import Tiles, tile_bounds, token_values
 from .walk import atoms, coordinates, map_parts, replace_atoms, replace_in
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "TRUE",
     "Affine",
     "Atom",
+    "B",
     "Bool",
     "Compare",
     "Constant",
@@ -77,6 +79,7 @@ __all__ = [
     "row_spans",
     "says_intervals",
     "tile_bounds",
+    "token_values",
     "upper_bound",
     "variable",
 ]

@@ -1,5 +1,6 @@
 """What a rewritten call computes: the marker operator and the ways that it is lowered."""
 
+from .alignment import prepared_mask
 from .decided_at_run import has_stated_range
 from .marker import (
     is_traced,
@@ -18,7 +19,6 @@ from .sparse_attention import (
     call_geometry,
     keeps_window,
     logit_scale,
-    prepared_mask,
     select,
 )
 

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..calls import HeadShard, SdpaCall, SparseConfig, is_sharded, run_on_shards, shard_selector
 from ..decision import DenseReason, flex_backend, flex_lowers, needs_grad, refuse, refuse_sharding
+from .alignment import align
 from .decided_at_run import has_stated_range, implement, sdpa_at_run
 from .region import compiled_in_loop, compiled_inline, compiled_once
 from .shared_tokens import context_sdpa
@@ -100,7 +101,8 @@ def observe_calls(observer: Observer) -> Iterator[None]:
     """Calls ``observer(call, config, selection, reason)`` for every marker run eagerly inside.
 
     The observer sees real tensors; ``selection`` is ``None`` where the call stays dense, and
-    ``reason`` then says why. Observers outside see the same calls, before it.
+    ``reason`` then says why. A call with padding on the left is seen as it is computed, its rows
+    turned (`AlignedCall`). Observers outside see the same calls, before it.
     """
     outer = _observer.get()
 
@@ -169,9 +171,20 @@ def _compute(call: SdpaCall, config: SparseConfig, lower: Lowering | None = None
         flex_backend(call, config.selector.block_size, config.backend)
     if observer is None and not tracing and _runs_compiled(call):
         return run_compiled(call, config)
+    aligned = align(call, config)
+    if aligned is not None:
+        return aligned.restore(_run_sparse(aligned, config, lower, observer))
+    return _run_sparse(call, config, lower, observer)
+
+
+def _run_sparse(
+    call: SdpaCall, config: SparseConfig, lower: Lowering | None, observer: Observer | None
+) -> Tensor:
+    """Runs or traces a call that nothing refuses, on a grid of blocks from its first token."""
     if lower is not None and flex_lowers(call):
         return lower(call, config)
     selection = select(call, config)
+    tracing = lower is not None or is_traced(call)
     if observer is not None:
         observer(call, config, selection, None)
     elif not tracing:

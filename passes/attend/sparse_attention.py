@@ -80,19 +80,6 @@ def call_geometry(call: SdpaCall, config: SparseConfig) -> BlockGeometry:
     )
 
 
-def prepared_mask(*args: Any, config: str = "", **kwargs: Any) -> list[Tensor]:
-    """What the selector prepares of the mask of a call, whose arguments these are."""
-    call, settings = SdpaCall.bind(args, kwargs), SparseConfig.decode(config)
-    call = apply_autocast(call.with_constants())
-    with torch.no_grad():
-        return settings.selector.prepare_mask(
-            call.query,
-            call.key,
-            geometry=call_geometry(call, settings),
-            scale=logit_scale(call),
-        )
-
-
 def keeps_window(geometry: BlockGeometry) -> bool:
     """Whether a sliding window leaves a row so few blocks that all of them are kept.
 

@@ -86,6 +86,9 @@ def chunks(length: int) -> Tensor:
 
 
 MASKS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "padding on the left": lambda ids, length: (
+        causal(length) & (ids > 0)[:, None, None, :] & (ids > 0)[:, None, :, None]
+    ),
     "padding and a prefix": lambda ids, length: (
         (causal(length) | (ids < 1)[:, None, None, :]) & (ids < 2)[:, None, None, :]
     ),

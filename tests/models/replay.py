@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from tests.api.reference import attend, select, visible
 from unisparse_flex import Selector
 from unisparse_flex.passes import SparseConfig, observe_calls
+from unisparse_flex.passes.attend.alignment import AlignedCall
 from unisparse_flex.passes.calls.sdpa import SdpaCall
 from unisparse_flex.selectors import BlockSelection
 
@@ -74,7 +75,7 @@ class Replay(TorchFunctionMode):
     def _attend(self, call: SdpaCall, seen: Attended) -> Tensor:
         mask, seen_mask = call.attn_mask, seen.call.attn_mask
         if seen.selection is not None:
-            assert sees(call).equal(sees(seen.call))
+            assert sees(call).equal(in_given_order(sees(seen.call), seen.call))
             selection = seen.selection
             if not seen.call.mask:
                 selection = select(
@@ -86,7 +87,7 @@ class Replay(TorchFunctionMode):
                     scale=call.scale,
                 )
                 assert selection.keep.equal(seen.selection.keep)
-            kept = selection.token_mask()
+            kept = in_given_order(selection.token_mask(), seen.call)
             if mask is None or mask.dtype is torch.bool:
                 mask = kept if mask is None else mask & kept
             else:
@@ -113,6 +114,14 @@ def sees(call: SdpaCall) -> Tensor:
     if mask is None:
         return pairs
     return pairs & (mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min)
+
+
+def in_given_order(pairs: Tensor, call: SdpaCall) -> Tensor:
+    """bool [B, 1 or Hq, Sq, Skv] of a call's pairs, as who made the call counts tokens."""
+    if not isinstance(call, AlignedCall):
+        return pairs
+    rows = zip(pairs, call.shift.tolist(), strict=True)
+    return torch.stack([row.roll((shift, shift), dims=(1, 2)) for row, shift in rows])
 
 
 def replayed(run: Callable[[], Tensor], calls: list[Attended], selector: Selector) -> Tensor:
