@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...block_masks import visible_tokens
 from ...block_masks.masks import (
     KV,
     Affine,
@@ -33,6 +34,7 @@ from ...block_masks.masks import (
     coordinates,
     format_mask,
     is_known,
+    mask_4d,
     replace_atoms,
     token_values,
     variable,
@@ -56,45 +58,48 @@ class AlignedCall(SdpaCall):
         return _turned(output, -self.shift)
 
 
-def align(call: SdpaCall, config: SparseConfig) -> AlignedCall | None:
+def align(call: SdpaCall, config: SparseConfig, *, traced: bool) -> AlignedCall | None:
     """The call with its padding outside of the block grid.
 
     Args:
         call: A call that `decision.refuse` let through.
         config: Its settings.
+        traced: Whether it is recorded into a graph, where nothing can be asked of its mask.
 
     Returns:
-        ``None`` where nothing may be padded on the left: no proved mask that hides keys from all
-        rows, rows that are no sequence of their own (a chunk, a cache), a window that keeps all
-        its blocks.
+        ``None`` where nothing may be padded on the left, or nothing is: no mask that hides keys
+        from all rows, rows that are no sequence of their own (a chunk, a cache), rows that see
+        what comes after them, a window that keeps all its blocks.
     """
-    program = call.mask_program()
-    if program is None or not is_known(program.q_len == program.kv_len):
+    if not is_known(call.query.shape[2] == call.key.shape[2]):
         return None
-    offset = call.causal_offset()
-    offset = program.split_causal()[0] if offset is None else offset
-    of_keys = [part for part in conjuncts(program.expr) if _is_of_keys(part)]
-    if offset is None or not is_known(offset == 0) or not of_keys:
-        return None
-    if keeps_window(call_geometry(call, config)):
-        return None
+    block_size = config.selector.block_size
     with torch.no_grad():
-        turned, shift = _turn_mask(program, all_of(of_keys), config.selector.block_size)
-    arguments = {field.name: getattr(call, field.name) for field in fields(SdpaCall)} | {
-        "query": _turned(call.query, shift),
-        "key": _turned(call.key, shift),
-        "value": _turned(call.value, shift),
-        "mask": format_mask(turned.expr),
-        "mask_tensors": turned.tensors,
-    }
-    return AlignedCall(**arguments, shift=shift)
+        if call.attn_mask is not None:
+            shift = _shift_of_pairs(mask_4d(call.attn_mask), call.query.shape[2], block_size)
+        else:
+            shift = _shift_of_formula(call, config)
+        if shift is None or not (traced or shift.device.type != "cpu" or shift.any()):
+            return None
+        if call.attn_mask is not None:
+            changed: dict[str, Any] = {"attn_mask": _turn_pairs(mask_4d(call.attn_mask), shift)}
+        else:
+            program = call.mask_program()
+            assert program is not None
+            turned = _turn_formula(program, shift)
+            changed = {"mask": format_mask(turned.expr), "mask_tensors": turned.tensors}
+    shift = shift.expand(call.query.shape[0])
+    for name in ("query", "key", "value"):
+        changed[name] = _turned(getattr(call, name), shift)
+    arguments = {field.name: getattr(call, field.name) for field in fields(SdpaCall)}
+    return AlignedCall(**arguments | changed, shift=shift)
 
 
 def prepared_mask(*args: Any, config: str = "", **kwargs: Any) -> list[Tensor]:
     """What the selector prepares of the mask of a call, whose arguments these are."""
     call, settings = SdpaCall.bind(args, kwargs), SparseConfig.decode(config)
     call = apply_autocast(call.with_constants())
-    call = align(call, settings) or call
+    call = align(call, settings, traced=True) or call
     with torch.no_grad():
         return settings.selector.prepare_mask(
             call.query,
@@ -110,15 +115,54 @@ def _is_of_keys(part: Bool) -> bool:
     return loads and "kv" in coordinates(part) and "q" not in coordinates(part)
 
 
-def _turn_mask(program: MaskProgram, of_keys: Bool, block_size: int) -> tuple[MaskProgram, Tensor]:
-    """The mask of the turned call, and how far its rows are turned.
+def _valid_keys(program: MaskProgram, device: torch.device) -> Tensor:
+    """Keys that such parts do not hide: bool [B, S]."""
+    of_keys = all_of(part for part in conjuncts(program.expr) if _is_of_keys(part))
+    return token_values(program, of_keys, device)[0].expand(program.batch, program.kv_len)
+
+
+def _shift_of_formula(call: SdpaCall, config: SparseConfig) -> Tensor | None:
+    """How far to turn the rows of a call with a proved mask: int64 [B]."""
+    program = call.mask_program()
+    if program is None or not any(_is_of_keys(part) for part in conjuncts(program.expr)):
+        return None
+    offset = call.causal_offset()
+    offset = program.split_causal()[0] if offset is None else offset
+    if offset is None or not is_known(offset == 0) or keeps_window(call_geometry(call, config)):
+        return None
+    first = _valid_keys(program, call.query.device).int().argmax(-1)
+    return first % config.selector.block_size
+
+
+def _shift_of_pairs(mask: Tensor, length: int, block_size: int) -> Tensor | None:
+    """How far to turn the rows of a call with a mask tensor: int64 [1 or B].
+
+    Not at all where a row sees a key after it: then rows of padding may see something too.
+    """
+    if not (is_known(mask.shape[2] == length) and is_known(mask.shape[3] == length)):
+        return None
+    position = torch.arange(length, device=mask.device)
+    seen = visible_tokens(mask).any(1)
+    is_causal = ~(seen & (position > position[:, None])).flatten(1).any(-1)
+    return seen.any(1).int().argmax(-1) % block_size * is_causal
+
+
+def _turn_pairs(mask: Tensor, shift: Tensor) -> Tensor:
+    """A mask [1 or B, 1 or Hq, S, S] whose rows and keys are turned."""
+    source = _source(mask.shape[2], shift)
+    batch = torch.arange(mask.shape[0], device=mask.device)[:, None, None, None]
+    head = torch.arange(mask.shape[1], device=mask.device)[:, None, None]
+    return mask[batch, head, source[:, None, :, None], source[:, None, None, :]]
+
+
+def _turn_formula(program: MaskProgram, shift: Tensor) -> MaskProgram:
+    """The mask of the turned call.
 
     Causality leaves the rows before the first valid key without keys, so that what turns to the
     end is seen by nobody and sees nothing.
     """
-    device = program.tensors[0].device
-    valid = token_values(program, of_keys, device)[0].expand(program.batch, program.kv_len)
-    shift = valid.int().argmax(-1) % block_size
+    device = shift.device
+    valid = _valid_keys(program, device)
     position = torch.arange(program.kv_len, device=device)
     before_end = position < program.kv_len - shift[:, None]
     tensors: list[Tensor] = []
@@ -153,7 +197,7 @@ def _turn_mask(program: MaskProgram, of_keys: Bool, block_size: int) -> tuple[Ma
     parts += [replace_atoms(part, turned) for part in rest]
     result = replace(program, expr=all_of(parts), tensors=tuple(tensors))
     # What follows the tensors that are named is what a selector prepared.
-    return replace(result, tensors=(*result.named, *program.prepared)), shift
+    return replace(result, tensors=(*result.named, *program.prepared))
 
 
 # Stands for the shift among the entries that a mask reads.
@@ -179,9 +223,13 @@ def _turn_tokens(values: Tensor, shift: Tensor) -> Tensor:
 
 def _turn(tensor: Tensor, shift: Tensor) -> Tensor:
     """[B, H, S, D] with each batch element's tokens turned to the left by its shift."""
-    length = tensor.shape[2]
-    source = (torch.arange(length, device=shift.device) + shift[:, None]) % length
-    return tensor.gather(2, source[:, None, :, None].expand(tensor.shape))
+    source = _source(tensor.shape[2], shift)[:, None, :, None]
+    return tensor.gather(2, source.expand(tensor.shape))
+
+
+def _source(length: int, shift: Tensor) -> Tensor:
+    """Where turned tokens come from: int64 [1 or B, S]."""
+    return (torch.arange(length, device=shift.device) + shift[:, None]) % length
 
 
 class _Turned(torch.autograd.Function):

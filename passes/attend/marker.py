@@ -171,7 +171,7 @@ def _compute(call: SdpaCall, config: SparseConfig, lower: Lowering | None = None
         flex_backend(call, config.selector.block_size, config.backend)
     if observer is None and not tracing and _runs_compiled(call):
         return run_compiled(call, config)
-    aligned = align(call, config)
+    aligned = align(call, config, traced=tracing)
     if aligned is not None:
         return aligned.restore(_run_sparse(aligned, config, lower, observer))
     return _run_sparse(call, config, lower, observer)

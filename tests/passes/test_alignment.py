@@ -88,6 +88,14 @@ def attend(call: SdpaCall, selector: Selector) -> tuple[Tensor, Tensor]:
     return output, keep[0]
 
 
+def shift_of(call: SdpaCall) -> list[int]:
+    """How far the rows of a call are turned."""
+    aligned = align(call, SparseConfig(selector=SELECTORS[1], min_length=0), traced=True)
+    assert aligned is not None
+    shifts: list[int] = aligned.shift.tolist()
+    return shifts
+
+
 @given(
     kind=st.sampled_from(list(KINDS)),
     selector=st.sampled_from(SELECTORS),
@@ -118,6 +126,34 @@ def test_a_padded_row_attends_as_its_prompt_alone(
         blocks = slice(first, first + kept_alone.shape[2])
         assert torch.equal(keep[own, :, blocks, blocks], kept_alone)
         assert not keep[own, :, :, :first].any()
+
+
+@given(
+    kind=st.sampled_from(["padding", "documents", "padded queries"]),
+    additive=st.booleans(),
+    paddings=st.lists(st.integers(0, 90), min_size=1, max_size=3),
+    seed=st.integers(0, 2**16),
+)
+def test_a_mask_of_pairs_is_aligned_as_its_formula(
+    kind: str, additive: bool, paddings: list[int], seed: int
+) -> None:
+    """What is a formula in a compiled model may be a tensor in the same model uncompiled."""
+    length = 100
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn((3, len(paddings), 4, length, 16), generator=generator).double()
+    of_mask = tensors(paddings, length, seed)
+    call = call_of(KINDS[kind].text, inputs, of_mask)
+    program = call.mask_program()
+    assert program is not None
+    position = torch.arange(length)
+    pairs = program.pairs(position, position)
+    if additive:
+        pairs = torch.zeros(pairs.shape).double().masked_fill(~pairs, -torch.inf)
+    by_pairs = replace(call, mask="", mask_tensors=None, attn_mask=pairs)
+    assert shift_of(by_pairs) == shift_of(call) == [padding % BLOCK for padding in paddings]
+    expected, _ = attend(call, SELECTORS[1])
+    found, _ = attend(by_pairs, SELECTORS[1])
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["padding", "documents"])
@@ -151,10 +187,29 @@ def test_gradients_are_those_of_the_prompt_alone(kind: str) -> None:
 )
 def test_what_may_not_be_padded_on_the_left_stays_as_it_is(text: str) -> None:
     call = call_of(text, torch.randn(3, 2, 4, 70, 16), tensors([0, 9], 70, seed=0))
-    assert align(call, SparseConfig(selector=SELECTORS[0], min_length=0)) is None
+    assert align(call, SparseConfig(selector=SELECTORS[0], min_length=0), traced=True) is None
+
+
+def test_a_mask_of_pairs_that_is_not_causal_stays_as_it_is() -> None:
+    """Rows of padding see keys."""
+    valid = tensors([0, 9], 70, seed=0)[0]
+    call = call_of("", torch.randn(3, 2, 4, 70, 16), [])
+    for pairs, turned in (
+        (valid[:, None, None, :].expand(-1, -1, 70, -1), 0),
+        (valid[:, None, None, :] & torch.ones(70, 70, dtype=torch.bool).tril(), 9),
+    ):
+        given_pairs = replace(call, is_causal=False, mask_tensors=None, attn_mask=pairs)
+        assert shift_of(given_pairs) == [0, turned]
+
+
+def test_nothing_is_moved_where_nothing_is_padded() -> None:
+    call = call_of(KINDS["padding"].text, torch.randn(3, 2, 4, 70, 16), tensors([0, 32], 70, 0))
+    config = SparseConfig(selector=SELECTORS[0], min_length=0)
+    assert align(call, config, traced=False) is None
+    assert align(call, config, traced=True) is not None
 
 
 def test_keys_of_a_cache_stay_where_they_are() -> None:
     call = call_of(KINDS["padding"].text, torch.randn(3, 2, 4, 70, 16), tensors([0, 9], 70, 0))
     call = replace(call, query=call.query[:, :, :30])
-    assert align(call, SparseConfig(selector=SELECTORS[0], min_length=0)) is None
+    assert align(call, SparseConfig(selector=SELECTORS[0], min_length=0), traced=True) is None

@@ -157,9 +157,22 @@ class ByFormula(TorchFunctionMode):
         return attend(query, key, value, attn_mask=mask, scale=kwargs["scale"], dtype=query.dtype)
 
     def select(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        if "t0" not in self.text:
+            return self.select_by(self.text, (), query, key, scale)
+        # Each row of the batch from its first real token on, as if it were alone.
+        kept = query.new_zeros((*query.shape[:3], key.shape[2]), dtype=torch.bool)
+        for row, start in enumerate(self.tensors[0].argmax(-1).tolist()):
+            own = slice(row, row + 1), slice(None), slice(start, None)
+            valid = (self.tensors[0][own[0], start:],)
+            kept[*own, start:] = self.select_by(self.text, valid, query[own], key[own], scale)
+        return kept
+
+    def select_by(
+        self, text: str, tensors: tuple[Tensor, ...], query: Tensor, key: Tensor, scale: float
+    ) -> Tensor:
         q_len, kv_len = query.shape[2], key.shape[2]
         program = MaskProgram.parse(
-            self.text, tensors=self.tensors, batch=query.shape[0], q_len=q_len, kv_len=kv_len
+            text, tensors=tensors, batch=query.shape[0], q_len=q_len, kv_len=kv_len
         )
         offset, rest = program.split_causal()
         size = self.selector.block_size
