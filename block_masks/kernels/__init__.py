@@ -2,6 +2,7 @@
 
 from .operator import (
     LEAST_CAPABILITY,
+    MEASURED,
     obstacle,
     pool_keys,
     prepare_mask,
@@ -12,6 +13,7 @@ from .operator import (
 
 __all__ = [
     "LEAST_CAPABILITY",
+    "MEASURED",
     "obstacle",
     "pool_keys",
     "prepare_mask",

@@ -20,13 +20,16 @@ from ..key_intervals import BLOCK_FIELDS, ROW_FIELDS, IntervalTables, interval_t
 from ..masks import MaskProgram, has_intervals
 from ..selection import ForcedBlocks, SelectionRule, Threshold, TopK, TopP, TopPOrThreshold
 from .recording import Recordings
+from .self_check import failure_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 # The selection counts both lists of a row in one 32-bit integer.
 MAX_KEY_BLOCKS = 2**15 - 1
-# The scoring kernel reads keys through the tensor memory accelerator.
-LEAST_CAPABILITY = (9, 0)
+# Below it there is neither bfloat16 nor a copy into shared memory that nobody waits for.
+LEAST_CAPABILITY = (8, 0)
+# What the project measures; others prove themselves when they are first used.
+MEASURED = ((9, 0),)
 
 _recordings = Recordings()
 
@@ -234,14 +237,15 @@ def _device_obstacle(device: int) -> str | None:
 @cache
 def _build_obstacle(device: int) -> str | None:
     if torch.version.hip is not None:
-        return "they are not built for AMD GPUs"
+        return "they were run on no AMD GPU"
     if find_spec("triton") is None:
         return "triton is not installed"
     found = torch.cuda.get_device_capability(device)
-    if found >= LEAST_CAPABILITY:
-        return None
-    least, here = (".".join(map(str, capability)) for capability in (LEAST_CAPABILITY, found))
-    return f"they need compute capability {least}, got {here}"
+    if found < LEAST_CAPABILITY:
+        least, here = (".".join(map(str, capability)) for capability in (LEAST_CAPABILITY, found))
+        return f"they need compute capability {least}, got {here}"
+    failure = "" if found in MEASURED else failure_of(device, select_lists)
+    return f"they fail on this GPU: {failure}" if failure else None
 
 
 def _run(

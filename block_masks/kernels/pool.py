@@ -160,5 +160,6 @@ def pool(
         WIDTH=power_of_two(head_dim),
         MASKED=valid is not None,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return means, lasts

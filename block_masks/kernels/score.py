@@ -17,18 +17,54 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..geometry import BlockGeometry
 from ..key_intervals import IntervalTables
+from .gpu import gpu_of
 from .launch import Launch
 from .recording import empty
 from .scratch import Masses, Rows, batch_stride, power_of_two, reach_of
 
+# Numbers of a token that products in float32 take at a time: threads hold all that they multiply.
+DEPTH = tl.constexpr(16)
+
 
 @triton.jit
 def _logits(
-    query, keys, batch, head, tile, COLS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr
+    query,
+    keys,
+    place,
+    tile,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EXACT: tl.constexpr,
+    MAPPED: tl.constexpr,
 ):
-    key = keys.load([batch, head, tile * COLS, 0]).reshape(COLS, WIDTH)
-    precision: tl.constexpr = "ieee" if EXACT else "tf32"
-    return tl.dot(query, key.T, input_precision=precision)
+    """Logits with a tile of the keys that are at ``place``: batch element, head, strides, size.
+
+    ``query`` holds the rows, or with EXACT where they begin.
+    """
+    batch, head, stride_batch, stride_head, stride, rows, head_dim = place
+    if MAPPED:
+        key = keys.load([batch, head, tile * COLS, 0]).reshape(COLS, WIDTH)
+        logits = tl.dot(query, key.T)
+    else:
+        row = tile * COLS + tl.arange(0, COLS)
+        first = keys + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
+        at = first + row[:, None].to(tl.int64) * stride
+        exists = (row < rows)[:, None]
+        if EXACT:
+            logits = tl.zeros([ROWS, COLS], dtype=tl.float32)
+            for start in range(0, WIDTH, DEPTH):
+                width = start + tl.arange(0, DEPTH)
+                inside = (width < head_dim)[None, :]
+                part = tl.load(query + width[None, :], mask=inside, other=0.0)
+                key = tl.load(at + width[None, :], mask=exists & inside, other=0.0)
+                logits = tl.dot(part, key.T, logits, input_precision="ieee")
+        else:
+            width = tl.arange(0, WIDTH)
+            inside = (width < head_dim)[None, :]
+            key = tl.load(at + width[None, :], mask=exists & inside, other=0.0)
+            logits = tl.dot(query, key.T)
+    return logits
 
 
 @triton.jit
@@ -89,6 +125,7 @@ LENGTHS = [
     "stride_weights",
     "first_head",
     "first_row",
+    "key_rows",
     "columns",
     "blocks",
     "q_len",
@@ -109,12 +146,16 @@ def _score(
     block_bounds,
     weights,
     stride_query,
+    stride_key_batch,
+    stride_key_head,
+    stride_key,
     stride_bounds,
     stride_blocks,
     stride_weights,
     first_head,
     first_row,
     rows,
+    key_rows,
     columns,
     blocks,
     q_len,
@@ -134,6 +175,7 @@ def _score(
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
     INTERVALS: tl.constexpr,
+    MAPPED: tl.constexpr,
 ):
     """Writes summed exponentials: out[head, key block, row].
 
@@ -163,11 +205,14 @@ def _score(
     last = (absolute // block_rows) * BLOCK + (absolute % groups + 1) * ROW_GROUP - 1
     high = tl.minimum(last, q_len - 1) + offset
     low = high * 0
-    at = queries + head.to(tl.int64) * stride_query + absolute[:, None].to(tl.int64) * head_dim
-    load = (row < rows)[:, None] & (width < head_dim)[None, :]
-    query = tl.load(at + width[None, :], mask=load, other=0.0)
+    # Rows that do not exist repeat the last one.
+    at = first_row + tl.minimum(row, rows - 1)
+    query = queries + head.to(tl.int64) * stride_query + at[:, None].to(tl.int64) * head_dim
+    if not EXACT:
+        query = tl.load(query + width[None, :], mask=(width < head_dim)[None, :], other=0.0)
     batch = head // kv_heads
     kv_head = head % kv_heads
+    at_keys = batch, kv_head, stride_key_batch, stride_key_head, stride_key, key_rows, head_dim
     if INTERVALS:
         group = absolute // block_rows * groups + absolute % groups
         at_bounds = bounds + batch * stride_bounds + group * 3
@@ -218,7 +263,7 @@ def _score(
         peak = tl.zeros([ROWS], dtype=tl.float32)
         tile = tl.max(tl.where(missing, home, -1), 0)
         while tile >= 0:
-            logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT) * scale
+            logits = _logits(query, keys, at_keys, tile, ROWS, COLS, WIDTH, EXACT, MAPPED) * scale
             at_column = tile * COLS + column
             logits = _mask(
                 logits, at_column, low, high, weights, columns, kv_len,
@@ -232,7 +277,7 @@ def _score(
             missing = missing & (taken == 0)
             tile = tl.max(tl.where(missing, home, -1), 0)
     else:
-        logits = _logits(query, keys, batch, kv_head, 0, COLS, WIDTH, EXACT) * scale
+        logits = _logits(query, keys, at_keys, 0, ROWS, COLS, WIDTH, EXACT, MAPPED) * scale
         logits = _mask(
             logits, column, low, high, weights, columns, kv_len, KEY_GROUP, CAUSAL, INTERVALS
         )
@@ -243,7 +288,7 @@ def _score(
     # Sums of a block whose tiles are not all done yet.
     mass = tl.zeros([ROWS, held], dtype=tl.float32)
     for tile in range(enter * tiles_per_step, middle * tiles_per_step):
-        logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT)
+        logits = _logits(query, keys, at_keys, tile, ROWS, COLS, WIDTH, EXACT, MAPPED)
         if INTERVALS:
             logits = _weigh(logits * scale, tile * COLS + column, weights, columns, KEY_GROUP)
             part = _held(tl.exp2(logits - peak[:, None]), ROWS, COLS, held)
@@ -263,7 +308,7 @@ def _score(
     for turn in range(ahead + (end - middle) * tiles_per_step):
         tile = begin * tiles_per_step + turn
         tile += tl.where(turn < ahead, 0, (middle - enter) * tiles_per_step)
-        logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT) * scale
+        logits = _logits(query, keys, at_keys, tile, ROWS, COLS, WIDTH, EXACT, MAPPED) * scale
         at_column = tile * COLS + column
         logits = _mask(
             logits, at_column, low, high, weights, columns, kv_len, KEY_GROUP, CAUSAL, INTERVALS
@@ -288,7 +333,7 @@ def _score(
         raised = peak
         for turn in range(2 * count):
             tile = begin * tiles_per_step + turn % count
-            logits = _logits(query, keys, batch, kv_head, tile, COLS, WIDTH, EXACT) * scale
+            logits = _logits(query, keys, at_keys, tile, ROWS, COLS, WIDTH, EXACT, MAPPED) * scale
             at_column = tile * COLS + column
             logits = _mask(
                 logits, at_column, low, high, weights, columns, kv_len,
@@ -327,6 +372,13 @@ class Tile:
     stages: int
     registers: int | None = None
 
+    def options(self) -> dict[str, int]:
+        """Options of the compilation; AMD's knows no limit of registers."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        # Triton's default changes from version to version.
+        fused = {"enable_fp_fusion": True}
+        return {"num_warps": self.warps, "num_stages": self.stages, **fused, **limit}
+
 
 # Up to so many, smaller tiles keep more multiprocessors busy.
 FEW_ROWS = 8192
@@ -334,14 +386,25 @@ FEW_ROWS = 8192
 
 def tile_of(tokens: Tensor, rows: int) -> Tile:
     """The tile for ``rows`` rows of tokens of this dtype and head_dim; columns are not by rows."""
+    gpu = gpu_of(tokens.device)
     width = power_of_two(tokens.shape[-1])
+    few = rows <= FEW_ROWS
+    if gpu.is_amd:
+        return Tile(64, 64, 4, 2)
     if tokens.element_size() == 4:
-        return Tile(64, min(64, 4096 // width), 4, 1)
-    if width <= 128:
-        # Above 64 wide, shared memory leaves room for two programs, and so for their registers.
-        registers = 80 if width <= 64 else 128
-        return Tile(64, 64, 4, 3, 128) if rows <= FEW_ROWS else Tile(128, 64, 8, 3, registers)
-    return Tile(128, 64, 8, 2, 128)
+        return Tile(64, 64, 4, 2, 200)
+    if not gpu.has_wide_products:
+        # Of 32 rows a warp has, what it reads of keys serves twice as many products as of 16.
+        stages = 3 if width <= 64 or few else 2
+        return Tile(64, 32, 4, stages) if few or width > 128 else Tile(128, 32, 4, stages)
+    if width > 128:
+        return Tile(128, 64, 8, 2, 128 if gpu.capability < (10, 0) else 200)
+    if gpu.capability >= (10, 0):
+        return Tile(64, 64, 4, 3, 168)
+    if few:
+        return Tile(64, 64, 4, 3, 128)
+    # Above 64 wide, shared memory leaves room for two programs, and so for their registers.
+    return Tile(128, 64, 8, 3, 80 if width <= 64 else 128)
 
 
 def held_blocks(tokens: Tensor, per_block: int) -> int:
@@ -428,20 +491,24 @@ def score(
         bounds = intervals.samples if sampled else intervals.composites
         weights = intervals.key_valid.view(torch.uint8) if key_group == 1 else intervals.key_weights
         block_bounds = intervals.blocks
+    mapped = gpu_of(keys.device).reads_tensor_maps and not exact
+    box = [1, 1, tile.columns, width]
     _launch(
         (row_tiles, splits, count),
         queries.tokens,
-        TensorDescriptor(keys, keys.shape, keys.stride(), [1, 1, tile.columns, width]),
+        TensorDescriptor(keys, keys.shape, keys.stride(), box) if mapped else keys,
         masses.blocks,
         masses.totals,
         bounds,
         block_bounds,
         weights,
         queries.tokens.stride(0),
+        *((0, 0, 0) if mapped else keys.stride()[:3]),
         *(batch_stride(table) for table in (bounds, block_bounds, weights)),
         heads.start,
         q_blocks.start * block_rows,
         rows,
+        keys.shape[2],
         columns,
         blocks,
         geometry.q_len,
@@ -461,8 +528,7 @@ def score(
         WIDTH=width,
         SPLITS=splits,
         INTERVALS=intervals is not None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        maxnreg=tile.registers,
+        MAPPED=mapped,
+        **tile.options(),
     )
     return masses

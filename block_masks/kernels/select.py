@@ -15,6 +15,7 @@ from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
 from ..key_intervals import IntervalTables
 from ..selection import ForcedBlocks
+from .gpu import Gpu, gpu_of
 from .launch import Launch
 from .scratch import Masses, batch_stride, power_of_two, reach_of
 
@@ -458,4 +459,10 @@ def select(
         # Lanes that hold the same row add its parts in different orders. Fused with the products
         # before them, the sums would differ in their last bit, and with them what each lane keeps.
         enable_fp_fusion=False,
+        **_registers(gpu_of(lists.kv_indices.device)),
     )
+
+
+def _registers(gpu: Gpu) -> dict[str, int]:
+    """Registers of a thread, where the compiler by itself would take too few to hold all."""
+    return {"maxnreg": 144} if gpu.capability >= (12, 0) and not gpu.is_amd else {}

@@ -57,13 +57,19 @@ def test_what_kernels_do_not_take_is_named(
 
 
 @pytest.mark.parametrize(
-    ("capability", "expected"),
-    [((8, 6), "they need compute capability 9.0, got 8.6"), ((9, 0), None)],
+    ("capability", "failure", "expected"),
+    [
+        ((7, 5), "", "they need compute capability 8.0, got 7.5"),
+        ((8, 6), "", None),
+        ((8, 6), "3 of 9 blocks differ", "they fail on this GPU: 3 of 9 blocks differ"),
+        ((9, 0), "what nobody asks", None),
+    ],
 )
 def test_a_gpu_that_they_do_not_run_on_is_named(
-    capability: tuple[int, int], expected: str | None, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], failure: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(operator, "failure_of", lambda *_: failure)
     operator._build_obstacle.cache_clear()
     try:
         assert operator._build_obstacle(0) == expected

@@ -98,25 +98,30 @@ def test_a_gpu_that_flash_attention_is_not_used_on_needs_no_fix(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "hip", "obstacle"),
+    ("obstacle", "fix"),
     [
-        ((8, 6), None, "they need compute capability 9.0, got 8.6"),
-        ((9, 4), "6.4", "they are not for ROCm"),
-        ((9, 0), None, "triton is not installed"),
+        ("they need compute capability 8.0, got 7.5", ""),
+        ("they were run on no AMD GPU", ""),
+        ("triton is not installed", "pip install triton"),
     ],
 )
-def test_selection_kernels_that_do_not_run_say_why(monkeypatch, capability, hip, obstacle):
-    hopper = Hopper(monkeypatch, capability)
-    monkeypatch.setattr(torch.version, "hip", hip)
+def test_selection_kernels_that_do_not_run_say_why(monkeypatch, obstacle, fix):
+    hopper = Hopper(monkeypatch)
+    monkeypatch.setattr(kernels, "obstacle", lambda *_, **__: obstacle)
     finding = backend_checks.check_selection_kernels(hopper.device)
     assert finding.status is Status.NOTE
     assert finding.detail.endswith(obstacle)
-    assert finding.fix == ("pip install triton" if "triton is" in obstacle else "")
+    assert finding.fix == fix
 
 
-def test_selection_kernels_that_run_are_ok(monkeypatch):
-    monkeypatch.setattr(kernels, "supports", lambda *_, **__: True)
-    assert backend_checks.check_selection_kernels(CPU).detail == "Triton scores and selects"
+@pytest.mark.parametrize(("capability", "measured"), [((9, 0), True), ((8, 6), False)])
+def test_selection_kernels_that_run_say_where_they_were_measured(monkeypatch, capability, measured):
+    gpu = Hopper(monkeypatch, capability)
+    monkeypatch.setattr(kernels, "obstacle", lambda *_, **__: None)
+    finding = backend_checks.check_selection_kernels(gpu.device)
+    assert finding.status is Status.OK
+    assert finding.detail.startswith("Triton scores and selects")
+    assert ("not measured on this kind of GPU" in finding.detail) is not measured
 
 
 def test_a_device_without_rates_says_which_are_used(monkeypatch):

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from unisparse_flex.block_masks.kernels.gpu import Gpu
+
 from .calls import (
     CPU,
     RULES,
@@ -25,6 +27,7 @@ from .calls import (
 from .interpreter import Kernels
 
 NAN, INF = float("nan"), float("inf")
+HALF = torch.bfloat16
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -332,6 +335,28 @@ def test_keys_that_start_within_sixteen_bytes_are_copied(kernels: Kernels) -> No
     moved = torch.cat([torch.zeros(1), key.flatten()])[1:].view(key.shape)
     assert not kernels.score.supports_descriptor(moved)
     assert_same_lists(run(kernels, call, query, moved), whole)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        fixed_call(90, 101, c_h=2, sampled_queries=2, top_p=0.7, head_dim=24, dtype=HALF),
+        fixed_call(40, 300, causal=False, threshold=0.05, c_k=16, kv_heads=2, dtype=HALF),
+    ],
+    ids=["ragged", "composites"],
+)
+def test_other_gpus_select_as_the_reference(
+    kernels: Kernels,
+    monkeypatch: pytest.MonkeyPatch,
+    call: KernelCall,
+    capability: tuple[int, int],
+) -> None:
+    """Their tiles are others, and before Hopper keys are read from their addresses."""
+    for module in (kernels.score, kernels.select):
+        monkeypatch.setattr(module, "gpu_of", lambda _: Gpu.of_capability(capability))
+    query, key = call.query_key()
+    assert_selects(call, run(kernels, call, query, key), query, key)
 
 
 def test_the_scale_is_heeded(kernels: Kernels) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unisparse_flex.block_masks import BlockGeometry
+from unisparse_flex.block_masks.kernels.gpu import Gpu
 
 from .interpreter import Kernels
 
@@ -173,9 +174,15 @@ def test_composite_keys_weigh_as_many_keys_as_they_stand_for(
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
 def test_a_tile_of_composite_keys_holds_whole_blocks(
-    kernels: Kernels, dtype: torch.dtype, head_dim: int
+    kernels: Kernels,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_dim: int,
 ) -> None:
+    monkeypatch.setattr(kernels.score, "gpu_of", lambda _: Gpu.of_capability(capability))
     key = torch.empty(1, 1, 1, head_dim, dtype=dtype)
     few, many = (kernels.score.tile_of(key, rows).columns for rows in (1, 10**6))
     assert few == many

@@ -93,15 +93,25 @@ def check_backend(device: torch.device) -> Finding:
 def check_selection_kernels(device: torch.device) -> Finding:
     """Whether blocks are scored and selected by the Triton kernels."""
     name = "selection kernels"
+    if device.type != "cuda":
+        return Finding(
+            name=name,
+            status=Status.OK,
+            detail="plain PyTorch scores and selects; not the Triton kernels: they need a CUDA "
+            f"device, got {device}",
+        )
     obstacle = _kernels_obstacle(device)
     if obstacle is None:
-        return Finding(name=name, status=Status.OK, detail="Triton scores and selects")
-    without_triton = device.type == "cuda" and "triton is" in obstacle
+        detail = "Triton scores and selects"
+        capability = torch.cuda.get_device_capability(device)
+        if capability not in kernels.MEASURED:
+            detail += "; not measured on this kind of GPU, where it agrees with plain PyTorch"
+        return Finding(name=name, status=Status.OK, detail=detail)
     return Finding(
         name=name,
-        status=Status.NOTE if device.type == "cuda" else Status.OK,
+        status=Status.NOTE,
         detail=f"plain PyTorch scores and selects; not the Triton kernels: {obstacle}",
-        fix="pip install triton" if without_triton else "",
+        fix="pip install triton" if "triton is" in obstacle else "",
     )
 
 
@@ -133,17 +143,7 @@ def _kernels_obstacle(device: torch.device) -> str | None:
     geometry = BlockGeometry(
         q_len=length, kv_len=length, block_size=DEFAULT_SELECTOR.block_size, causal_offset=0
     )
-    if kernels.supports(call.query, call.key, geometry, scale=1.0):
-        return None
-    if device.type != "cuda":
-        return f"they need a CUDA device, got {device}"
-    capability, least = torch.cuda.get_device_capability(device), kernels.LEAST_CAPABILITY
-    if capability < least:
-        got, want = (".".join(map(str, pair)) for pair in (capability, least))
-        return f"they need compute capability {want}, got {got}"
-    if torch.version.hip is not None:
-        return "they are not for ROCm"
-    return "triton is not installed"
+    return kernels.obstacle(call.query, call.key, geometry, scale=1.0)
 
 
 def _why_no_cuda() -> str:

@@ -1,0 +1,207 @@
+"""A GPU of a kind that nobody measured proves itself: small selections beside plain PyTorch's.
+
+What was found is remembered on disk, until the driver, torch, triton or the kernels change.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..block_lists import BlockLists
+from ..block_selection import BlockSelection
+from ..geometry import BlockGeometry
+from ..granularity import Pooled, Sampled
+from ..mask_summary import summarize
+from ..masks import MaskProgram
+from ..scoring import compute_mean_scores, default_scale
+from ..selection import ForcedBlocks, Threshold, select_blocks
+
+logger = logging.getLogger(__name__)
+
+# `operator.select_lists`.
+Compute = Callable[..., BlockLists]
+
+BLOCK, C_Q, C_K, SAMPLED = 128, 16, 32, 4
+HEADS, KEY_HEADS, LENGTH, HEAD_DIM = 4, 2, 1000, 128
+# So that a fault shows in some block, whichever way it shifts mass.
+THRESHOLDS = (0.02, 0.06, 0.15)
+# Relative error of a score that may decide: five times what bfloat16 was seen to make.
+SLACK = 0.05
+FORCED = ForcedBlocks(sink_blocks=1, local_blocks=1, last_query_blocks=0)
+
+
+def failure_of(device: int, compute: Compute) -> str:
+    """What the kernels do wrong on a GPU, or empty; found out once for its kind.
+
+    Logs a warning where they fail. Safe inside a graph that is being traced.
+    """
+    # Modes of tracing are a thread's own.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(_remembered, device, compute).result()
+
+
+def find_failure(device: torch.device, compute: Compute) -> str:
+    """Compares selections with plain PyTorch's; empty where they are the same.
+
+    Args:
+        device: Where they are made.
+        compute: The kernels.
+    """
+    for dtype, padding in ((torch.bfloat16, 0), (torch.float32, 37)):
+        query, key = _draw(dtype, device)
+        geometry = _geometry(padding, device)
+        for threshold in THRESHOLDS:
+            try:
+                lists = compute(
+                    query,
+                    key,
+                    geometry=geometry,
+                    c_q=C_Q,
+                    c_k=C_K,
+                    c_h=1,
+                    sampled_queries=SAMPLED,
+                    rule=Threshold(threshold=threshold),
+                    forced_blocks=FORCED,
+                    scale=default_scale(HEAD_DIM),
+                )
+            except Exception as error:
+                # A compiler's or a launch's: whatever it is, plain PyTorch still selects.
+                found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            else:
+                found = _difference(lists, query, key, geometry, threshold)
+            if found:
+                masked = "with padding" if padding else "without a mask"
+                return f"{str(dtype).removeprefix('torch.')} {masked}: {found}"
+    return ""
+
+
+def _draw(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Query and key whose logits vary from block to block."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(heads: int) -> Tensor:
+        def noise(count: int) -> Tensor:
+            return torch.randn((2, heads, count, HEAD_DIM), generator=generator)
+
+        drift = noise(-(-LENGTH // 64)).repeat_interleave(64, dim=2)[:, :, :LENGTH]
+        return (noise(LENGTH) * 0.5 + drift * 1.5).to(device, dtype)
+
+    return tokens(HEADS), tokens(KEY_HEADS)
+
+
+def _geometry(padding: int, device: torch.device) -> BlockGeometry:
+    """Two rows of a batch, causal, one of them padded on the left."""
+    mask = None
+    if padding:
+        valid = torch.arange(LENGTH, device=device) >= torch.tensor([[0], [padding]], device=device)
+        mask = MaskProgram.parse("t0[b, kv]", tensors=[valid], batch=2, q_len=LENGTH, kv_len=LENGTH)
+    return BlockGeometry(q_len=LENGTH, kv_len=LENGTH, block_size=BLOCK, causal_offset=0, mask=mask)
+
+
+def _difference(
+    lists: BlockLists, query: Tensor, key: Tensor, geometry: BlockGeometry, threshold: float
+) -> str:
+    """How lists differ from those of plain PyTorch, or empty."""
+    mask = summarize(None, geometry, c_q=C_Q, c_k=C_K, device=query.device)
+    scores = compute_mean_scores(
+        query,
+        key,
+        geometry=geometry,
+        granularities=[
+            Pooled(q=C_Q, k=C_K),
+            Sampled(queries=SAMPLED),
+        ],
+        scale=default_scale(HEAD_DIM),
+        mask=mask,
+    )
+    kept = lists.kept()
+    most, least = (
+        select_blocks(
+            scores,
+            rule=Threshold(threshold=threshold * factor),
+            forced_blocks=FORCED,
+            geometry=geometry,
+            mask=mask,
+        )[0]
+        for factor in (1 - SLACK, 1 + SLACK)
+    )
+    wrong = int(((kept & ~most) | (least & ~kept)).sum())
+    if wrong:
+        return f"{wrong} of {kept.numel()} blocks differ from plain PyTorch's"
+    visible = geometry.block_bounds(query.device)[0]
+    given = lists.tensors()
+    wanted = BlockSelection(keep=kept, visible=visible, geometry=geometry).block_lists()
+    for part, kind in ((0, "partial"), (2, "full")):
+        listed = (
+            torch.arange(given[part + 1].shape[-1], device=kept.device) < wanted[part][..., None]
+        )
+        same_counts = torch.equal(given[part], wanted[part])
+        if not (same_counts and torch.equal(given[part + 1][listed], wanted[part + 1][listed])):
+            return f"the lists of {kind} blocks differ from plain PyTorch's"
+    return ""
+
+
+def _remembered(device: int, compute: Compute) -> str:
+    path, kind = _path(), _kind(device)
+    known: object = None
+    with suppress(OSError, ValueError):
+        known = json.loads(path.read_text())
+    if not isinstance(known, dict):
+        known = {}
+    if isinstance(known.get(kind), str):
+        found: str = known[kind]
+    else:
+        with torch.cuda.device(device), torch.no_grad():
+            found = find_failure(torch.device("cuda", device), compute)
+        # A home that cannot be written to: found out again by the next process.
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            written = path.with_suffix(f".{os.getpid()}")
+            written.write_text(json.dumps(known | {kind: found}, indent=1))
+            written.replace(path)
+    if found:
+        logger.warning(
+            "the selection kernels fail on this GPU, plain PyTorch selects instead: %s; please "
+            "report this line: %s",
+            found,
+            kind,
+        )
+    return found
+
+
+def _path() -> Path:
+    """The file of what was found, in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "unisparse_flex" / "self_check.json"
+
+
+def _kind(device: int) -> str:
+    """What the outcome depends on."""
+    sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    kernels = hashlib.sha256(sources).hexdigest()[:12]
+    return (
+        f"{torch.cuda.get_device_name(device)}, driver {_driver()}, torch {torch.__version__}, "
+        f"triton {version('triton')}, kernels {kernels}"
+    )
+
+
+def _driver() -> str:
+    """The version of CUDA that the driver speaks."""
+    found = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    except OSError:
+        return "unknown"
+    return f"{found.value // 1000}.{found.value % 1000 // 10}"
