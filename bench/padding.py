@@ -1,7 +1,6 @@
 """What left padding changes: KL to the dense model and density of prompts that are padded.
 
-A padded prompt's blocks are counted from the padding's first token, so its tokens fall into other
-blocks than those of the same prompt alone.
+A padded prompt's rows are turned until its first token begins a block, as it does alone.
 
 python -m bench.padding [--tokens N] [--paddings 0,33,64,127,500] [--seeds 0,1,2]
     [--output FILE]

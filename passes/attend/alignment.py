@@ -68,8 +68,8 @@ def align(call: SdpaCall, config: SparseConfig, *, traced: bool) -> AlignedCall 
 
     Returns:
         ``None`` where nothing may be padded on the left, or nothing is: no mask that hides keys
-        from all rows, rows that are no sequence of their own (a chunk, a cache), rows that see
-        what comes after them, a window that keeps all its blocks.
+        from all rows, one that differs from head to head, rows that are no sequence of their own
+        (a chunk, a cache), rows that see what comes after them, a window that keeps all its blocks.
     """
     if not is_known(call.query.shape[2] == call.key.shape[2]):
         return None
@@ -139,10 +139,14 @@ def _shift_of_pairs(mask: Tensor, length: int, block_size: int) -> Tensor | None
 
     Not at all where a row sees a key after it: then rows of padding may see something too.
     """
+    same_for_rows = is_known(mask.stride(2) == 0)
     if not (is_known(mask.shape[2] == length) and is_known(mask.shape[3] == length)):
         return None
+    if same_for_rows or not is_known(mask.shape[1] == 1):
+        # Rows of padding see what all rows see; biases of heads are no padding.
+        return None
     position = torch.arange(length, device=mask.device)
-    seen = visible_tokens(mask).any(1)
+    seen = visible_tokens(mask)[:, 0]
     is_causal = ~(seen & (position > position[:, None])).flatten(1).any(-1)
     return seen.any(1).int().argmax(-1) % block_size * is_causal
 

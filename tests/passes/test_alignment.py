@@ -194,12 +194,21 @@ def test_a_mask_of_pairs_that_is_not_causal_stays_as_it_is() -> None:
     """Rows of padding see keys."""
     valid = tensors([0, 9], 70, seed=0)[0]
     call = call_of("", torch.randn(3, 2, 4, 70, 16), [])
-    for pairs, turned in (
-        (valid[:, None, None, :].expand(-1, -1, 70, -1), 0),
-        (valid[:, None, None, :] & torch.ones(70, 70, dtype=torch.bool).tril(), 9),
+    of_all_rows = valid[:, None, None, :].expand(-1, -1, 70, -1)
+    causal = of_all_rows & torch.ones(70, 70, dtype=torch.bool).tril()
+    for pairs, shifts in (
+        (causal, [0, 9]),
+        (of_all_rows.contiguous(), [0, 0]),
+        (of_all_rows, None),
+        (valid[:, None, None, :], None),
+        (causal.expand(-1, 4, -1, -1).contiguous(), None),
     ):
         given_pairs = replace(call, is_causal=False, mask_tensors=None, attn_mask=pairs)
-        assert shift_of(given_pairs) == [0, turned]
+        if shifts is not None:
+            assert shift_of(given_pairs) == shifts
+        else:
+            config = SparseConfig(selector=SELECTORS[1], min_length=0)
+            assert align(given_pairs, config, traced=True) is None
 
 
 def test_nothing_is_moved_where_nothing_is_padded() -> None:
