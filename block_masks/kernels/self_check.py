@@ -5,7 +5,6 @@ What was found is remembered on disk, until the driver, torch, triton or the ker
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import logging
@@ -198,10 +197,8 @@ def _kind(device: int) -> str:
 
 
 def _driver() -> str:
-    """The version of CUDA that the driver speaks."""
-    found = ctypes.c_int()
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
-    except OSError:
-        return "unknown"
-    return f"{found.value // 1000}.{found.value % 1000 // 10}"
+    """The version of NVIDIA's driver, where it says it."""
+    with suppress(OSError):
+        words = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split()
+        return next((word for word in words if word[0].isdigit()), "unknown")
+    return "unknown"

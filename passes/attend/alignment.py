@@ -10,6 +10,7 @@ Symbols: B batch, Hq/Hkv heads, S tokens, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -58,13 +59,16 @@ class AlignedCall(SdpaCall):
         return _turned(output, -self.shift)
 
 
-def align(call: SdpaCall, config: SparseConfig, *, traced: bool) -> AlignedCall | None:
+def align(
+    call: SdpaCall, config: SparseConfig, *, traced: bool, prepared: Sequence[Tensor] = ()
+) -> AlignedCall | None:
     """The call with its padding outside of the block grid.
 
     Args:
         call: A call that `decision.refuse` let through.
         config: Its settings.
         traced: Whether it is recorded into a graph, where nothing can be asked of its mask.
+        prepared: What `prepared_mask` made of its mask, where it did.
 
     Returns:
         ``None`` where nothing may be padded on the left, or nothing is: no mask that hides keys
@@ -88,6 +92,13 @@ def align(call: SdpaCall, config: SparseConfig, *, traced: bool) -> AlignedCall 
             assert program is not None
             turned = _turn_formula(program, shift)
             changed = {"mask": format_mask(turned.expr), "mask_tensors": turned.tensors}
+    if prepared:
+        # What was just computed again is then read by nothing, and no part of the graph.
+        shift, *tensors = prepared
+        if call.attn_mask is None:
+            changed["mask_tensors"] = tensors
+        else:
+            changed["attn_mask"] = tensors[0]
     shift = shift.expand(call.query.shape[0])
     for name in ("query", "key", "value"):
         changed[name] = _turned(getattr(call, name), shift)
@@ -96,12 +107,23 @@ def align(call: SdpaCall, config: SparseConfig, *, traced: bool) -> AlignedCall 
 
 
 def prepared_mask(*args: Any, config: str = "", **kwargs: Any) -> list[Tensor]:
-    """What the selector prepares of the mask of a call, whose arguments these are."""
+    """What is made once of the mask of several calls, such as the one with these arguments.
+
+    Of a call that is aligned the shift and the tensors of its turned mask, and behind them, or
+    alone, what the selector prepares.
+    """
     call, settings = SdpaCall.bind(args, kwargs), SparseConfig.decode(config)
     call = apply_autocast(call.with_constants())
-    call = align(call, settings, traced=True) or call
+    aligned = align(call, settings, traced=True)
+    made: list[Tensor] = []
+    if aligned is not None:
+        call = aligned
+        of_mask = (call.mask_tensors or ()) if call.attn_mask is None else (call.attn_mask,)
+        made = [aligned.shift, *of_mask]
+    if call.attn_mask is not None:
+        return made
     with torch.no_grad():
-        return settings.selector.prepare_mask(
+        return made + settings.selector.prepare_mask(
             call.query,
             call.key,
             geometry=call_geometry(call, settings),

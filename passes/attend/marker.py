@@ -91,9 +91,7 @@ def lowered_sdpa(
     """
     lower = {"": compiled_once, "body": compiled_inline, "loop": compiled_in_loop}[body]
     call = SdpaCall.bind(args, kwargs)
-    if prepared:
-        call = replace(call, mask_tensors=[*(call.mask_tensors or ()), *prepared])
-    return _compute(call, SparseConfig.decode(config), lower)
+    return _compute(call, SparseConfig.decode(config), lower, prepared)
 
 
 @contextmanager
@@ -140,8 +138,17 @@ def _marker_kernel(*args: Any, config: str = "", **kwargs: Any) -> Tensor:
 _library.impl("sdpa", _marker_kernel, "CompositeImplicitAutograd")
 
 
-def _compute(call: SdpaCall, config: SparseConfig, lower: Lowering | None = None) -> Tensor:
-    """Runs or traces a call; ``lower`` is what Inductor compiles, where that is known to."""
+def _compute(
+    call: SdpaCall,
+    config: SparseConfig,
+    lower: Lowering | None = None,
+    prepared: Sequence[Tensor] = (),
+) -> Tensor:
+    """Runs or traces a call.
+
+    ``lower`` is what Inductor compiles, where that is known to; ``prepared`` is what
+    `prepared_mask` made of the mask, where it did.
+    """
     if is_sharded(call) and refuse_sharding(call) is None:
         # A graph that was rewritten: what is caught in Python comes here on local tensors.
         return run_on_shards(call, lambda local, _: _compute(local, config, lower))
@@ -171,9 +178,11 @@ def _compute(call: SdpaCall, config: SparseConfig, lower: Lowering | None = None
         flex_backend(call, config.selector.block_size, config.backend)
     if observer is None and not tracing and _runs_compiled(call):
         return run_compiled(call, config)
-    aligned = align(call, config, traced=tracing)
+    aligned = align(call, config, traced=tracing, prepared=prepared)
     if aligned is not None:
         return aligned.restore(_run_sparse(aligned, config, lower, observer))
+    if prepared:
+        call = replace(call, mask_tensors=[*(call.mask_tensors or ()), *prepared])
     return _run_sparse(call, config, lower, observer)
 
 

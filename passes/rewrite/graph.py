@@ -38,7 +38,7 @@ LOWERED: frozenset[Callable[..., Any]] = frozenset({lowered_sdpa, lowered_multih
 
 
 class PreparedMasks:
-    """What selectors prepare of the masks of one graph, each once for the calls that share it."""
+    """What is made of the masks of one graph, each once for the calls that share it."""
 
     # Where kernels read it.
     DEVICE = "cuda"
@@ -57,6 +57,7 @@ class PreparedMasks:
             *shapes,
             *map(str, flags),
             call.is_causal,
+            call.attn_mask,
             *(call.mask_tensors or ()),
             *(call.mask_numbers or ()),
         )
@@ -218,7 +219,7 @@ def _rewrite_node(
     if call.key is not repeated[0]:
         report.ungrouped[name] = saved
     _write_call(node, call, config, lower=lower)
-    if lower and call.mask and name not in report.windows:
+    if lower and (call.mask or call.attn_mask is not None) and name not in report.windows:
         prepared.give(node, call)
     if name in report.ungrouped:
         erase_unused(repeated)
