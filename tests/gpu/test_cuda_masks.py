@@ -69,6 +69,12 @@ def test_a_proved_mask_is_exact(name: str, dynamic: bool | None) -> None:
             exact = attend(query, key, value, attn_mask=mask)
             plain = attend(query, key, value, attn_mask=mask, dtype=BF16)
             assert rmse(output, exact) <= 2 * rmse(plain, exact)
+        elif name == "padded":
+            # Blocks are counted from a row's own first token.
+            for row, start in enumerate(first[:, 0].tolist()):
+                alone = tuple(t[row : row + 1, :, start:] for t in (query, key, value))
+                assert_attends(output[row : row + 1, :, start:], alone, selector, offset=0)
+                assert not output[row, :, :start].any()
         else:
             # What is proved causal is scored as such, by kernels that round in their own way.
             options = {"offset": 0} if name == "causal" else {"attn_mask": mask}
