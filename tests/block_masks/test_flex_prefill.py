@@ -273,7 +273,7 @@ def test_it_compiles_without_a_graph_break(selector: FlexPrefill) -> None:
 
     torch.compiler.reset()
     compiled = torch.compile(select, fullgraph=True, dynamic=True, backend="aot_eager")
-    for q_len, kv_len in ((100, 100), (37, 150), (131, 140)):
+    for q_len, kv_len in ((37, 150), (131, 140)):
         query, key = tokens(1, 2, 4, q_len, 4), tokens(2, 2, 2, kv_len, 4)
         assert compiled(query, key).equal(select(query, key))
 

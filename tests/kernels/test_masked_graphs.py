@@ -89,9 +89,6 @@ MASKS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "padding on the left": lambda ids, length: (
         causal(length) & (ids > 0)[:, None, None, :] & (ids > 0)[:, None, :, None]
     ),
-    "padding and a prefix": lambda ids, length: (
-        (causal(length) | (ids < 1)[:, None, None, :]) & (ids < 2)[:, None, None, :]
-    ),
     "documents in chunks": lambda ids, length: (
         causal(length) & chunks(length) & (ids[:, :, None] == ids[:, None])[:, None]
     ),
