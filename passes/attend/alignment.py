@@ -5,7 +5,7 @@ that holds only the prompt's first token makes that token's composite key all si
 keeps other blocks than the same prompt alone. So each row of the batch is turned until its first
 key that is no padding begins a block of the row alone, and its output is turned back.
 
-Symbols: B batch, Hq/Hkv heads, S tokens, D head_dim.
+Symbols: B batch, Hq/Hkv heads, S tokens, Sq/Skv those of queries and keys, D head_dim.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ from .sparse_attention import apply_autocast, call_geometry, keeps_window, logit
 class AlignedCall(SdpaCall):
     """A call whose rows are turned: token ``i`` of row ``b`` was ``(i + shift[b]) % S``.
 
+    Of queries S is Sq, of keys Skv.
+
     Attributes:
         shift: int64 [B], below the block size.
     """
@@ -72,11 +74,9 @@ def align(
 
     Returns:
         ``None`` where nothing may be padded on the left, or nothing is: no mask that hides keys
-        from all rows, one that differs from head to head, rows that are no sequence of their own
-        (a chunk, a cache), rows that see what comes after them, a window that keeps all its blocks.
+        from all rows, one that differs from head to head, rows that do not begin the sequence (a
+        chunk), rows that see what comes after them, a window that keeps all its blocks.
     """
-    if not is_known(call.query.shape[2] == call.key.shape[2]):
-        return None
     block_size = config.selector.block_size
     with torch.no_grad():
         if call.attn_mask is not None:
@@ -138,7 +138,7 @@ def _is_of_keys(part: Bool) -> bool:
 
 
 def _valid_keys(program: MaskProgram, device: torch.device) -> Tensor:
-    """Keys that such parts do not hide: bool [B, S]."""
+    """Keys that such parts do not hide: bool [B, Skv]."""
     of_keys = all_of(part for part in conjuncts(program.expr) if _is_of_keys(part))
     return token_values(program, of_keys, device)[0].expand(program.batch, program.kv_len)
 
@@ -150,7 +150,9 @@ def _shift_of_formula(call: SdpaCall, config: SparseConfig) -> Tensor | None:
         return None
     offset = call.causal_offset()
     offset = program.split_causal()[0] if offset is None else offset
-    if offset is None or not is_known(offset == 0) or keeps_window(call_geometry(call, config)):
+    if offset is None or not is_known(offset == 0) or not is_known(program.q_len <= program.kv_len):
+        return None
+    if keeps_window(call_geometry(call, config)):
         return None
     first = _valid_keys(program, call.query.device).int().argmax(-1)
     return first % config.selector.block_size
@@ -159,7 +161,8 @@ def _shift_of_formula(call: SdpaCall, config: SparseConfig) -> Tensor | None:
 def _shift_of_pairs(mask: Tensor, length: int, block_size: int) -> Tensor | None:
     """How far to turn the rows of a call with a mask tensor: int64 [1 or B].
 
-    Not at all where a row sees a key after it: then rows of padding may see something too.
+    Not at all where a row sees a key after it: then rows of padding may see something too. Where
+    there are more keys than rows, whether these begin the sequence is known only when it runs.
     """
     same_for_rows = is_known(mask.stride(2) == 0)
     if not (is_known(mask.shape[2] == length) and is_known(mask.shape[3] == length)):
@@ -189,8 +192,9 @@ def _turn_formula(program: MaskProgram, shift: Tensor) -> MaskProgram:
     """
     device = shift.device
     valid = _valid_keys(program, device)
-    position = torch.arange(program.kv_len, device=device)
-    before_end = position < program.kv_len - shift[:, None]
+    row, key = (torch.arange(size, device=device) for size in (program.q_len, program.kv_len))
+    row_exists = row < program.q_len - shift[:, None]
+    key_exists = key < program.kv_len - shift[:, None]
     tensors: list[Tensor] = []
     known: dict[Load, Load] = {}
 
@@ -216,8 +220,8 @@ def _turn_formula(program: MaskProgram, shift: Tensor) -> MaskProgram:
         return variable(known[atom])
 
     parts: list[Bool] = [
-        Truth(entry(_turn_tokens(valid, shift) & before_end, B, KV)),
-        Truth(entry(before_end, B, Q)),
+        Truth(entry(_turn_tokens(valid, shift) & key_exists, B, KV)),
+        Truth(entry(row_exists, B, Q)),
     ]
     rest = (part for part in conjuncts(program.expr) if not _is_of_keys(part))
     parts += [replace_atoms(part, turned) for part in rest]

@@ -218,7 +218,25 @@ def test_nothing_is_moved_where_nothing_is_padded() -> None:
     assert align(call, config, traced=True) is not None
 
 
-def test_keys_of_a_cache_stay_where_they_are() -> None:
-    call = call_of(KINDS["padding"].text, torch.randn(3, 2, 4, 70, 16), tensors([0, 9], 70, 0))
+@given(paddings=st.lists(st.integers(0, 60), min_size=1, max_size=3), seed=st.integers(0, 2**16))
+def test_a_cache_that_is_longer_than_the_prompt_is_turned_with_it(
+    paddings: list[int], seed: int
+) -> None:
+    length, room = 70, 33
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn((3, len(paddings), 4, length + room, 16), generator=generator).double()
+    of_mask = tensors(paddings, length + room, seed)
+    whole = call_of(KINDS["padding"].text, inputs, of_mask)
+    output, _ = attend(replace(whole, query=whole.query[:, :, :length]), SELECTORS[1])
+    for row, padding in enumerate(paddings):
+        own = slice(row, row + 1)
+        alone, _ = attend(call_of("", inputs[:, own, :, padding:length], []), SELECTORS[1])
+        torch.testing.assert_close(output[own, :, padding:], alone, atol=1e-10, rtol=1e-10)
+        assert not output[own, :, :padding].any()
+
+
+def test_a_chunk_over_a_cache_stays_where_it_is() -> None:
+    text = KINDS["padding"].text.replace("kv <= q", "kv <= q + 40")
+    call = call_of(text, torch.randn(3, 2, 4, 70, 16), tensors([0, 9], 70, 0))
     call = replace(call, query=call.query[:, :, :30])
     assert align(call, SparseConfig(selector=SELECTORS[0], min_length=0), traced=True) is None
