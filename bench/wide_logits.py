@@ -93,7 +93,7 @@ def _measure_one(
     row["density"] = found.density()
 
     def compare() -> None:
-        with mock.patch.object(kernels, "supports", return_value=False):
+        with mock.patch.object(kernels, "obstacle", return_value="compared"):
             reference = select()
         row["density_reference"] = reference.density()
         differing = (found.keep != reference.keep).sum() / reference.keep.sum()

@@ -7,7 +7,6 @@ from .operator import (
     pool_keys,
     prepare_mask,
     select_lists,
-    supports,
     supports_keys,
 )
 
@@ -18,6 +17,5 @@ __all__ = [
     "pool_keys",
     "prepare_mask",
     "select_lists",
-    "supports",
     "supports_keys",
 ]

@@ -47,11 +47,6 @@ _library.define(
 )
 
 
-def supports(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) -> bool:
-    """Whether the kernels can select for a call without an ``attn_mask``: no `obstacle`."""
-    return obstacle(query, key, geometry, scale) is None
-
-
 def obstacle(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) -> str | None:
     """Why the kernels cannot select for a call without an ``attn_mask``; ``None`` where they can.
 
@@ -92,7 +87,7 @@ def select_lists(
     scale: float,
     are_composites: bool = False,
 ) -> BlockLists:
-    """Scores and selects by the kernels, for a call that `supports` accepts.
+    """Scores and selects by the kernels, for a call without an `obstacle`.
 
     Args:
         query: [B, Hq, Sq, D].

@@ -180,8 +180,10 @@ class UniSparse(ForcesBlocks, Selector):
     ) -> BlockSelection:
         """See `Selector.compute_selection`."""
         validate_merged_heads(query.shape[1], key.shape[1], self.c_h)
-        has_kernels = self._has_kernels and attn_mask is None
-        if has_kernels and kernels.supports(query, key, geometry, scale):
+        obstacle = self.kernel_obstacle(
+            query, key, geometry=geometry, scale=scale, attn_mask=attn_mask
+        )
+        if obstacle is None:
             return self._select_by_kernels(query, key, geometry=geometry, scale=scale)
         mask = summarize(attn_mask, geometry, c_q=self.c_q, c_k=self.c_k, device=query.device)
         granularities: list[Pooled | Sampled] = [self.granularity]
@@ -220,7 +222,8 @@ class UniSparse(ForcesBlocks, Selector):
         self, query: Tensor, key: Tensor, *, geometry: BlockGeometry, scale: float
     ) -> list[Tensor]:
         """See `Selector.prepare_mask`: tables for the kernels, where these select."""
-        if not (self._has_kernels and kernels.supports(query, key, geometry, scale)):
+        obstacle = self.kernel_obstacle(query, key, geometry=geometry, scale=scale, attn_mask=None)
+        if obstacle is not None:
             return []
         return kernels.prepare_mask(
             geometry,
@@ -281,7 +284,10 @@ class UniSparse(ForcesBlocks, Selector):
                 self, query, keys, geometry=geometry, scale=scale
             )
         validate_merged_heads(query.shape[1], keys.tokens.shape[1], self.c_h)
-        if self._has_kernels and kernels.supports(query, keys.tokens, geometry, scale):
+        obstacle = self.kernel_obstacle(
+            query, keys.tokens, geometry=geometry, scale=scale, attn_mask=None
+        )
+        if obstacle is None:
             return self._select_by_kernels(
                 query, keys.tokens, geometry=geometry, scale=scale, are_composites=True
             )

@@ -112,7 +112,12 @@ def test_each_head_selects_as_with_its_threshold_for_all(top_p: float | None) ->
 
 def test_kernels_are_not_asked_for_thresholds_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(kernels, "supports", lambda *call: asked.append(call))
+
+    def obstacle(*call: object) -> str:
+        asked.append(call)
+        return "none here"
+
+    monkeypatch.setattr(kernels, "obstacle", obstacle)
     query = torch.randn(1, 2, 256, 16)
     UniSparse(threshold=0.1).select(query, query, is_causal=True)
     assert len(asked) == 1

@@ -64,7 +64,7 @@ def test_the_operator_selects_by_what_pairs_are_visible(name: str, dtype: torch.
         masked = MaskedCall(call=call, text=text, tensors=tensors or (torch.zeros(1).cuda(),))
         query, key = tokens_of(call)
         geometry, selector = masked.geometry, call.selector
-        assert kernels.supports(query, key, geometry, 1.0)
+        assert kernels.obstacle(query, key, geometry, 1.0) is None
         lists = kernels.select_lists(
             query,
             key,

@@ -90,7 +90,7 @@ def arguments(call: KernelCall) -> dict[str, Any]:
 
 
 def run(call: KernelCall, query: Tensor, key: Tensor) -> BlockLists:
-    assert operator.supports(query, key, call.geometry, default_scale(call.head_dim))
+    assert operator.obstacle(query, key, call.geometry, default_scale(call.head_dim)) is None
     return BlockLists(*torch.ops.unisparse.select_blocks(query, key, **arguments(call)))
 
 
