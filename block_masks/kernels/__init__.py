@@ -1,7 +1,6 @@
 """Scoring and selection in Triton."""
 
 from .operator import (
-    LEAST_CAPABILITY,
     MEASURED,
     obstacle,
     pool_keys,
@@ -11,7 +10,6 @@ from .operator import (
 )
 
 __all__ = [
-    "LEAST_CAPABILITY",
     "MEASURED",
     "obstacle",
     "pool_keys",

@@ -22,7 +22,7 @@ from ..block_lists import BlockLists
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
 from ..granularity import Pooled, Sampled
-from ..mask_summary import summarize
+from ..mask_summary import MaskSummary, summarize
 from ..masks import MaskProgram
 from ..scoring import compute_mean_scores, default_scale
 from ..selection import ForcedBlocks, Threshold, select_blocks
@@ -61,6 +61,15 @@ def find_failure(device: torch.device, compute: Compute) -> str:
     for dtype, padding in ((torch.bfloat16, 0), (torch.float32, 37)):
         query, key = _draw(dtype, device)
         geometry = _geometry(padding, device)
+        mask = summarize(None, geometry, c_q=C_Q, c_k=C_K, device=device)
+        scores = compute_mean_scores(
+            query,
+            key,
+            geometry=geometry,
+            granularities=[Pooled(q=C_Q, k=C_K), Sampled(queries=SAMPLED)],
+            scale=default_scale(HEAD_DIM),
+            mask=mask,
+        )
         for threshold in THRESHOLDS:
             try:
                 lists = compute(
@@ -79,7 +88,7 @@ def find_failure(device: torch.device, compute: Compute) -> str:
                 # A compiler's or a launch's: whatever it is, plain PyTorch still selects.
                 found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             else:
-                found = _difference(lists, query, key, geometry, threshold)
+                found = _difference(lists, scores, geometry, mask, threshold)
             if found:
                 masked = "with padding" if padding else "without a mask"
                 return f"{str(dtype).removeprefix('torch.')} {masked}: {found}"
@@ -110,21 +119,13 @@ def _geometry(padding: int, device: torch.device) -> BlockGeometry:
 
 
 def _difference(
-    lists: BlockLists, query: Tensor, key: Tensor, geometry: BlockGeometry, threshold: float
+    lists: BlockLists,
+    scores: Tensor,
+    geometry: BlockGeometry,
+    mask: MaskSummary | None,
+    threshold: float,
 ) -> str:
-    """How lists differ from those of plain PyTorch, or empty."""
-    mask = summarize(None, geometry, c_q=C_Q, c_k=C_K, device=query.device)
-    scores = compute_mean_scores(
-        query,
-        key,
-        geometry=geometry,
-        granularities=[
-            Pooled(q=C_Q, k=C_K),
-            Sampled(queries=SAMPLED),
-        ],
-        scale=default_scale(HEAD_DIM),
-        mask=mask,
-    )
+    """How lists differ from those of plain PyTorch, which selects by ``scores``, or empty."""
     kept = lists.kept()
     most, least = (
         select_blocks(
@@ -139,7 +140,7 @@ def _difference(
     wrong = int(((kept & ~most) | (least & ~kept)).sum())
     if wrong:
         return f"{wrong} of {kept.numel()} blocks differ from plain PyTorch's"
-    visible = geometry.block_bounds(query.device)[0]
+    visible = geometry.block_bounds(scores.device)[0]
     given = lists.tensors()
     wanted = BlockSelection(keep=kept, visible=visible, geometry=geometry).block_lists()
     for part, kind in ((0, "partial"), (2, "full")):

@@ -79,18 +79,18 @@ def align(
     """
     block_size = config.selector.block_size
     with torch.no_grad():
+        valid: Tensor | None = None
         if call.attn_mask is not None:
             shift = _shift_of_pairs(mask_4d(call.attn_mask), call.query.shape[2], block_size)
         else:
-            shift = _shift_of_formula(call, config)
+            valid = _valid_keys(call, config)
+            shift = None if valid is None else valid.int().argmax(-1) % block_size
         if shift is None or not (traced or shift.device.type != "cpu" or shift.any()):
             return None
-        if call.attn_mask is not None:
+        if valid is None:
             changed: dict[str, Any] = {"attn_mask": _turn_pairs(mask_4d(call.attn_mask), shift)}
         else:
-            program = call.mask_program()
-            assert program is not None
-            turned = _turn_formula(program, shift)
+            turned = _turn_formula(call.mask_program(), valid, shift)
             changed = {"mask": format_mask(turned.expr), "mask_tensors": turned.tensors}
     if prepared:
         # What was just computed again is then read by nothing, and no part of the graph.
@@ -137,16 +137,13 @@ def _is_of_keys(part: Bool) -> bool:
     return loads and "kv" in coordinates(part) and "q" not in coordinates(part)
 
 
-def _valid_keys(program: MaskProgram, device: torch.device) -> Tensor:
-    """Keys that such parts do not hide: bool [B, Skv]."""
-    of_keys = all_of(part for part in conjuncts(program.expr) if _is_of_keys(part))
-    return token_values(program, of_keys, device)[0].expand(program.batch, program.kv_len)
-
-
-def _shift_of_formula(call: SdpaCall, config: SparseConfig) -> Tensor | None:
-    """How far to turn the rows of a call with a proved mask: int64 [B]."""
+def _valid_keys(call: SdpaCall, config: SparseConfig) -> Tensor | None:
+    """Keys that such parts of a proved mask do not hide, where it may pad: bool [B, Skv]."""
     program = call.mask_program()
-    if program is None or not any(_is_of_keys(part) for part in conjuncts(program.expr)):
+    if program is None:
+        return None
+    of_keys = [part for part in conjuncts(program.expr) if _is_of_keys(part)]
+    if not of_keys:
         return None
     offset = call.causal_offset()
     offset = program.split_causal()[0] if offset is None else offset
@@ -154,8 +151,8 @@ def _shift_of_formula(call: SdpaCall, config: SparseConfig) -> Tensor | None:
         return None
     if keeps_window(call_geometry(call, config)):
         return None
-    first = _valid_keys(program, call.query.device).int().argmax(-1)
-    return first % config.selector.block_size
+    valid, _ = token_values(program, all_of(of_keys), call.query.device)
+    return valid.expand(program.batch, program.kv_len)
 
 
 def _shift_of_pairs(mask: Tensor, length: int, block_size: int) -> Tensor | None:
@@ -184,14 +181,14 @@ def _turn_pairs(mask: Tensor, shift: Tensor) -> Tensor:
     return mask[batch, head, source[:, None, :, None], source[:, None, None, :]]
 
 
-def _turn_formula(program: MaskProgram, shift: Tensor) -> MaskProgram:
-    """The mask of the turned call.
+def _turn_formula(program: MaskProgram | None, valid: Tensor, shift: Tensor) -> MaskProgram:
+    """The mask of the turned call, of whose keys ``valid`` are.
 
     Causality leaves the rows before the first valid key without keys, so that what turns to the
     end is seen by nobody and sees nothing.
     """
+    assert program is not None
     device = shift.device
-    valid = _valid_keys(program, device)
     row, key = (torch.arange(size, device=device) for size in (program.q_len, program.kv_len))
     row_exists = row < program.q_len - shift[:, None]
     key_exists = key < program.kv_len - shift[:, None]
