@@ -60,8 +60,7 @@ def test_the_operator_selects_by_what_pairs_are_visible(name: str, dtype: torch.
         options = {"c_k": 128, "c_q": 16, "sampled_queries": 4} if index % 2 else {}
         options["causal"] = name not in ("prefix", "images")
         call = cuda_call(LENGTH, batch=BATCH, dtype=dtype, seed=index, **rule, **options)
-        # One that the formula does not read says where the definition is computed.
-        masked = MaskedCall(call=call, text=text, tensors=tensors or (torch.zeros(1).cuda(),))
+        masked = MaskedCall(call=call, text=text, tensors=tensors, device=torch.device("cuda"))
         query, key = tokens_of(call)
         geometry, selector = masked.geometry, call.selector
         assert kernels.obstacle(query, key, geometry, 1.0) is None

@@ -33,11 +33,13 @@ class MaskedCall:
         call: Lengths, heads, selector.
         text: The mask, see `MaskProgram`.
         tensors: What it reads.
+        device: Where its definition is computed.
     """
 
     call: KernelCall
     text: str
     tensors: tuple[Tensor, ...]
+    device: torch.device = CPU
 
     @property
     def geometry(self) -> BlockGeometry:
@@ -55,9 +57,8 @@ class MaskedCall:
     def pairs(self) -> Tensor:
         """The mask and causality, pair by pair: bool [1 or B, 1, Sq, Skv]."""
         geometry = self.geometry
-        device = self.tensors[0].device if self.tensors else CPU
-        row = torch.arange(geometry.q_len, device=device)
-        key = torch.arange(geometry.kv_len, device=device)
+        row = torch.arange(geometry.q_len, device=self.device)
+        key = torch.arange(geometry.kv_len, device=self.device)
         assert geometry.mask is not None
         pairs = geometry.mask.pairs(row, key)
         if geometry.causal_offset is not None:
