@@ -6,7 +6,7 @@ from .block_mask import causal_mask_mod, create_block_mask, selection_mask_mod, 
 from .block_selection import BlockSelection
 from .geometry import BlockGeometry
 from .granularity import CompositeKeys, Pooled, Sampled, pool_tokens
-from .mask_summary import MaskSummary, summarize, visible_tokens
+from .mask_summary import MaskSummary, summarize
 from .patch_order import PatchOrder
 from .scoring import (
     compute_block_scores,
@@ -57,7 +57,6 @@ __all__ = [
     "supports_dtype",
     "to_block_mask",
     "valid_blocks",
-    "visible_tokens",
 ]
 
 # Where names of earlier releases are, below unisparse_flex.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
-from .masks import Tiles, is_known, mask_4d, row_spans, tile_bounds
+from .masks import Tiles, is_known, mask_4d, row_spans, tile_bounds, visible_tokens
 from .strides import fix_strides
 
 
@@ -38,21 +38,6 @@ class MaskSummary:
     query_valid: Tensor
     row_blocks: Tensor | None
     row_sees: Tensor | None
-
-
-def visible_tokens(attn_mask: Tensor) -> Tensor:
-    """Which (query, key) pairs take part.
-
-    Args:
-        attn_mask: bool (True takes part) or floating (added to the logits).
-
-    Returns:
-        bool of the same shape. An additive entry at the dtype's minimum or -inf takes no part.
-    """
-    if attn_mask.dtype is torch.bool:
-        return attn_mask
-    # Written so that a NaN takes part, and so reaches the output as in SDPA.
-    return ~(attn_mask <= torch.finfo(attn_mask.dtype).min)
 
 
 def expand_mask(attn_mask: Tensor, geometry: BlockGeometry) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .geometry import BlockGeometry
 from .granularity import CompositeKeys, Pooled, Sampled, pool_heads, pool_tokens, split_tokens
-from .mask_summary import MaskSummary, expand_mask, visible_tokens
+from .mask_summary import MaskSummary, expand_mask
+from .masks import visible_tokens
 
 
 def compute_mean_scores(

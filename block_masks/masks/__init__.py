@@ -1,5 +1,6 @@
 """Masks as programs, formulas of a query's and a key's position; and as tensors of pairs."""
 
+from .contents import MaskContents, read_mask
 from .evaluation import number_of
 from .expr import (
     FALSE,
@@ -32,7 +33,7 @@ from .expr import (
 from .hulls import Hull, hull_of
 from .program import MaskProgram, is_known
 from .rows import has_intervals, row_spans, says_intervals
-from .tensors import mask_4d
+from .tensors import mask_4d, visible_tokens
 from .text import format_mask
 from .tiles import Tiles, tile_bounds, token_values
 from .walk import atoms, coordinates, map_parts, replace_atoms, replace_in
@@ -51,6 +52,7 @@ __all__ = [
     "FloorDiv",
     "Hull",
     "Load",
+    "MaskContents",
     "MaskProgram",
     "Or",
     "Q",
@@ -74,6 +76,7 @@ __all__ = [
     "negate",
     "number_of",
     "offset_bound",
+    "read_mask",
     "replace_atoms",
     "replace_in",
     "row_spans",
@@ -82,4 +85,5 @@ __all__ = [
     "token_values",
     "upper_bound",
     "variable",
+    "visible_tokens",
 ]

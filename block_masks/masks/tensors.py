@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -12,3 +13,18 @@ def mask_4d(attn_mask: Tensor) -> Tensor:
         [1 or B, 1 or Hq, 1 or Sq, 1 or Skv]; nothing is copied.
     """
     return attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
+
+
+def visible_tokens(attn_mask: Tensor) -> Tensor:
+    """Which (query, key) pairs take part.
+
+    Args:
+        attn_mask: bool (True takes part) or floating (added to the logits).
+
+    Returns:
+        bool of the same shape. An additive entry at the dtype's minimum or -inf takes no part.
+    """
+    if attn_mask.dtype is torch.bool:
+        return attn_mask
+    # Written so that a NaN takes part, and so reaches the output as in SDPA.
+    return ~(attn_mask <= torch.finfo(attn_mask.dtype).min)

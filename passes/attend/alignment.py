@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...block_masks import visible_tokens
 from ...block_masks.masks import (
     KV,
     Affine,
@@ -39,6 +38,7 @@ from ...block_masks.masks import (
     replace_atoms,
     token_values,
     variable,
+    visible_tokens,
 )
 from ..calls import SdpaCall, SparseConfig
 from .sparse_attention import apply_autocast, call_geometry, keeps_window, logit_scale
@@ -70,28 +70,20 @@ def align(
         call: A call that `decision.refuse` let through.
         config: Its settings.
         traced: Whether it is recorded into a graph, where nothing can be asked of its mask.
-        prepared: What `prepared_mask` made of its mask, where it did.
+        prepared: What `prepare_mask` made of its mask, where it did.
 
     Returns:
         ``None`` where nothing may be padded on the left, or nothing is: no mask that hides keys
         from all rows, one that differs from head to head, rows that do not begin the sequence (a
         chunk), rows that see what comes after them, a window that keeps all its blocks.
     """
-    block_size = config.selector.block_size
     with torch.no_grad():
-        valid: Tensor | None = None
-        if call.attn_mask is not None:
-            shift = _shift_of_pairs(mask_4d(call.attn_mask), call.query.shape[2], block_size)
-        else:
-            valid = _valid_keys(call, config)
-            shift = None if valid is None else valid.int().argmax(-1) % block_size
-        if shift is None or not (traced or shift.device.type != "cpu" or shift.any()):
+        found = _align_mask(call, config)
+        if found is None:
             return None
-        if valid is None:
-            changed: dict[str, Any] = {"attn_mask": _turn_pairs(mask_4d(call.attn_mask), shift)}
-        else:
-            turned = _turn_formula(call.mask_program(), valid, shift)
-            changed = {"mask": format_mask(turned.expr), "mask_tensors": turned.tensors}
+        shift, changed = found
+        if not (traced or shift.device.type != "cpu" or shift.any()):
+            return None
     if prepared:
         # What was just computed again is then read by nothing, and no part of the graph.
         shift, *tensors = prepared
@@ -106,23 +98,43 @@ def align(
     return AlignedCall(**arguments | changed, shift=shift)
 
 
+def _align_mask(call: SdpaCall, config: SparseConfig) -> tuple[Tensor, dict[str, Any]] | None:
+    """How far rows are turned, int64 [1 or B], and what becomes of their mask: fields of a call."""
+    block_size = config.selector.block_size
+    if call.attn_mask is not None:
+        mask = mask_4d(call.attn_mask)
+        shift = _shift_of_pairs(mask, call.query.shape[2], block_size)
+        return None if shift is None else (shift, {"attn_mask": _turn_pairs(mask, shift)})
+    valid = _valid_keys(call, config)
+    if valid is None:
+        return None
+    shift = valid.int().argmax(-1) % block_size
+    turned = _turn_formula(call.mask_program(), valid, shift)
+    return shift, {"mask": format_mask(turned.expr), "mask_tensors": turned.tensors}
+
+
 def prepared_mask(*args: Any, config: str = "", **kwargs: Any) -> list[Tensor]:
-    """What is made once of the mask of several calls, such as the one with these arguments.
+    """`prepare_mask` as a graph calls it, with the arguments of the marker operator."""
+    return prepare_mask(SdpaCall.bind(args, kwargs).with_constants(), SparseConfig.decode(config))
+
+
+def prepare_mask(call: SdpaCall, settings: SparseConfig) -> list[Tensor]:
+    """What is made once of the mask of several calls, of which this is one.
 
     Of a call that is aligned the shift and the tensors of its turned mask, and behind them, or
     alone, what the selector prepares.
     """
-    call, settings = SdpaCall.bind(args, kwargs), SparseConfig.decode(config)
-    call = apply_autocast(call.with_constants())
-    aligned = align(call, settings, traced=True)
+    call = apply_autocast(call)
     made: list[Tensor] = []
-    if aligned is not None:
-        call = aligned
-        of_mask = (call.mask_tensors or ()) if call.attn_mask is None else (call.attn_mask,)
-        made = [aligned.shift, *of_mask]
-    if call.attn_mask is not None:
-        return made
     with torch.no_grad():
+        found = _align_mask(call, settings)
+        if found is not None:
+            shift, changed = found
+            call = replace(call, **changed)
+            of_mask = (call.mask_tensors or ()) if call.attn_mask is None else (call.attn_mask,)
+            made = [shift, *of_mask]
+        if call.attn_mask is not None:
+            return made
         return made + settings.selector.prepare_mask(
             call.query,
             call.key,

@@ -24,6 +24,7 @@ from ..calls import HeadShard, SdpaCall, SparseConfig, is_sharded, run_on_shards
 from ..decision import DenseReason, flex_backend, flex_lowers, needs_grad, refuse, refuse_sharding
 from .alignment import align
 from .decided_at_run import has_stated_range, implement, sdpa_at_run
+from .mask_contents import read_call
 from .region import compiled_in_loop, compiled_inline, compiled_once
 from .shared_tokens import context_sdpa
 from .sparse_attention import (
@@ -51,7 +52,7 @@ _library.define(
     "sdpa(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, float dropout_p=0.0, "
     "bool is_causal=False, *, float? scale=None, bool enable_gqa=False, "
     "bool causal_lower_right=False, str mask='', Tensor[]? mask_tensors=None, "
-    "SymInt[]? mask_numbers=None, str config='') -> Tensor"
+    "SymInt[]? mask_numbers=None, Tensor[]? prepared=None, str config='') -> Tensor"
 )
 
 
@@ -131,8 +132,11 @@ def is_watched() -> bool:
     return _observer.get() is not None
 
 
-def _marker_kernel(*args: Any, config: str = "", **kwargs: Any) -> Tensor:
-    return _compute(SdpaCall.bind(args, kwargs), SparseConfig.decode(config))
+def _marker_kernel(
+    *args: Any, config: str = "", prepared: Sequence[Tensor] | None = None, **kwargs: Any
+) -> Tensor:
+    call = SdpaCall.bind(args, kwargs)
+    return _compute(call, SparseConfig.decode(config), prepared=prepared or ())
 
 
 _library.impl("sdpa", _marker_kernel, "CompositeImplicitAutograd")
@@ -147,7 +151,7 @@ def _compute(
     """Runs or traces a call.
 
     ``lower`` is what Inductor compiles, where that is known to; ``prepared`` is what
-    `prepared_mask` made of the mask, where it did.
+    `prepare_mask` made of the mask, where it did.
     """
     if is_sharded(call) and refuse_sharding(call) is None:
         # A graph that was rewritten: what is caught in Python comes here on local tensors.
@@ -159,6 +163,9 @@ def _compute(
     if lower is None and not config.strict and _asks_shape(call):
         # Only the output's shape is asked for: what is decided here would be a guard of the graph.
         return call.run_dense()
+    given = call
+    if not tracing and (read := read_call(call, config)) is not None:
+        call, prepared = read
     if tracing and not config.dense and has_stated_range(call, unknown=lower is None):
         return sdpa_at_run(apply_autocast(call), config)
     reason = refuse(call, config)
@@ -171,13 +178,13 @@ def _compute(
                 f"sparse attention cannot run this call: {reason} (query {_describe(call.query)}, "
                 f"key {_describe(call.key)}); use F.scaled_dot_product_attention for it"
             )
-        return call.run_dense()
+        return given.run_dense()
     call = apply_autocast(call)
     if config.backend == "flash":
         # Also where no kernel is compiled: it was asked for by name.
         flex_backend(call, config.selector.block_size, config.backend)
     if observer is None and not tracing and _runs_compiled(call):
-        return run_compiled(call, config)
+        return run_compiled(call, config, prepared)
     aligned = align(call, config, traced=tracing, prepared=prepared)
     if aligned is not None:
         return aligned.restore(_run_sparse(aligned, config, lower, observer))
@@ -248,12 +255,13 @@ def _runs_compiled(call: SdpaCall) -> bool:
     return call.query.device.type == "cuda" and flex_lowers(call) and not nested
 
 
-def run_compiled(call: SdpaCall, config: SparseConfig) -> Tensor:
+def run_compiled(call: SdpaCall, config: SparseConfig, prepared: Sequence[Tensor] = ()) -> Tensor:
     """Runs an eager call through the kernel that Inductor compiles for its kind, cached.
 
     Args:
         call: A call of real tensors that `decision.flex_lowers` accepts.
         config: Its settings, which must not keep it dense.
+        prepared: What `prepare_mask` made of its mask, where it did.
 
     Returns:
         [B, Hq, Sq, Dv].
@@ -274,7 +282,8 @@ def run_compiled(call: SdpaCall, config: SparseConfig) -> Tensor:
     )
     _compiling.active = True
     try:
-        return run(call.query, call.key, call.value, mask, call.mask_tensors, call.mask_numbers)
+        of_mask = (mask, call.mask_tensors, call.mask_numbers, list(prepared) or None)
+        return run(call.query, call.key, call.value, *of_mask)
     finally:
         _compiling.active = False
 
@@ -298,6 +307,7 @@ def _compiled_sdpa(
         attn_mask: Tensor | None,
         mask_tensors: Sequence[Tensor] | None,
         mask_numbers: Sequence[int] | None,
+        prepared: Sequence[Tensor] | None,
     ) -> Tensor:
         return torch.ops.unisparse.sdpa(
             query,
@@ -312,6 +322,7 @@ def _compiled_sdpa(
             mask=mask,
             mask_tensors=mask_tensors,
             mask_numbers=mask_numbers,
+            prepared=prepared,
             config=config,
         )
 

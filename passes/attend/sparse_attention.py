@@ -17,9 +17,8 @@ from ...block_masks import (
     BlockSelection,
     default_scale,
     to_block_mask,
-    visible_tokens,
 )
-from ...block_masks.masks import is_known, mask_4d
+from ...block_masks.masks import is_known, mask_4d, visible_tokens
 from ..calls import TORCH_SDPA, SdpaCall, SparseConfig, is_symbolic
 from ..decision import flex_backend, needs_grad
 

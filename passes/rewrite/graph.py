@@ -166,6 +166,7 @@ def _bind(node: fx.Node, config: SparseConfig | None) -> tuple[SdpaCall, SparseC
     if node.op == "call_function" and node.target in MARKER_TARGETS:
         kwargs = dict(node.kwargs)
         own = SparseConfig.decode(str(kwargs.pop("config", "")))
+        kwargs.pop("prepared", None)
         return SdpaCall.bind(node.args, kwargs), own
     if config is not None and is_sdpa(node):
         return SdpaCall.bind(node.args, node.kwargs), config
@@ -218,8 +219,12 @@ def _rewrite_node(
     call, saved = recover_gqa(node, call)
     if call.key is not repeated[0]:
         report.ungrouped[name] = saved
+    already = node.kwargs.get("prepared")
     _write_call(node, call, config, lower=lower)
-    if lower and (call.mask or call.attn_mask is not None) and name not in report.windows:
+    if already:
+        # Whoever called the marker operator made it.
+        node.kwargs = {**node.kwargs, "prepared": already}
+    elif lower and (call.mask or call.attn_mask is not None) and name not in report.windows:
         prepared.give(node, call)
     if name in report.ungrouped:
         erase_unused(repeated)

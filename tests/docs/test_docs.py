@@ -66,7 +66,7 @@ def test_every_public_name_is_on_the_api_page() -> None:
     public = {name for module in modules for name in module.__all__} - {"selectors"}
     public |= {"record_attention", "Explanation", "AttentionRecord"}
     # Without those that are for the other layers.
-    public |= set(block_masks.__all__) - {"fix_strides", "supports_dtype", "visible_tokens"}
+    public |= set(block_masks.__all__) - {"fix_strides", "supports_dtype"}
     assert public - documented == set()
     assert documented - public == set()
 

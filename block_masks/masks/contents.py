@@ -1,0 +1,195 @@
+"""What a mask tensor says, read from its entries: most are causality, padding, windows, documents.
+
+Symbols: Bm the mask's batch (1 or B), Sq/Skv tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tensors import mask_4d, visible_tokens
+
+# Entries that are looked at in one step.
+CHUNK_ENTRIES = 2**28
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskContents:
+    """A mask as causality and a formula, see `MaskProgram`; exactly the pairs of the tensor.
+
+    Attributes:
+        causal_offset: Row ``r`` sees the keys up to ``r + causal_offset``; ``None`` for no such
+            rule.
+        text: What else the mask says; empty for nothing. ``n0`` stands for `number`.
+        tensors: What ``t0, t1, ...`` stand for.
+        number: An integer that differs from one chunk of a prompt to the next.
+    """
+
+    causal_offset: int | None
+    text: str
+    tensors: tuple[Tensor, ...]
+    number: int = 0
+
+
+def read_mask(attn_mask: Tensor, *, q_len: int, kv_len: int) -> MaskContents | None:
+    """Reads a mask of real entries; waits for the device once.
+
+    Args:
+        attn_mask: bool or float, broadcastable to [B, Hq, Sq, Skv].
+        q_len: Query rows Sq.
+        kv_len: Keys Skv.
+
+    Returns:
+        ``None`` for masks that differ from head to head, that add to visible logits, under which
+        no row sees a key, or some row sees keys in pieces between which lies a key of other rows.
+    """
+    mask = mask_4d(attn_mask)
+    if mask.shape[1] != 1 and mask.stride(1) != 0:
+        return None
+    mask = mask[:, 0].expand(-1, -1, kv_len)
+    mask = mask[:1] if mask.stride(0) == 0 else mask
+    mask = mask[:, :1] if mask.stride(1) == 0 else mask
+    rows = _Rows.of(mask)
+    # One row that stands for all says what keys are valid, and nothing of positions.
+    spread = rows if mask.shape[1] == q_len else rows.repeated(q_len)
+    return _describe(spread, q_len, kv_len)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the rows of a mask [Bm, Sq, Skv] see.
+
+    Attributes:
+        first: int64 [Bm, Sq], the first key; any where there is none.
+        last: int64 [Bm, Sq], the last key.
+        count: int64 [Bm, Sq], how many.
+        valid: bool [Bm, Skv], keys that some row sees.
+        is_plain: bool [], whether visible entries add nothing.
+    """
+
+    first: Tensor
+    last: Tensor
+    count: Tensor
+    valid: Tensor
+    is_plain: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> _Rows:
+        step = max(1, CHUNK_ENTRIES // max(1, mask.shape[0] * mask.shape[2]))
+        first, last, count = [], [], []
+        valid = mask.new_zeros((mask.shape[0], mask.shape[2]), dtype=torch.bool)
+        is_plain = torch.ones((), dtype=torch.bool, device=mask.device)
+        for start in range(0, mask.shape[1], step):
+            part = mask[:, start : start + step]
+            seen = visible_tokens(part)
+            if part.dtype is not torch.bool:
+                is_plain &= ((part == 0) | ~seen).all()
+            # As integers of a byte: no maximum of bool is at a place.
+            first.append(seen.view(torch.uint8).argmax(-1))
+            last.append(mask.shape[2] - 1 - seen.flip(-1).view(torch.uint8).argmax(-1))
+            count.append(seen.sum(-1))
+            valid |= seen.any(1)
+        ends = (torch.cat(parts, 1) for parts in (first, last, count))
+        return cls(*ends, valid=valid, is_plain=is_plain)
+
+    def repeated(self, rows: int) -> _Rows:
+        """One row that stands for so many."""
+        each = (x.expand(-1, rows) for x in (self.first, self.last, self.count))
+        return _Rows(*each, valid=self.valid, is_plain=self.is_plain)
+
+
+def _describe(rows: _Rows, q_len: int, kv_len: int) -> MaskContents | None:
+    """The shortest formula among those that say what the rows see."""
+    device = rows.first.device
+    row, key = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
+    sees = rows.count > 0
+    # Rows see all valid keys between their first and last one, or see keys in pieces.
+    before = F.pad(rows.valid.cumsum(-1), (1, 0))
+    between = before.gather(1, rows.last + 1) - before.gather(1, rows.first)
+    are_runs = ((between == rows.count) | ~sees).all()
+    offset = torch.where(sees, rows.last - row, -kv_len).amax()
+    own = row + offset
+    # A key that no row of a causal call reaches need not be hidden from them.
+    valid = rows.valid | (key > own[-1])
+    # The next valid key from every key on, and the one before.
+    following = torch.where(rows.valid, key, kv_len).flip(-1).cummin(-1).values.flip(-1)
+    preceding = torch.where(rows.valid, key, -1).cummax(-1).values
+    batch = sees.shape[0]
+    lowest, highest = following[:, :1], preceding[:, -1:]
+    up_to_own = preceding[:, own.clamp(0, kv_len - 1)].masked_fill(own < 0, -1)
+    width = torch.where(sees & (rows.first > lowest), own - rows.first + 1, 1).amax()
+    window_begin = following[:, (own - width + 1).clamp(0, kv_len - 1)]
+    # Nor one before the window of the first row.
+    valid_in_window = valid | (key <= own[0] - width)
+
+    def says(expected: Tensor, found: Tensor) -> Tensor:
+        return ((expected == found) | ~sees).all()
+
+    def shows_more(low: Tensor, high: Tensor) -> Tensor:
+        """Whether rows that see nothing would see a key between two that are valid."""
+        return ((low <= high).expand(batch, q_len) & ~sees).any()
+
+    facts = {
+        "is_known": rows.is_plain & are_runs & sees.any(),
+        "ends_at_own": says(up_to_own, rows.last),
+        "ends_at_highest": says(highest, rows.last),
+        "begins_at_lowest": says(lowest, rows.first),
+        "begins_with_window": says(window_begin, rows.first),
+        "all_valid": rows.valid.all(),
+        "all_valid_if_causal": valid.all(),
+        "all_valid_in_window": valid_in_window.all(),
+        "shows_too_much": shows_more(lowest, highest),
+        "shows_too_much_if_causal": shows_more(lowest, up_to_own),
+        "shows_too_much_in_window": shows_more(window_begin, up_to_own),
+    }
+    found_offset, found_width, *flags = torch.stack(
+        [offset, width, *(fact.to(offset.dtype) for fact in facts.values())]
+    ).tolist()
+    holds = {name: bool(flag) for name, flag in zip(facts, flags, strict=True)}
+    if not holds["is_known"]:
+        return None
+    in_range = found_offset == 0 or 0 <= found_offset <= kv_len - q_len
+    is_causal = holds["ends_at_own"] and in_range
+    in_window = is_causal and holds["begins_with_window"] and not holds["begins_at_lowest"]
+    case = "_in_window" if in_window else "_if_causal" if is_causal else ""
+    formula = _Formula(batch)
+    number = 0
+    if not (is_causal or holds["ends_at_highest"]):
+        formula.add("kv <= {}", torch.where(sees, rows.last, -1), "q")
+    if in_window:
+        number = found_offset - found_width
+        # A chunk's window begins elsewhere than the one before it.
+        formula.parts.append(f"q < kv + {-number}" if found_offset == 0 else "q + n0 < kv")
+    elif not holds["begins_at_lowest"]:
+        formula.add("{} <= kv", torch.where(sees, rows.first, kv_len), "q")
+    # Rows that see nothing have ends that say so, where a tensor holds their ends.
+    if holds[f"shows_too_much{case}"] and not formula.tensors:
+        formula.add("{}", sees, "q")
+    if not holds[f"all_valid{case}"]:
+        valid = {"": rows.valid, "_if_causal": valid, "_in_window": valid_in_window}[case]
+        formula.add("{}", valid, "kv")
+    return MaskContents(
+        causal_offset=found_offset if is_causal else None,
+        text=" & ".join(f"({part})" for part in formula.parts),
+        tensors=tuple(formula.tensors),
+        number=number,
+    )
+
+
+class _Formula:
+    """Parts of a mask that is read, and the tensors in them."""
+
+    def __init__(self, batch: int) -> None:
+        self.parts: list[str] = []
+        self.tensors: list[Tensor] = []
+        self._varies = batch > 1
+
+    def add(self, part: str, tensor: Tensor, along: str) -> None:
+        """Adds a part with an entry of ``tensor`` [Bm, S], at its place among rows or keys."""
+        index = f"[b, {along}]" if self._varies else f"[{along}]"
+        self.parts.append(part.format(f"t{len(self.tensors)}{index}"))
+        self.tensors.append((tensor if self._varies else tensor[0]).contiguous())
