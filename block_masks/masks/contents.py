@@ -5,7 +5,7 @@ Symbols: Bm the mask's batch (1 or B), Sq/Skv tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -93,13 +93,12 @@ class _Rows:
             last.append(mask.shape[2] - 1 - seen.flip(-1).view(torch.uint8).argmax(-1))
             count.append(seen.sum(-1))
             valid |= seen.any(1)
-        ends = (torch.cat(parts, 1) for parts in (first, last, count))
-        return cls(*ends, valid=valid, is_plain=is_plain)
+        return cls(torch.cat(first, 1), torch.cat(last, 1), torch.cat(count, 1), valid, is_plain)
 
     def repeated(self, rows: int) -> _Rows:
         """One row that stands for so many."""
-        each = (x.expand(-1, rows) for x in (self.first, self.last, self.count))
-        return _Rows(*each, valid=self.valid, is_plain=self.is_plain)
+        first, last, count = (x.expand(-1, rows) for x in (self.first, self.last, self.count))
+        return replace(self, first=first, last=last, count=count)
 
 
 def _describe(rows: _Rows, q_len: int, kv_len: int) -> MaskContents | None:
