@@ -1,8 +1,8 @@
 """Prompts with masks: a tokenizer's ones, padded batches, packed documents, sliding windows.
 
 python -m bench.masked [--parts models,calls,lengths,host] [--cases none,ones,padded,...]
-    [--tokens 32768,...] [--batches 1,...] [--density 0.1] [--layers 4] [--max-seconds N]
-    [--output FILE]
+    [--tokens 32768,...] [--batches 1,...] [--density 0.1] [--layers 4]
+    [--modes eager,compiled] [--variants dense,forced,default] [--max-seconds N] [--output FILE]
 
 models: milliseconds to the logits of a Llama-3.1-8B-shaped model with random weights, stock
     Transformers, dense and sparse, eager and compiled; at a forced density and at default settings.
@@ -14,7 +14,6 @@ host: microseconds that Python takes to launch one call.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +36,7 @@ from .calls import Heads, choose_top_k, create_inputs
 from .markdown import milliseconds
 from .prefill import create_model, release
 from .record import FOLDER, Record, guarded, numbers
-from .timing import graph_ms, timed
+from .timing import graph_ms, host_seconds, timed
 
 PARTS = ("models", "calls", "lengths", "host")
 CASES = ("none", "ones", "padded", "documents", "window")
@@ -50,7 +49,7 @@ PADDED = (0.0, 0.061, 0.244, 0.4273)
 DOCUMENTS, WINDOW_SHARE = 8, 8
 REPEATS = 5
 LENGTHS = tuple(range(1000, 33001, 1684))
-HOST_TOKENS, HOST_CALLS = 1024, 200
+HOST_TOKENS = 1024
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--modes", default="eager,compiled")
+    parser.add_argument("--variants", default="dense,forced,default")
     parser.add_argument("--max-seconds", type=float, default=500.0, help="begins no row after it")
     parser.add_argument("--output", type=Path, help="bench/results/masked-<device>.json")
     parser.add_argument("--small", action="store_true", help="a tiny model, on the CPU if need be")
@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         density=options.density,
         layers=options.layers,
         modes=tuple(options.modes.split(",")),
+        names=tuple(options.variants.split(",")),
     )
     name = device_name(bench.device).replace(" ", "-")
     record = Record.create(
@@ -112,6 +113,7 @@ class Bench:
         density: Of the visible blocks that a forced setting keeps.
         layers: Of the model.
         modes: ``eager``, ``compiled``.
+        names: Of the variants of a model: ``dense``, ``forced``, ``default``.
     """
 
     device: str
@@ -119,6 +121,7 @@ class Bench:
     density: float
     layers: int
     modes: tuple[str, ...]
+    names: tuple[str, ...]
 
     def models(self, case: str, tokens: int, batch: int) -> Iterator[dict[str, Any]]:
         """Rows of one case: dense, at the forced density, and as default settings decide."""
@@ -138,11 +141,12 @@ class Bench:
 
     def variants(self, tokens: int) -> dict[str, dict[str, Any] | None]:
         """Arguments of `optimize` by name; ``None`` leaves the model alone."""
-        return {
+        every: dict[str, dict[str, Any] | None] = {
             "dense": None,
             "forced": {"selector": self.forced(tokens), "min_length": 0},
             "default": {},
         }
+        return {name: every[name] for name in self.names}
 
     def forced(self, tokens: int) -> Selector:
         """The default's scores, and so many blocks of each row."""
@@ -245,21 +249,9 @@ class Bench:
             "sparse_eager": unisparse_flex.optimize(Masked(mask), **settings),
         }
         for name, run in variants.items():
-            row[f"{name}_us"] = guarded(row, name, partial(self._host_us, run, (*given, ids)))
+            seconds = guarded(row, name, partial(host_seconds, partial(run, *given, ids)))
+            row[f"{name}_us"] = None if seconds is None else seconds * 1e6
         yield row
-
-    def _host_us(self, run: Callable[..., Tensor], given: tuple[Any, ...]) -> float:
-        def turn() -> float:
-            start = time.perf_counter()
-            for _ in range(HOST_CALLS):
-                run(*given)
-            return (time.perf_counter() - start) / HOST_CALLS * 1e6
-
-        for _ in range(3):
-            run(*given)
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return min(turn() for _ in range(3))
 
     def time(self, call: Callable[[], Any]) -> float:
         """Milliseconds of a call, on a GPU without the gaps between its launches."""

@@ -20,9 +20,11 @@ __all__ = [
     "LONG_MS",
     "STATISTIC",
     "graph_ms",
+    "host_seconds",
     "in_turn",
     "kernel_ms",
     "measure",
+    "measure_in_graph",
     "peak_bytes",
     "plain_ms",
     "time_cuda",
@@ -92,23 +94,29 @@ def time_cuda(function: Callable[[], Any]) -> float:
 def plain_ms(function: Callable[[], Any]) -> float:
     """Median of a call as Python launches it."""
     function()
-    return _repeat(function)
+    return median(_repeat(function)) * 1e3
 
 
 def graph_ms(function: Callable[[], Any]) -> float:
     """Median of a call inside a CUDA graph: what the GPU needs, without gaps between launches."""
+    return median(measure_in_graph(function)) * 1e3
+
+
+def measure_in_graph(function: Callable[[], Any]) -> list[float]:
+    """Seconds of a call inside a CUDA graph, sorted."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         function()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    once = _captured_ms(function, 1, time_once=True)
-    calls = max(1, min(MOST_CALLS, math.ceil(GRAPH_MS / max(once, 1e-3))))
-    return _captured_ms(function, calls)
+    (once,) = _captured(function, 1, time_once=True)
+    calls = max(1, min(MOST_CALLS, math.ceil(GRAPH_MS / max(once * 1e3, 1e-3))))
+    return sorted(seconds / calls for seconds in _captured(function, calls))
 
 
-def _captured_ms(function: Callable[[], Any], calls: int, *, time_once: bool = False) -> float:
+def _captured(function: Callable[[], Any], calls: int, *, time_once: bool = False) -> list[float]:
+    """Seconds of so many calls in one graph."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -116,18 +124,36 @@ def _captured_ms(function: Callable[[], Any], calls: int, *, time_once: bool = F
                 function()
         if time_once:
             graph.replay()
-            return time_cuda(graph.replay) * 1e3
-        return _repeat(graph.replay) / calls
+            return [time_cuda(graph.replay)]
+        return _repeat(graph.replay)
     finally:
         graph.reset()
 
 
-def _repeat(function: Callable[[], Any]) -> float:
+def _repeat(function: Callable[[], Any]) -> list[float]:
+    """Seconds of each of several calls."""
     first = time_cuda(function)
     more = max(LEAST, min(MOST, int(BUDGET / max(first, 1e-6)))) - 1
     if first * 1e3 > VERY_LONG_MS:
         more = 0
-    return median([first, *(time_cuda(function) for _ in range(more))]) * 1e3
+    return [first, *(time_cuda(function) for _ in range(more))]
+
+
+def host_seconds(function: Callable[[], Any], calls: int = 200) -> float:
+    """Least time that Python takes from one launch of a call to the next; short calls only."""
+
+    def turn() -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        seconds = (time.perf_counter() - start) / calls
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return seconds
+
+    for _ in range(3):
+        function()
+    return min(turn() for _ in range(4))
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:

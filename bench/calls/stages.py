@@ -71,8 +71,8 @@ def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
-def select(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
-    selection = SELECTOR.select(query, key, is_causal=True)
+def select(query: Tensor, key: Tensor, selector: UniSparse = SELECTOR) -> tuple[Tensor, ...]:
+    selection = selector.select(query, key, is_causal=True)
     return selection.block_lists()
 
 

@@ -172,6 +172,7 @@ def predict(tokens: int, selector: UniSparse, density: float) -> dict[str, float
         masked=False,
         dtype=torch.bfloat16,
         device=torch.device("cuda"),
+        plain=False,
         **HEADS,
     )
     found = forecast_at(shape, selector, rates(), density)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
 
-from unisparse_flex.passes.decision import DeviceRates
+from unisparse_flex.passes.decision import RATE_NAMES as RATES
 from unisparse_flex.passes.decision import cost_model as cm
+from unisparse_flex.passes.decision import is_speed
 
 from ..calls import SELECTOR
 
-FITTED = ("dense", "select", "attend")
-RATES = tuple(f.name for f in fields(DeviceRates) if f.type == "float")
-IS_SECONDS = tuple(name.endswith(("_launch", "_seconds")) for name in RATES)
+NEEDED = ("dense", "select", "attend")
+FITTED = (*NEEDED, "masked")
+IS_SECONDS = tuple(not is_speed(name) for name in RATES)
 DIGITS, LEAST_SHAPES = 4, 4
 
 
@@ -53,10 +54,12 @@ def _work(row: dict[str, Any]) -> Tensor:
 
 def _shape(row: dict[str, Any]) -> dict[sympy.Symbol, float]:
     length, cost = row["length"], SELECTOR.cost
+    own = (cost.c_q, cost.c_k, cost.c_h, cost.sampled_queries)
     itemsize = getattr(torch, row["dtype"]).itemsize
     sizes = (1, row["q_heads"], row["kv_heads"], length, length, row["head_dim"], row["head_dim"])
-    composite = (cost.c_q, cost.c_k, cost.c_h, cost.sampled_queries)
-    shape = (*sizes, 0, 0, itemsize)
+    composite = row.get("composite", own)
+    flags = int(row["stage"] == "masked"), int(row.get("plain", True))
+    shape = (*sizes, 0, *flags, itemsize)
     settings = (SELECTOR.block_size, *composite, row.get("density", 1.0), row["tile"])
     return dict(zip((*cm.SHAPE, *cm.SETTINGS), (*shape, *settings), strict=True))
 
@@ -73,13 +76,21 @@ def predict(work: Tensor, costs: Tensor, form: str) -> Tensor:
     return (paid * seconds).sum(-1) + (paid * ~seconds).amax(-1)
 
 
-def fit(rows: Rows, form: str = "sum") -> Tensor:
-    """Seconds per unit of work of each rate, positive, by least squares on the log error."""
+def fit(rows: Rows, form: str = "sum", bounds: Mapping[str, float] | None = None) -> Tensor:
+    """Seconds per unit of work of each rate, positive, by least squares on the log error.
+
+    Args:
+        rows: What was timed.
+        form: See `predict`.
+        bounds: The most that a rate can be, by name.
+    """
     used = rows.work > 0
     rough = (rows.seconds[:, None] / rows.work.clamp_min(1e-30)).masked_fill(~used, math.inf)
     start = (rough.amin(0) / 2).where(used.any(0), torch.ones(len(RATES), dtype=torch.float64))
-    logs = start.log().clone().requires_grad_()
     low = start.log() - 25
+    for name, most in (bounds or {}).items():
+        low[RATES.index(name)] = -math.log(most)
+    logs = torch.maximum(start.log(), low).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [logs], max_iter=2000, history_size=30, line_search_fn="strong_wolfe"
     )
@@ -109,7 +120,9 @@ def summarize(error: Tensor) -> dict[str, float | None]:
     return {"median": round(float(error.median()), 3), "worst": round(float(error.max()), 3)}
 
 
-def held_out_errors(rows: Rows, shapes: Sequence[object], form: str) -> Tensor:
+def held_out_errors(
+    rows: Rows, shapes: Sequence[object], form: str, bounds: Mapping[str, float] | None = None
+) -> Tensor:
     """Errors of every row by rates fitted without the rows of its shape."""
     found = torch.full_like(rows.seconds, math.nan)
     if len(set(shapes)) < LEAST_SHAPES:
@@ -117,14 +130,15 @@ def held_out_errors(rows: Rows, shapes: Sequence[object], form: str) -> Tensor:
     for shape in dict.fromkeys(shapes):
         out = [i for i, other in enumerate(shapes) if other == shape]
         rest = [i for i in range(len(shapes)) if i not in out]
-        found[out] = errors(rows.pick(out), fit(rows.pick(rest), form), form)
+        found[out] = errors(rows.pick(out), fit(rows.pick(rest), form, bounds), form)
     return found
 
 
-def to_rates(costs: Tensor) -> dict[str, float]:
-    """Rates under the names of `DeviceRates`, rounded."""
+def to_rates(costs: Tensor, rows: Rows) -> dict[str, float]:
+    """Rates under the names of `DeviceRates`, rounded; 0 where no row depends on one."""
+    used = (rows.work > 0).any(0).tolist()
     values = [
-        float(cost) if seconds else 1 / float(cost)
-        for cost, seconds in zip(costs, IS_SECONDS, strict=True)
+        0.0 if not depends else float(cost) if seconds else 1 / float(cost)
+        for cost, seconds, depends in zip(costs, IS_SECONDS, used, strict=True)
     ]
     return {name: float(f"{v:.{DIGITS}g}") for name, v in zip(RATES, values, strict=True)}

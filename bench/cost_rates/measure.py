@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 
 from unisparse_flex.block_masks import kernels
 from unisparse_flex.evaluation import describe_device
-from unisparse_flex.passes.decision import PLAIN, DeviceRates, device_name
+from unisparse_flex.passes.decision import PLAIN, device_name
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from ..calls import SELECTOR, Heads
 from ..record import FOLDER, Record
@@ -40,10 +42,13 @@ PLANS = {
         tile=128,
         least=5,
         budget=0.1,
+        masked_lengths=(2048, 4096, 8192, 16384, 32768, 65536),
+        selectors=(SELECTOR, DEFAULT_SELECTOR),
     ),
 }
 MAX_SECONDS = {"cpu": 900.0, "cuda": 220.0}
 FORMS = ("sum", "max")
+SHIPPED = Path("passes/decision/rates")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,6 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cost_rates", description=__doc__)
     parser.add_argument("--device", choices=tuple(PLANS), default=default)
     parser.add_argument("--output", type=Path, help="bench/results/rates-<device>.json by default")
+    parser.add_argument(
+        "--shipped", type=Path, help="what the library reads; passes/decision/rates/<device>.json"
+    )
     parser.add_argument("--max-seconds", type=float, help="stops measuring: cpu 900, cuda 220")
     parser.add_argument(
         "--plain-selection", action="store_true", help="score and select without the GPU kernels"
@@ -76,21 +84,44 @@ def main(arguments: list[str] | None = None) -> None:
         threads=torch.get_num_threads(),
         load_average=os.getloadavg()[0],
         selector=repr(SELECTOR),
-        statistic="p20 of the repeats; CUDA events, or CPU seconds of the process",
+        statistic="p20 of the repeats; inside a CUDA graph, or CPU seconds of the process; "
+        "host: least of four turns",
     )
+    common = {"tile": plan.tile, "plain": options.plain_selection or options.device == "cpu"}
     with record.stopping():
-        record.collect(row | {"tile": plan.tile} for row in measure_all(plan, options.device))
+        record.collect(row | common for row in measure_all(plan, options.device))
     result = record.content
-    result["rates"], result["errors"] = fit_all(result["rows"])
+    result["peak_bandwidth"] = peak_bandwidth(options.device)
+    result["rates"], result["errors"] = fit_all(result["rows"], result["peak_bandwidth"])
     record.write()
     print(json.dumps(result["errors"], indent=1))
-    print(f"written to {output}; for passes/decision/device_rates.py:")
-    for dtype, rates in result["rates"].items():
-        print(DeviceRates(device=name, dtype=dtype, source=f"{FOLDER}/{output.name}", **rates))
+    shipped = options.shipped or SHIPPED / output.name.removeprefix("rates-")
+    shipped.write_text(shipped_rates(result, output))
+    print(f"written to {output} and {shipped}")
 
 
-def fit_all(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+def shipped_rates(result: Mapping[str, Any], source: Path) -> str:
+    """What the library reads of a result."""
+    names = ("device", "hardware", "versions", "rates")
+    content = {"source": f"{FOLDER}/{source.name}", **{name: result[name] for name in names}}
+    return json.dumps(content, indent=1) + "\n"
+
+
+def peak_bandwidth(device: str) -> float | None:
+    """Bytes a second between a GPU and its memory, as it reports them; ``None`` of a CPU."""
+    if device != "cuda":
+        return None
+    found = torch.cuda.get_device_properties()
+    clock, width = (getattr(found, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
+    # In kHz, two transfers a clock; in bits.
+    return clock * 1e3 * 2 * width / 8 or None
+
+
+def fit_all(
+    rows: list[dict[str, Any]], peak_bandwidth: float | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rates and prediction errors of every dtype whose gate passed."""
+    bounds = {} if peak_bandwidth is None else {"bandwidth": peak_bandwidth}
     rates: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
@@ -98,18 +129,23 @@ def fit_all(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]
         red = [row["errors"] for row in own if row["stage"] == "gate" and "errors" in row]
         fitted = [row for row in own if row["stage"] in rate_fit.FITTED and "p20" in row]
         whole = [row for row in own if row["stage"] == "whole" and {"p20", "density"} <= row.keys()]
-        if red or {row["stage"] for row in fitted} != set(rate_fit.FITTED):
+        if red or not set(rate_fit.NEEDED) <= {row["stage"] for row in fitted}:
             errors[dtype] = {"not_fitted": red or "a stage was not measured"}
             continue
         table = rate_fit.to_rows(fitted)
         shapes = [(row["q_heads"], row["head_dim"], row["length"]) for row in fitted]
-        costs = rate_fit.fit(table)
-        rates[dtype] = {"tile": own[0]["tile"], **rate_fit.to_rates(costs)}
+        costs = rate_fit.fit(table, bounds=bounds)
+        rates[dtype] = {"tile": own[0]["tile"], **rate_fit.to_rates(costs, table)}
+        for row in own:
+            if row["stage"] == "host" and "sparse_seconds" in row:
+                for kind in ("dense", "sparse"):
+                    seconds = float(f"{row[f'{kind}_seconds']:.{rate_fit.DIGITS}g}")
+                    rates[dtype][f"{kind}_host_seconds"] = seconds
         errors[dtype] = {
             "fit": rate_fit.summarize(rate_fit.errors(table, costs)),
             **_errors_by_stage(fitted, rate_fit.errors(table, costs)),
             "held_out_shapes": {
-                form: rate_fit.summarize(rate_fit.held_out_errors(table, shapes, form))
+                form: rate_fit.summarize(rate_fit.held_out_errors(table, shapes, form, bounds))
                 for form in FORMS
             },
         }
@@ -123,4 +159,5 @@ def _errors_by_stage(rows: list[dict[str, Any]], error: torch.Tensor) -> dict[st
     return {
         stage: rate_fit.summarize(error[[i for i, r in enumerate(rows) if r["stage"] == stage]])
         for stage in rate_fit.FITTED
+        if any(row["stage"] == stage for row in rows)
     }

@@ -8,7 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from unisparse_flex import UniSparse, attention
 
 from ..calls import (
     GATE_LENGTH,
@@ -24,7 +27,10 @@ from ..calls import (
     whole,
 )
 from ..record import guarded
-from ..timing import measure
+from ..timing import host_seconds, measure, measure_in_graph
+
+# Too short for the GPU to be waited for.
+HOST_LENGTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +43,8 @@ class Plan:
         heads: Head shapes; the whole call is timed only for the first.
         dtypes: Dtypes.
         tile: Keys that the dense kernel reads at a time.
+        masked_lengths: Tokens of dense calls under a mask tensor.
+        selectors: Whose selection is timed; whole calls are those of the first.
         least: Fewest repeats of a timing.
         budget: Seconds up to which a timing is repeated further.
     """
@@ -48,6 +56,8 @@ class Plan:
     tile: int
     least: int
     budget: float
+    masked_lengths: tuple[int, ...] = ()
+    selectors: tuple[UniSparse, ...] = (SELECTOR,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,16 +75,28 @@ class Series:
     def stages(self) -> Iterator[dict[str, Any]]:
         """The gate, then dense, select and attend at every length and density."""
         torch._dynamo.reset()
-        run: dict[Any, Any] = {
-            run: torch.compile(run, dynamic=True, fullgraph=True) for run in (attend, select)
+        run = torch.compile(attend, dynamic=True, fullgraph=True)
+        selects = {
+            selector: torch.compile(
+                lambda q, k, selector=selector: select(q, k, selector),
+                dynamic=True,
+                fullgraph=True,
+            )
+            for selector in self.plan.selectors
         }
-        gate = partial(check, self.heads, self.dtype, self.device, run[attend])
+        gate = partial(check, self.heads, self.dtype, self.device, run)
         yield self._row("gate", GATE_LENGTH, lambda: {"relative_error": gate()})
         for length in self.plan.lengths:
             yield self._timed("dense", length, lambda q, k, v: dense(q, k, v))
-            yield self._timed("select", length, lambda q, k, v: run[select](q, k))
+            if length in self.plan.masked_lengths:
+                yield self._timed("masked", length, partial(_dense_masked, self._mask(length)))
+            for selector, choose in selects.items():
+                cost = selector.cost
+                composite = [cost.c_q, cost.c_k, cost.c_h, cost.sampled_queries]
+                row = self._timed("select", length, lambda q, k, v, run=choose: run(q, k))
+                yield row | {"composite": composite}
             for density in self.plan.densities:
-                yield self._attend(run[attend], length, density)
+                yield self._attend(run, length, density)
 
     def whole_calls(self) -> Iterator[dict[str, Any]]:
         """The call as a user makes it, at the density that comes of itself."""
@@ -88,6 +110,30 @@ class Series:
                 return {"density": SELECTOR.select(query, key, is_causal=True).density()}
 
             yield row | (guarded(row, "density", natural) or {})
+
+    def host(self) -> Iterator[dict[str, Any]]:
+        """What Python takes to launch a compiled call, dense and sparse."""
+        torch._dynamo.reset()
+        selector = self.plan.selectors[-1]
+
+        def sparse(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attention(query, key, value, is_causal=True, enable_gqa=True, selector=selector)
+
+        calls = {"dense": torch.compile(dense), "sparse": torch.compile(sparse)}
+        inputs = self._inputs(HOST_LENGTH)
+
+        def times() -> dict[str, Any]:
+            with torch.no_grad():
+                return {
+                    f"{name}_seconds": host_seconds(partial(call, *inputs))
+                    for name, call in calls.items()
+                }
+
+        yield self._row("host", HOST_LENGTH, times)
+
+    def _mask(self, length: int) -> Tensor:
+        row = torch.arange(length, device=self.device)
+        return (row <= row[:, None])[None, None]
 
     def _inputs(self, length: int) -> tuple[Tensor, Tensor, Tensor]:
         return create_inputs(self.heads, length, self.dtype, self.device)
@@ -104,10 +150,13 @@ class Series:
     def _timed(self, stage: str, length: int, function: Callable[..., Any]) -> dict[str, Any]:
         def run() -> dict[str, Any]:
             inputs, plan = self._inputs(length), self.plan
+            call = partial(function, *inputs)
             with torch.no_grad():
-                times = measure(
-                    lambda: function(*inputs), self.device, least=plan.least, budget=plan.budget
-                )
+                if self.device == "cuda":
+                    # What the GPU needs: Python launches the next call while it works.
+                    times = measure_in_graph(call)
+                else:
+                    times = measure(call, self.device, least=plan.least, budget=plan.budget)
             p20, p50, p80 = (times[int(len(times) * part)] for part in (0.2, 0.5, 0.8))
             return {"p20": p20, "p50": p50, "p80": p80, "repeats": len(times)}
 
@@ -132,8 +181,14 @@ def measure_all(plan: Plan, device: str) -> Iterator[dict[str, Any]]:
     """One row per stage, shape and density; whole calls, which nothing is fitted to, come last."""
     kinds = [(heads, dtype) for dtype in plan.dtypes for heads in plan.heads]
     series = [Series(plan=plan, heads=h, dtype=t, device=device) for h, t in kinds]
+    first = [one for one in series if one.heads is plan.heads[0]]
+    for one in first if device == "cuda" else ():
+        yield from one.host()
     for one in series:
         yield from one.stages()
-    for one in series:
-        if one.heads is plan.heads[0]:
-            yield from one.whole_calls()
+    for one in first:
+        yield from one.whole_calls()
+
+
+def _dense_masked(mask: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)

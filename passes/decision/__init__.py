@@ -2,7 +2,15 @@
 
 from .call_forecast import CallForecast, forecast_call
 from .cost_forecast import CallShape, call_shape, forecast, forecast_at
-from .device_rates import PLAIN, RATES, DeviceRates, device_name, find_rates
+from .device_rates import (
+    PLAIN,
+    RATE_NAMES,
+    RATES,
+    DeviceRates,
+    device_name,
+    find_rates,
+    is_speed,
+)
 from .flex_support import (
     FLASH_CAPABILITY,
     flash_obstacle,
@@ -16,6 +24,7 @@ __all__ = [
     "FLASH_CAPABILITY",
     "PLAIN",
     "RATES",
+    "RATE_NAMES",
     "CallForecast",
     "CallShape",
     "DenseReason",
@@ -30,6 +39,7 @@ __all__ = [
     "forecast_at",
     "forecast_call",
     "is_flash_installed",
+    "is_speed",
     "needs_grad",
     "refuse",
     "refuse_sharding",

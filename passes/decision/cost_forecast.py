@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from ...block_masks.masks import says_intervals
 from ...block_masks.selectors import Selector
 from ..calls import SdpaCall
 from . import cost_model
-from .device_rates import DeviceRates, FoundRates, find_rates
+from .device_rates import RATE_NAMES, DeviceRates, FoundRates, find_rates
 
 # Keys up to which a break-even is looked for.
 LONGEST = 2**22
@@ -42,10 +42,10 @@ class CallShape(NamedTuple):
         value_dim: Of values.
         is_causal: As in `SdpaCall`.
         causal_lower_right: As in `SdpaCall`.
-        masked: Whether there is a mask beside causality that the GPU kernels do not read: then
-            plain PyTorch selects.
+        masked: Whether there is a mask beside causality, of which dense attention reads all pairs.
         dtype: Of what the kernel reads.
         device: Kind and index.
+        plain: Whether plain PyTorch selects, since no GPU kernel reads the mask.
     """
 
     batch: int
@@ -60,6 +60,7 @@ class CallShape(NamedTuple):
     masked: bool
     dtype: torch.dtype
     device: torch.device
+    plain: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,17 +72,35 @@ class Forecast:
         select_seconds: Scoring and selection.
         attend_seconds: Attention to the kept blocks.
         density: Kept over visible blocks that were assumed.
+        around_seconds: What a model computes at least between two such calls.
+        host_seconds: What Python takes to launch the call, dense and sparse; 0 where it waits.
     """
 
     dense_seconds: float
     select_seconds: float
     attend_seconds: float
     density: float
+    around_seconds: float = 0.0
+    host_seconds: tuple[float, float] = (0.0, 0.0)
 
     @property
     def sparse_seconds(self) -> float:
         """Selection and attention."""
         return self.select_seconds + self.attend_seconds
+
+    @property
+    def is_sparse_faster(self) -> bool:
+        """Whether a model with such calls is faster where they are sparse.
+
+        Python launches while the device works: the slower of the two is what a layer takes.
+        """
+        dense, sparse = (
+            max(seconds + self.around_seconds, host)
+            for seconds, host in zip(
+                (self.dense_seconds, self.sparse_seconds), self.host_seconds, strict=True
+            )
+        )
+        return sparse < dense
 
 
 def call_shape(call: SdpaCall) -> CallShape:
@@ -99,17 +118,15 @@ def call_shape(call: SdpaCall) -> CallShape:
         value_dim=_size(call.value.shape[3]),
         is_causal=bool(call.is_causal),
         causal_lower_right=bool(call.causal_lower_right),
-        masked=call.attn_mask is not None or not _kernels_read(call),
+        masked=call.attn_mask is not None or bool(call.mask),
         dtype=query.dtype,
         device=query.device,
+        plain=call.attn_mask is not None or not _kernels_read(call),
     )
 
 
 def _kernels_read(call: SdpaCall) -> bool:
-    """Whether no proved mask keeps the GPU kernels from selecting.
-
-    Dense attention under such a mask is slower than without, at a rate that is not known.
-    """
+    """Whether no proved mask keeps the GPU kernels from selecting."""
     if not call.mask:
         return True
     return call.query.device.type == "cuda" and _says_intervals(call.mask)
@@ -137,7 +154,7 @@ def forecast(shape: CallShape, selector: Selector, density: float | None = None)
 
 def rates_of(shape: CallShape, selector: Selector) -> FoundRates:
     """The rates of a call: its selection runs by GPU kernels, or by plain PyTorch."""
-    plain = shape.masked or not selector.cost.has_kernels
+    plain = shape.plain or not selector.cost.has_kernels
     return find_rates(shape.device, shape.dtype, plain=plain)
 
 
@@ -155,32 +172,39 @@ def forecast_at(
             causal_lower_right=shape.causal_lower_right,
         )
     offset = max(shape.kv_len - shape.q_len, 0) if shape.causal_lower_right else 0
-    sizes = (*shape[:7], offset, int(shape.masked), shape.dtype.itemsize)
+    flags = int(shape.masked), int(rates.is_plain)
+    sizes = (*shape[:7], offset, *flags, shape.dtype.itemsize)
     composite = (cost.c_q, cost.c_k, cost.c_h, cost.sampled_queries)
     settings = (block_size, *composite, density, rates.tile)
-    values = (getattr(rates, name) for name in _rate_names())
     causal = shape.is_causal or shape.causal_lower_right
-    dense, select, attend = _seconds(causal)(*sizes, *settings, *values)
+    seconds = dict(
+        zip(_STAGES, _seconds(causal)(*sizes, *settings, *rates.values().values()), strict=True)
+    )
+    # Of a device on which that was not measured a mask costs dense attention its bytes.
+    is_masked = shape.masked and rates.masked_flop_rate > 0
     return Forecast(
-        dense_seconds=dense, select_seconds=select, attend_seconds=attend, density=density
+        dense_seconds=seconds["masked" if is_masked else "dense"],
+        select_seconds=seconds["select"],
+        attend_seconds=seconds["attend"],
+        density=density,
+        around_seconds=seconds["projections"],
+        host_seconds=(rates.dense_host_seconds, rates.sparse_host_seconds),
     )
 
 
-@lru_cache
-def _rate_names() -> tuple[str, ...]:
-    return tuple(f.name for f in fields(DeviceRates) if f.type == "float")
+_STAGES = ("dense", "masked", "select", "attend", "projections")
 
 
 @lru_cache
-def _seconds(causal: bool) -> Callable[..., tuple[float, float, float]]:
-    """The model's three stages as one function of plain numbers."""
-    stages = cost_model.attention_stages(causal=causal).values()
+def _seconds(causal: bool) -> Callable[..., tuple[float, ...]]:
+    """The model's stages as one function of plain numbers."""
+    stages = cost_model.attention_stages(causal=causal)
     arguments = [
         *cost_model.SHAPE,
         *cost_model.SETTINGS,
-        *(sympy.Symbol(name) for name in _rate_names()),
+        *(sympy.Symbol(name) for name in RATE_NAMES),
     ]
-    expressions = [stage.seconds for stage in stages]
+    expressions = [stages[name].seconds for name in _STAGES]
     return sympy.lambdify(arguments, expressions, modules="math", cse=True)
 
 
@@ -208,7 +232,7 @@ def _break_even_length(shape: CallShape, selector: Selector, self_attention: boo
         length = blocks * size
         q_len = length if self_attention else shape.q_len
         found = forecast_at(shape._replace(q_len=q_len, kv_len=length), selector, rates)
-        return found.sparse_seconds < found.dense_seconds
+        return found.is_sparse_faster
 
     aligned = not self_attention and shape.causal_lower_right
     first = -(-shape.q_len // size) if aligned else 1

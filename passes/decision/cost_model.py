@@ -4,9 +4,9 @@
 >>> work.dense_flops.subs({B: 1, Hq: 1, Sq: 128, Skv: 128, offset: 0, tile: 1, D: 64, Dv: 64})
 2113536
 
-Work is counted as today's reference does it (`block_masks.scoring`, `block_masks.selection`);
-seconds divide it by the rates of a device (`device_rates.DeviceRates`), whose fields are symbols
-of the same names.
+Work of selection is counted as plain PyTorch does it (`block_masks.scoring`,
+`block_masks.selection`); GPU kernels write no logits and sort nothing. Seconds divide it by the
+rates of a device (`device_rates.DeviceRates`), whose fields are symbols of the same names.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ block, c_q, c_k, c_h = sympy.symbols("block c_q c_k c_h", integer=True, positive
 samples = Symbol("samples", integer=True, nonnegative=True)
 # Keys that a dense kernel reads at a time, computed whole on the diagonal.
 tile = Symbol("tile", integer=True, positive=True)
-# Kept over visible blocks; bytes per element; 1 under an attn_mask, else 0.
-density, itemsize, masked = sympy.symbols("density itemsize masked", nonnegative=True)
+# Kept over visible blocks; bytes per element; 1 under a mask beside causality, else 0; 1 where
+# plain PyTorch selects, 0 where GPU kernels do.
+density, itemsize, masked, plain = sympy.symbols("density itemsize masked plain", nonnegative=True)
 
 # float32 composite logits: written once, read for the peak, the row sum and the sum of a block.
 LOGIT_BYTES = 4 * 4
-SHAPE = (B, Hq, Hkv, Sq, Skv, D, Dv, offset, masked, itemsize)
+SHAPE = (B, Hq, Hkv, Sq, Skv, D, Dv, offset, masked, plain, itemsize)
 SETTINGS = (block, c_q, c_k, c_h, samples, density, tile)
 
 
@@ -45,6 +46,8 @@ class AttentionWork:
             in their tiles; only visible pairs at ``tile`` 1.
         dense_exps: Exponentials of dense attention, one a pair.
         dense_bytes: Query, key, value and mask read once, output written once.
+        masked_flops: `dense_flops` under a mask tensor, of which no kernel skips a tile.
+        masked_exps: `dense_exps` likewise.
         pooling_bytes: Query and key read, composite tokens written.
         scoring_flops: Logits of composite tokens and sampled rows; all of them, causal or not.
         scoring_bytes: Passes over these logits and, under a mask, over the mask.
@@ -53,6 +56,9 @@ class AttentionWork:
         sparse_flops: Both matrix products over the kept blocks, each computed whole.
         sparse_exps: Exponentials of sparse attention, one a pair of these.
         sparse_blocks: Kept blocks of all heads.
+        sparse_bytes: As `dense_bytes`; GPU kernels read formulas and no mask.
+        projection_flops: The four projections of a layer as wide as its query heads: what at least
+            lies between one attention call of a model and the next.
     """
 
     dense_flops: sympy.Expr
@@ -65,6 +71,10 @@ class AttentionWork:
     sparse_flops: sympy.Expr
     sparse_exps: sympy.Expr
     sparse_blocks: sympy.Expr
+    sparse_bytes: sympy.Expr
+    masked_flops: sympy.Expr
+    masked_exps: sympy.Expr
+    projection_flops: sympy.Expr
 
 
 @lru_cache
@@ -81,17 +91,27 @@ def attention_work(*, causal: bool) -> AttentionWork:
     composite_heads = Hq / c_h
     kept_blocks = density * B * Hq * visible_blocks
     cells = B * composite_heads * (rows * columns + blocks_q * samples * Skv)
+    own_bytes = (Hq * Sq + Hkv * Skv) * (D + Dv)
     return AttentionWork(
         dense_flops=2 * B * Hq * pairs * (D + Dv),
         dense_exps=B * Hq * pairs,
-        dense_bytes=itemsize * B * ((Hq * Sq + Hkv * Skv) * (D + Dv) + masked * Sq * Skv),
+        dense_bytes=itemsize * B * (own_bytes + masked * Sq * Skv),
+        masked_flops=2 * B * Hq * Sq * Skv * (D + Dv),
+        masked_exps=B * Hq * Sq * Skv,
         pooling_bytes=B * D * (itemsize * (Hq * Sq + Hkv * Skv) + 4 * (Hq * rows + Hkv * columns)),
         scoring_flops=2 * cells * D,
-        scoring_bytes=LOGIT_BYTES * cells + masked * B * Sq * Skv,
-        sort_steps=B * (composite_heads + 2 * Hq) * blocks_q * blocks_k * sympy.log(blocks_k, 2),
+        scoring_bytes=plain * (LOGIT_BYTES * cells + masked * B * Sq * Skv),
+        sort_steps=plain
+        * B
+        * (composite_heads + 2 * Hq)
+        * blocks_q
+        * blocks_k
+        * sympy.log(blocks_k, 2),
         sparse_flops=2 * kept_blocks * block**2 * (D + Dv),
         sparse_exps=kept_blocks * block**2,
         sparse_blocks=kept_blocks,
+        sparse_bytes=itemsize * B * (own_bytes + plain * masked * Sq * Skv),
+        projection_flops=4 * B * Sq * Hq * D * D * (Hq + Hkv),
     )
 
 
@@ -133,7 +153,11 @@ class Stage:
 
 @lru_cache
 def attention_stages(*, causal: bool) -> dict[str, Stage]:
-    """The stages ``dense``, ``select`` and ``attend``; a sparse call is the last two."""
+    """The stages of a call: ``select`` and ``attend`` where it is sparse.
+
+    Or ``dense``; under a mask tensor ``masked``. ``projections`` are what a model computes around
+    it.
+    """
     work = attention_work(causal=causal)
     one = sympy.Integer(1)
     return {
@@ -142,6 +166,14 @@ def attention_stages(*, causal: bool) -> dict[str, Stage]:
             divided={
                 "dense_flop_rate": work.dense_flops,
                 "dense_exp_rate": work.dense_exps,
+                "bandwidth": work.dense_bytes,
+            },
+        ),
+        "masked": Stage(
+            constants={"dense_launch": one},
+            divided={
+                "masked_flop_rate": work.masked_flops,
+                "masked_exp_rate": work.masked_exps,
                 "bandwidth": work.dense_bytes,
             },
         ),
@@ -158,7 +190,8 @@ def attention_stages(*, causal: bool) -> dict[str, Stage]:
             divided={
                 "sparse_flop_rate": work.sparse_flops,
                 "sparse_exp_rate": work.sparse_exps,
-                "bandwidth": work.dense_bytes,
+                "bandwidth": work.sparse_bytes,
             },
         ),
+        "projections": Stage(constants={}, divided={"dense_flop_rate": work.projection_flops}),
     }

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from importlib import resources
 
 import torch
+
+PLAIN = " plain"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceRates:
     """Rates of one kind of device in one dtype; each is a symbol of `cost_model.attention_stages`.
 
-    Those of the CPU are for one thread.
+    Those of the CPU are for one thread. 0 stands for a rate that was not measured, or of which
+    nothing depends.
 
     Attributes:
         device: ``"cpu"``, or ``"cuda sm90"`` and the like; with ``" plain"`` after it where the
@@ -31,6 +37,11 @@ class DeviceRates:
         sparse_flop_rate: FLOP/s of the flex kernel.
         sparse_exp_rate: Exponentials a second of the flex kernel.
         block_seconds: Seconds a kept block of one head takes beside its work.
+        masked_flop_rate: FLOP/s of dense attention under a mask tensor.
+        masked_exp_rate: Exponentials a second of dense attention under a mask tensor.
+        dense_host_seconds: Seconds that Python takes to launch a dense call, where the device
+            does not wait for it.
+        sparse_host_seconds: The same of a sparse call.
     """
 
     device: str
@@ -48,89 +59,68 @@ class DeviceRates:
     sparse_flop_rate: float
     sparse_exp_rate: float
     block_seconds: float
+    masked_flop_rate: float = 0.0
+    masked_exp_rate: float = 0.0
+    dense_host_seconds: float = 0.0
+    sparse_host_seconds: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether plain PyTorch selects."""
+        return self.device == "cpu" or self.device.endswith(PLAIN)
 
     def on_threads(self, threads: int) -> DeviceRates:
         """The same device with its work spread evenly over ``threads``."""
         if threads == 1:
             return self
-        names = [f.name for f in fields(self) if f.name.endswith("rate") or f.name == "bandwidth"]
-        faster = {name: getattr(self, name) * threads for name in names}
+        faster = {name: getattr(self, name) * threads for name in RATE_NAMES if is_speed(name)}
         return replace(self, block_seconds=self.block_seconds / threads, **faster)
 
+    def values(self) -> dict[str, float]:
+        """The rates by name, as the cost model divides by them: no work over 0 takes no time."""
+        found = {name: getattr(self, name) for name in RATE_NAMES}
+        return {
+            name: math.inf if is_speed(name) and not value else value
+            for name, value in found.items()
+        }
 
-PLAIN = " plain"
 
-# Fitted rates are copied from their source by hand; a test compares the two.
-RATES = (
-    DeviceRates(
-        device="cpu",
-        dtype="float32",
-        source="bench/results/rates-cpu.json",
-        tile=512,
-        dense_launch=4.714e-10,
-        dense_flop_rate=94250000000.0,
-        dense_exp_rate=1961000000.0,
-        select_launch=9.326e-05,
-        scoring_flop_rate=254800000000.0,
-        bandwidth=6793000000.0,
-        sort_rate=25270000.0,
-        sparse_launch=3.052e-10,
-        sparse_flop_rate=76950000000.0,
-        sparse_exp_rate=1130000000.0,
-        block_seconds=1.45e-05,
-    ),
-    DeviceRates(
-        device="cpu",
-        dtype="bfloat16",
-        source="bench/results/rates-cpu.json",
-        tile=512,
-        dense_launch=0.0002667,
-        dense_flop_rate=75690000000.0,
-        dense_exp_rate=155200000000000.0,
-        select_launch=0.0002044,
-        scoring_flop_rate=95050000000.0,
-        bandwidth=6111000000.0,
-        sort_rate=39060000.0,
-        sparse_launch=0.0001305,
-        sparse_flop_rate=40710000000.0,
-        sparse_exp_rate=841700000.0,
-        block_seconds=1.947e-05,
-    ),
-    DeviceRates(
-        device="cuda sm90",
-        dtype="bfloat16",
-        source="bench/results/rates-cuda-sm90.json",
-        tile=128,
-        dense_launch=1.833e-05,
-        dense_flop_rate=925700000000000.0,
-        dense_exp_rate=3404000000000.0,
-        select_launch=0.000494,
-        scoring_flop_rate=1293000000000000.0,
-        bandwidth=149600000000000.0,
-        sort_rate=2.414e17,
-        sparse_launch=8.498e-05,
-        sparse_flop_rate=570200000000000.0,
-        sparse_exp_rate=4911000000000.0,
-        block_seconds=3.336e-09,
-    ),
-    DeviceRates(
-        device="cuda sm90 plain",
-        dtype="bfloat16",
-        source="bench/results/rates-cuda-sm90-plain.json",
-        tile=128,
-        dense_launch=3.132e-05,
-        dense_flop_rate=1089000000000000.0,
-        dense_exp_rate=3127000000000.0,
-        select_launch=0.0007851,
-        scoring_flop_rate=182100000000000.0,
-        bandwidth=1528000000000.0,
-        sort_rate=2.748e16,
-        sparse_launch=0.0001517,
-        sparse_flop_rate=553700000000000.0,
-        sparse_exp_rate=5002000000000.0,
-        block_seconds=3.275e-09,
-    ),
-)
+RATE_NAMES = tuple(f.name for f in fields(DeviceRates) if f.type == "float")
+
+
+def is_speed(name: str) -> bool:
+    """Whether a rate is work a second; others are seconds."""
+    return name.endswith("rate") or name == "bandwidth"
+
+
+def read_rates(text: str) -> list[DeviceRates]:
+    """The rates in a file that ``python -m bench.cost_rates`` wrote.
+
+    Raises:
+        ValueError: The text is no such file.
+    """
+    try:
+        written = json.loads(text)
+        labels = {"device": written["device"], "source": written["source"]}
+        return [
+            DeviceRates(dtype=dtype, **labels, **rates) for dtype, rates in written["rates"].items()
+        ]
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"a file of rates must be JSON with device, source and rates of each dtype: {error!r}"
+        ) from error
+
+
+def _read_shipped() -> tuple[DeviceRates, ...]:
+    folder = resources.files(__package__).joinpath("rates")
+    written = sorted(file.name for file in folder.iterdir() if file.name.endswith(".json"))
+    return tuple(
+        rates for name in written for rates in read_rates(folder.joinpath(name).read_text())
+    )
+
+
+# Those that the project measured.
+RATES = _read_shipped()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

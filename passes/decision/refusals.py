@@ -224,6 +224,5 @@ def _refuse_slow(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
         length = break_even_length(shape, config.selector, self_attention=self_attention)
         faster = length is not None and guard_or_false(kv_len >= length)
     else:
-        found = forecast(shape, config.selector)
-        faster = found.sparse_seconds < found.dense_seconds
+        faster = forecast(shape, config.selector).is_sparse_faster
     return None if faster else DenseReason.SLOWER

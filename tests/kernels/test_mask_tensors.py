@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.api.models import qkv
 from tests.api.reference import attend
 from unisparse_flex import UniSparse, optimize
+from unisparse_flex.block_masks import masks
 from unisparse_flex.block_masks.kernels import operator
 from unisparse_flex.passes.attend import marker, mask_contents
 
@@ -34,7 +35,7 @@ class Reads:
 @pytest.fixture
 def reads(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Reads:  # noqa: F811
     """Mask tensors are read as on CUDA."""
-    found, read_mask, read_call = Reads(), mask_contents.read_mask, marker.read_call
+    found, read_mask, read_call = Reads(), masks.read_mask, mask_contents.read_call
 
     def count(*args: Any, **kwargs: Any) -> Any:
         found.masks += 1

@@ -38,7 +38,15 @@ CAUSAL = [
 def sizes(**changes: float) -> dict[sympy.Symbol, float]:
     """Values of every symbol of the shape and the settings."""
     values: dict[str, float] = {"B": 2, "Hq": 4, "Hkv": 2, "Sq": 64, "Skv": 64, "D": 8, "Dv": 6}
-    values |= {"offset": 0, "masked": 0, "itemsize": 2, "block": 16, "tile": 1, "density": 1}
+    values |= {
+        "offset": 0,
+        "masked": 0,
+        "plain": 1,
+        "itemsize": 2,
+        "block": 16,
+        "tile": 1,
+        "density": 1,
+    }
     values |= {"c_q": 4, "c_k": 8, "c_h": 2, "samples": 0} | changes
     return {symbol: values[symbol.name] for symbol in (*cm.SHAPE, *cm.SETTINGS)}
 
@@ -150,11 +158,14 @@ def test_numbers_are_those_of_the_expressions(changes: Any) -> None:
     )
     found = forecast(call._replace(device=torch.device("cuda")), selector)
     cuda = next(r for r in RATES if r.device == "cuda sm90")
-    at = dict(zip(cm.SHAPE, (*call[:7], 700 if call.causal_lower_right else 0, 0, 2), strict=True))
+    offset = 700 if call.causal_lower_right else 0
+    at = dict(zip(cm.SHAPE, (*call[:7], offset, 0, 0, 2), strict=True))
     at |= dict(zip(cm.SETTINGS, (128, 8, 8, 1, 0, found.density, cuda.tile), strict=True))
-    stages = cm.attention_stages(causal=call.is_causal or call.causal_lower_right)
+    every = cm.attention_stages(causal=call.is_causal or call.causal_lower_right)
+    stages = {name: every[name] for name in ("dense", "select", "attend")}
     names = {name for stage in stages.values() for name in (*stage.constants, *stage.divided)}
-    at |= {sympy.Symbol(name): getattr(cuda, name) for name in names}
+    given = cuda.values()
+    at |= {sympy.Symbol(name): given[name] for name in names}
     expected = [float(stage.seconds.subs(at)) for stage in stages.values()]
     assert [found.dense_seconds, found.select_seconds, found.attend_seconds] == pytest.approx(
         expected, rel=1e-9
@@ -191,7 +202,7 @@ def test_sparse_is_faster_from_the_break_even_on_and_not_just_below(
 
     def is_faster(keys: int) -> bool:
         found = forecast(call._replace(q_len=q_len or keys, kv_len=keys), selector)
-        return found.sparse_seconds < found.dense_seconds
+        return found.is_sparse_faster
 
     assert all(is_faster(keys) for keys in range(length, length + 40 * size, size))
     assert is_faster(64 * length)
