@@ -32,7 +32,7 @@ from .expr import (
 )
 from .hulls import Hull, hull_of
 from .program import MaskProgram, is_known
-from .rows import has_intervals, row_spans, says_intervals
+from .rows import has_intervals, row_spans, says_causality, says_intervals
 from .tensors import mask_4d, visible_tokens
 from .text import format_mask
 from .tiles import Tiles, tile_bounds, token_values
@@ -80,6 +80,7 @@ __all__ = [
     "replace_atoms",
     "replace_in",
     "row_spans",
+    "says_causality",
     "says_intervals",
     "tile_bounds",
     "token_values",

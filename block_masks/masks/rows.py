@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..strides import fix_strides
-from .expr import Bool, all_of, conjuncts
+from .expr import KV, Affine, Bool, Q, all_of, conjuncts, offset_bound
 from .hulls import LAST, bound_side, bound_value, has_hull
 from .program import MaskProgram
 from .text import parse_mask
@@ -101,3 +101,10 @@ def has_intervals(expr: Bool) -> bool:
 def says_intervals(text: str) -> bool:
     """`has_intervals` of a formula as text."""
     return has_intervals(parse_mask(text))
+
+
+def says_causality(text: str) -> tuple[bool, bool]:
+    """Whether a formula says that row r sees keys up to r; or up to r + c, of another c."""
+    bounds = (offset_bound(part, KV, Q) for part in conjuncts(parse_mask(text)))
+    found = [bound == Affine() for bound in bounds if bound is not None]
+    return any(found), bool(found) and not any(found)

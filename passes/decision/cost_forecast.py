@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch.fx.experimental import symbolic_shapes
 
-from ...block_masks.masks import says_intervals
+from ...block_masks.masks import says_causality, says_intervals
 from ...block_masks.selectors import Selector
 from ..calls import SdpaCall
 from . import cost_model
@@ -40,8 +40,8 @@ class CallShape(NamedTuple):
         kv_len: Keys.
         head_dim: Of queries and keys.
         value_dim: Of values.
-        is_causal: As in `SdpaCall`.
-        causal_lower_right: As in `SdpaCall`.
+        is_causal: As in `SdpaCall`, by a flag or by the mask.
+        causal_lower_right: As in `SdpaCall`; by a mask perhaps not up to the last key.
         masked: Whether there is a mask beside causality, of which dense attention reads all pairs.
         dtype: Of what the kernel reads.
         device: Kind and index.
@@ -108,6 +108,9 @@ def call_shape(call: SdpaCall) -> CallShape:
     # Not autocast's dtype: tracing, the pass and lowering must see the same call.
     query, key = call.query, call.key
     batch, q_heads, q_len, head_dim = query.shape
+    flags = bool(call.is_causal), bool(call.causal_lower_right)
+    if call.mask and not any(flags):
+        flags = _says_causality(call.mask)
     return CallShape(
         batch=_size(batch),
         q_heads=_size(q_heads),
@@ -116,8 +119,8 @@ def call_shape(call: SdpaCall) -> CallShape:
         kv_len=_size(key.shape[2]),
         head_dim=_size(head_dim),
         value_dim=_size(call.value.shape[3]),
-        is_causal=bool(call.is_causal),
-        causal_lower_right=bool(call.causal_lower_right),
+        is_causal=flags[0],
+        causal_lower_right=flags[1],
         masked=call.attn_mask is not None or bool(call.mask),
         dtype=query.dtype,
         device=query.device,
@@ -133,6 +136,7 @@ def _kernels_read(call: SdpaCall) -> bool:
 
 
 _says_intervals = lru_cache(maxsize=1024)(says_intervals)
+_says_causality = lru_cache(maxsize=1024)(says_causality)
 
 
 def _size(size: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..attend import (
     MULTIHEAD_TARGETS,
@@ -21,7 +22,14 @@ from ..attend import (
     prepared_mask,
     refuse_multihead,
 )
-from ..calls import SdpaCall, SparseConfig, is_sdpa, recorded, recorded_value
+from ..calls import (
+    TORCH_SDPA,
+    SdpaCall,
+    SparseConfig,
+    is_sdpa,
+    recorded,
+    recorded_value,
+)
 from ..decision import DenseReason, refuse
 from ..masks import MaskCache, ProvedMask, Unproved
 from .repeat_kv import erase_unused, recover_gqa
@@ -205,6 +213,11 @@ def _rewrite_node(
     if reason is not None:
         report.left[name] = reason
         logger.debug("%s stays dense: %s", name, reason)
+        if lower and not config.strict and isinstance(proved, ProvedMask) and _needs_no_mask(call):
+            # PyTorch's fastest kernels take no mask tensor, but this flag.
+            node.target, node.args = TORCH_SDPA, call.positional()
+            node.kwargs = {"scale": call.scale, "enable_gqa": call.enable_gqa}
+            report.flagged.append(name)
         return
     if isinstance(proved, Unproved):
         report.unproved[name] = proved
@@ -229,6 +242,13 @@ def _rewrite_node(
     if name in report.ungrouped:
         erase_unused(repeated)
     report.rewritten.append(name)
+
+
+def _needs_no_mask(call: SdpaCall) -> bool:
+    """Whether SDPA's own flag says all of a mask that was proved, in square calls."""
+    shape = _shape(call)
+    square = shape is not None and statically_known_true(shape[2] == shape[3])
+    return square and not (call.mask or call.causal_lower_right)
 
 
 def _write_call(node: fx.Node, call: SdpaCall, config: SparseConfig, *, lower: bool) -> None:

@@ -18,6 +18,7 @@ class RewriteReport:
     Attributes:
         rewritten: Names of the nodes that now run sparse (where their lengths allow it).
         left: Names of the nodes that stay dense, each with its reason.
+        flagged: Names of those that do without their mask tensor, which ``is_causal`` says.
         masks: Names of the rewritten nodes whose mask became a formula, each with what it is.
         windows: Names of the rewritten nodes whose sliding window is kept whole, with no scores.
         unproved: Names of the rewritten nodes whose mask stays a tensor, each with the reason.
@@ -27,6 +28,7 @@ class RewriteReport:
 
     rewritten: list[str] = field(default_factory=list)
     left: dict[str, DenseReason] = field(default_factory=dict)
+    flagged: list[str] = field(default_factory=list)
     masks: dict[str, str] = field(default_factory=dict)
     windows: list[str] = field(default_factory=list)
     unproved: dict[str, Unproved] = field(default_factory=dict)
@@ -40,6 +42,8 @@ class RewriteReport:
     def __str__(self) -> str:
         lines = [f"{len(self.rewritten)} attention calls rewritten, {len(self.left)} left dense"]
         lines += [f"  {count} x {reason}" for reason, count in self.skipped.items()]
+        if self.flagged:
+            lines.append(f"  {len(self.flagged)} x dense with is_causal in place of a mask tensor")
         proved, unproved = Counter(self.masks.values()), Counter(self.unproved.values())
         lines += [f"  {count} x mask proved: {kind}" for kind, count in proved.items()]
         if self.windows:

@@ -120,20 +120,58 @@ def test_decoding_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mask", "device", "masked"),
+    ("mask", "device", "plain", "causal"),
     [
-        ("", "meta", False),
-        ("(kv <= q) & (t0[b, kv])", "meta", True),
-        ("(kv <= q) & (t0[b, kv])", "cuda", False),
-        ("(kv <= q) & (t0[b, q] == t0[b, kv])", "cuda", False),
-        ("((kv <= q) & (q < kv + 9)) | (kv < 4)", "cuda", True),
+        ("", "meta", False, (False, False)),
+        ("(kv <= q) & (t0[b, kv])", "meta", True, (True, False)),
+        ("(kv <= q) & (t0[b, kv])", "cuda", False, (True, False)),
+        ("(t0[b, kv]) & (kv <= q + n0)", "cuda", False, (False, True)),
+        ("(kv <= q) & (t0[b, q] == t0[b, kv])", "cuda", False, (True, False)),
+        ("t0[b, kv]", "cuda", False, (False, False)),
+        ("((kv <= q) & (q < kv + 9)) | (kv < 4)", "cuda", True, (False, False)),
     ],
 )
-def test_a_mask_that_the_kernels_read_costs_as_none(mask: str, device: str, masked: bool) -> None:
+def test_kernels_select_under_masks_that_they_read(
+    mask: str, device: str, plain: bool, causal: tuple[bool, bool]
+) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         query, key = (torch.empty(1, heads, 4096, 64, device=device) for heads in (9, 3))
         call = SdpaCall(query=query, key=key, value=key, enable_gqa=True, mask=mask)
-        assert prediction.call_shape(call).masked is masked
+        found = prediction.call_shape(call)
+    assert (found.plain, found.masked) == (plain, bool(mask))
+    assert (found.is_causal, found.causal_lower_right) == causal
+
+
+def test_dense_attention_under_a_mask_is_what_a_masked_call_is_compared_with() -> None:
+    # The same call, which plain PyTorch would attend to densely over all pairs.
+    shape = prediction.call_shape(causal_call(4096))._replace(device=torch.device("cuda"))
+    shape = shape._replace(dtype=torch.bfloat16)
+    free, masked = (
+        prediction.forecast(shape._replace(masked=flag), AUTOMATIC.selector)
+        for flag in (False, True)
+    )
+    assert masked.dense_seconds > 2 * free.dense_seconds
+    assert masked.sparse_seconds == free.sparse_seconds
+
+
+def test_what_python_takes_counts_where_the_device_waits_for_it() -> None:
+    given: Any = {
+        "dense_seconds": 3.0,
+        "select_seconds": 0.5,
+        "attend_seconds": 1.5,
+        "density": 1.0,
+    }
+    assert prediction.Forecast(**given).is_sparse_faster
+    # The device waits 5 seconds for the sparse call, and works 3 on the dense one.
+    waiting = prediction.Forecast(**given, host_seconds=(1.0, 5.0))
+    assert not waiting.is_sparse_faster
+    # A model works longer than that on each layer.
+    assert prediction.Forecast(
+        **given, host_seconds=(1.0, 5.0), around_seconds=4.0
+    ).is_sparse_faster
+    assert not prediction.Forecast(
+        **given | {"attend_seconds": 2.6}, host_seconds=(1.0, 5.0), around_seconds=4.0
+    ).is_sparse_faster
 
 
 def test_a_shape_is_predicted_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Rates: copied from measurements, found by device and dtype, spread over threads."""
+"""Rates: those that were measured, found by device and dtype, spread over threads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ import torch
 
 from unisparse_flex import UniSparse
 from unisparse_flex.passes.decision.cost_forecast import break_even_length, forecast
-from unisparse_flex.passes.decision.device_rates import RATES, DeviceRates, device_name, find_rates
+from unisparse_flex.passes.decision.device_rates import (
+    RATES,
+    DeviceRates,
+    device_name,
+    find_rates,
+    read_rates,
+)
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .test_cost_model import shape
 
 ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "passes/decision/rates"
 MEASURED = sorted((ROOT / "bench/results").glob("rates-*.json"))
 LABELS = ("device", "dtype", "source")
 
@@ -31,13 +38,37 @@ def fitted() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("path", "result", "dtype"), fitted())
-def test_built_in_rates_are_those_that_were_measured(path: Path, result: Any, dtype: str) -> None:
-    source = path.relative_to(ROOT).as_posix()
-    expected = DeviceRates(
-        device=result["device"], dtype=dtype, source=source, **result["rates"][dtype]
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_the_library_reads_what_was_measured(path: Path) -> None:
+    shipped = SHIPPED / path.name.removeprefix("rates-")
+    written = json.loads(shipped.read_text())
+    result = json.loads(path.read_text())
+    assert written == {"source": f"bench/results/{path.name}"} | {
+        name: result[name] for name in ("device", "hardware", "versions", "rates")
+    }
+    assert [rates for rates in RATES if rates.source == written["source"]] == read_rates(
+        shipped.read_text()
     )
-    assert expected in RATES
+
+
+def test_every_file_that_the_library_reads_was_measured() -> None:
+    names = {path.name.removeprefix("rates-") for path in MEASURED}
+    assert {path.name for path in SHIPPED.iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"device": "x", "source": "y", "rates": {"z": {}}}']
+)
+def test_what_is_no_file_of_rates_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="a file of rates must be JSON with device, source"):
+        read_rates(text)
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_no_bandwidth_is_above_what_the_device_reports(path: Path) -> None:
+    result = json.loads(path.read_text())
+    for rates in result["rates"].values():
+        assert rates["bandwidth"] <= (result.get("peak_bandwidth") or 2e12)
 
 
 @pytest.mark.parametrize("rates", RATES, ids=lambda rates: f"{rates.device} {rates.dtype}")
@@ -92,13 +123,17 @@ def test_more_threads_are_faster_but_no_different_at_length(
     assert one.on_threads(1) is one
 
 
-def test_the_readme_names_the_break_even_on_an_h100() -> None:
+def test_the_readme_names_the_break_even_on_an_h200() -> None:
     llama = shape(0, q_heads=32, kv_heads=8, head_dim=128, value_dim=128, dtype=torch.bfloat16)
     cuda = llama._replace(device=torch.device("cuda"))
     length = break_even_length(cuda, DEFAULT_SELECTOR, self_attention=True)
     assert length is not None
-    named = f"shorter than about {round(length, -3)} tokens"
-    assert named in (ROOT / "README.md").read_text()
+    named = f"shorter than about {round(length, -2)} tokens"
+    readme = (ROOT / "README.md").read_text()
+    assert named in readme
+    masked = break_even_length(cuda._replace(masked=True), DEFAULT_SELECTOR, self_attention=True)
+    assert masked is not None
+    assert f"shorter than about {round(masked, -2)} under a mask" in readme
 
 
 def test_predictions_are_milliseconds_not_microseconds() -> None:

@@ -16,6 +16,7 @@ from tests.api.reference import attend, rmse
 from unisparse_flex import UniSparse, optimize
 from unisparse_flex.passes import DenseReason, RewriteReport, SparseConfig, rewrite_sdpa
 from unisparse_flex.passes.attend.marker import lowered_sdpa
+from unisparse_flex.passes.calls import SdpaCall, is_sdpa
 
 from .graphs import MARKERS, SPELLINGS, TRACERS, Calls, Stripes, count_markers, run, targets
 
@@ -191,3 +192,44 @@ def test_a_report_counts_what_it_names() -> None:
     lines = str(report).splitlines()
     assert lines[0] == "1 attention calls rewritten, 3 left dense"
     assert lines[1:] == [f"  2 x {DenseReason.SHORT}", f"  1 x {DenseReason.DROPOUT}"]
+
+
+def causal_pairs(length: int, device: Any) -> Tensor:
+    position = torch.arange(length, device=device)
+    return (position <= position[:, None])[None, None]
+
+
+# Masks of a call too short to be sparse; whether SDPA's flag says all of one, and what it says.
+SHORT_MASKS: dict[str, tuple[Callable[[Tensor], Tensor], bool | None]] = {
+    "causal": (lambda q: causal_pairs(q.shape[2], q.device), True),
+    "nothing hidden": (
+        lambda q: torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device),
+        False,
+    ),
+    "window": (
+        lambda q: causal_pairs(q.shape[2], q.device) & ~causal_pairs(q.shape[2], q.device).tril(-9),
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("name", SHORT_MASKS)
+def test_a_dense_call_does_without_a_mask_that_its_flag_says(name: str, lower: bool) -> None:
+    make, flag = SHORT_MASKS[name]
+
+    def masked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=make(query), scale=0.5)
+
+    graph = TRACERS["dynamo"](Calls(masked), *inputs())
+    report = rewrite_sdpa(graph, SparseConfig(selector=FINE, min_length=None), lower=lower)
+    assert list(report.left.values()) == [DenseReason.SLOWER]
+    assert bool(report.flagged) is (lower and flag is not None)
+    (node,) = (node for node in graph.graph.nodes if is_sdpa(node))
+    found = SdpaCall.bind(node.args, node.kwargs)
+    if report.flagged:
+        assert (found.attn_mask, found.is_causal, found.scale) == (None, flag, 0.5)
+        assert "is_causal in place of a mask tensor" in str(report)
+    else:
+        assert found.attn_mask is not None
+    torch.testing.assert_close(run(graph, *inputs()), masked(*inputs()))
