@@ -180,7 +180,7 @@ def predict(tokens: int, selector: UniSparse, density: float) -> dict[str, float
 
 
 def rates() -> DeviceRates:
-    """Those of an H100."""
+    """Those of an H200."""
     return next(r for r in RATES if (r.device, r.dtype) == ("cuda sm90", "bfloat16"))
 
 
