@@ -38,7 +38,7 @@ PRIVATE_NAMES = (
     "torch:_transformer_encoder_layer_fwd",
 )
 # Attributes that only instances have.
-INSTANCE_ATTRIBUTES = ("_orig_mod",)
+INSTANCE_ATTRIBUTES = ("_base", "_orig_mod")
 WORKING_TORCH = "2.11 to 2.14"
 
 

@@ -1,16 +1,9 @@
 """Dense or sparse, by which kernel, and why: safety, then cost."""
 
 from .call_forecast import CallForecast, forecast_call
-from .cost_forecast import CallShape, call_shape, forecast, forecast_at
-from .device_rates import (
-    PLAIN,
-    RATE_NAMES,
-    RATES,
-    DeviceRates,
-    device_name,
-    find_rates,
-    is_speed,
-)
+from .cost_forecast import CallShape, break_even_length, call_shape, forecast, forecast_at
+from .device_facts import PUBLISHED, DeviceFacts
+from .device_rates import PLAIN, RATE_NAMES, RATES, DeviceRates, is_speed
 from .flex_support import (
     FLASH_CAPABILITY,
     flash_obstacle,
@@ -18,19 +11,24 @@ from .flex_support import (
     is_flash_installed,
     supports_head_dim,
 )
+from .found_rates import device_name, estimates, find_rates, hardware_name, keep_rates
 from .refusals import DenseReason, flex_lowers, needs_grad, refuse, refuse_sharding
 
 __all__ = [
     "FLASH_CAPABILITY",
     "PLAIN",
+    "PUBLISHED",
     "RATES",
     "RATE_NAMES",
     "CallForecast",
     "CallShape",
     "DenseReason",
+    "DeviceFacts",
     "DeviceRates",
+    "break_even_length",
     "call_shape",
     "device_name",
+    "estimates",
     "find_rates",
     "flash_obstacle",
     "flex_backend",
@@ -38,8 +36,10 @@ __all__ = [
     "forecast",
     "forecast_at",
     "forecast_call",
+    "hardware_name",
     "is_flash_installed",
     "is_speed",
+    "keep_rates",
     "needs_grad",
     "refuse",
     "refuse_sharding",

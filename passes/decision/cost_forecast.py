@@ -15,7 +15,8 @@ from ...block_masks.masks import says_causality, says_intervals
 from ...block_masks.selectors import Selector
 from ..calls import SdpaCall
 from . import cost_model
-from .device_rates import RATE_NAMES, DeviceRates, FoundRates, find_rates
+from .device_rates import RATE_NAMES, DeviceRates
+from .found_rates import FoundRates, find_rates
 
 # Keys up to which a break-even is looked for.
 LONGEST = 2**22

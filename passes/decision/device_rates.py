@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from importlib import resources
-
-import torch
 
 PLAIN = " plain"
 
@@ -121,55 +118,3 @@ def _read_shipped() -> tuple[DeviceRates, ...]:
 
 # Those that the project measured.
 RATES = _read_shipped()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FoundRates:
-    """Rates for a device and dtype, and what they stand in for.
-
-    Attributes:
-        rates: The rates.
-        note: Empty, or that there are none for this device and dtype and which are used.
-    """
-
-    rates: DeviceRates
-    note: str = ""
-
-
-def find_rates(device: torch.device, dtype: torch.dtype, *, plain: bool = False) -> FoundRates:
-    """Rates of this machine's device; those of another dtype or device where there are none.
-
-    Args:
-        device: Where the call runs.
-        dtype: Of its tensors.
-        plain: Whether plain PyTorch scores and selects, not the GPU kernels.
-    """
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    name = device_name(device.type, device.index)
-    return _find_rates(name + PLAIN if plain and name != device.type else name, dtype, threads)
-
-
-@lru_cache(maxsize=256)
-def _find_rates(name: str, dtype: torch.dtype, threads: int) -> FoundRates:
-    def distance(rates: DeviceRates) -> tuple[bool, bool, bool, int]:
-        other_kind = rates.device.split()[0] != name.split()[0]
-        other_way = rates.device.endswith(PLAIN) != name.endswith(PLAIN)
-        known = getattr(torch, rates.dtype)
-        return other_kind, other_way, rates.device != name, abs(known.itemsize - dtype.itemsize)
-
-    wanted = str(dtype).removeprefix("torch.")
-    exact = [rates for rates in RATES if (rates.device, rates.dtype) == (name, wanted)]
-    nearest = exact[0] if exact else min(RATES, key=distance)
-    note = ""
-    if not exact:
-        note = f"no rates for {wanted} on {name}, using {nearest.dtype} on {nearest.device}"
-    return FoundRates(rates=nearest.on_threads(threads), note=note)
-
-
-@lru_cache
-def device_name(kind: str, index: int | None = None) -> str:
-    """The key of a device among the rates: ``"cpu"``, or ``"cuda"`` with its architecture."""
-    if kind != "cuda" or not torch.cuda.is_available():
-        return kind
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"cuda sm{major}{minor}"

@@ -12,11 +12,13 @@ import torch
 
 from unisparse_flex import private_names as name_checks
 from unisparse_flex.block_masks import kernels
-from unisparse_flex.doctor import Examination, Finding, Status, examination, examine
+from unisparse_flex.doctor import Examination, Finding, Status, examination, examine, rate_measure
 from unisparse_flex.doctor import backends as backend_checks
 from unisparse_flex.doctor import compile_check as compile_checks
 from unisparse_flex.doctor import versions as version_checks
-from unisparse_flex.passes.decision.device_rates import RATES, FoundRates
+from unisparse_flex.passes.decision import found_rates, stored_rates
+from unisparse_flex.passes.decision.device_rates import RATES
+from unisparse_flex.passes.decision.found_rates import FoundRates, find_rates
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -131,7 +133,45 @@ def test_a_device_without_rates_says_which_are_used(monkeypatch):
     finding = backend_checks.check_device(CPU)
     assert finding.status is Status.NOTE
     assert finding.detail.endswith("no rates for it")
-    assert "bench.cost_rates" in finding.fix
+    assert "doctor --measure" in finding.fix
+
+
+def test_measured_rates_are_kept_and_taken(run, on_cpu, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(found_rates, "load_stored", stored_rates.load_stored)
+    plan = rate_measure.Plan(heads=(2, 1, 64), lengths=(256,))
+    monkeypatch.setattr(rate_measure, "PLANS", {"cpu": plan})
+    before = find_rates(CPU, torch.float32, threads=1).rates
+    try:
+        ran = run("doctor", "--no-compile", "--measure", "--json")
+        after = find_rates(CPU, torch.float32, threads=1).rates
+    finally:
+        found_rates._find_rates.cache_clear()
+    finding = findings_of(ran)["rates"]
+    assert finding["status"] == "ok"
+    assert str(tmp_path) in finding["detail"]
+    assert "Llama-3.1-8B's heads are sparse" in finding["detail"]
+    assert after.source == stored_rates.SOURCE
+    # Each stage's rates by one factor, that of the mask beside them.
+    for one, other in (
+        ("dense_flop_rate", "dense_exp_rate"),
+        ("sparse_flop_rate", "sparse_exp_rate"),
+    ):
+        factors = [getattr(after, name) / getattr(before, name) for name in (one, other)]
+        assert factors[0] == pytest.approx(factors[1], rel=1e-3)
+        assert 1e-3 < factors[0] < 1e3
+    assert after.masked_flop_rate > 0
+    assert after.bandwidth == before.bandwidth
+
+
+def test_rates_that_cannot_be_kept_are_a_problem(run, on_cpu, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(backend_checks, "measure_rates", lambda *_: RATES[0])
+    ran = run("doctor", "--no-compile", "--measure", "--json")
+    finding = findings_of(ran)["rates"]
+    assert (ran.code, finding["status"]) == (1, "problem")
+    assert "XDG_CACHE_HOME" in finding["fix"]
 
 
 def test_a_missing_compiler_is_a_problem(run, on_cpu, monkeypatch):

@@ -20,7 +20,7 @@ from unisparse_flex import UniSparse, explain, optimize
 from unisparse_flex.passes import DenseReason, SparseConfig
 from unisparse_flex.passes.calls.sdpa import SdpaCall
 from unisparse_flex.passes.decision import cost_forecast as prediction
-from unisparse_flex.passes.decision import device_rates
+from unisparse_flex.passes.decision import device_rates, found_rates
 from unisparse_flex.passes.decision import refusals as decision
 from unisparse_flex.passes.decision.refusals import refuse
 
@@ -43,13 +43,13 @@ SIMPLE = device_rates.DeviceRates(
     sparse_exp_rate=1e30,
     block_seconds=0.0,
 )
-CACHES = (device_rates._find_rates, prediction.forecast, prediction._break_even_length)
+CACHES = (found_rates._find_rates, prediction.forecast, prediction._break_even_length)
 
 
 @pytest.fixture
 def simple_rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Break-evens that do not depend on a machine, short enough to run."""
-    monkeypatch.setattr(device_rates, "RATES", (SIMPLE,))
+    monkeypatch.setattr(found_rates, "RATES", (SIMPLE,))
     monkeypatch.setattr(device_rates.DeviceRates, "on_threads", lambda rates, _: rates)
     clear_caches()
     yield
@@ -282,7 +282,7 @@ def test_where_sparse_never_pays_symbolic_lengths_compile_one_graph(
     torch._dynamo.reset()
     everything = UniSparse(block_size=32, top_p=1.0)
     never = replace(SIMPLE, sparse_flop_rate=1e8)
-    monkeypatch.setattr(device_rates, "RATES", (never,))
+    monkeypatch.setattr(found_rates, "RATES", (never,))
     clear_caches()
     model = optimize(create(Attention), everything)
     run = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)

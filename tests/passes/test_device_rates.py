@@ -10,14 +10,10 @@ import pytest
 import torch
 
 from unisparse_flex import UniSparse
+from unisparse_flex.passes.decision import found_rates
 from unisparse_flex.passes.decision.cost_forecast import break_even_length, forecast
-from unisparse_flex.passes.decision.device_rates import (
-    RATES,
-    DeviceRates,
-    device_name,
-    find_rates,
-    read_rates,
-)
+from unisparse_flex.passes.decision.device_rates import RATES, DeviceRates, read_rates
+from unisparse_flex.passes.decision.found_rates import device_name, find_rates
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from .test_cost_model import shape
@@ -104,6 +100,8 @@ def test_what_has_no_rates_says_whose_are_used(monkeypatch: pytest.MonkeyPatch) 
     assert found.note == "no rates for float16 on cpu, using bfloat16 on cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "some GPU")
+    monkeypatch.setattr(found_rates, "facts_of", lambda index: None)
     device_name.cache_clear()
     try:
         note = find_rates(torch.device("cuda", 0), torch.bfloat16).note

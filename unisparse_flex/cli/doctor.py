@@ -31,14 +31,20 @@ Exit codes:
     show_default=True,
     help="Compile a small sparse call and compare it with dense attention masked to its blocks.",
 )
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Time attention on this device, about a minute, so that the library knows from which "
+    "length on sparse attention is faster here; kept for later runs.",
+)
 @json_option
 @quiet_option
-def doctor(compile_check: bool, as_json: bool, quiet: bool) -> int:
+def doctor(compile_check: bool, measure: bool, as_json: bool, quiet: bool) -> int:
     """Check this machine: versions, backend, kernels, compiler; with a fix for each finding."""
     from ..doctor import examine
 
     with Progress("doctor", shown=not quiet) as progress:
-        examination = examine(compile_check=compile_check, show=progress.show)
+        examination = examine(compile_check=compile_check, measure=measure, show=progress.show)
     if as_json:
         print_json(examination.to_json())
     else:

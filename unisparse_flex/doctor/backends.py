@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 
 import torch
 
@@ -11,16 +12,22 @@ from ..block_masks import DEFAULT_SELECTOR, BlockGeometry, kernels
 from ..passes.calls import SdpaCall
 from ..passes.decision import (
     FLASH_CAPABILITY,
+    break_even_length,
     find_rates,
     flash_obstacle,
     flex_lowers,
+    hardware_name,
     is_flash_installed,
+    keep_rates,
 )
 from .finding import Finding, Status
+from .rate_measure import call_shape, measure_rates
 
 CXX_COMPILERS = ("g++", "clang++", "c++", "cl")
 # What a large language model's attention is: 16-bit on CUDA, head_dim 128.
 HEAD_DIM = 128
+# Query heads, key heads, head_dim of Llama-3.1-8B.
+LLAMA_HEADS = (32, 8, HEAD_DIM)
 
 
 def default_device() -> torch.device:
@@ -46,9 +53,29 @@ def check_device(device: torch.device) -> Finding:
             name="device",
             status=Status.NOTE,
             detail=f"{words}; {note}",
-            fix="measure this device from a checkout: python -m bench.cost_rates",
+            fix="measure this device, about a minute: unisparse-flex doctor --measure",
         )
     return Finding(name="device", status=Status.OK, detail=words)
+
+
+def measure_device(device: torch.device, show: Callable[[str], None]) -> Finding:
+    """Measures the device's rates and keeps them for the cost model."""
+    rates = measure_rates(device, default_dtype(device), show)
+    index = device.index or 0
+    try:
+        path = keep_rates(rates, hardware_name(device.type, index))
+    except OSError as error:
+        return Finding(
+            name="rates",
+            status=Status.PROBLEM,
+            detail=f"measured, but not kept: {error}",
+            fix="name a folder that can be written in the environment variable XDG_CACHE_HOME",
+        )
+    shape = call_shape(LLAMA_HEADS, 0, default_dtype(device), device)
+    length = break_even_length(shape, DEFAULT_SELECTOR, self_attention=True)
+    begins = "at no length" if length is None else f"from {length} tokens on"
+    detail = f"measured: Llama-3.1-8B's heads are sparse {begins}; kept in {path}"
+    return Finding(name="rates", status=Status.OK, detail=detail)
 
 
 def check_backend(device: torch.device) -> Finding:

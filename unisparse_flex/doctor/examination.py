@@ -12,6 +12,7 @@ from .backends import (
     check_device,
     check_selection_kernels,
     default_device,
+    measure_device,
 )
 from .compile_check import NAME as COMPILE_CHECK
 from .compile_check import check_compiled_call
@@ -42,22 +43,29 @@ class Examination:
 
 
 def examine(
-    *, compile_check: bool = True, show: Callable[[str], None] = lambda step: None
+    *,
+    compile_check: bool = True,
+    measure: bool = False,
+    show: Callable[[str], None] = lambda step: None,
 ) -> Examination:
     """Looks at this machine.
 
     Args:
+        measure: Times the stages of attention and keeps the rates for the cost model, about a
+            minute.
         compile_check: Compiles a small sparse call and compares it with its oracle: up to a
             minute where nothing is cached.
         show: Told what comes next.
     """
     device = default_device()
+    measured = [measure_device(device, show)] if measure else []
     findings = [
         check_python(),
         check_torch(),
         *check_optional_packages(on_cuda=device.type == "cuda"),
         check_private_names(),
         check_device(device),
+        *measured,
         check_backend(device),
         check_selection_kernels(device),
     ]
