@@ -15,6 +15,7 @@ from . import (
     cost_decision,
     distributed,
     masked,
+    other_gpus,
     padding,
     prefill,
     quality,
@@ -66,6 +67,7 @@ BENCHMARKS = (
     Benchmark(name="distributed", files="distributed-*.json", describe=distributed.describe),
     Benchmark(name="expected_density", files="density-*.json"),
     Benchmark(name="masked", files="masked-*.json", describe=masked.describe),
+    Benchmark(name="other_gpus", files="other-gpus-*.json", describe=other_gpus.describe),
     Benchmark(name="padding", files="padding-*.json", describe=padding.describe),
     Benchmark(name="prefill", files="prefill-*.json", describe=prefill.describe),
     Benchmark(

@@ -1,7 +1,14 @@
 """Dense or sparse, by which kernel, and why: safety, then cost."""
 
 from .call_forecast import CallForecast, forecast_call
-from .cost_forecast import CallShape, break_even_length, call_shape, forecast, forecast_at
+from .cost_forecast import (
+    CallShape,
+    break_even_length,
+    break_even_length_at,
+    call_shape,
+    forecast,
+    forecast_at,
+)
 from .device_facts import PUBLISHED, DeviceFacts
 from .device_rates import PLAIN, RATE_NAMES, RATES, DeviceRates, is_speed
 from .flex_support import (
@@ -26,6 +33,7 @@ __all__ = [
     "DeviceFacts",
     "DeviceRates",
     "break_even_length",
+    "break_even_length_at",
     "call_shape",
     "device_name",
     "estimates",

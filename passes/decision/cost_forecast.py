@@ -231,7 +231,15 @@ def break_even_length(shape: CallShape, selector: Selector, *, self_attention: b
 
 @lru_cache(maxsize=1024)
 def _break_even_length(shape: CallShape, selector: Selector, self_attention: bool) -> int | None:
-    rates, size = rates_of(shape, selector).rates, selector.block_size
+    rates = rates_of(shape, selector).rates
+    return break_even_length_at(shape, selector, rates, self_attention=self_attention)
+
+
+def break_even_length_at(
+    shape: CallShape, selector: Selector, rates: DeviceRates, *, self_attention: bool
+) -> int | None:
+    """`break_even_length` with the rates of a device that need not be here."""
+    size = selector.block_size
 
     def is_faster(blocks: int) -> bool:
         length = blocks * size
