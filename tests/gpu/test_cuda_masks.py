@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 from tests.api.models import tokens
 from tests.api.reference import attend, rmse
 from tests.gpu.test_cuda import BF16, BLOCKS, FP32, assert_attends, on_cuda
-from unisparse_flex import UniSparse, optimize
+from unisparse_flex import UniSparse, attention, optimize
+from unisparse_flex.block_masks import masks
+from unisparse_flex.passes.attend import mask_contents
 
 pytestmark = pytest.mark.gpu
 
@@ -80,6 +83,42 @@ def test_a_proved_mask_is_exact(name: str, dynamic: bool | None) -> None:
             # What is proved causal is scored as such, by kernels that round in their own way.
             options = {"offset": 0} if name == "causal" else {"attn_mask": mask}
             assert_attends(output, (query, key, value), selector, **options)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_an_eager_call_reads_its_mask(additive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = 0
+    read = masks.read_mask
+
+    def count(*args: Any, **options: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        return read(*args, **options)
+
+    monkeypatch.setattr(mask_contents, "read_mask", count)
+    for length in (1111, 1408):
+        query, key, value = on_cuda(length)
+        first = torch.tensor([0, 333], device="cuda")[:, None]
+        valid = torch.arange(length, device="cuda") >= first
+        mask = MASKS["padded"](valid, valid)
+        if additive:
+            lowest = torch.finfo(BF16).min
+            mask = torch.zeros(mask.shape, dtype=BF16, device="cuda").masked_fill(~mask, lowest)
+        reads = 0
+        for _ in range(2):
+            output = attention(query, key, value, mask, enable_gqa=True, selector=BLOCKS)
+        assert reads == 1
+        for row, start in enumerate(first[:, 0].tolist()):
+            alone = tuple(t[row : row + 1, :, start:] for t in (query, key, value))
+            assert_attends(output[row : row + 1, :, start:], alone, BLOCKS, offset=0)
+            assert not output[row, :, :start].any()
+
+
+def test_a_mask_of_ones_is_no_mask() -> None:
+    tensors = on_cuda(1408)
+    mask = causal(torch.zeros(1, 1408, device="cuda"))
+    masked = attention(*tensors, mask, enable_gqa=True, selector=BLOCKS)
+    assert masked.equal(attention(*tensors, is_causal=True, enable_gqa=True, selector=BLOCKS))
 
 
 def test_an_encoder_is_rewritten() -> None:
