@@ -207,7 +207,8 @@ def test_intervals_say_which_pairs_are_visible(data: st.DataObject) -> None:
     inside = (key >= found.first[..., None]) & (key <= found.last[..., None])
     seen = (inside & found.key_valid[:, None])[:, None]
     assert seen.equal(masked.pairs().expand_as(seen))
-    assert not found.gaps.any()
+    assert found.gaps is None or not found.gaps.any()
+    assert found.sees.equal(seen[:, 0].any(-1))
 
 
 @settings(max_examples=6)
@@ -224,6 +225,7 @@ def test_rows_of_documents_in_pieces_keep_what_they_see(
     lists = run(kernels, call, *call.query_key(), intervals=masked.tables())
     pairs, size = masked.pairs(), call.selector.block_size
     gaps = KeyIntervals.of(masked.geometry, CPU).gaps
+    assert gaps is not None
     gaps = F.pad(gaps, (0, -call.q_len % size)).unflatten(1, (-1, size)).any(-1)
     kept = lists.kept()
     assert not (tiled(pairs, size) & gaps[:, None, :, None] & ~kept).any()
