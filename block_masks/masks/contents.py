@@ -15,6 +15,8 @@ from .tensors import mask_4d, visible_tokens
 
 # Entries that are looked at in one step.
 CHUNK_ENTRIES = 2**28
+# Keys whose visible ones are counted together.
+TILE = 128
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,7 +82,7 @@ class _Rows:
     @classmethod
     def of(cls, mask: Tensor) -> _Rows:
         step = max(1, CHUNK_ENTRIES // max(1, mask.shape[0] * mask.shape[2]))
-        first, last, count = [], [], []
+        ends, count = [], []
         valid = mask.new_zeros((mask.shape[0], mask.shape[2]), dtype=torch.bool)
         is_plain = torch.ones((), dtype=torch.bool, device=mask.device)
         for start in range(0, mask.shape[1], step):
@@ -88,17 +90,48 @@ class _Rows:
             seen = visible_tokens(part)
             if part.dtype is not torch.bool:
                 is_plain &= ((part == 0) | ~seen).all()
-            # As integers of a byte: no maximum of bool is at a place.
-            first.append(seen.view(torch.uint8).argmax(-1))
-            last.append(mask.shape[2] - 1 - seen.flip(-1).view(torch.uint8).argmax(-1))
-            count.append(seen.sum(-1))
+            counts = _counts_of_tiles(seen)
+            count.append(counts.sum(-1))
+            ends.append(_ends(seen, counts))
             valid |= seen.any(1)
-        return cls(torch.cat(first, 1), torch.cat(last, 1), torch.cat(count, 1), valid, is_plain)
+        first, last = torch.cat(ends, 1).unbind(-1)
+        return cls(first, last, torch.cat(count, 1), valid, is_plain)
 
     def repeated(self, rows: int) -> _Rows:
         """One row that stands for so many."""
         first, last, count = (x.expand(-1, rows) for x in (self.first, self.last, self.count))
         return replace(self, first=first, last=last, count=count)
+
+
+def _counts_of_tiles(seen: Tensor) -> Tensor:
+    """How many keys rows [Bm, S, Skv] see of each tile: int32 [Bm, S, tiles].
+
+    The one pass over all pairs by row; everything else is looked up in what it finds.
+    """
+    whole = seen.shape[-1] // TILE * TILE
+    counts = seen[..., :whole].unflatten(-1, (-1, TILE)).sum(-1, dtype=torch.int32)
+    if whole == seen.shape[-1]:
+        return counts
+    rest = seen[..., whole:].sum(-1, keepdim=True, dtype=torch.int32)
+    return torch.cat([counts, rest], -1)
+
+
+def _ends(seen: Tensor, counts: Tensor) -> Tensor:
+    """The first and the last key that rows see: int64 [Bm, S, 2]; any where there is none."""
+    # As integers of a byte: no maximum of bool is at a place.
+    some = (counts > 0).view(torch.uint8)
+    first = some.argmax(-1)
+    last = some.shape[-1] - 1 - some.flip(-1).argmax(-1)
+    inside = torch.arange(TILE, device=seen.device)
+    most = seen.shape[-1] - 1
+
+    def keys(tile: Tensor) -> Tensor:
+        return (tile[..., None] * TILE + inside).clamp(max=most)
+
+    low, high = keys(first), keys(last)
+    low = torch.where(seen.gather(-1, low), low, most).amin(-1)
+    high = torch.where(seen.gather(-1, high), high, 0).amax(-1)
+    return torch.stack([low, high], -1)
 
 
 def _describe(rows: _Rows, q_len: int, kv_len: int) -> MaskContents | None:

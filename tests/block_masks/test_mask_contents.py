@@ -72,14 +72,20 @@ def masks(draw: st.DrawFn) -> Tensor:
     return seen[:, None]
 
 
-@given(mask=masks(), additive=st.booleans(), chunk=st.sampled_from((1, 50, 2**28)))
-def test_what_is_read_are_the_pairs(mask: Tensor, additive: bool, chunk: int) -> None:
+@given(
+    mask=masks(),
+    additive=st.booleans(),
+    chunk=st.sampled_from((1, 50, 2**28)),
+    tile=st.sampled_from((1, 8, 128)),
+)
+def test_what_is_read_are_the_pairs(mask: Tensor, additive: bool, chunk: int, tile: int) -> None:
     given_mask = mask
     if additive:
         lowest = torch.finfo(torch.float32).min
         given_mask = torch.zeros(mask.shape).masked_fill(~mask, lowest)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contents_module, "CHUNK_ENTRIES", chunk)
+        patch.setattr(contents_module, "TILE", tile)
         found = read_mask(given_mask, q_len=mask.shape[2], kv_len=mask.shape[3])
     if found is None:
         assert not mask.any() or is_in_pieces(mask[:, 0])
