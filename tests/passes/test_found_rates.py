@@ -132,6 +132,20 @@ def test_a_gpu_of_a_measured_kind_has_no_estimate(monkeypatch: pytest.MonkeyPatc
     assert (found.rates, found.note) == (MEASURED_RATES, "")
 
 
+def test_a_mask_that_plain_pytorch_reads_costs_dense_attention_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    is_gpu(monkeypatch, None, (9, 0))
+    plain = found_rates.find_rates(torch.device("cuda", 0), torch.bfloat16, plain=True).rates
+    assert plain.is_plain
+    assert plain.masked_flop_rate == MEASURED_RATES.masked_flop_rate > 0
+    call = LLAMA._replace(q_len=32768, kv_len=32768, plain=True)
+    free, masked = (
+        forecast_at(call._replace(masked=flag), DEFAULT_SELECTOR, plain) for flag in (False, True)
+    )
+    assert masked.dense_seconds > 3 * free.dense_seconds
+
+
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
