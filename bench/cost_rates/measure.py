@@ -16,7 +16,7 @@ import torch
 
 from unisparse_flex.block_masks import kernels
 from unisparse_flex.evaluation import describe_device
-from unisparse_flex.passes.decision import PLAIN, device_name
+from unisparse_flex.passes.decision import PLAIN, device_name, facts_of
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from ..calls import SELECTOR, Heads
@@ -109,12 +109,8 @@ def shipped_rates(result: Mapping[str, Any], source: Path) -> str:
 
 def peak_bandwidth(device: str) -> float | None:
     """Bytes a second between a GPU and its memory, as it reports them; ``None`` of a CPU."""
-    if device != "cuda":
-        return None
-    found = torch.cuda.get_device_properties()
-    clock, width = (getattr(found, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))
-    # In kHz, two transfers a clock; in bits.
-    return clock * 1e3 * 2 * width / 8 or None
+    facts = facts_of(torch.cuda.current_device()) if device == "cuda" else None
+    return None if facts is None else facts.bandwidth
 
 
 def fit_all(

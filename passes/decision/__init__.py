@@ -9,7 +9,7 @@ from .cost_forecast import (
     forecast,
     forecast_at,
 )
-from .device_facts import PUBLISHED, DeviceFacts
+from .device_facts import PUBLISHED, DeviceFacts, facts_of
 from .device_rates import PLAIN, RATE_NAMES, RATES, DeviceRates, is_speed
 from .flex_support import (
     FLASH_CAPABILITY,
@@ -37,6 +37,7 @@ __all__ = [
     "call_shape",
     "device_name",
     "estimates",
+    "facts_of",
     "find_rates",
     "flash_obstacle",
     "flex_backend",
