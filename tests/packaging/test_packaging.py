@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "unisparse_flex", "passes", "block_masks")
 CODE_FOLDERS = ("unisparse_flex", "passes", "block_masks", "tests", "bench", "examples")
 OPTIONAL_MODULES = ("triton", "transformers", "matplotlib", "rich", "click", "jinja2")
-DATA_SUFFIXES = (".py", ".css", ".jinja", ".typed")
+DATA_SUFFIXES = (".py", ".css", ".jinja", ".json", ".typed")
 
 
 @pytest.fixture(scope="module")
