@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import BlockGeometry
-from .masks import conjuncts, coordinates, hull_of, row_spans
+from .masks import conjuncts, coordinates, hull_of, nearest_valid, row_spans
 
 # Of a query block: the first and last key that some row sees, the last of the first ones and the
 # first of the last ones, whether some row may be left without a key, and whether all are kept.
@@ -63,11 +63,7 @@ class KeyIntervals:
         batch = mask.batch if mask.varies_in_batch else 1
         first, last = first.expand(batch, -1), last.expand(batch, -1)
         if any(coordinates(part) in ({"kv"}, {"kv", "b"}) for part in conjuncts(mask.expr)):
-            # From every key on, the next valid one, and back from it the one before.
-            key = torch.arange(kv_len, device=device)
-            valid = spans.key_valid
-            following = torch.where(valid, key, kv_len).flip(-1).cummin(-1).values.flip(-1)
-            preceding = torch.where(valid, key, -1).cummax(-1).values
+            following, preceding = nearest_valid(spans.key_valid)
             # Of what lies beyond the last key, and before the first.
             following = F.pad(following, (0, 1), value=kv_len).expand(batch, -1)
             preceding = F.pad(preceding, (1, 0), value=-1).expand(batch, -1)

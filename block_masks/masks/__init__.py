@@ -33,7 +33,7 @@ from .expr import (
 from .hulls import Hull, hull_of
 from .program import MaskProgram, is_known
 from .rows import has_intervals, row_spans, says_causality, says_intervals
-from .tensors import mask_4d, visible_tokens
+from .tensors import mask_4d, nearest_valid, visible_tokens
 from .text import format_mask
 from .tiles import Tiles, tile_bounds, token_values
 from .walk import atoms, coordinates, map_parts, replace_atoms, replace_in
@@ -73,6 +73,7 @@ __all__ = [
     "is_known",
     "map_parts",
     "mask_4d",
+    "nearest_valid",
     "negate",
     "number_of",
     "offset_bound",

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tensors import mask_4d, visible_tokens
+from .tensors import mask_4d, nearest_valid, visible_tokens
 
 # Entries that are looked at in one step.
 CHUNK_ENTRIES = 2**28
@@ -147,9 +147,7 @@ def _describe(rows: _Rows, q_len: int, kv_len: int) -> MaskContents | None:
     own = row + offset
     # A key that no row of a causal call reaches need not be hidden from them.
     valid = rows.valid | (key > own[-1])
-    # The next valid key from every key on, and the one before.
-    following = torch.where(rows.valid, key, kv_len).flip(-1).cummin(-1).values.flip(-1)
-    preceding = torch.where(rows.valid, key, -1).cummax(-1).values
+    following, preceding = nearest_valid(rows.valid)
     batch = sees.shape[0]
     lowest, highest = following[:, :1], preceding[:, -1:]
     up_to_own = preceding[:, own.clamp(0, kv_len - 1)].masked_fill(own < 0, -1)

@@ -28,3 +28,14 @@ def visible_tokens(attn_mask: Tensor) -> Tensor:
         return attn_mask
     # Written so that a NaN takes part, and so reaches the output as in SDPA.
     return ~(attn_mask <= torch.finfo(attn_mask.dtype).min)
+
+
+def nearest_valid(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """From every key on the next one of valid [Bm, Skv], and back from it the one before.
+
+    Returns:
+        Two int64 [Bm, Skv]; Skv and -1 where there is none.
+    """
+    key = torch.arange(valid.shape[-1], device=valid.device)
+    following = torch.where(valid, key, valid.shape[-1]).flip(-1).cummin(-1).values.flip(-1)
+    return following, torch.where(valid, key, -1).cummax(-1).values

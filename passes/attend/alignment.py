@@ -78,12 +78,10 @@ def align(
         chunk), rows that see what comes after them, a window that keeps all its blocks.
     """
     with torch.no_grad():
-        found = _align_mask(call, config)
-        if found is None:
+        found = _find_shift(call, config)
+        if found is None or not (traced or found[0].device.type != "cpu" or found[0].any()):
             return None
-        shift, changed = found
-        if not (traced or shift.device.type != "cpu" or shift.any()):
-            return None
+        shift, changed = found[0], _turn_mask(call, *found)
     if prepared:
         # What was just computed again is then read by nothing, and no part of the graph.
         shift, *tensors = prepared
@@ -98,19 +96,22 @@ def align(
     return AlignedCall(**arguments | changed, shift=shift)
 
 
-def _align_mask(call: SdpaCall, config: SparseConfig) -> tuple[Tensor, dict[str, Any]] | None:
-    """How far rows are turned, int64 [1 or B], and what becomes of their mask: fields of a call."""
+def _find_shift(call: SdpaCall, config: SparseConfig) -> tuple[Tensor, Tensor | None] | None:
+    """How far rows are turned, int64 [1 or B], and the valid keys of a formula, bool [B, Skv]."""
     block_size = config.selector.block_size
     if call.attn_mask is not None:
-        mask = mask_4d(call.attn_mask)
-        shift = _shift_of_pairs(mask, call.query.shape[2], block_size)
-        return None if shift is None else (shift, {"attn_mask": _turn_pairs(mask, shift)})
+        shift = _shift_of_pairs(mask_4d(call.attn_mask), call.query.shape[2], block_size)
+        return None if shift is None else (shift, None)
     valid = _valid_keys(call, config)
+    return None if valid is None else (valid.int().argmax(-1) % block_size, valid)
+
+
+def _turn_mask(call: SdpaCall, shift: Tensor, valid: Tensor | None) -> dict[str, Any]:
+    """What becomes of the mask of a call, by what `_find_shift` found: fields of a call."""
     if valid is None:
-        return None
-    shift = valid.int().argmax(-1) % block_size
+        return {"attn_mask": _turn_pairs(mask_4d(call.attn_mask), shift)}
     turned = _turn_formula(call.mask_program(), valid, shift)
-    return shift, {"mask": format_mask(turned.expr), "mask_tensors": turned.tensors}
+    return {"mask": format_mask(turned.expr), "mask_tensors": turned.tensors}
 
 
 def prepared_mask(*args: Any, config: str = "", **kwargs: Any) -> list[Tensor]:
@@ -127,12 +128,11 @@ def prepare_mask(call: SdpaCall, settings: SparseConfig) -> list[Tensor]:
     call = apply_autocast(call)
     made: list[Tensor] = []
     with torch.no_grad():
-        found = _align_mask(call, settings)
+        found = _find_shift(call, settings)
         if found is not None:
-            shift, changed = found
-            call = replace(call, **changed)
+            call = replace(call, **_turn_mask(call, *found))
             of_mask = (call.mask_tensors or ()) if call.attn_mask is None else (call.attn_mask,)
-            made = [shift, *of_mask]
+            made = [found[0], *of_mask]
         if call.attn_mask is not None:
             return made
         return made + settings.selector.prepare_mask(
