@@ -88,8 +88,9 @@ def read_call(call: SdpaCall, config: SparseConfig) -> tuple[SdpaCall, list[Tens
 
 def _as_if_read(call: SdpaCall) -> SdpaCall:
     """The call as it may be once its mask is read; what it costs does not depend on tensors."""
-    causal = call.query.shape[2] <= call.key.shape[2] if call.query.dim() == 4 else False
-    return replace(call, attn_mask=None, mask="t0[b, kv]", causal_lower_right=causal)
+    behind = call.key.shape[2] - call.query.shape[2] if call.query.dim() == 4 else -1
+    causality = f"(kv <= q + {behind}) & " if behind >= 0 else ""
+    return replace(call, attn_mask=None, mask=f"{causality}(t0[b, kv])")
 
 
 def _obstacle(call: SdpaCall, config: SparseConfig) -> str | None:
@@ -127,18 +128,21 @@ def _look_up(mask: Tensor, *, q_len: int, kv_len: int) -> _Known:
 
 
 def _bind(call: SdpaCall, contents: MaskContents) -> SdpaCall:
-    """The call under a mask that was read."""
+    """The call under a mask that was read: a formula, or a flag where that says it all."""
     offset, text = contents.causal_offset, contents.text
     whole = call.key.shape[2] - call.query.shape[2]
+    flag = not text and offset in (0, whole)
     numbers = [contents.number] if "n0" in text else []
-    if offset not in (None, 0, whole):
-        numbers = [contents.number, offset]
-        text = " & ".join(["(kv <= q + n1)", *([text] if text else [])])
+    if offset is not None and not flag:
+        causality = "(kv <= q)"
+        if offset != 0:
+            numbers, causality = [contents.number, offset], "(kv <= q + n1)"
+        text = " & ".join([causality, *([text] if text else [])])
     return replace(
         call,
         attn_mask=None,
-        is_causal=offset == 0,
-        causal_lower_right=offset == whole != 0,
+        is_causal=flag and offset == 0,
+        causal_lower_right=flag and offset == whole != 0,
         mask=text,
         mask_tensors=list(contents.tensors) or None,
         mask_numbers=numbers or None,

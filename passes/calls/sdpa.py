@@ -128,9 +128,18 @@ class SdpaCall:
         }
 
     def mask_program(self) -> MaskProgram | None:
-        """The proved mask of a call that holds tensors."""
+        """The proved mask of a call that holds tensors.
+
+        Raises:
+            ValueError: A flag beside it: the mask says itself what is causal.
+        """
         if not self.mask:
             return None
+        if self.causal:
+            raise ValueError(
+                f"mask must say itself what is causal, got {self.mask!r} beside is_causal or "
+                "causal_lower_right; write (kv <= q + offset) into it"
+            )
         return MaskProgram.parse(
             self.mask,
             tensors=self.mask_tensors or (),

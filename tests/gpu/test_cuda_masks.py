@@ -114,6 +114,15 @@ def test_an_eager_call_reads_its_mask(additive: bool, monkeypatch: pytest.Monkey
             assert not output[row, :, :start].any()
 
 
+@pytest.mark.parametrize("width", [100, 600])
+def test_an_eager_window_is_right(width: int) -> None:
+    tensors = on_cuda(1408, dtype=FP32)
+    position = torch.arange(1408, device="cuda")
+    mask = causal(position[None]) & (position > position[:, None] - width)
+    output = attention(*tensors, mask, enable_gqa=True, selector=UniSparse(top_p=1.0))
+    assert rmse(output, attend(*tensors, attn_mask=mask)) < 1e-3
+
+
 def test_a_mask_of_ones_is_no_mask() -> None:
     tensors = on_cuda(1408)
     mask = causal(torch.zeros(1, 1408, device="cuda"))

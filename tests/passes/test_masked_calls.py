@@ -82,6 +82,14 @@ def test_a_call_that_stays_dense_applies_the_formula(name: str) -> None:
     assert rmse(output, exact) < 1e-6
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("flag", ["is_causal", "causal_lower_right"])
+def test_a_formula_says_itself_what_is_causal(flag: str, dense: bool) -> None:
+    call = replace(masked_call("padded"), **{flag: True})
+    with pytest.raises(ValueError, match="mask must say itself what is causal"):
+        marked_sdpa(call, SparseConfig(selector=FINE, dense=dense).encode())
+
+
 @pytest.mark.parametrize("name", ["narrow window", "documents"])
 def test_the_markers_own_kernel_is_right_at_symbolic_lengths(name: str) -> None:
     call, config = masked_call(name), SparseConfig(selector=FINE)
