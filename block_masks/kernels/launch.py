@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from .recording import recorder_in_force
+from .recording import Launched, recorder_in_force
 
 # Integers beyond these are of another type to Triton.
 WIDE = 2**31
@@ -52,12 +52,12 @@ class Launch:
 
     def _repeated(
         self, grid: tuple[int, int, int], compiled: Any, constants: dict[str, Any]
-    ) -> Callable[[Sequence[Any]], None]:
+    ) -> Launched:
         """The launch, of arguments for which it was compiled."""
         if compiled is None:
-            return lambda arguments: self._kernel[grid](*arguments, **constants)
-        values = [constants[name] for name in self._constants]
-        return lambda arguments: compiled[grid](*arguments, *values)
+            return Launched(partial(self._kernel[grid], **constants), by_address=False)
+        launch, values = compiled[grid], [constants[name] for name in self._constants]
+        return Launched(lambda *arguments: launch(*arguments, *values), by_address=True)
 
     def _key(self, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
         """What Triton compiles anew for."""

@@ -6,8 +6,11 @@ kernels can take turns over heads and rows within bounded scratch.
 
 from __future__ import annotations
 
-from functools import cache
+import json
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
 from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,16 +38,65 @@ _recordings = Recordings()
 
 _library = torch.library.Library("unisparse", "FRAGMENT")
 _library.define(
-    "select_blocks(Tensor query, Tensor key, *, int block_size, SymInt? causal_offset, "
-    "float scale, int c_q, int c_k, int c_h, int sampled_queries, str rule, float[] values, "
-    "int sink_blocks, int local_blocks, int last_query_blocks, SymInt? kv_len=None, "
-    "Tensor[]? intervals=None) -> (Tensor, Tensor, Tensor, Tensor)"
+    "select_blocks(Tensor query, Tensor key, float scale, str settings, SymInt? causal_offset, "
+    "SymInt? kv_len=None, Tensor[]? intervals=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "key_intervals(str mask, Tensor[] tensors, SymInt[] numbers, *, SymInt batch, SymInt q_len, "
     "SymInt kv_len, SymInt? causal_offset, int block_size, int c_q, int c_k, "
     "int sampled_queries, int sink_blocks, int last_query_blocks, Device device) -> Tensor[]"
 )
+
+
+class KernelSettings(NamedTuple):
+    """What does not change from call to call; the operator takes it as text, in one argument.
+
+    Attributes:
+        block_size: Tokens per block.
+        c_q: Query rows per composite query; 0 for no composite scores.
+        c_k: Keys per composite key.
+        c_h: Consecutive query heads per composite head.
+        sampled_queries: Rows of a block that meet every key; 0 for none.
+        rule: Which blocks are kept, see `select`.
+        values: Its numbers.
+        sink_blocks: See `ForcedBlocks`.
+        local_blocks: See `ForcedBlocks`.
+        last_query_blocks: See `ForcedBlocks`.
+    """
+
+    block_size: int
+    c_q: int
+    c_k: int
+    c_h: int
+    sampled_queries: int
+    rule: str
+    values: tuple[float, ...]
+    sink_blocks: int
+    local_blocks: int
+    last_query_blocks: int
+
+    @property
+    def forced_blocks(self) -> ForcedBlocks:
+        """Blocks kept in any case."""
+        return ForcedBlocks(
+            sink_blocks=self.sink_blocks,
+            local_blocks=self.local_blocks,
+            last_query_blocks=self.last_query_blocks,
+        )
+
+
+@torch.compiler.assume_constant_result
+def encode_settings(*settings: Any) -> str:
+    """The fields of `KernelSettings`, in their order, as text; a constant of any graph."""
+    # A symbolic count is fixed by being written.
+    return json.dumps(KernelSettings(*settings), default=int)
+
+
+@lru_cache(maxsize=256)
+def decode_settings(text: str) -> KernelSettings:
+    """What `encode_settings` was given."""
+    settings = KernelSettings(*json.loads(text))
+    return settings._replace(values=tuple(settings.values))
 
 
 def obstacle(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) -> str | None:
@@ -119,25 +171,22 @@ def select_lists(
             sampled_queries=sampled_queries,
             forced_blocks=forced_blocks,
         )
+    settings = encode_settings(
+        geometry.block_size,
+        c_q,
+        c_k,
+        c_h,
+        sampled_queries,
+        name,
+        values,
+        forced_blocks.sink_blocks,
+        forced_blocks.local_blocks,
+        forced_blocks.last_query_blocks,
+    )
+    kv_len = geometry.kv_len if are_composites else None
+    offset = geometry.causal_offset
     return BlockLists(
-        *torch.ops.unisparse.select_blocks(
-            query,
-            key,
-            block_size=geometry.block_size,
-            causal_offset=geometry.causal_offset,
-            scale=scale,
-            c_q=c_q,
-            c_k=c_k,
-            c_h=c_h,
-            sampled_queries=sampled_queries,
-            rule=name,
-            values=values,
-            sink_blocks=forced_blocks.sink_blocks,
-            local_blocks=forced_blocks.local_blocks,
-            last_query_blocks=forced_blocks.last_query_blocks,
-            kv_len=geometry.kv_len if are_composites else None,
-            intervals=intervals,
-        )
+        *torch.ops.unisparse.select_blocks(query, key, scale, settings, offset, kv_len, intervals)
     )
 
 
@@ -181,7 +230,7 @@ def pool_keys(key: Tensor, *, c_k: int, block_size: int, blocks: int) -> Tensor:
     """
     from .lists import pool_keys as pool
 
-    with torch.cuda.device(key.device):
+    with on_device(key.device):
         return pool(key, group=c_k, block_size=block_size, blocks=blocks)
 
 
@@ -246,64 +295,60 @@ def _build_obstacle(device: int) -> str | None:
 def _run(
     query: Tensor,
     key: Tensor,
-    *,
-    block_size: int,
-    causal_offset: int | None,
     scale: float,
-    c_q: int,
-    c_k: int,
-    c_h: int,
-    sampled_queries: int,
-    rule: str,
-    values: list[float],
-    sink_blocks: int,
-    local_blocks: int,
-    last_query_blocks: int,
+    settings: str,
+    causal_offset: int | None,
     kv_len: int | None = None,
     intervals: list[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    options = (block_size, causal_offset, scale, c_q, c_k, c_h, sampled_queries, rule, *values)
-    forced = (sink_blocks, local_blocks, last_query_blocks)
-
     def compute() -> tuple[Tensor, ...]:
         # Triton need not be there for what runs on the CPU.
         from .lists import compute_lists
 
+        given = decode_settings(settings)
         return compute_lists(
             query,
             key,
             geometry=BlockGeometry(
                 q_len=query.shape[2],
                 kv_len=key.shape[2] if kv_len is None else kv_len,
-                block_size=block_size,
+                block_size=given.block_size,
                 causal_offset=causal_offset,
             ),
-            c_q=c_q,
-            c_k=c_k,
-            c_h=c_h,
-            sampled_queries=sampled_queries,
-            rule=rule,
-            values=values,
-            forced_blocks=ForcedBlocks(
-                sink_blocks=sink_blocks,
-                local_blocks=local_blocks,
-                last_query_blocks=last_query_blocks,
-            ),
+            c_q=given.c_q,
+            c_k=given.c_k,
+            c_h=given.c_h,
+            sampled_queries=given.sampled_queries,
+            rule=given.rule,
+            values=given.values,
+            forced_blocks=given.forced_blocks,
             scale=scale,
             are_composites=kv_len is not None,
             intervals=None if intervals is None else IntervalTables(*intervals),
         ).tensors()
 
-    # Triton launches on the current device, whatever the tensors are on.
-    with torch.cuda.device(query.device):
-        return tuple(
-            _recordings.run((options, forced, kv_len), (query, key, *(intervals or ())), compute)
-        )
+    kind = (scale, settings, causal_offset, kv_len)
+    with on_device(query.device):
+        return tuple(_recordings.run(kind, (query, key, *(intervals or ())), compute))
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the current one: Triton launches there, whatever tensors are on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _describe(
-    query: Tensor, key: Tensor, *, block_size: int, kv_len: int | None = None, **_: object
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    settings: str,
+    causal_offset: int | None,
+    kv_len: int | None = None,
+    intervals: list[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
+    block_size = decode_settings(settings).block_size
     batch, heads, q_len = query.shape[:3]
     kv_len = key.shape[2] if kv_len is None else kv_len
     geometry = BlockGeometry(q_len=q_len, kv_len=kv_len, block_size=block_size)

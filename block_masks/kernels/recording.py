@@ -11,88 +11,129 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _local = threading.local()
+# Where a tensor may begin: more than kernels ask of addresses.
+PLACE = 256
 
 
 @dataclass(frozen=True, slots=True)
-class _Slot:
-    """A tensor by its number: the inputs first, then what was allocated, in order.
-
-    Attributes:
-        number: Which one.
-        dtype: As what it is read; ``None`` where it is not.
-    """
+class _Tensor:
+    """What an argument was, and which: the inputs first, then what was allocated, in order."""
 
     number: int
-    dtype: torch.dtype | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Allocation:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def bytes(self) -> int:
+        """That it takes up where it is allocated."""
+        return -(-prod(self.shape) * self.dtype.itemsize // PLACE) * PLACE
+
 
 @dataclass(frozen=True, slots=True)
-class _Launched:
-    """A launch.
+class Launched:
+    """A launch, to be done again.
 
     Attributes:
-        run: Takes ``arguments``, with a tensor for every slot in them.
-        arguments: The kernel's.
-        slots: Which of them are tensors.
-        descriptors: Which of them are descriptors of tensors, whose bases are slots.
-        last_used: What no later launch reads.
+        run: Takes a kernel's arguments.
+        by_address: Whether these are addresses of tensors; an interpreter wants tensors.
     """
 
-    run: Callable[[Sequence[Any]], None]
+    run: Callable[..., None]
+    by_address: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A launch with what it reads and writes.
+
+    Attributes:
+        launched: The launch.
+        arguments: The kernel's.
+        tensors: Which of them are tensors.
+        descriptors: Which of them are descriptors of tensors.
+    """
+
+    launched: Launched
     arguments: list[Any]
-    slots: list[tuple[int, _Slot]]
-    descriptors: list[tuple[int, _Slot]]
-    last_used: tuple[int, ...] = ()
+    tensors: list[tuple[int, _Tensor]]
+    descriptors: list[tuple[int, _Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """A tensor, to those who only ask where it lies."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """The steps of one kind of call, without any tensor.
+    """The launches of one kind of call, without any tensor.
+
+    What is allocated and not returned shares one piece of memory, the scratch.
 
     Attributes:
         device: Where it runs.
-        steps: What it allocates and launches.
+        launches: In order.
+        places: Of tensors by number: which of inputs, outputs and scratch, and the first byte.
         outputs: What it returns.
+        scratch: Bytes.
     """
 
     device: torch.device
-    steps: tuple[_Allocation | _Launched, ...]
-    outputs: tuple[int, ...]
+    launches: tuple[_Step, ...]
+    places: dict[int, tuple[int, int]]
+    outputs: tuple[_Tensor, ...]
+    scratch: int
 
     def repeat(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Does the same with other tensors of that kind."""
-        tensors: list[Any] = list(inputs)
-        for step in self.steps:
-            if isinstance(step, _Allocation):
-                tensors.append(torch.empty(step.shape, dtype=step.dtype, device=self.device))
-                continue
+        device = self.device
+        outputs = [torch.empty(o.shape, dtype=o.dtype, device=device) for o in self.outputs]
+        bases = [*inputs, *outputs]
+        if self.scratch:
+            bases.append(torch.empty(self.scratch, dtype=torch.uint8, device=device))
+        addresses = [base.data_ptr() for base in bases]
+        places = self.places
+        for step in self.launches:
             arguments = step.arguments.copy()
-            for place, slot in step.slots:
-                tensor = tensors[slot.number]
-                if slot.dtype is not None and slot.dtype != tensor.dtype:
-                    tensor = tensor.view(slot.dtype)
-                arguments[place] = tensor
-            for place, slot in step.descriptors:
-                # Its shape and strides are those of before, and were judged then.
-                arguments[place] = copy(arguments[place])
-                arguments[place].base = tensors[slot.number]
-            step.run(arguments)
-            for number in step.last_used:
-                tensors[number] = None
-        return [tensors[number] for number in self.outputs]
+            if step.launched.by_address:
+                for place, tensor in step.tensors:
+                    base, offset = places[tensor.number]
+                    arguments[place] = addresses[base] + offset
+                for place, tensor in step.descriptors:
+                    # Its shape and strides are those of before, and were judged then.
+                    base, offset = places[tensor.number]
+                    arguments[place] = copy(arguments[place])
+                    arguments[place].base = _Address(addresses[base] + offset)
+            else:
+                for place, tensor in step.tensors:
+                    arguments[place] = self._read(tensor, bases)
+                for place, tensor in step.descriptors:
+                    arguments[place] = copy(arguments[place])
+                    arguments[place].base = self._read(tensor, bases)
+            step.launched.run(*arguments)
+        return outputs
+
+    def _read(self, tensor: _Tensor, bases: Sequence[Tensor]) -> Tensor:
+        """A tensor in its place."""
+        number, offset = self.places[tensor.number]
+        base = bases[number]
+        if number < len(bases) - bool(self.scratch):
+            return base.view(tensor.dtype)
+        size = prod(tensor.shape) * tensor.dtype.itemsize
+        return base[offset : offset + size].view(tensor.dtype).view(tensor.shape)
 
 
 class Recorder:
@@ -101,7 +142,7 @@ class Recorder:
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         self._inputs = len(inputs)
         self._device = inputs[0].device
-        self._steps: list[_Allocation | _Launched] = []
+        self._steps: list[_Tensor | _Step] = []
         # Where tensors lie, the latest of those that lay there one after the other.
         some = [(tensor.data_ptr(), n) for n, tensor in enumerate(inputs) if tensor.numel()]
         self._numbers = dict(some)
@@ -111,44 +152,66 @@ class Recorder:
 
     def allocated(self, tensor: Tensor) -> None:
         """Notes what `empty` returned."""
-        self._steps.append(_Allocation(tuple(tensor.shape), tensor.dtype))
         self._numbers[tensor.data_ptr()] = self._count
+        self._steps.append(self._tensor(tensor))
         self._count += 1
 
-    def launched(self, run: Callable[[Sequence[Any]], None], arguments: Sequence[Any]) -> None:
-        """Notes a launch: ``run`` does it again with other arguments."""
-        kept, slots, descriptors = list(arguments), [], []
+    def launched(self, launched: Launched, arguments: Sequence[Any]) -> None:
+        """Notes a launch of these arguments."""
+        kept, tensors, descriptors = list(arguments), [], []
         for place, argument in enumerate(arguments):
             if isinstance(argument, Tensor):
-                slots.append((place, self._slot(argument)))
+                tensors.append((place, self._tensor(argument)))
                 kept[place] = None
             elif hasattr(argument, "base"):
-                descriptors.append((place, self._slot(argument.base)))
+                descriptors.append((place, self._tensor(argument.base)))
                 kept[place] = copy(argument)
                 kept[place].base = None
-        self._steps.append(_Launched(run, kept, slots, descriptors))
+        self._steps.append(_Step(launched, kept, tensors, descriptors))
 
-    def _slot(self, tensor: Tensor) -> _Slot:
+    def _tensor(self, tensor: Tensor) -> _Tensor:
         if not tensor.numel():
             # Nothing of it is read, whatever is given.
-            return _Slot(0, None)
+            return _Tensor(0, (0,), tensor.dtype)
         number = self._numbers.get(tensor.data_ptr())
         self._is_lost |= number is None
-        return _Slot(number or 0, tensor.dtype)
+        return _Tensor(number or 0, tuple(tensor.shape), tensor.dtype)
 
     def finish(self, outputs: Sequence[Tensor]) -> Recording | None:
         """The recording; ``None`` where it would not be the same call."""
-        numbers = tuple(self._slot(tensor).number for tensor in outputs)
-        if self._is_lost:
+        returned = tuple(map(self._tensor, outputs))
+        numbers = [tensor.number for tensor in returned]
+        if self._is_lost or min(numbers, default=self._inputs) < self._inputs:
             return None
-        kept, steps = set(range(self._inputs)) | set(numbers), []
-        for step in reversed(self._steps):
-            if isinstance(step, _Launched):
-                used = {slot.number for _, slot in step.slots + step.descriptors}
-                step = replace(step, last_used=tuple(used - kept))
-                kept |= used
-            steps.append(step)
-        return Recording(self._device, tuple(reversed(steps)), numbers)
+        places = {number: (number, 0) for number in range(self._inputs)}
+        places |= {number: (self._inputs + i, 0) for i, number in enumerate(numbers)}
+        scratch = self._share_scratch(places, self._inputs + len(returned))
+        launches = tuple(step for step in self._steps if isinstance(step, _Step))
+        return Recording(self._device, launches, places, returned, scratch)
+
+    def _share_scratch(self, places: dict[int, tuple[int, int]], base: int) -> int:
+        """Adds the places of what is not returned, behind what is in use beside it; the bytes."""
+        last_used: dict[int, int] = {}
+        for at, step in enumerate(self._steps):
+            if isinstance(step, _Step):
+                used = (tensor.number for _, tensor in step.tensors + step.descriptors)
+                last_used |= dict.fromkeys(used, at)
+        total = 0
+        # First byte, the byte behind, and the last step that reads it.
+        in_use: list[tuple[int, int, int]] = []
+        for at, step in enumerate(self._steps):
+            if not isinstance(step, _Tensor) or step.number in places:
+                continue
+            in_use = sorted(piece for piece in in_use if piece[2] > at)
+            start = 0
+            for first, behind, _ in in_use:
+                if first - start >= step.bytes:
+                    break
+                start = behind
+            places[step.number] = base, start
+            in_use.append((start, start + step.bytes, last_used.get(step.number, at)))
+            total = max(total, start + step.bytes)
+        return total
 
 
 def recorder_in_force() -> Recorder | None:

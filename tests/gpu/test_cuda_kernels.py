@@ -15,6 +15,7 @@ from tests.kernels.calls import (
     assert_selects,
     assert_well_formed,
     fixed_call,
+    settings_of,
     tolerance_of,
     widen,
 )
@@ -71,22 +72,8 @@ def tokens_of(call: KernelCall) -> tuple[Tensor, Tensor]:
 
 def arguments(call: KernelCall) -> dict[str, Any]:
     """The operator's keyword arguments."""
-    selector = call.selector
-    rule, values = operator.spell(selector.rule)
-    return {
-        "block_size": selector.block_size,
-        "causal_offset": call.offset,
-        "scale": default_scale(call.head_dim),
-        "c_q": selector.c_q,
-        "c_k": selector.c_k,
-        "c_h": selector.c_h,
-        "sampled_queries": selector.sampled_queries,
-        "rule": rule,
-        "values": values,
-        "sink_blocks": selector.sink_blocks,
-        "local_blocks": selector.local_blocks,
-        "last_query_blocks": selector.last_query_blocks,
-    }
+    scale = default_scale(call.head_dim)
+    return {"scale": scale, "settings": settings_of(call), "causal_offset": call.offset}
 
 
 def run(call: KernelCall, query: Tensor, key: Tensor) -> BlockLists:

@@ -116,6 +116,22 @@ def run(
     )
 
 
+def settings_of(call: KernelCall) -> str:
+    """What does not change from call to call, as the operator takes it."""
+    selector = call.selector
+    return operator.encode_settings(
+        selector.block_size,
+        selector.c_q,
+        selector.c_k,
+        selector.c_h,
+        selector.sampled_queries,
+        *operator.spell(selector.rule),
+        selector.sink_blocks,
+        selector.local_blocks,
+        selector.last_query_blocks,
+    )
+
+
 def exact_scores(call: Call, query: Tensor, key: Tensor) -> Tensor:
     """The scores in float64: [B, Hq, Nq, Nk]."""
     selector = call.selector

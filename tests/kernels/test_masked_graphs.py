@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +47,6 @@ def runs(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     monkeypatch.setattr(operator, "keys_obstacle", lambda _: None)
     monkeypatch.setattr(operator, "interval_tables", make_tables)
     monkeypatch.setattr(PreparedMasks, "DEVICE", "cpu")
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setitem(sys.modules, f"{operator.__package__}.lists", kernels.lists)
     library = torch.library.Library("unisparse", "IMPL")
     library.impl("select_blocks", select, "CPU")

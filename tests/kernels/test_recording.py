@@ -6,8 +6,8 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,9 +18,16 @@ from torch import Tensor
 
 from unisparse_flex.block_masks.block_lists import BlockLists
 from unisparse_flex.block_masks.kernels import operator
-from unisparse_flex.block_masks.kernels.recording import Recording, Recordings, _Launched, empty
+from unisparse_flex.block_masks.kernels.recording import (
+    PLACE,
+    Launched,
+    Recording,
+    Recordings,
+    empty,
+    recorder_in_force,
+)
 
-from .calls import KernelCall, assert_same_lists, fixed_call, kernel_calls, run
+from .calls import KernelCall, assert_same_lists, fixed_call, kernel_calls, run, settings_of
 from .interpreter import Kernels
 from .test_intervals import masked_calls
 
@@ -29,7 +36,6 @@ from .test_intervals import masked_calls
 def interpreted_operator(kernels: Kernels) -> Iterator[None]:
     """The operator's own function runs the interpreted kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "device", nullcontext)
         patch.setitem(sys.modules, f"{operator.__package__}.lists", kernels.lists)
         yield
 
@@ -37,26 +43,12 @@ def interpreted_operator(kernels: Kernels) -> Iterator[None]:
 def select(
     call: KernelCall, query: Tensor, key: Tensor, intervals: list[Tensor] | None = None
 ) -> BlockLists:
-    selector = call.selector
-    rule, values = operator.spell(selector.rule)
-    found = operator._run(
-        query,
-        key,
-        block_size=selector.block_size,
-        causal_offset=call.geometry.causal_offset,
-        scale=call.head_dim**-0.5,
-        c_q=selector.c_q,
-        c_k=selector.c_k,
-        c_h=selector.c_h,
-        sampled_queries=selector.sampled_queries,
-        rule=rule,
-        values=values,
-        sink_blocks=selector.sink_blocks,
-        local_blocks=selector.local_blocks,
-        last_query_blocks=selector.last_query_blocks,
-        intervals=intervals,
+    offset = call.geometry.causal_offset
+    return BlockLists(
+        *operator._run(
+            query, key, call.head_dim**-0.5, settings_of(call), offset, intervals=intervals
+        )
     )
-    return BlockLists(*found)
 
 
 class Counted(Recordings):
@@ -123,9 +115,61 @@ def test_a_call_in_several_turns_is_repeated(
     (recording,) = recordings._found.values()
     assert isinstance(recording, Recording)
     # Two to pool, and two to score and one to select in each turn.
-    assert sum(isinstance(step, _Launched) for step in recording.steps) > 2 + 3
+    assert len(recording.launches) > 2 + 3
     assert_same_lists(select(call, query, key), run(kernels, call, query, key))
     assert recordings.computed == 1
+
+
+@given(data=st.data())
+def test_scratch_is_shared_by_what_is_not_in_use_at_the_same_time(data: st.DataObject) -> None:
+    """Each launch adds tensors to a new one, of which some are read much later."""
+    sources = data.draw(
+        st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=3), min_size=1, max_size=12)
+    )
+    sizes = data.draw(st.lists(st.integers(1, 300), min_size=len(sources), max_size=len(sources)))
+
+    def add(target: Tensor, *others: Tensor) -> None:
+        target.copy_(target.new_tensor([float(other.sum()) for other in others]).sum() + 1)
+
+    def compute(first: Tensor) -> list[Tensor]:
+        made = [first]
+        for choice, size in zip(sources, sizes, strict=True):
+            target = empty(first, (size,))
+            arguments = [target, *(made[i % len(made)] for i in choice)]
+            add(*arguments)
+            recorder = recorder_in_force()
+            if recorder is not None:
+                recorder.launched(Launched(add, by_address=False), arguments)
+            made.append(target)
+        return made[-1:]
+
+    recordings = Counted()
+    for first in (torch.ones(3), torch.arange(3.0)):
+        (found,) = recordings.run("kind", [first], partial(compute, first))
+        assert found.equal(compute(first)[0])
+    (recording,) = recordings._found.values()
+    assert recordings.computed == 1
+    assert recording.scratch <= sum(-(-4 * size // PLACE) * PLACE for size in sizes[:-1])
+
+
+def test_a_chain_needs_the_scratch_of_two_links() -> None:
+    recordings = Recordings()
+
+    def compute(first: Tensor) -> list[Tensor]:
+        for _ in range(5):
+            second = empty(first, (PLACE,))
+            recorder = recorder_in_force()
+            assert recorder is not None
+            recorder.launched(Launched(Tensor.copy_, by_address=False), [second, first])
+            first = second
+        return [first]
+
+    ones = torch.ones(PLACE)
+    recordings.run("kind", [ones], partial(compute, ones))
+    (recording,) = recordings._found.values()
+    assert recording.scratch == 2 * 4 * PLACE
+    (output,) = recordings.run("kind", [torch.arange(float(PLACE))], list)
+    assert output.equal(torch.arange(float(PLACE)))
 
 
 WHOLE = torch.arange(48.0)

@@ -180,23 +180,10 @@ def test_the_tables_of_a_mask_of_intervals(
 def test_the_selection_by_kernels(dtype: torch.dtype, causal_offset: int | None) -> None:
     query, key, _ = (t.to("cuda", dtype) for t in qkv(300, 400, head_dim=64))
     rule, values = kernels.spell(UniSparse(top_p=0.9).rule)
+    settings = kernels.encode_settings(64, 8, 8, 1, 4, rule, values, 1, 1, 1)
     found = torch.library.opcheck(
         torch.ops.unisparse.select_blocks.default,
-        (query, key),
-        {
-            "block_size": 64,
-            "causal_offset": causal_offset,
-            "scale": 0.125,
-            "c_q": 8,
-            "c_k": 8,
-            "c_h": 1,
-            "sampled_queries": 4,
-            "rule": rule,
-            "values": values,
-            "sink_blocks": 1,
-            "local_blocks": 1,
-            "last_query_blocks": 1,
-        },
+        (query, key, 0.125, settings, causal_offset),
         test_utils=FAKE,
     )
     assert found == dict.fromkeys(FAKE, "SUCCESS")
