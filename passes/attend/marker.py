@@ -20,7 +20,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ..calls import HeadShard, SdpaCall, SparseConfig, is_sharded, run_on_shards, shard_selector
+from ..calls import (
+    HeadShard,
+    SdpaCall,
+    SparseConfig,
+    is_sharded,
+    is_tracing,
+    run_on_shards,
+    shard_selector,
+)
 from ..decision import DenseReason, flex_backend, flex_lowers, needs_grad, refuse, refuse_sharding
 from .alignment import align
 from .decided_at_run import has_stated_range, implement, sdpa_at_run
@@ -60,6 +68,10 @@ def marked_sdpa(call: SdpaCall, config: str) -> Tensor:
     """Runs or records the marker operator; on DTensors, on what this rank holds of them."""
     if is_sharded(call) and refuse_sharding(call) is None:
         return run_on_shards(call, lambda local, shard: _marked_shard(local, shard, config))
+    seen = type(call.query) is not Tensor or torch._C._len_torch_dispatch_stack()
+    if not (seen or is_tracing() or is_traced(call)):
+        # What the operator does where nobody sees it, without the way there.
+        return _compute(call, SparseConfig.decode(config))
     return torch.ops.unisparse.sdpa(*call.positional(), **call.keywords(), config=config)
 
 

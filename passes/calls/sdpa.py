@@ -95,9 +95,11 @@ class SdpaCall:
         for tensor in (self.query, self.key, self.value):
             if tensor.dim() != 4:
                 continue
-            for dim in (1, 3):
-                int(tensor.shape[dim])
-                if is_symbolic(tensor.shape[dim]):
+            for size in tensor.shape[1::2]:
+                if type(size) is int:
+                    continue
+                int(size)
+                if is_symbolic(size):
                     # Heads counted in batches, where one symbol stands for both.
                     int(tensor.shape[0])
         symbolic = (torch.SymFloat, torch.SymBool)
