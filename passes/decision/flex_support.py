@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.util import find_spec
 
@@ -63,15 +64,24 @@ def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
             f"{FLASH_HEAD_DIM_STEP} and the same for queries and values, got {query.shape[3]} and "
             f"{value.shape[3]}"
         )
-    if call.attn_mask is not None or call.mask:
-        # torch 2.11 does not know that it reads what a mask captures, and frees that before.
-        return "it is used without masks other than causal ones"
-    if is_symbolic(call.causal_offset()):
+    if call.attn_mask is not None or reads_tensors(call.mask):
+        return (
+            "it is used under causality and windows only: torch 2.11 does not know that it reads "
+            "the tensors of a mask, and frees them before"
+        )
+    if "//" in call.mask:
+        return "it is used under causality and windows only, not under chunks"
+    if any(map(is_symbolic, (call.causal_offset(), *(call.mask_numbers or ())))):
         # It would be a captured number computed from lengths, which CuTe code cannot hold.
         return "it needs a causal offset that is known when it is compiled, got one of the lengths"
     if needs_grad(call):
         return "its backward is not used for sparse blocks"
     return None
+
+
+def reads_tensors(mask: str) -> bool:
+    """Whether a mask, as `SdpaCall.mask` writes it, reads entries of tensors."""
+    return re.search(r"\bt\d+\[", mask) is not None
 
 
 def supports_head_dim(head_dim: int) -> bool:

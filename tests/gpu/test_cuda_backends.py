@@ -96,6 +96,25 @@ def test_an_optimized_model_takes_flash_at_every_length(monkeypatch: pytest.Monk
     assert set(chosen) == {None}
 
 
+@needs_flash
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("width", [300, 4000])
+def test_flash_attends_within_a_window(width: int, compiled: bool) -> None:
+    torch._dynamo.reset()
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str) -> Any:
+        position = torch.arange(query.shape[2], device=query.device)
+        mask = (position <= position[:, None]) & (position > position[:, None] - width)
+        options: dict[str, Any] = {"selector": BLOCKS, "backend": backend}
+        return attention(query, key, value, mask, enable_gqa=True, **options)
+
+    run_it = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
+    tensors = on_cuda(5000, dtype=BF16, head_dim=128, batch=1)
+    with torch.no_grad():
+        flash = run_it(*tensors, "flash")
+        assert rmse(flash, run_it(*tensors, "triton").double()) < 2.0**-8
+
+
 def test_flash_by_name_says_why_it_cannot() -> None:
     query, key, value = on_cuda(256, dtype=torch.float32)
     with pytest.raises(NotImplementedError, match="backend='flash' cannot run this call"):

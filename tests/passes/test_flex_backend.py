@@ -40,6 +40,10 @@ def call(value_dim: int = 128, **changes: Any) -> SdpaCall:
     )
 
 
+def masked(**mask: Any) -> SdpaCall:
+    return SdpaCall(query=on_cuda(), key=on_cuda(), value=on_cuda(), **mask)
+
+
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -52,6 +56,9 @@ def test_auto_takes_flash_where_it_can_run(hopper: None) -> None:
     assert flex_backend.flex_backend(call(), 128, "triton") == "TRITON"
     for head_dim in (32, 64, 96):
         assert flash_obstacle(call(head_dim=head_dim, value_dim=head_dim, length=777), 128) is None
+    # What a selector prepared is of its kernels, not of the formula.
+    window = masked(mask="(kv <= q) & (q < kv + 300)", mask_tensors=[0])
+    assert flash_obstacle(window, 128) is None
 
 
 OBSTACLES = [
@@ -60,8 +67,9 @@ OBSTACLES = [
     (call(head_dim=256, value_dim=256), 128, "got 256 and 256"),
     (call(head_dim=72, value_dim=72), 128, "got 72 and 72"),
     (call(value_dim=64), 128, "got 128 and 64"),
-    (SdpaCall(query=on_cuda(), key=on_cuda(), value=on_cuda(), attn_mask=0), 128, "masks"),
-    (SdpaCall(query=on_cuda(), key=on_cuda(), value=on_cuda(), mask="kv <= q"), 128, "masks"),
+    (masked(attn_mask=0), 128, "frees them before"),
+    (masked(mask="(kv <= q) & (t0[b, kv])", mask_tensors=[0]), 128, "frees them before"),
+    (masked(mask="(kv <= q) & (q // 64 == kv // 64)"), 128, "not under chunks"),
 ]
 
 
