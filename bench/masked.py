@@ -2,10 +2,12 @@
 
 python -m bench.masked [--parts models,calls,lengths,host] [--cases none,ones,padded,...]
     [--tokens 32768,...] [--batches 1,...] [--density 0.1] [--layers 4]
-    [--modes eager,compiled] [--variants dense,forced,default] [--max-seconds N] [--output FILE]
+    [--modes eager,compiled] [--variants dense,forced,default] [--sharpen 2]
+    [--max-seconds N] [--output FILE]
 
 models: milliseconds to the logits of a Llama-3.1-8B-shaped model with random weights, stock
     Transformers, dense and sparse, eager and compiled; at a forced density and at default settings.
+    Projections of queries and keys are multiplied: random ones leave attention diffuse.
 calls: one attention call of its heads under each mask, and the selection in it.
 lengths: twenty lengths through one compiled call, and how often it was compiled.
 host: microseconds that Python takes to launch one call.
@@ -29,11 +31,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import unisparse_flex
 from unisparse_flex import Selector, UniSparse
 from unisparse_flex.passes.decision import device_name
+from unisparse_flex.reports import record_attention
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from . import markdown
 from .calls import Heads, choose_top_k, create_inputs
-from .markdown import milliseconds
+from .markdown import milliseconds, percent
 from .prefill import create_model, release
 from .record import FOLDER, Record, guarded, numbers
 from .timing import graph_ms, host_seconds, timed
@@ -66,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--modes", default="eager,compiled")
     parser.add_argument("--variants", default="dense,forced,default")
+    parser.add_argument("--sharpen", type=float, default=2.0, help="on queries and keys each")
     parser.add_argument("--max-seconds", type=float, default=500.0, help="begins no row after it")
     parser.add_argument("--output", type=Path, help="bench/results/masked-<device>.json")
     parser.add_argument("--small", action="store_true", help="a tiny model, on the CPU if need be")
@@ -77,6 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         small=options.small,
         density=options.density,
         layers=options.layers,
+        sharpen=options.sharpen,
         modes=tuple(options.modes.split(",")),
         names=tuple(options.variants.split(",")),
     )
@@ -89,6 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         weights="random",
         layers=options.layers,
         density=options.density,
+        sharpen=options.sharpen,
         selector=repr(DEFAULT_SELECTOR),
         statistic=f"models: median of {REPEATS} runs to the logits of the last token",
     )
@@ -112,6 +118,7 @@ class Bench:
         small: A tiny model and few heads.
         density: Of the visible blocks that a forced setting keeps.
         layers: Of the model.
+        sharpen: Factor on the projections of queries, and of keys.
         modes: ``eager``, ``compiled``.
         names: Of the variants of a model: ``dense``, ``forced``, ``default``.
     """
@@ -120,6 +127,7 @@ class Bench:
     small: bool
     density: float
     layers: int
+    sharpen: float
     modes: tuple[str, ...]
     names: tuple[str, ...]
 
@@ -129,6 +137,9 @@ class Bench:
         model = create_model(
             self.layers, self.device, small=self.small, attention="sdpa", window=window
         )
+        for layer in model.model.layers:
+            for project in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                project.weight.mul_(self.sharpen)
         given = model_inputs(case, tokens, batch, model.config.vocab_size, self.device)
         exact: dict[str, Tensor] = {}
         for mode in self.modes:
@@ -177,6 +188,16 @@ class Bench:
         reference = exact.setdefault("dense", found.double())
         row["logits_relative_error"] = float((found - reference).norm() / reference.norm())
         row["ms"] = median(timed(logits, device)[1] for _ in range(REPEATS)) * 1e3
+        if settings is not None:
+            guarded(row, "density", partial(self._note_density, model, given, row))
+
+    def _note_density(self, model: Any, given: dict[str, Tensor], row: dict[str, Any]) -> None:
+        """Mean kept over visible blocks of its calls, uncompiled; 1 of a dense one."""
+        with record_attention(model) as calls:
+            model(**given, use_cache=False, logits_to_keep=1)
+        kept = [1.0 if call.density is None else call.density for call in calls]
+        row["density"] = sum(kept) / len(kept)
+        row["sparse_calls"] = sum(call.decision == "sparse" for call in calls)
 
     def calls(self, case: str, tokens: int, batch: int) -> Iterator[dict[str, Any]]:
         """One row: a call under the mask, dense and sparse, and its selection alone."""
@@ -351,6 +372,7 @@ COLUMNS: dict[str, dict[str, markdown.Format]] = {
         **dict.fromkeys(("case", "tokens", "batch", "mode", "variant"), "{}"),
         "ms": milliseconds,
         "of dense": "{:.3f}",
+        "density": percent,
         "first call s": "{:.1f}",
         "error": "{:.1e}",
     },
@@ -375,7 +397,8 @@ def describe(result: Mapping[str, Any], name: str) -> str:
     """The tables of one file, one for each part."""
     title = (
         f"{name}: {result['device']}, torch {result['versions'].get('torch')}, {result['weights']} "
-        f"weights, {result['layers']} layers, forced density {result['density']}"
+        f"weights, queries and keys times {result.get('sharpen', 1)} each, {result['layers']} layers, "
+        f"forced density {result['density']}"
     )
     rows = [dict(row) for row in result["rows"]]
     for row in rows:

@@ -54,6 +54,8 @@ def test_a_small_model_runs_and_its_file_has_tables(tmp_path: Path) -> None:
     assert not any("errors" in row for row in result["rows"])
     dense, forced, default, host = result["rows"]
     assert forced["logits_relative_error"] > 1e-4
+    assert 0.3 < forced["density"] < 1 == default["density"]
+    assert (forced["sparse_calls"], default["sparse_calls"]) == (2, 0)
     # Default settings leave so short a prompt alone.
     assert dense["logits_relative_error"] == default["logits_relative_error"] == 0
     assert host["sparse_eager_us"] > 0
