@@ -68,10 +68,10 @@ def marked_sdpa(call: SdpaCall, config: str) -> Tensor:
     """Runs or records the marker operator; on DTensors, on what this rank holds of them."""
     if is_sharded(call) and refuse_sharding(call) is None:
         return run_on_shards(call, lambda local, shard: _marked_shard(local, shard, config))
-    seen = type(call.query) is not Tensor or torch._C._len_torch_dispatch_stack()
-    if not (seen or is_tracing() or is_traced(call)):
-        # What the operator does where nobody sees it, without the way there.
-        return _compute(call, SparseConfig.decode(config))
+    if not (is_tracing() or is_traced(call)) and type(call.query) is Tensor:
+        if not torch._C._len_torch_dispatch_stack():
+            # What the operator does where nobody sees it, without the way there.
+            return _compute(call, SparseConfig.decode(config))
     return torch.ops.unisparse.sdpa(*call.positional(), **call.keywords(), config=config)
 
 
@@ -192,8 +192,9 @@ def _compute(
             )
         return given.run_dense()
     call = apply_autocast(call)
-    if config.backend == "flash":
-        # Also where no kernel is compiled: it was asked for by name.
+    if config.backend == "flash" and not (_asks_shape(call) and call.attn_mask is not None):
+        # Also where no kernel is compiled: it was asked for by name. Of a mask whose graph is still
+        # being recorded nothing is known.
         flex_backend(call, config.selector.block_size, config.backend)
     if observer is None and not tracing and _runs_compiled(call):
         return run_compiled(call, config, prepared)

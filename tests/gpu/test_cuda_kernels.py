@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,12 +20,13 @@ from tests.kernels.calls import (
     tolerance_of,
     widen,
 )
+from unisparse_flex.block_masks import Sampled
 from unisparse_flex.block_masks.block_lists import BlockLists
 from unisparse_flex.block_masks.kernels import operator
 from unisparse_flex.block_masks.kernels.gpu import Gpu
 from unisparse_flex.block_masks.kernels.recording import Recordings
 from unisparse_flex.block_masks.kernels.self_check import find_failure
-from unisparse_flex.block_masks.scoring import default_scale
+from unisparse_flex.block_masks.scoring import compute_sampled_scores, default_scale
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -321,3 +323,20 @@ def test_a_key_that_is_not_a_number_among_wide_logits_keeps_all_for_those_who_se
     visible = call.geometry.visible_blocks(query.device)
     assert keep[0, 4:, 2:].equal(visible[2:].expand(4, -1, -1))
     assert keep[0, :4, 4:15].sum() < 0.9 * 4 * visible[4:15].sum()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_plain_pytorch_multiplies_sampled_rows_exactly(dtype: torch.dtype, compiled: bool) -> None:
+    torch._dynamo.reset()
+    call = cuda_call(700, 900, sampled_queries=4, top_k=3, dtype=dtype)
+    query, key = tokens_of(call)
+    options: dict[str, Any] = {
+        "geometry": call.geometry,
+        "granularity": Sampled(queries=4),
+        "scale": default_scale(call.head_dim),
+    }
+    run: Any = partial(compute_sampled_scores, **options)
+    found = (torch.compile(run, fullgraph=True) if compiled else run)(query, key)
+    expected = run(query.float(), key.float())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
