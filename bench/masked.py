@@ -397,8 +397,8 @@ def describe(result: Mapping[str, Any], name: str) -> str:
     """The tables of one file, one for each part."""
     title = (
         f"{name}: {result['device']}, torch {result['versions'].get('torch')}, {result['weights']} "
-        f"weights, queries and keys times {result.get('sharpen', 1)} each, {result['layers']} layers, "
-        f"forced density {result['density']}"
+        f"weights, queries and keys times {result.get('sharpen', 1)} each, "
+        f"{result['layers']} layers, forced density {result['density']}"
     )
     rows = [dict(row) for row in result["rows"]]
     for row in rows:

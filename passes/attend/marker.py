@@ -68,10 +68,14 @@ def marked_sdpa(call: SdpaCall, config: str) -> Tensor:
     """Runs or records the marker operator; on DTensors, on what this rank holds of them."""
     if is_sharded(call) and refuse_sharding(call) is None:
         return run_on_shards(call, lambda local, shard: _marked_shard(local, shard, config))
-    if not (is_tracing() or is_traced(call)) and type(call.query) is Tensor:
-        if not torch._C._len_torch_dispatch_stack():
-            # What the operator does where nobody sees it, without the way there.
-            return _compute(call, SparseConfig.decode(config))
+    if (
+        not is_tracing()
+        and not is_traced(call)
+        and type(call.query) is Tensor
+        and not torch._C._len_torch_dispatch_stack()
+    ):
+        # What the operator does where nobody sees it, without the way there.
+        return _compute(call, SparseConfig.decode(config))
     return torch.ops.unisparse.sdpa(*call.positional(), **call.keywords(), config=config)
 
 
