@@ -28,6 +28,7 @@ from torch import Tensor
 
 from unisparse_flex import Selector, optimize, restore
 from unisparse_flex.evaluation import (
+    TASK_NAMES,
     TEXT_NAMES,
     CaptureAttention,
     CapturedAttention,
@@ -44,7 +45,6 @@ from ..calls import without_copies
 from ..record import FOLDER, Record, guarded
 from .answers import Exam
 from .models import MODELS, Subject, load
-from .ruler import TASK_NAMES
 from .selection_share import ShareClock, middle
 from .sweeps import SWEEPS
 from .trials import TRIALS

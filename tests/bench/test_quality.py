@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from bench.quality import answers, measure, selection_share
+from bench.quality import measure, selection_share
 from bench.quality.sweeps import SWEEPS
+from unisparse_flex.evaluation import answers
 from unisparse_flex.evaluation.measure import generate_greedily
 
 

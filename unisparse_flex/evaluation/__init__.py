@@ -3,6 +3,7 @@
 The benchmarks, the commands and the demo share it; it needs the extra ``unisparse-flex[demo]``.
 """
 
+from .answers import generate_together, score_samples
 from .measure import (
     Prefill,
     cache_name,
@@ -28,12 +29,14 @@ from .recall import (
     compute_recall,
     compute_recall_and_error,
 )
+from .ruler import TASK_NAMES, TaskName, TaskSample, build_task, score
 from .texts import TEXT_NAMES, TEXT_SOURCES, TextName, draw_excerpt, load_text
 
 __all__ = [
     "CONTEXT_LENGTH",
     "MODEL_NAME",
     "ROW_STRIDE",
+    "TASK_NAMES",
     "TEXT_NAMES",
     "TEXT_SOURCES",
     "CaptureAttention",
@@ -41,9 +44,12 @@ __all__ = [
     "LoadedModel",
     "Prefill",
     "Prompt",
+    "TaskName",
+    "TaskSample",
     "TextName",
     "Tokenizer",
     "build_prompt",
+    "build_task",
     "cache_name",
     "compute_kl",
     "compute_log_probs",
@@ -53,8 +59,11 @@ __all__ = [
     "describe_device",
     "draw_excerpt",
     "generate_greedily",
+    "generate_together",
     "load_smollm2",
     "load_text",
     "prefill",
     "quiet_transformers",
+    "score",
+    "score_samples",
 ]

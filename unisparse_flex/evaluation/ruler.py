@@ -1,8 +1,9 @@
 """Tasks in the manner of RULER (arXiv 2404.06654): long prompts with known answers.
 
-Wording, numbers and scoring follow the group ``ruler`` of lm-evaluation-harness. What differs: the
-needles lie in the demo's texts, words have four to eight letters, no other word of ``cwe`` contains
-an answer, and ``tokens`` is the length of the prompt, its answer not counted.
+Wording, numbers and scoring follow the group ``ruler`` of lm-evaluation-harness; ``niah_single``
+is its ``niah_single_2``, ``niah_multikey`` its ``niah_multikey_1``. What differs: the needles lie
+in an installed text or in one's own, words have four to eight letters, no other word of ``cwe``
+contains an answer, and ``tokens`` is the length of the prompt, its answer not counted.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from typing import Literal, get_args
 
 import torch
 
-from unisparse_flex.evaluation import TextName, Tokenizer, draw_excerpt, load_text
+from .needle import Tokenizer
+from .texts import TextName, draw_excerpt, load_text
 
-TaskName = Literal["niah_single", "niah_multikey", "niah_multivalue", "vt", "cwe", "fwe"]
+TaskName = Literal[
+    "niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe"
+]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 
 _CHARACTERS_PER_TOKEN = 8  # more than any of the texts needs
 _WORD = "[a-z]{4,8}"
-_NEEDLES = 4  # of niah_multikey and niah_multivalue
+_NEEDLES = 4  # of all niah tasks but niah_single
 _DEPTHS = tuple(step / 39 for step in range(40))
 
 _VT_HOPS = 4
@@ -81,6 +85,7 @@ def build_task(
     tokens: int,
     seed: int,
     text: TextName = "prose",
+    haystack: str | None = None,
     depth: float | None = None,
 ) -> TaskSample:
     """Returns the sample of a seed, the longest that has at most ``tokens`` tokens.
@@ -91,6 +96,7 @@ def build_task(
         tokens: What the prompt may be long, without the answer.
         seed: Picks all that is random.
         text: What the needles of ``niah_*`` lie in; the other tasks make their own text.
+        haystack: A text of one's own for that, from its beginning, repeated where it is too short.
         depth: Where the needle asked for lies, 0 (start) to 1 (end), moved to the nearest end of
             a sentence or of the text; for ``niah_single`` and ``niah_multikey``. Picked by the
             seed when omitted.
@@ -107,6 +113,8 @@ def build_task(
         raise ValueError(f"depth must be in [0, 1], got {depth}")
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
+    if haystack is not None and not haystack.split():
+        raise ValueError("haystack must hold at least one word, got none")
 
     if name == "vt":
         draft = _draft_vt(tokens, seed)
@@ -115,7 +123,8 @@ def build_task(
     elif name == "fwe":
         draft = _draft_fwe(tokens, seed)
     else:
-        draft = _draft_niah(name, tokens, seed, text, depth)
+        words = _haystack_words(text, haystack, tokens, seed)
+        draft = _draft_niah(name, words, seed, depth)
 
     def encode(size: int) -> list[int]:
         return tokenizer.encode(draft.render(size), add_special_tokens=False)
@@ -145,18 +154,27 @@ def score(sample: TaskSample, answer_text: str) -> float:
 # Needles in a text.
 
 
-def _draft_niah(
-    name: TaskName, tokens: int, seed: int, text: TextName, depth: float | None
-) -> _Draft:
+def _haystack_words(text: TextName, haystack: str | None, tokens: int, seed: int) -> list[str]:
+    """Words for a prompt of ``tokens``, and more."""
+    if haystack is not None:
+        words = haystack.split()
+        return (words * -(-tokens // len(words)))[:tokens]
+    whole = _text(text)
+    characters = min(len(whole), tokens * _CHARACTERS_PER_TOKEN)
+    return draw_excerpt(whole, characters=characters, seed=seed).split()
+
+
+def _draft_niah(name: TaskName, words: list[str], seed: int, depth: float | None) -> _Draft:
     rng = random.Random(f"niah {seed}")
-    keys = 1 if name != "niah_multikey" else _NEEDLES
-    values = 1 if name != "niah_multivalue" else _NEEDLES
+    keys = _NEEDLES if name in ("niah_multikey", "niah_multiquery") else 1
+    values = _NEEDLES if name == "niah_multivalue" else 1
+    asked_for = _NEEDLES if name == "niah_multiquery" else 1
     adjectives = rng.sample(_words("adjective"), _NEEDLES)
     nouns = rng.sample(_words("noun"), _NEEDLES)
     numbers = [str(n) for n in rng.sample(range(10**6, 10**7), _NEEDLES)]
     names = [f"{adjective}-{noun}" for adjective, noun in zip(adjectives, nouns, strict=True)]
 
-    # The first key is the one asked for.
+    # The first keys are those asked for.
     needles = [
         f"One of the special magic numbers for {names[i % keys]} is: {numbers[i]}."
         for i in range(keys * values)
@@ -165,11 +183,9 @@ def _draft_niah(
     if depth is not None:
         depths[0] = depth
 
-    whole = _text(text)
-    characters = min(len(whole), tokens * _CHARACTERS_PER_TOKEN)
-    words = draw_excerpt(whole, characters=characters, seed=seed).split()
-    asked = f"for {names[0]} mentioned in the provided text"
-    if values == 1:
+    queries = names[0] if asked_for == 1 else f"{', '.join(names[:-1])}, and {names[-1]}"
+    asked = f"for {queries} mentioned in the provided text"
+    if values * asked_for == 1:
         start = "A special magic number is hidden within the following text."
         kind, question, answer = "number", "What is the", "is"
     else:
@@ -188,7 +204,7 @@ def _draft_niah(
         render=render,
         smallest=1,
         largest=len(words),
-        answers=tuple(numbers[:values]),
+        answers=tuple(numbers[: values * asked_for]),
         max_new_tokens=128,
     )
 

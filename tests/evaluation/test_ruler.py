@@ -7,17 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.quality.ruler import TASK_NAMES, TaskSample, build_task, score
-from unisparse_flex.evaluation.model import load_tokenizer
+from unisparse_flex.evaluation.ruler import TASK_NAMES, TaskSample, build_task, score
 
-NIAH = ("niah_single", "niah_multikey", "niah_multivalue")
+NIAH = ("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery")
 NEEDLE = re.compile(r"One of the special magic numbers for ([a-z]+-[a-z]+) is: (\d{7})\.")
 SLACK = {"vt": 6, "cwe": 10, "fwe": 24}  # tokens that one more word or sentence may take
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return load_tokenizer()
 
 
 def build(name: Any, tokenizer: Any, tokens: int = 1500, seed: int = 0, **more: Any) -> TaskSample:
@@ -58,8 +52,8 @@ def test_a_sample_depends_on_its_seed_alone(name, tokenizer):
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_the_answers_are_in_the_prompt_and_distinct(name, tokenizer):
     sample = build(name, tokenizer)
-    counts = {"niah_single": 1, "niah_multikey": 1, "niah_multivalue": 4, "vt": 5, "cwe": 10}
-    assert len(set(sample.answers)) == len(sample.answers) == counts.get(name, 3)
+    counts = {"niah_single": 1, "niah_multikey": 1, "vt": 5, "cwe": 10, "fwe": 3}
+    assert len(set(sample.answers)) == len(sample.answers) == counts.get(name, 4)
     assert score(sample, text_of(sample, tokenizer)) == 1.0
 
 
@@ -77,12 +71,15 @@ def test_only_the_needles_of_the_key_asked_for_are_answers(name, seed, tokenizer
     text = text_of(sample, tokenizer)
     needles = NEEDLE.findall(text)
     assert len(needles) == (1 if name == "niah_single" else 4)
-    match = re.search(r"numbers? for (\S+) mentioned in the provided text\?", text)
+    match = re.search(r"numbers? for (.+) mentioned in the provided text\?", text)
     assert match is not None
-    asked = {value for key, value in needles if key == match[1]}
+    queries = match[1].replace("and ", "").split(", ")
+    assert len(queries) == (4 if name == "niah_multiquery" else 1)
+    asked = {value for key, value in needles if key in queries}
     assert asked == set(sample.answers)
-    assert len({key for key, _ in needles}) == (4 if name == "niah_multikey" else 1)
-    others = " ".join(value for key, value in needles if key != match[1])
+    several = ("niah_multikey", "niah_multiquery")
+    assert len({key for key, _ in needles}) == (4 if name in several else 1)
+    others = " ".join(value for key, value in needles if key not in queries)
     assert score(sample, others) == 0.0
 
 
@@ -102,6 +99,17 @@ def test_the_needle_asked_for_lies_at_its_depth(name, depth, tokenizer):
 def test_needles_lie_in_any_text(text, tokenizer):
     sample = build("niah_single", tokenizer, 4000, text=text)
     assert 3980 < sample.input_ids.shape[1] <= 4000
+
+
+def test_a_haystack_of_one_s_own_is_read_from_its_beginning_and_repeated(tokenizer):
+    own = "Alpha beta gamma. Delta epsilon zeta."
+    sample = build("niah_single", tokenizer, 800, haystack=own)
+    text = text_of(sample, tokenizer)
+    haystack = NEEDLE.sub("", text.split("\n")[1]).split()
+    assert haystack == (own.split() * len(haystack))[: len(haystack)]
+    assert len(haystack) > 50
+    with pytest.raises(ValueError, match="haystack must hold at least one word, got none"):
+        build("niah_single", tokenizer, haystack=" \n")
 
 
 def test_a_chain_of_four_hops_leads_to_the_value(tokenizer):
@@ -195,7 +203,7 @@ def test_too_many_tokens_are_an_error():
         build("cwe", Letters(), 900_000)
 
 
-@pytest.mark.parametrize("name", ["niah_multivalue", "vt", "cwe", "fwe"])
+@pytest.mark.parametrize("name", ["niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe"])
 def test_a_depth_is_for_one_needle(name, tokenizer):
     with pytest.raises(ValueError, match=rf"depth must be None for task '{name}', got 0.5"):
         build(name, tokenizer, depth=0.5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.quality.answers import generate_together
+from unisparse_flex.evaluation.answers import generate_together
 from unisparse_flex.evaluation.measure import Prefill, generate_greedily, prefill
 
 LENGTHS = (9, 30, 17)
