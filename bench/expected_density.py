@@ -27,7 +27,7 @@ TEXTS: tuple[TextName, ...] = ("prose", "code")
 LENGTHS = (1024, 2048, 4096, 8192)
 TOP_P = (0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 SELECTORS: dict[str, list[Any]] = {
-    "paper": [UniSparse(top_p=p) for p in TOP_P],
+    "paper": [UniSparse.paper(top_p=p) for p in TOP_P],
     "default": defaults(DEFAULT_SELECTOR.block_size),
     "rows-alike": rows_alike(DEFAULT_SELECTOR.block_size),
 }

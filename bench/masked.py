@@ -162,9 +162,7 @@ class Bench:
     def forced(self, tokens: int) -> Selector:
         """The default's scores, and so many blocks of each row."""
         top = choose_top_k(-(-tokens // DEFAULT_SELECTOR.block_size), self.density)
-        of_scores = ("c_q", "c_k", "sampled_queries")
-        scores = {name: getattr(DEFAULT_SELECTOR, name) for name in of_scores}
-        return UniSparse(top_k=top.count, **scores)
+        return UniSparse(top_k=top.count)
 
     def _time_model(
         self,

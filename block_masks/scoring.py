@@ -276,12 +276,12 @@ def sampled_logits(
     sampled = pool_heads(sampled, kv_heads, granularity.heads)
     batch, _, group, _, head_dim = sampled.shape
     stacked = sampled.reshape(batch * kv_heads, group * rows, head_dim)
-    keys = key.reshape(batch * kv_heads, -1, head_dim).transpose(-1, -2)
+    keys = key.reshape(batch * kv_heads, key.shape[2], head_dim).transpose(-1, -2)
     if stacked.dtype == accumulate:
         logits = (stacked * scale) @ keys
     else:
         logits = torch.bmm(stacked, keys, out_dtype=accumulate) * scale
-    logits = logits.view(batch, kv_heads, group, rows, -1)
+    logits = logits.view(batch, kv_heads, group, rows, key.shape[2])
 
     column = torch.arange(geometry.kv_len, device=query.device)
     if geometry.hides_keys:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .block_masks import Selector
+from .block_masks.selectors import QUALITIES as WORDS
+from .block_masks.selectors import selector_of_quality
 from .passes.calls import decode_selector
 
 Setting = Selector | Literal["dense"]
@@ -156,8 +158,11 @@ def _decode(name: str, text: object) -> Setting:
         return DENSE
     if not isinstance(text, str):
         raise ValueError(
-            f"layers[{name!r}] must be a selector's text or 'dense', got {text!r}; {WAY_OUT}"
+            f"layers[{name!r}] must be a selector's text, a quality or 'dense', got {text!r}; "
+            f"{WAY_OUT}"
         )
+    if text in WORDS:
+        return selector_of_quality(text)
     try:
         return decode_selector(text)
     except ValueError as error:

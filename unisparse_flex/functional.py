@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
-from .block_masks import DEFAULT_SELECTOR, PatchOrder, Selector, UniSparse
-from .block_masks.selectors import validate_selector
+from .block_masks import PatchOrder, Selector, UniSparse
+from .block_masks.selectors import choose_selector, validate_selector
 from .block_masks.validation import (
     validate_attn_mask,
     validate_causality,
@@ -32,6 +32,7 @@ def attention(
     *,
     causal_lower_right: bool = False,
     selector: Selector | None = None,
+    quality: str | float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Block-sparse attention with the signature of ``F.scaled_dot_product_attention``.
@@ -60,7 +61,10 @@ def attention(
         causal_lower_right: Query row r sees the keys up to r + Skv - Sq, so that the last row is
             aligned with the last key, as a chunk of a prompt and decoding with a cache need;
             needs Sq <= Skv, and goes without ``is_causal``.
-        selector: Which blocks are kept; `DEFAULT_SELECTOR` by default.
+        selector: Which blocks are kept; `UniSparse()` by default.
+        quality: ``"fast"``, ``"balanced"`` or ``"high"`` instead of ``selector``: how much of the
+            attention mass the default selector keeps. Or a number: 1 is ``"balanced"``, and larger
+            ones keep more blocks (`selectors.selector_of_quality`).
         backend: The kernel on CUDA: ``"flash"`` (FlashAttention-4), ``"triton"``, or ``"auto"``,
             which takes FlashAttention-4 where it is installed and can run the call.
 
@@ -70,7 +74,8 @@ def attention(
     Raises:
         TypeError: Not tensors, or dtypes that differ or are not floating.
         ValueError: Ranks, heads, devices, lengths or masks that do not go together; two of
-            ``is_causal``, ``causal_lower_right`` and ``attn_mask``.
+            ``is_causal``, ``causal_lower_right`` and ``attn_mask``; ``selector`` and ``quality``,
+            or no such quality.
         NotImplementedError: ``dropout_p`` > 0, ``causal_lower_right`` with Sq > Skv, or what the
             kernels cannot do.
     """
@@ -108,13 +113,14 @@ def attention(
                 f"{key.shape[2]}, got {bias.seq_len_q} and {bias.seq_len_kv}"
             )
         validate_attn_mask(call.attn_mask, query, key)
-    selector = DEFAULT_SELECTOR if selector is None else selector
+    selector = choose_selector(selector, quality)
     config = SparseConfig(selector=selector, strict=True, backend=backend)
     return marked_sdpa(call, config.encode())
 
 
 # Nothing is generated from the last patch, and the first is no sink.
-DEFAULT_PATCH_SELECTOR = UniSparse(sink_blocks=0, last_query_blocks=0)
+PATCHES = {"sink_blocks": 0, "last_query_blocks": 0}
+DEFAULT_PATCH_SELECTOR = UniSparse.paper(**PATCHES)
 
 
 def patch_attention(
@@ -124,6 +130,7 @@ def patch_attention(
     *,
     order: PatchOrder,
     selector: Selector | None = None,
+    quality: str | float | None = None,
     text_rows: bool = True,
     text_keys: bool = True,
     scale: float | None = None,
@@ -142,8 +149,10 @@ def patch_attention(
         key: [B, Hkv, S, D].
         value: [B, Hkv, S, Dv].
         order: Grid, tile and text of the sequence.
-        selector: Which blocks are kept; ``UniSparse(sink_blocks=0, last_query_blocks=0)`` by
+        selector: Which blocks are kept; ``UniSparse.paper(sink_blocks=0, last_query_blocks=0)`` by
             default. The volume of the order's tile divides its ``block_size``.
+        quality: See `attention`; of ``UniSparse(sink_blocks=0, last_query_blocks=0)``, whose
+            thresholds were chosen on text.
         text_rows: Blocks of queries that hold text keep every key.
         text_keys: Blocks of keys that hold text are kept for every query.
         scale: Factor on the logits; 1 / sqrt(D) by default.
@@ -163,7 +172,9 @@ def patch_attention(
             "order must be a PatchOrder such as PatchOrder(grid=(16, 30, 52), tile=(2, 8, 8)), "
             f"got {order!r} of type {type(order).__name__}"
         )
-    selector = DEFAULT_PATCH_SELECTOR if selector is None else selector
+    if selector is None and quality is None:
+        selector = DEFAULT_PATCH_SELECTOR
+    selector = choose_selector(selector, quality, UniSparse(**PATCHES))
     validate_selector(selector)
     validate_query_key(query, key)
     validate_value(key, value)

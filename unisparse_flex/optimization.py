@@ -12,8 +12,10 @@ import torch
 from torch import fx, nn
 
 from .block_masks import DEFAULT_SELECTOR, Selector
+from .block_masks.selectors import QUALITIES, choose_selector
 from .calibration import DENSE, Calibration, Setting
 from .catching import (
+    await_first_forward,
     fuse_split_layers,
     intercept,
     is_intercepted,
@@ -34,6 +36,7 @@ def optimize(
     model: ModelT,
     selector: Selector | Calibration | str | PathLike[str] | None = None,
     *,
+    quality: str | float | None = None,
     min_length: int | None = None,
     dense_layers: Collection[int] = (),
     backend: str = "auto",
@@ -50,9 +53,12 @@ def optimize(
 
     Args:
         model: Any module whose attention goes through these.
-        selector: Which blocks are kept; `DEFAULT_SELECTOR` by default. A `Calibration`, or the path
-            of the file of one, gives each of the layers that it names settings of its own; all
-            other attention stays dense.
+        selector: Which blocks are kept; `UniSparse()` by default. A `Calibration`, or the path of
+            the file of one, gives each of the layers that it names settings of its own; all other
+            attention stays dense. A quality in words is taken here too.
+        quality: ``"fast"``, ``"balanced"`` or ``"high"`` instead of ``selector``: how much of the
+            attention mass the default selector keeps. Or a number: 1 is ``"balanced"``, and larger
+            ones keep more blocks (`selectors.selector_of_quality`).
         min_length: Fewest keys for which attention is sparse; shorter calls stay dense, as do
             calls of fewer queries than a block (decoding). By default a cost model decides for
             each call, from its shape and dtype and the device's rates; `explain` shows what it
@@ -69,23 +75,33 @@ def optimize(
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module or already a graph, ``selector`` is no selector.
+        TypeError: ``model`` is no module or already a graph, ``selector`` is no selector,
+            ``quality`` neither text nor a number, ``dense_layers`` no collection of integers.
         ValueError: ``model`` is compiled already, ``backend`` is unknown, a layer index is out of
-            range, or the calibration is malformed or names what is no module of ``model``.
+            range, there is no such quality or ``selector`` is given beside it, or the calibration
+            is malformed or names what is no module of ``model``.
         OSError: ``selector`` is a path that cannot be read.
     """
     validate_model(model)
+    await_first_forward(model)
+    if isinstance(selector, str) and selector in QUALITIES and quality is None:
+        selector, quality = None, selector
     if isinstance(selector, (str, PathLike)):
-        selector = Calibration.load(selector)
+        selector = _load(selector)
     excluded = _excluded_prefixes(model, dense_layers)
     if isinstance(selector, Calibration):
+        if quality is not None:
+            raise ValueError(
+                f"selector and quality must not both be given, got a Calibration and {quality!r}; "
+                "a calibration has a setting for each layer"
+            )
         layers = dict(selector.layers)
         for name in layers:
             if _is_below(name, excluded):
                 layers[name] = DENSE
         optimize_layers(model, layers, min_length=min_length, backend=backend, context=context)
         return model
-    selector = DEFAULT_SELECTOR if selector is None else selector
+    selector = choose_selector(selector, quality)
     name_of = None if context is None else context.name
     sparse = SparseConfig.of_model(
         selector, min_length=min_length, backend=backend, context=name_of
@@ -99,6 +115,19 @@ def optimize(
         },
     )
     return model
+
+
+def _load(path: str | PathLike[str]) -> Calibration:
+    try:
+        return Calibration.load(path)
+    except FileNotFoundError as error:
+        words = ", ".join(map(repr, QUALITIES))
+        raise FileNotFoundError(
+            error.errno,
+            f"selector must be a selector, one of {words}, or the path of a calibration's file, "
+            "and there is no file of this name",
+            str(path),
+        ) from None
 
 
 def optimize_layers(
@@ -172,6 +201,7 @@ def temporarily_optimize(
     model: ModelT,
     selector: Selector | Calibration | str | PathLike[str] | None = None,
     *,
+    quality: str | float | None = None,
     min_length: int | None = None,
     dense_layers: Collection[int] = (),
     backend: str = "auto",
@@ -187,6 +217,7 @@ def temporarily_optimize(
     Args:
         model: As `optimize` takes it; of a diffusers pipeline, its transformer.
         selector: As `optimize` takes it.
+        quality: As `optimize` takes it.
         min_length: As `optimize` takes it.
         dense_layers: As `optimize` takes it.
         backend: As `optimize` takes it.
@@ -213,6 +244,7 @@ def temporarily_optimize(
         yield optimize(
             model,
             selector,
+            quality=quality,
             min_length=min_length,
             dense_layers=dense_layers,
             backend=backend,
@@ -289,6 +321,11 @@ def _is_below(name: str, prefixes: Collection[str]) -> bool:
 
 def _excluded_prefixes(model: nn.Module, dense_layers: Collection[int]) -> list[str]:
     """Names of the layers that ``dense_layers`` asks for, each with a dot after it."""
+    if isinstance(dense_layers, (str, bytes)) or not isinstance(dense_layers, Collection):
+        raise TypeError(
+            "dense_layers must be a collection of layer indices, got "
+            f"{dense_layers!r} of type {type(dense_layers).__name__}; one layer is (0,)"
+        )
     stacks = {
         name: len(module)
         for name, module in model.named_modules()

@@ -15,6 +15,7 @@ from .block_masks.selectors import (
     Oracle,
     StreamingLLM,
     XAttention,
+    selector_of_quality,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "StreamingLLM",
     "UniSparse",
     "XAttention",
+    "selector_of_quality",
 ]

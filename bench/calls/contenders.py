@@ -90,7 +90,7 @@ def choose_top_k(blocks: int, density: float) -> TopK:
 
 def create_selector(name: str, top_k: int | None = None) -> UniSparse:
     """The settings of that name, with their own rule or ``top_k`` blocks a row."""
-    return UniSparse(top_k=top_k, **SETTINGS[name])
+    return UniSparse.paper(top_k=top_k, **SETTINGS[name])
 
 
 def causal_lists(geometry: BlockGeometry, device: str) -> Lists:

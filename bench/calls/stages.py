@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from unisparse_flex import UniSparse, attention
 from unisparse_flex.block_masks import BlockGeometry, BlockSelection, causal_mask_mod, to_block_mask
 
-SELECTOR = UniSparse()
+SELECTOR = UniSparse.paper()
 GATE_LENGTH, GATE_DENSITY = 640, 0.5
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 

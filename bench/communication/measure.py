@@ -34,7 +34,7 @@ from .tables import describe
 OUTPUT = FOLDER / "communication-simulated.json"
 TEXTS: tuple[TextName, ...] = ("prose", "code")
 MEASURED_TOKENS, MEASURED_RANKS = 8192, (2, 4, 8)
-SELECTORS = {"paper": UniSparse(), "default": DEFAULT_SELECTOR}
+SELECTORS = {"paper": UniSparse.paper(), "default": DEFAULT_SELECTOR}
 SETTINGS = {name: calls.create_selector(name) for name in calls.SETTINGS}
 
 HEADS = {"q_heads": 32, "kv_heads": 8, "head_dim": 128, "value_dim": 128}

@@ -43,13 +43,13 @@ def defaults(size: int) -> list[Selector]:
 
 SWEEPS: dict[str, Callable[[int], list[Selector]]] = {
     "unisparse-default": defaults,
-    "unisparse-paper": lambda size: [UniSparse(block_size=size, top_p=p) for p in TOP_P],
+    "unisparse-paper": lambda size: [UniSparse.paper(block_size=size, top_p=p) for p in TOP_P],
     "unisparse-paper-threshold": lambda size: [
-        UniSparse(block_size=size, threshold=t) for t in THRESHOLDS
+        UniSparse.paper(block_size=size, threshold=t) for t in THRESHOLDS
     ],
-    "unisparse-two": lambda size: [UniSparse(block_size=size, top_p=p, **TWO) for p in TOP_P],
+    "unisparse-two": lambda size: [UniSparse.paper(block_size=size, top_p=p, **TWO) for p in TOP_P],
     "unisparse-two-threshold": lambda size: [
-        UniSparse(block_size=size, threshold=t, **TWO) for t in THRESHOLDS
+        UniSparse.paper(block_size=size, threshold=t, **TWO) for t in THRESHOLDS
     ],
     "xattention": lambda size: [XAttention(block_size=size, threshold=p) for p in TOP_P],
     "flexprefill": lambda size: [FlexPrefill(block_size=size, gamma=p) for p in TOP_P],

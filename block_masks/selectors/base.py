@@ -168,9 +168,13 @@ class Selector(ABC):
     def _expression(self) -> str:
         arguments = [
             f"{name}={value.text if isinstance(value, Selector) else repr(value)}"
-            for name, value in self._values().items()
+            for name, value in self._shown().items()
         ]
         return f"{type(self).__name__}({', '.join(arguments)})"
+
+    def _shown(self) -> dict[str, Any]:
+        """The fields that `text` names: enough to make an equal selector."""
+        return self._values()
 
     def _values(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}

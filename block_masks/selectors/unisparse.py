@@ -1,12 +1,13 @@
 """UniSparse: composite tokens, block scores, top-p (arXiv 2512.14082).
 
-The paper publishes the policy, not its constants: the defaults here are a reconstruction.
-``sampled_queries`` and ``threshold`` go beyond it.
+The paper publishes the policy, not its constants: those of `UniSparse.paper` are a reconstruction.
+``sampled_queries`` and ``threshold`` go beyond it, and are part of the defaults.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -21,20 +22,46 @@ from ..selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ..validation import validate_block_size, validate_int
 from .base import ForcesBlocks, Selector
 
-DEFAULT_TOP_P = 0.95
+# The defaults, chosen on real models, see docs/selectors.md: exact rows find single keys that
+# matter, composites see every row; a threshold spends blocks where they hold most, above a mass for
+# every row, and falls with the blocks that a row sees: how a prompt's beginning is read hardly
+# shows at its end.
+BLOCK_SIZE, C_Q = 128, 16
+THRESHOLD, THRESHOLD_BLOCKS = 0.006, 64
+# A row may drop so many thresholds of mass before blocks under the threshold are kept too.
+DROPPED_THRESHOLDS = 12
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def default_top_p(threshold: float) -> float:
+    """The ``top_p`` that goes with another threshold than the default one."""
+    return round(1 - DROPPED_THRESHOLDS * threshold, 4)
+
+
+DEFAULT_RULE = {
+    "top_p": default_top_p(THRESHOLD),
+    "threshold": THRESHOLD,
+    "threshold_blocks": THRESHOLD_BLOCKS,
+}
+RULES = ("top_p", "top_k", "threshold", "head_thresholds", "threshold_blocks")
+NO_RULE = dict.fromkeys(RULES)
+PAPER: dict[str, Any] = {"c_q": 8, "c_k": 8, "sampled_queries": 0, "top_p": 0.95}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class UniSparse(ForcesBlocks, Selector):
-    """Top-p (or top-k, or a threshold) blocks by attention among composite tokens.
+    """Blocks by a threshold, a mass (top-p) or a number (top-k), scored by two granularities.
+
+    Without arguments it is what `optimize` takes by default. To keep more or fewer blocks, name a
+    quality there (`selector_of_quality`) rather than fields here. Printed, it shows the fields that
+    differ from the defaults.
 
     Attributes:
         block_size: Tokens per block; a power of two of at least 16.
-        c_q: Query rows per composite query; divides ``block_size``.
-        c_k: Keys per composite key; divides ``block_size``.
+        c_q: Query rows per composite query; divides ``block_size``. By default 16.
+        c_k: Keys per composite key; divides ``block_size``, which it is by default.
         c_h: Consecutive query heads of one GQA group per composite head; divides the group.
         top_p: Share of a row's estimated attention mass to keep, in (0, 1]; 1.0 keeps all.
-            0.95 where no rule is given.
+            Where no rule is given: ``top_p=0.928, threshold=0.006, threshold_blocks=64``.
         top_k: Blocks per row instead of ``top_p``, forced ones counted first.
         threshold: Least share of a row's estimated mass, in (0, 1], instead of ``top_p``; with
             both, blocks that either keeps. A row that would keep nothing keeps its highest.
@@ -52,14 +79,15 @@ class UniSparse(ForcesBlocks, Selector):
         last_query_blocks: Last query blocks, which keep every block.
     """
 
-    block_size: int = 128
-    c_q: int = 8
-    c_k: int = 8
+    block_size: int = BLOCK_SIZE
+    # Numbers once it is made.
+    c_q: int = None  # type: ignore[assignment]
+    c_k: int = None  # type: ignore[assignment]
     c_h: int = 1
     top_p: float | None = None
     top_k: int | None = None
     threshold: float | None = None
-    sampled_queries: int = 0
+    sampled_queries: int = 4
     sink_blocks: int = 1
     local_blocks: int = 1
     last_query_blocks: int = 1
@@ -70,6 +98,9 @@ class UniSparse(ForcesBlocks, Selector):
 
     def __post_init__(self) -> None:
         validate_block_size(self.block_size)
+        for name, size in self._default_composites().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, size)
         for name in ("c_q", "c_k", "c_h"):
             validate_int(getattr(self, name), name, minimum=1)
         for name in ("c_q", "c_k"):
@@ -99,10 +130,38 @@ class UniSparse(ForcesBlocks, Selector):
                 f"{self.threshold_blocks} alone; give one of them, or leave it None"
             )
         if not rules:
-            object.__setattr__(self, "top_p", DEFAULT_TOP_P)
+            for name, value in DEFAULT_RULE.items():
+                object.__setattr__(self, name, value)
         # Built here so that a wrong value is reported where it was given.
         _ = self.rule, self.forced_blocks
         Selector.__post_init__(self)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> UniSparse:
+        """The paper's policy: composite tokens of 8 queries and 8 keys, top-p 0.95.
+
+        Args:
+            changes: Fields that are to differ; a ``top_k`` or ``threshold`` replaces
+                ``top_p``.
+        """
+        own = dict(PAPER)
+        if any(changes.get(name) is not None for name in ("top_k", "threshold", "head_thresholds")):
+            del own["top_p"]
+        return cls(**{**own, **changes})
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _default_composites(self) -> dict[str, int]:
+        return {"c_q": min(C_Q, self.block_size), "c_k": self.block_size}
+
+    def _shown(self) -> dict[str, Any]:
+        """See `Selector._shown`: what differs from the defaults."""
+        plain = {field.name: field.default for field in fields(self)} | self._default_composites()
+        shown = {n: v for n, v in self._values().items() if v != plain[n]}
+        if {name: getattr(self, name) for name in RULES} == {**NO_RULE, **DEFAULT_RULE}:
+            shown = {name: value for name, value in shown.items() if name not in RULES}
+        return shown
 
     def _validate_head_thresholds(self) -> None:
         if self.head_thresholds is None:
@@ -297,16 +356,4 @@ class UniSparse(ForcesBlocks, Selector):
         return self.select_by(self.rule, scores, geometry=geometry, q_heads=query.shape[1])
 
 
-# Chosen on real models, see docs/selectors.md: exact rows find single keys that matter, composites
-# see every row; a threshold spends blocks where they hold most, above a mass for every row, and
-# falls with the blocks that a row sees: how a prompt's beginning is read hardly shows at its end.
-DEFAULT_SELECTOR = UniSparse(
-    c_q=16, c_k=128, sampled_queries=4, top_p=0.928, threshold=0.006, threshold_blocks=64
-)
-# A row may drop so many thresholds of mass before blocks under the threshold are kept too.
-DROPPED_THRESHOLDS = 12
-
-
-def default_top_p(threshold: float) -> float:
-    """The ``top_p`` that goes with another threshold of `DEFAULT_SELECTOR`."""
-    return round(1 - DROPPED_THRESHOLDS * threshold, 4)
+DEFAULT_SELECTOR = UniSparse()

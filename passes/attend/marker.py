@@ -73,6 +73,7 @@ def marked_sdpa(call: SdpaCall, config: str) -> Tensor:
         and not is_traced(call)
         and type(call.query) is Tensor
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
     ):
         # What the operator does where nobody sees it, without the way there.
         return _compute(call, SparseConfig.decode(config))

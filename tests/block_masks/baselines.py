@@ -21,7 +21,7 @@ LENGTHS = (1, 15, 16, 17, 31, 32, 33, 48, 50)
 FORCED: dict[str, Any] = {"sink_blocks": 0, "local_blocks": 1, "last_query_blocks": 0}
 # Each keeps what holds half of the attention, and little else.
 BY_SCORES: tuple[Selector, ...] = (
-    UniSparse(block_size=SIZE, c_q=4, c_k=4, top_p=0.5, **FORCED),
+    UniSparse(block_size=SIZE, c_q=4, c_k=4, sampled_queries=0, top_p=0.5, **FORCED),
     XAttention(block_size=SIZE, stride=4, threshold=0.5, **FORCED),
     FlashPrefill(block_size=SIZE, alpha=0.6, **FORCED),
     Oracle(block_size=SIZE, top_p=0.5, **FORCED),

@@ -126,6 +126,8 @@ def selectors(
         c_h=draw(st.sampled_from(divisors(group))),
         top_p=draw(top_p) if rule == "top_p" else None,
         top_k=draw(st.integers(1, 5)) if rule == "top_k" else None,
+        # Rows that are sampled have tests of their own.
+        sampled_queries=0,
         sink_blocks=draw(st.integers(0, 2)),
         local_blocks=draw(st.integers(1, 2)),
         last_query_blocks=draw(st.integers(0, 2)),

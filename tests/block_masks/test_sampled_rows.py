@@ -222,7 +222,13 @@ def needle(position: int) -> tuple[Tensor, Tensor]:
 def test_sampled_rows_find_a_single_key_that_pooled_scores_miss(is_causal: bool) -> None:
     query, key = needle(position=37)
     pooled = UniSparse(
-        block_size=16, threshold=0.25, sink_blocks=0, last_query_blocks=0, c_q=8, c_k=8
+        block_size=16,
+        threshold=0.25,
+        sampled_queries=0,
+        sink_blocks=0,
+        last_query_blocks=0,
+        c_q=8,
+        c_k=8,
     )
     rows = slice(4, None)
     missed = pooled.select(query, key, is_causal=is_causal).keep[0, 0, rows, 2]

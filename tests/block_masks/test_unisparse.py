@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unisparse_flex.block_masks import (
+    DEFAULT_SELECTOR,
     ForcedBlocks,
     Selector,
     TopK,
@@ -21,6 +23,8 @@ from unisparse_flex.block_masks import (
 )
 from unisparse_flex.block_masks.granularity import Pooled
 from unisparse_flex.block_masks.selection import HeadThreshold, Threshold, TopPOrThreshold
+from unisparse_flex.block_masks.selectors import selector_of_quality
+from unisparse_flex.passes.calls import decode_selector
 
 from .strategies import Call, calls, random_masks, selectors
 
@@ -55,11 +59,96 @@ def test_fields_are_given_by_name() -> None:
         UniSparse(128)  # type: ignore[call-arg]
 
 
-def test_top_p_is_the_default_rule() -> None:
-    assert UniSparse() == UniSparse(top_p=0.95)
-    assert UniSparse().rule == TopP(top_p=0.95)
+def test_without_a_rule_it_is_the_default() -> None:
+    rule = TopPOrThreshold(top_p=0.928, threshold=0.006, threshold_blocks=64)
+    assert UniSparse() == DEFAULT_SELECTOR
+    assert UniSparse().rule == rule
+    assert UniSparse(block_size=32).rule == rule
     assert UniSparse(top_k=3).rule == TopK(top_k=3)
     assert UniSparse(top_k=3).top_p is None
+    assert UniSparse(top_p=0.97).rule == TopP(top_p=0.97)
+
+
+def test_composites_fit_the_block_by_default() -> None:
+    sizes = {size: UniSparse(block_size=size) for size in (16, 64, 128, 256)}
+    assert [(s.c_q, s.c_k, s.sampled_queries) for s in sizes.values()] == [
+        (16, 16, 4),
+        (16, 64, 4),
+        (16, 128, 4),
+        (16, 256, 4),
+    ]
+
+
+def test_the_papers_policy_has_a_name() -> None:
+    paper = UniSparse.paper()
+    assert (paper.c_q, paper.c_k, paper.sampled_queries) == (8, 8, 0)
+    assert paper.rule == TopP(top_p=0.95)
+    assert UniSparse.paper(top_k=3).rule == TopK(top_k=3)
+    assert UniSparse.paper(threshold=None).rule == TopP(top_p=0.95)
+    assert UniSparse.paper(block_size=64, top_p=0.9).rule == TopP(top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("selector", "text"),
+    [
+        (UniSparse(), "UniSparse()"),
+        (UniSparse(c_k=128, top_p=0.928, threshold=0.006, threshold_blocks=64), "UniSparse()"),
+        (UniSparse(block_size=32, top_k=3), "UniSparse(block_size=32, top_k=3)"),
+        (UniSparse(threshold=0.006), "UniSparse(threshold=0.006)"),
+        (UniSparse(top_p=0.9, sink_blocks=0), "UniSparse(top_p=0.9, sink_blocks=0)"),
+    ],
+    ids=str,
+)
+def test_it_prints_what_differs_from_the_default(selector: UniSparse, text: str) -> None:
+    assert repr(selector) == selector.text == text
+    assert decode_selector(text) == selector
+
+
+def test_what_was_written_with_every_field_is_read() -> None:
+    text = (
+        "UniSparse(block_size=128, c_q=8, c_k=8, c_h=1, top_p=0.95, top_k=None, threshold=None, "
+        "sampled_queries=0, sink_blocks=1, local_blocks=1, last_query_blocks=1, "
+        "head_thresholds=None, threshold_blocks=None)"
+    )
+    assert decode_selector(text) == UniSparse.paper()
+
+
+@pytest.mark.parametrize(
+    ("quality", "threshold"),
+    [("fast", 0.014), ("balanced", 0.006), ("high", 0.002), (1, 0.006), (3.0, 0.002), (0.1, 0.06)],
+)
+def test_a_quality_is_a_threshold_of_the_default(quality: Any, threshold: float) -> None:
+    expected = replace(DEFAULT_SELECTOR, threshold=threshold, top_p=round(1 - 12 * threshold, 4))
+    assert selector_of_quality(quality) == expected
+
+
+@pytest.mark.parametrize(
+    ("quality", "error", "match"),
+    [
+        ("best", ValueError, "one of 'fast', 'balanced', 'high', or a number, got 'best'"),
+        (0.05, ValueError, "at least 0.1, got 0.05"),
+        (float("nan"), ValueError, "finite number"),
+        (float("inf"), ValueError, "finite number"),
+        (True, TypeError, "got bool"),
+        (None, TypeError, "got NoneType"),
+    ],
+)
+def test_other_qualities_are_refused(quality: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        selector_of_quality(quality)
+
+
+def test_a_higher_quality_keeps_more() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, 2048, 32, generator=generator) for _ in range(2))
+    # Some blocks of keys differ from others.
+    key += torch.randn(1, 2, 16, 32, generator=generator).repeat_interleave(128, dim=2) * 2
+    query += torch.randn(1, 2, 16, 32, generator=generator).repeat_interleave(128, dim=2)
+    qualities = (0.2, "fast", "balanced", 2, "high", 10)
+    keeps = [selector_of_quality(q).select(query, key, is_causal=True).keep for q in qualities]
+    for fewer, more in pairwise(keeps):
+        assert not (fewer & ~more).any()
+    assert keeps[0].sum() < keeps[2].sum() < keeps[-1].sum()
 
 
 def test_a_threshold_is_a_rule_of_its_own() -> None:

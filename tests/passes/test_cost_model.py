@@ -152,7 +152,7 @@ def test_expressions_can_be_read() -> None:
     ],
 )
 def test_numbers_are_those_of_the_expressions(changes: Any) -> None:
-    selector, rates = UniSparse(), RATES[0]
+    selector, rates = UniSparse.paper(), RATES[0]
     call = shape(
         1000, device=torch.device(rates.device.split()[0]), dtype=torch.bfloat16, **changes
     )

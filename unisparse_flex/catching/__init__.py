@@ -2,6 +2,7 @@
 
 from .causal_bias import resolve_causal_bias
 from .dispatch_key import leave_attention, set_up_key
+from .first_forward import await_first_forward
 from .modules import (
     CONFIG_ATTRIBUTE,
     fuse_split_layers,
@@ -16,6 +17,7 @@ from .scopes import config_in_force, is_seen_here, run_sparse
 
 __all__ = [
     "CONFIG_ATTRIBUTE",
+    "await_first_forward",
     "config_in_force",
     "fuse_split_layers",
     "intercept",

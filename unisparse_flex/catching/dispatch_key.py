@@ -40,17 +40,19 @@ logger = logging.getLogger(__name__)
 KEY_NAME = "TESTING_ONLY_GenericMode"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Scope:
     """One `catch_attention`.
 
     Attributes:
         config: The settings in force inside.
         min_queries: Calls of fewer stay dense, whatever else they are.
+        seen: Whether an attention call came by, whatever became of it.
     """
 
     config: str
     min_queries: float
+    seen: bool = False
 
     @classmethod
     def create(cls, config: str) -> Scope:
@@ -156,17 +158,19 @@ def can_catch_attention() -> bool:
 
 
 @contextmanager
-def catch_attention(config: str) -> Iterator[None]:
+def catch_attention(config: str) -> Iterator[Scope]:
     """Turns the attention calls of this thread into the marker operator with these settings."""
     assert _key is not None
     outer, was_on = in_force.scope, _key.is_on()
-    in_force.scope = Scope.create(config)
+    in_force.scope = scope = Scope.create(config)
     _key.switch(True)
     try:
-        yield
+        yield scope
     finally:
         _key.switch(was_on)
         in_force.scope = outer
+        if outer is not None:
+            outer.seen |= scope.seen
 
 
 def leave_attention() -> AbstractContextManager[None]:
@@ -201,6 +205,8 @@ def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     # Without a context manager: decoding pays for what stands here.
     _key.switch(False)
     try:
+        if scope is not None:
+            scope.seen = True
         if scope is None or query.is_nested:
             return TORCH_SDPA(query, *args, **kwargs)
         if (

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from types import CellType
 from typing import Any
 
-from ..block_masks import DEFAULT_SELECTOR, Selector
+from ..block_masks import Selector
+from ..block_masks.selectors import choose_selector
 from ..catching import set_up_key
 from .transformers_attention import AttentionSettings, create_attention_function
 from .transformers_masks import create_mask_function
@@ -65,8 +66,9 @@ _registered: dict[str, _Registered] = {}
 
 def register(
     name: str = "unisparse",
-    selector: Selector = DEFAULT_SELECTOR,
+    selector: Selector | None = None,
     *,
+    quality: str | float | None = None,
     min_length: int | None = None,
     dense_layers: Collection[int] = (),
     backend: str = "auto",
@@ -84,7 +86,8 @@ def register(
 
     Args:
         name: What models are asked for; several names have settings of their own.
-        selector: Which blocks are kept.
+        selector: Which blocks are kept; `UniSparse()` by default.
+        quality: As `optimize` takes it.
         min_length: As `optimize` takes it.
         dense_layers: Layers that stay dense, by the ``layer_idx`` of their attention, negative
             ones from the end; modules without one are not affected.
@@ -94,12 +97,13 @@ def register(
         ImportError: transformers is missing or older than 5.4.
         TypeError: ``selector`` is no selector (a `Calibration` names modules: `optimize` or
             `temporarily_optimize` take it), or a layer is no integer.
-        ValueError: ``name`` or ``backend`` is not one that can be, or the name is taken.
+        ValueError: ``name``, ``quality`` or ``backend`` is not one that can be, ``selector`` and
+            ``quality`` are both given, or the name is taken.
     """
     functions = _import_transformers()
     validate_name(name)
     settings = AttentionSettings(
-        selector=selector,
+        selector=choose_selector(selector, quality),
         min_length=min_length,
         dense_layers=_validate_layers(dense_layers),
         backend=backend,
