@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import click
-
+from ..block_masks.selectors import QUALITIES
 from ..calibration import Calibration
 from ..passes.calls import decode_selector
-from ..selectors import DEFAULT_SELECTOR, Selector, UniSparse
+from ..selectors import DEFAULT_SELECTOR, Selector, UniSparse, selector_of_quality
 from .failures import failures, wrong_arguments
 
-NAMED: dict[str, Selector] = {"default": DEFAULT_SELECTOR, "paper": UniSparse()}
+NAMED: dict[str, UniSparse] = {
+    "default": DEFAULT_SELECTOR,
+    **{quality: selector_of_quality(quality) for quality in QUALITIES},
+    "paper": UniSparse.paper(),
+}
 
 
 def parse_selector(text: str) -> Selector | Calibration:
     """Reads a selector; nothing in the text is executed.
 
     Args:
-        text: ``"default"``, ``"paper"``, the path of a calibration (``*.json``), or a selector as
-            it prints, such as ``"UniSparse(top_p=0.95)"``.
+        text: A name in `NAMED`, the path of a calibration (``*.json``), or a selector as it
+            prints, such as ``"UniSparse(top_p=0.95)"``.
     """
     if text in NAMED:
         return NAMED[text]
     if text.endswith(".json"):
-        if not Path(text).is_file():
-            raise click.UsageError(f"--selector: there is no file {text}")
         with failures("read the calibration"):
             return Calibration.load(text)
     with wrong_arguments():

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from ...evaluation import CONTEXT_LENGTH, TextName
-from ...selectors import DEFAULT_SELECTOR, Selector, UniSparse
+from ..choices import BUNDLED_CONTEXT, SELECTOR_NAMES
 
-# The library's own, and what the paper does.
-SELECTORS = {"default": DEFAULT_SELECTOR, "paper": UniSparse()}
+if TYPE_CHECKING:
+    from ...evaluation import TextName
+    from ...selectors import Selector
+
 SHORTEST_PROMPT = 512
 DEFAULT_MIN_LENGTH = 4096
+STDOUT = Path("-")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +26,7 @@ class DemoOptions:
         text: Which text surrounds the needle.
         depth: Where the needle goes, 0 (start) to 1 (end).
         seed: Picks the needle and the excerpt.
-        selector: A name in `SELECTORS`.
+        selector: A name in `SELECTOR_NAMES`.
         top_p: Share of a row's estimated attention mass to keep; ``None`` is the selector's own
             rule.
         block_size: Tokens per block.
@@ -39,11 +41,11 @@ class DemoOptions:
         quiet: Print only the paths of the files written.
     """
 
-    tokens: int = CONTEXT_LENGTH
+    tokens: int = BUNDLED_CONTEXT
     text: TextName = "prose"
     depth: float = 0.35
     seed: int = 0
-    selector: Literal["default", "paper"] = "default"
+    selector: str = "default"
     top_p: float | None = None
     block_size: int = 128
     min_length: int | None = None
@@ -55,9 +57,9 @@ class DemoOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if not SHORTEST_PROMPT <= self.tokens <= CONTEXT_LENGTH:
+        if not SHORTEST_PROMPT <= self.tokens <= BUNDLED_CONTEXT:
             raise ValueError(
-                f"tokens must be in [{SHORTEST_PROMPT}, {CONTEXT_LENGTH}] (the model's context), "
+                f"tokens must be in [{SHORTEST_PROMPT}, {BUNDLED_CONTEXT}] (the model's context), "
                 f"got {self.tokens}"
             )
         if not 0.0 <= self.depth <= 1.0:
@@ -71,15 +73,17 @@ class DemoOptions:
                 f"min_length must be at most tokens ({self.tokens}), got {self.min_length}; "
                 "a longer one leaves every layer dense"
             )
-        if self.selector not in SELECTORS:
+        if self.selector not in SELECTOR_NAMES:
             raise ValueError(
-                f"selector must be one of {', '.join(SELECTORS)}, got {self.selector!r}"
+                f"selector must be one of {', '.join(SELECTOR_NAMES)}, got {self.selector!r}"
             )
         self.build_selector()
 
     def build_selector(self) -> Selector:
         """Returns the selector that the options ask for."""
-        selector = SELECTORS[self.selector]
+        from ..selectors import NAMED
+
+        selector = NAMED[self.selector]
         size = self.block_size
         fits: dict[str, Any] = {
             "block_size": size,
