@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -14,13 +15,14 @@ QUIET_SECONDS = 2.0
 LINE_SECONDS = 15.0
 TICK_SECONDS = 0.5
 BAR_CHARACTERS = 24
+CUT = "..."
 
 
 class Progress:
     """One line that says what is being done and for how long, once that takes two seconds.
 
-    A terminal has the line overwritten, also while a step goes on. Elsewhere, as in a file or a
-    pipe, there is a new line every 15 seconds.
+    A terminal has the line overwritten, also while a step goes on, and cut to its width. Elsewhere,
+    as in a file or a pipe, there is a new line every 15 seconds.
 
     Args:
         title: Who is at work, before every step; nobody where it is empty.
@@ -102,11 +104,27 @@ class Progress:
             self._write(self._step, now, end="\n")
 
     def _write(self, step: str, now: float, *, end: str) -> None:
-        before = "\r\x1b[K" if sys.stderr.isatty() else ""
         title = f"{self.title}: " if self.title else ""
-        sys.stderr.write(f"{before}{title}{step}, {now - self._start:.0f} s{end}")
+        what, seconds = f"{title}{step}", f", {now - self._start:.0f} s"
+        if sys.stderr.isatty():
+            # A line that wraps is not overwritten; some terminals wrap after the last column.
+            what = "\r\x1b[K" + cut(what, terminal_columns() - 1 - len(seconds))
+        sys.stderr.write(f"{what}{seconds}{end}")
         sys.stderr.flush()
         self._next_line, self._unfinished = now + LINE_SECONDS, not end
+
+
+def terminal_columns() -> int:
+    """Columns of the terminal on standard error; 80 where it does not say."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def cut(text: str, columns: int) -> str:
+    """The text, its end left out where it is longer than that."""
+    return text if len(text) <= columns else text[: max(0, columns - len(CUT))] + CUT
 
 
 def bar(done: int, total: int) -> str:

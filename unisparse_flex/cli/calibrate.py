@@ -7,33 +7,48 @@ from pathlib import Path
 
 import click
 
-from ..calibrating import calibrate as find_settings
 from ..progress import Progress
 from . import PROGRAM
+from .arguments import file_to_write, model_argument, nats_argument, share_argument, text_argument
 from .failures import failures, wrong_arguments
-from .models import load_model
 from .options import MODEL_OPTIONS, json_option, quiet_option, with_options
 from .output import print_json, say_written, write_text
-from .prompts import create_input_ids, model_inputs
+
+
+class _OneTarget(click.Command):
+    """Wants one of --recall and --kl."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        if (ctx.params.get("recall") is None) == (ctx.params.get("kl") is None):
+            raise click.UsageError("give exactly one of --recall and --kl", ctx)
+        return rest
 
 
 @click.command(
-    short_help="Find settings of each layer of MODEL for a stated quality.",
+    cls=_OneTarget,
     epilog=f"""\b
 Example:
-  {PROGRAM} calibrate smollm2 prompts.txt --recall 0.95 --output calibration.json
+  {PROGRAM} calibrate smollm2 prompts.txt --recall 0.95 -o calibration.json
   {PROGRAM} explain smollm2 --selector calibration.json""",
 )
-@click.argument("model")
-@click.argument("texts", metavar="TEXT...", nargs=-1, required=True)
+@click.argument("model", callback=model_argument)
+@click.argument("texts", metavar="TEXT...", nargs=-1, required=True, callback=text_argument)
 @with_options(
     click.option(
         "--recall",
         type=float,
         metavar="SHARE",
+        callback=share_argument,
         help="Least share of dense attention's mass to keep, in (0, 1].",
     ),
-    click.option("--kl", type=float, metavar="NATS", help="Most KL to the dense model."),
+    click.option(
+        "--kl",
+        type=float,
+        metavar="NATS",
+        callback=nats_argument,
+        help="Most KL to the dense model.",
+    ),
     click.option(
         "--output",
         "-o",
@@ -41,6 +56,7 @@ Example:
         default=Path("calibration.json"),
         show_default=True,
         metavar="FILE",
+        callback=file_to_write,
         help="The file that optimize(model, selector=FILE) takes.",
     ),
     click.option("--per-head", is_flag=True, help="Give each head a threshold of its own."),
@@ -72,8 +88,10 @@ def calibrate(
 
     Each TEXT is a UTF-8 file, or prose, code or topics (installed texts). Give --recall or --kl.
     """
-    if (recall is None) == (kl is None):
-        raise click.UsageError("give exactly one of --recall and --kl")
+    from ..calibrating import calibrate as find_settings
+    from .models import load_model
+    from .prompts import create_input_ids, model_inputs
+
     with Progress("calibrate", shown=not quiet) as progress:
         progress.show(f"load {model}")
         loaded = load_model(model, allow_download=allow_download, device=device)

@@ -7,14 +7,13 @@ import click
 from ..progress import Progress
 from . import PROGRAM
 from .options import json_option, quiet_option
-from .output import print_json
+from .output import print_json, wrap_beside
 
 # Words, not colours, say what a finding means.
 COLORS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
 @click.command(
-    short_help="Check this machine, with a fix for each finding.",
     epilog=f"""\b
 Example:
   {PROGRAM} doctor --json
@@ -49,11 +48,12 @@ def doctor(compile_check: bool, measure: bool, as_json: bool, quiet: bool) -> in
         print_json(examination.to_json())
     else:
         width = max(len(finding.name) for finding in examination.findings)
+        before = width + 11
         for finding in examination.findings:
             status = click.style(f"{finding.status:7}", fg=COLORS[finding.status])
-            click.echo(f"{status}  {finding.name:{width}}  {finding.detail}")
-            if finding.fix:
-                click.echo(f"{'':7}  {'':{width}}  fix: {finding.fix}")
+            detail = finding.detail + (f"\nfix: {finding.fix}" if finding.fix else "")
+            lines = wrap_beside(detail, before)
+            click.echo(f"{status}  {finding.name:{width}}  {lines}")
         count = len(examination.problems)
         click.echo("no problem" if count == 0 else f"problems: {count}")
     return 1 if examination.problems else 0

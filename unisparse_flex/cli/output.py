@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +31,28 @@ def say_written(paths: list[Path], *, quiet: bool = False) -> None:
     if not quiet:
         for path in paths:
             click.echo(f"wrote {path}", err=True)
+
+
+def text_columns() -> int:
+    """Columns of the terminal, at least 80; 80 where standard output is something else."""
+    return max(shutil.get_terminal_size((80, 24)).columns, 80) if sys.stdout.isatty() else 80
+
+
+def wrap_beside(text: str, indent: int) -> str:
+    """Text to the right of something else; only a terminal needs its long lines broken."""
+    room = text_columns() - indent if sys.stdout.isatty() else len(text)
+    lines = [part for line in text.splitlines() for part in wrap(line, room).splitlines()]
+    return ("\n" + " " * indent).join(lines)
+
+
+def wrap(text: str, columns: int, *, indent: int = 2) -> str:
+    """A line on as many as it takes, those after the first indented; one that fits stays."""
+    if len(text) <= columns:
+        return text
+    return textwrap.fill(
+        text,
+        columns,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import click
 
 from ..progress import Progress
 from . import PROGRAM
+from .arguments import check_model, folder_to_write
 from .failures import failures, require
 from .options import (
     MODEL_OPTIONS,
@@ -21,24 +23,44 @@ from .options import (
     with_options,
 )
 from .output import print_json, say_written
-from .prompts import model_inputs
 
 if TYPE_CHECKING:
     from ..reports import DensitySeries
 
 MAX_FILE_BYTES = 50_000_000
+WRITE = f"{PROGRAM} explain MODEL --json > explain.json"
 # Of a selector in a legend.
 NAME_CHARACTERS = 48
 
 
+def sources_argument(
+    ctx: click.Context, _: click.Parameter, sources: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Sources are one MODEL, or files."""
+    files = [source for source in sources if source.endswith(".json")]
+    if (files and len(files) != len(sources)) or (len(sources) > 1 and not files):
+        raise click.UsageError(f"SOURCE must be one MODEL or files *.json, got {' '.join(sources)}")
+    if ctx.resilient_parsing:
+        return sources
+    for file in files:
+        if not os.path.isfile(file):
+            raise click.UsageError(f"there is no file {file}; write one with: {WRITE}")
+    if not files:
+        check_model(
+            sources[0],
+            allow_download=bool(ctx.params.get("allow_download")),
+            otherwise=", or files *.json that explain --json or the demo wrote",
+        )
+    return sources
+
+
 @click.command(
-    short_help="Draw block maps and density by layer.",
     epilog=f"""\b
 Examples:
   {PROGRAM} plot smollm2 --text prompt.txt --output figures
   {PROGRAM} plot explain.json demo-output/demo.json --format pdf""",
 )
-@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True)
+@click.argument("sources", metavar="SOURCE...", nargs=-1, required=True, callback=sources_argument)
 @with_options(
     click.option(
         "--output",
@@ -47,6 +69,7 @@ Examples:
         default=Path("figures"),
         show_default=True,
         metavar="DIR",
+        callback=folder_to_write,
         help="Folder of the figures.",
     ),
     click.option(
@@ -92,8 +115,6 @@ def plot(
     """
     require(["matplotlib"], purpose="plot", install="'unisparse-flex[viz]'")
     files = [Path(source) for source in sources if source.endswith(".json")]
-    if (files and len(files) != len(sources)) or (len(sources) > 1 and not files):
-        raise click.UsageError(f"SOURCE must be one MODEL or files *.json, got {' '.join(sources)}")
     density = output / f"density-by-layer.{suffix}"
     if files:
         from ..reports import draw_densities
@@ -112,6 +133,7 @@ def _plot_model(
     model: str, output: Path, suffix: str, heads: int, shown: bool, options: dict[str, Any]
 ) -> list[Path]:
     from ..reports import DensitySeries, collect_blocks, draw_block_maps, draw_densities
+    from .prompts import model_inputs
 
     with Progress("plot", shown=shown) as progress:
         subject = create_subject(model, progress=progress, **options)
@@ -152,7 +174,7 @@ def read_densities(path: Path) -> DensitySeries:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(
                 "it must hold calls (explain --json) or layers (the demo), got neither; write one "
-                "with: unisparse-flex explain MODEL --json > explain.json"
+                f"with: {WRITE}"
             )
         densities = tuple(_density(row) for row in rows)
         return DensitySeries(name=f"{values.get('model', '')} ({path.name})", densities=densities)

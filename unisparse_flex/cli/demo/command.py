@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ...evaluation import TEXT_NAMES
 from .. import PROGRAM
+from ..arguments import file_to_write, folder_to_write, share_argument
+from ..choices import BUNDLED_CONTEXT, SELECTOR_NAMES, TEXT_NAMES
 from ..failures import wrong_arguments
-from .options import SELECTORS, SHORTEST_PROMPT, DemoOptions
-from .show import STDOUT, find_what_is_missing, show_demo
+from .options import SHORTEST_PROMPT, STDOUT, DemoOptions
 
-DEFAULT = DemoOptions()
+DEFAULT: dict[str, Any] = {field.name: field.default for field in fields(DemoOptions)}
 EXAMPLES = f"""\b
 Examples:
-  {PROGRAM} demo                              8192 tokens of prose
-  {PROGRAM} demo --text code --top-p 0.97     code, and more of the attention kept
-  {PROGRAM} demo --tokens 1024 --no-compile   a first look, without a compiler
-  {PROGRAM} demo --depth 0.8 --seed 3         another needle, elsewhere
+  {PROGRAM} demo                             8192 tokens of prose
+  {PROGRAM} demo --text code --top-p 0.97    code, more blocks kept
+  {PROGRAM} demo --tokens 1024 --no-compile  a first look, no compiler
+  {PROGRAM} demo --depth 0.8 --seed 3        another needle, elsewhere
 
 At depth 0.1 of a full prompt this small model misses most needles, dense or not."""
 
@@ -32,47 +33,50 @@ class _Demo(click.Command):
         return super().parse_args(ctx, args)
 
 
-@click.command(
-    cls=_Demo, short_help="Compare dense and sparse on a small real model.", epilog=EXAMPLES
-)
+@click.command(cls=_Demo, epilog=EXAMPLES)
 @click.option(
     "--tokens",
-    type=int,
+    type=click.IntRange(SHORTEST_PROMPT, BUNDLED_CONTEXT),
     metavar="N",
-    default=DEFAULT.tokens,
+    default=DEFAULT["tokens"],
     show_default=True,
-    help=f"Length of the prompt, {SHORTEST_PROMPT} to {DEFAULT.tokens}.",
+    help="Length of the prompt.",
 )
 @click.option(
     "--text",
     type=click.Choice(TEXT_NAMES),
-    default=DEFAULT.text,
+    default=DEFAULT["text"],
     show_default=True,
     help="King James Bible, standard library sources or Python language reference.",
 )
 @click.option(
     "--depth",
-    type=float,
+    type=click.FloatRange(0.0, 1.0),
     metavar="X",
-    default=DEFAULT.depth,
+    default=DEFAULT["depth"],
     show_default=True,
     help="Where the needle goes, 0 (start) to 1 (end).",
 )
 @click.option(
     "--seed",
-    type=int,
+    type=click.IntRange(min=0),
     metavar="N",
-    default=DEFAULT.seed,
+    default=DEFAULT["seed"],
     show_default=True,
     help="Picks the needle and the excerpt.",
 )
 @click.option(
-    "--selector", type=click.Choice(list(SELECTORS)), default=DEFAULT.selector, show_default=True
+    "--selector",
+    type=click.Choice(SELECTOR_NAMES),
+    default=DEFAULT["selector"],
+    show_default=True,
+    help="Which blocks are kept.",
 )
 @click.option(
     "--top-p",
     type=float,
     metavar="P",
+    callback=share_argument,
     help="Share of the estimated attention mass that each row of blocks keeps.  [default: the "
     "selector's own rule]",
 )
@@ -80,20 +84,20 @@ class _Demo(click.Command):
     "--block-size",
     type=int,
     metavar="N",
-    default=DEFAULT.block_size,
+    default=DEFAULT["block_size"],
     show_default=True,
     help="Tokens per block.",
 )
 @click.option(
     "--min-length",
-    type=int,
+    type=click.IntRange(min=0),
     metavar="N",
     help="Fewest keys for which attention is sparse.  [default: 4096, or --tokens if that is "
     "less; the library's own default on CUDA is higher]",
 )
 @click.option(
     "--compile/--no-compile",
-    default=DEFAULT.compile,
+    default=DEFAULT["compile"],
     show_default=True,
     help="Compile the optimized model; eagerly it keeps the same blocks, slower, without a wait "
     "for the compiler.",
@@ -105,7 +109,7 @@ class _Demo(click.Command):
 )
 @click.option(
     "--repeats",
-    type=int,
+    type=click.IntRange(min=1),
     metavar="N",
     help="Timed prefills of each model, in turn, of which the median counts.  [default: 5 on "
     "CUDA, 1 on CPU]",
@@ -114,8 +118,9 @@ class _Demo(click.Command):
     "--output",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    default=DEFAULT.output,
+    default=DEFAULT["output"],
     show_default=True,
+    callback=folder_to_write,
     help="Folder of the figure.",
 )
 @click.option(
@@ -124,6 +129,7 @@ class _Demo(click.Command):
     metavar="PATH",
     is_flag=False,
     flag_value=str(STDOUT),
+    callback=file_to_write,
     help="The JSON file (demo.json in --output); without PATH, or with -, JSON goes to standard "
     "output and everything else to standard error.",
 )
@@ -136,6 +142,8 @@ def demo(command: list[str], /, **values: Any) -> None:
     needle: dense, then optimized by unisparse_flex. Prints both side by side and draws the blocks
     that every layer keeps. Runs offline, on the first GPU or else on the CPU (a few minutes).
     """
+    from .show import find_what_is_missing, show_demo
+
     with wrong_arguments():
         options = DemoOptions(**values)
     complaint = find_what_is_missing(options)

