@@ -14,7 +14,7 @@ from unisparse_flex.passes import DenseReason, observe_calls
 from unisparse_flex.passes.decision.call_forecast import CallForecast
 from unisparse_flex.passes.decision.cost_forecast import CallShape, forecast
 from unisparse_flex.reports import AttentionRecord, Explanation, record_attention
-from unisparse_flex.reports.explanation import MASK_NOTE, SLOWER_NOTE
+from unisparse_flex.reports.explanation import MASK_NOTE
 
 from .capture import captured
 from .models import SELECTOR, WIDTH, Attention, Transformer, create, embeddings, split_heads

@@ -14,7 +14,8 @@ from torch import nn
 from ..catching import original_module
 from ..passes import SparseConfig, observe_calls
 from ..passes.calls import SdpaCall
-from .explanation import AttentionRecord, Explanation, record_attention
+from .attention_record import AttentionRecord
+from .explanation import Explanation, record_attention
 from .timing import CallTime, time_call
 
 SCHEMA = 1
@@ -120,8 +121,10 @@ class ExplainReport:
                     for name, pair in totals.items()
                 },
             },
+            "verdict": explanation.verdict,
             "calls": [call.to_json() for call in self.calls],
             "notes": list(explanation.notes()),
+            "next": explanation.next_step,
         }
 
 
@@ -153,7 +156,7 @@ def report_model(
 
         def observe(call: SdpaCall, config: SparseConfig, *_: Any) -> None:
             # The record of this call is already there: observers outside come first.
-            show(f"{records[-1].layer}, call {len(records)}")
+            show(records[-1].layer)
             if measure:
                 times[len(records) - 1] = time_call(call, config)
 

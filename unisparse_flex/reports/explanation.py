@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,19 +17,11 @@ from ..catching import original_module
 from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import MULTIHEAD_TARGETS, logit_scale, refuse_multihead
 from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
-from ..passes.decision import CallForecast, flash_obstacle, forecast_call
+from ..passes.decision import flash_obstacle, forecast_call
+from .attention_record import AttentionRecord
+from .explain_table import COLUMNS, format_table, terminal_columns, wrap
+from .verdict import next_step, predicted_ms, verdict
 
-COLUMNS = (
-    *("layer", "queries", "keys", "heads", "runs", "density"),
-    *("dense ms", "sparse ms", "break-even", "reason"),
-)
-# What the cost model says is no measurement.
-UNITS = ("",) * 6 + ("predicted",) * 3 + ("",)
-TABLE_WIDTH, LEAST_REASON_WIDTH = 118, 19
-SLOWER_NOTE = (
-    "sparse is predicted slower than dense for some calls, at the density that was measured: bound "
-    "it with top_k, or leave these layers dense (dense_layers, calibrate)"
-)
 MASK_NOTE = (
     "where torch.compile proves what an attn_mask is, it keeps small windows whole: "
     "runs and density can differ"
@@ -41,69 +32,13 @@ SELECTION_NOTE = (
 KERNEL_NOTE = (
     "FlexAttention's own kernel attends in {count} calls, slower than FlashAttention-4: {reason}"
 )
-NO_CALL_NOTE = (
-    "no attention call was seen: the model computes attention itself or with its own "
-    "kernels; for Hugging Face models load with attn_implementation='sdpa'"
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionRecord:
-    """One attention call of one forward pass.
-
-    Attributes:
-        layer: Name of the module that made the call.
-        q_len: Query rows, or 0 where the call does not say.
-        kv_len: Keys, or 0.
-        heads: Query and key heads, such as ``"9/3"``.
-        masked: Whether the call carries a mask, a tensor as the model runs uncompiled.
-        decision: ``"sparse"`` or ``"dense"``.
-        reason: Why it stays dense; ``None`` where it runs sparse.
-        density: Kept over visible blocks in [0, 1]; ``None`` where it stays dense.
-        unjudged: Query blocks, counted in every head, that keep all they see because they hold or
-            see a NaN or an infinity.
-        plain_selection: Why PyTorch code selects its blocks instead of GPU kernels; ``None`` where
-            kernels do, where there is no GPU, or where it stays dense.
-        own_kernel: Why FlexAttention's own kernel attends instead of FlashAttention-4; ``None``
-            where that does or was not to be used, where there is no GPU, or where it stays dense.
-        prediction: Milliseconds and break-even length by the cost model; ``None`` where it says
-            nothing: no settings, or no block-sparse kernel for the call.
-    """
-
-    layer: str
-    q_len: int = 0
-    kv_len: int = 0
-    heads: str = ""
-    masked: bool = False
-    decision: str
-    reason: DenseReason | None = None
-    density: float | None = None
-    unjudged: int = 0
-    plain_selection: str | None = None
-    own_kernel: str | None = None
-    prediction: CallForecast | None = None
-
-    @property
-    def may_differ_compiled(self) -> bool:
-        """Whether proving what the mask is could change the decision or the density."""
-        return self.masked and self.reason in (None, DenseReason.SLOWER, DenseReason.NO_KERNEL)
-
-    def cells(self) -> tuple[str, ...]:
-        """The record as a row of the table."""
-        density = "" if self.density is None else f"{self.density:.3f}"
-        lengths = tuple(str(n) if n else "" for n in (self.q_len, self.kv_len))
-        predicted: tuple[str, ...] = ("", "", "")
-        if self.prediction is not None:
-            milliseconds = self.prediction.dense_ms, self.prediction.sparse_ms
-            break_even = str(self.prediction.break_even or "never")
-            predicted = (*(_three_digits(ms) for ms in milliseconds), break_even)
-        head = (self.layer, *lengths, self.heads, self.decision, density)
-        return (*head, *predicted, self.reason or "")
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The attention calls of one forward pass, in order; prints as a table.
+    """The attention calls of one forward pass, in order.
+
+    It prints as a verdict, a table and what to do next.
 
     Its milliseconds are predictions of the cost model, at the density that was measured where the
     call runs sparse and at the one that the selector expects where it stays dense. Its break-even
@@ -138,18 +73,12 @@ class Explanation:
 
         Of calls without a prediction nothing is known: they count in neither.
         """
-        known = [(call, p) for call in self.calls if (p := call.prediction) is not None]
-        dense = sum(p.dense_ms for _, p in known)
-        return dense, sum(p.sparse_ms if c.decision == "sparse" else p.dense_ms for c, p in known)
+        return predicted_ms(self.calls)
 
     def notes(self) -> list[str]:
         """What has to be known to read the calls, a sentence each."""
-        if not self.calls:
-            return [NO_CALL_NOTE]
         predictions = [call.prediction for call in self.calls if call.prediction]
         notes = list(dict.fromkeys(found.note for found in predictions if found.note))
-        if any(p.sparse_ms > p.dense_ms for c in self.sparse if (p := c.prediction) is not None):
-            notes.append(SLOWER_NOTE)
         notes += [
             f"{call.layer}: {call.unjudged} query blocks hold or see NaN or infinity and keep all"
             for call in self.calls
@@ -166,23 +95,32 @@ class Explanation:
             notes.append(MASK_NOTE)
         return notes
 
+    @property
+    def verdict(self) -> str:
+        """A sentence: how many calls run sparse, what they keep, what that is predicted to give.
+
+        Layers that are predicted to be slower sparse than dense are named.
+        """
+        return verdict(self.calls)
+
+    @property
+    def next_step(self) -> str:
+        """What to do next."""
+        return next_step(self.calls)
+
+    def table(self, columns: int = COLUMNS) -> str:
+        """The calls as a table, the reasons of the dense ones below it.
+
+        Args:
+            columns: Most characters in a line; names of layers lose their beginnings for it.
+        """
+        return "\n".join(format_table(self.calls, columns))
+
     def __str__(self) -> str:
-        if not self.calls:
-            return NO_CALL_NOTE
-        rows = [COLUMNS, UNITS, *(call.cells() for call in self.calls)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-        before = sum(widths[:-1]) + 2 * len(widths[:-1])
-        widths[-1] = min(widths[-1], max(TABLE_WIDTH - before, LEAST_REASON_WIDTH))
-        lines = [line for row in rows for line in _lines(row, widths)]
-        lines.insert(2, "  ".join("-" * width for width in widths))
-        mean = "" if self.density is None else f", mean density {self.density:.3f}"
-        lines.append(f"{len(self.sparse)} sparse{mean}, {len(self.dense)} dense")
-        if known := sum(call.prediction is not None for call in self.calls):
-            dense, decided = (_three_digits(ms) for ms in self.predicted_ms)
-            of = "" if known == len(self.calls) else f" of {known} calls"
-            lines.append(f"predicted attention time{of}: {decided} ms, all dense {dense} ms")
-        lines += self.notes()
-        return "\n".join(line.rstrip() for line in lines)
+        columns = terminal_columns()
+        parts = [self.verdict, *self.notes(), f"next: {self.next_step}"]
+        first, *rest = (wrap(part, columns) for part in parts)
+        return "\n".join([first, "", self.table(columns), *rest] if self.calls else [first, *rest])
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
@@ -200,6 +138,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
     Returns:
         One record per attention call.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
     with record_attention(model) as calls, torch.no_grad():
         original_module(model)(*args, **kwargs)
@@ -215,8 +156,16 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
 
     Yields:
         A list that grows by one record per call.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
     module = original_module(model)
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, optimized or not, got {_type_name(module)}; of a "
+            "pipeline pass the module that attends, such as pipeline.transformer or pipeline.model"
+        )
     calls: list[AttentionRecord] = []
     path: list[str] = []
 
@@ -278,17 +227,8 @@ def track_layer(stack: ExitStack, module: nn.Module, name: str, path: list[str])
     stack.callback(module.register_forward_hook(leave, always_call=True).remove)
 
 
-def _lines(row: tuple[str, ...], widths: list[int]) -> list[str]:
-    """A row of the table, its last cell wrapped."""
-    *cells, last = row
-    first, *more = textwrap.wrap(last, widths[-1]) or [""]
-    line = "  ".join(c.ljust(w) for c, w in zip([*cells, first], widths, strict=True))
-    indent = " " * (sum(widths[:-1]) + 2 * len(cells))
-    return [line, *(indent + rest for rest in more)]
-
-
-def _three_digits(milliseconds: float) -> str:
-    return f"{milliseconds:.{max(0, 2 - len(str(int(milliseconds))) + 1)}f}"
+def _type_name(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def _record(

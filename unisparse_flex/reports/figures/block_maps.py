@@ -72,7 +72,7 @@ def collect_blocks(
             call: SdpaCall, config: SparseConfig, selection: BlockSelection | None, *_: Any
         ) -> None:
             layer = records[-1].layer
-            show(f"{layer}, call {len(records)}")
+            show(layer)
             if selection is not None:
                 found[len(records) - 1] = _layer_blocks(layer, call, selection)
 

@@ -1,0 +1,50 @@
+"""What `explain` says of one attention call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..passes import DenseReason
+from ..passes.decision import CallForecast
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionRecord:
+    """One attention call of one forward pass.
+
+    Attributes:
+        layer: Name of the module that made the call.
+        q_len: Query rows, or 0 where the call does not say.
+        kv_len: Keys, or 0.
+        heads: Query and key heads, such as ``"9/3"``.
+        masked: Whether the call carries a mask, a tensor as the model runs uncompiled.
+        decision: ``"sparse"`` or ``"dense"``.
+        reason: Why it stays dense; ``None`` where it runs sparse.
+        density: Kept over visible blocks in [0, 1]; ``None`` where it stays dense.
+        unjudged: Query blocks, counted in every head, that keep all they see because they hold or
+            see a NaN or an infinity.
+        plain_selection: Why PyTorch code selects its blocks instead of GPU kernels; ``None`` where
+            kernels do, where there is no GPU, or where it stays dense.
+        own_kernel: Why FlexAttention's own kernel attends instead of FlashAttention-4; ``None``
+            where that does or was not to be used, where there is no GPU, or where it stays dense.
+        prediction: Milliseconds and break-even length by the cost model; ``None`` where it says
+            nothing: no settings, or no block-sparse kernel for the call.
+    """
+
+    layer: str
+    q_len: int = 0
+    kv_len: int = 0
+    heads: str = ""
+    masked: bool = False
+    decision: str
+    reason: DenseReason | None = None
+    density: float | None = None
+    unjudged: int = 0
+    plain_selection: str | None = None
+    own_kernel: str | None = None
+    prediction: CallForecast | None = None
+
+    @property
+    def may_differ_compiled(self) -> bool:
+        """Whether proving what the mask is could change the decision or the density."""
+        return self.masked and self.reason in (None, DenseReason.SLOWER, DenseReason.NO_KERNEL)

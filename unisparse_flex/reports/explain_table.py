@@ -1,0 +1,145 @@
+"""The calls that `explain` saw as a table that fits a terminal."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+
+from .attention_record import AttentionRecord
+from .verdict import predicted_ms
+
+# A table never needs more; wider terminals have room for more of a layer's name.
+COLUMNS, MOST_COLUMNS = 80, 118
+LEAST_NAME = 12
+CUT = "..."
+HEADER = (
+    *("layer", "queries", "keys", "heads", "runs", "density"),
+    *("dense", "sparse", "even", "why"),
+)
+# Above two of them and one: what the cost model says is no measurement.
+PREDICTED, BREAK = "predicted ms", "break-"
+LEFT = ("layer", "runs")
+
+
+def terminal_columns() -> int:
+    """Columns of the terminal, at least 80; 80 where there is none."""
+    found = shutil.get_terminal_size((COLUMNS, 24)).columns
+    return min(max(found, COLUMNS), MOST_COLUMNS)
+
+
+def wrap(text: str, columns: int, *, indent: int = 2) -> str:
+    """The text on lines of at most so many characters, those after the first indented."""
+    return textwrap.fill(
+        text,
+        columns,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def format_table(calls: Sequence[AttentionRecord], columns: int) -> list[str]:
+    """See `Explanation.table`; its lines."""
+    if not calls:
+        return []
+    reasons = list(dict.fromkeys(str(call.reason) for call in calls if call.reason is not None))
+    rows = [_cells(call, reasons) for call in calls]
+    if all(call.q_len == call.kv_len for call in calls):
+        left_out = HEADER.index("queries")
+        header = [*HEADER[:left_out], *HEADER[left_out + 1 :]]
+        rows = [[*row[:left_out], *row[left_out + 1 :]] for row in rows]
+    else:
+        header = list(HEADER)
+    least = [len(BREAK) if name == "even" else len(name) for name in header]
+    widths = [max(size, *(len(row[i]) for row in rows)) for i, size in enumerate(least)]
+    gap, names = _fit_names([row[0] for row in rows], columns - sum(widths[1:]), len(widths) - 1)
+    rows = [[name, *row[1:]] for name, row in zip(names, rows, strict=True)]
+    widths[0] = max(map(len, (header[0], *names)))
+    left = [name in LEFT for name in header]
+    until_sparse = header.index("sparse") + 1
+    predicted = sum(widths[:until_sparse]) + (until_sparse - 1) * len(gap)
+    lines = [
+        f"{PREDICTED:>{predicted}}{gap}{BREAK:>{widths[header.index('even')]}}",
+        _line(header, widths, left, gap),
+        gap.join("-" * width for width in widths),
+        *(_line(row, widths, left, gap) for row in rows),
+    ]
+    counts = Counter(str(call.reason) for call in calls)
+    for number, reason in enumerate(reasons, 1):
+        of = f" ({counts[reason]} calls)" if counts[reason] > 1 else ""
+        lines.append(wrap(f"[{number}] {reason}{of}", columns, indent=4))
+    if known := sum(call.prediction is not None for call in calls):
+        dense, decided = map(three_digits, predicted_ms(calls))
+        of = "" if known == len(calls) else f" for {known} calls"
+        lines.append(
+            wrap(
+                f"predicted{of}, attention only: {decided} ms as decided, {dense} ms all dense",
+                columns,
+            )
+        )
+    return lines
+
+
+def short_names(names: Sequence[str], width: int) -> list[str] | None:
+    """Names of layers without the first and last parts that all share, where they are too long.
+
+    Args:
+        names: Dotted names.
+        width: Most characters of one.
+
+    Returns:
+        The names; ``None`` where they are too long even so.
+    """
+    if max(map(len, names)) <= width:
+        return list(names)
+    parts = [name.split(".") for name in names]
+    head = _shared(parts)
+    tail = _shared([each[head:][::-1] for each in parts])
+    for last in (0, tail) if tail else (0,):
+        for first in range(1, head + 1):
+            end = CUT if last else ""
+            short = [CUT + ".".join(each[first : len(each) - last]) + end for each in parts]
+            if max(map(len, short)) <= width:
+                return short
+    return None
+
+
+def three_digits(milliseconds: float) -> str:
+    """Milliseconds with at least three digits."""
+    return f"{milliseconds:.{max(0, 3 - len(str(int(milliseconds))))}f}"
+
+
+def _cells(call: AttentionRecord, reasons: Sequence[str]) -> list[str]:
+    lengths = [str(n) if n else "" for n in (call.q_len, call.kv_len)]
+    density = "" if call.density is None else f"{call.density:.3f}"
+    predicted = ["", "", ""]
+    if (p := call.prediction) is not None:
+        predicted = [three_digits(p.dense_ms), three_digits(p.sparse_ms), str(p.break_even)]
+        predicted[2] = "never" if p.break_even is None else predicted[2]
+    why = "" if call.reason is None else f"[{reasons.index(str(call.reason)) + 1}]"
+    return [call.layer, *lengths, call.heads, call.decision, density, *predicted, why]
+
+
+def _fit_names(names: Sequence[str], room: int, gaps: int) -> tuple[str, list[str]]:
+    """What stands between columns, and the names in what that leaves of the room."""
+    for gap in ("  ", " "):
+        short = short_names(names, room - gaps * len(gap))
+        if short is not None:
+            return gap, short
+    width = max(room - gaps, LEAST_NAME)
+    return " ", [n if len(n) <= width else CUT + n[len(CUT) - width :] for n in names]
+
+
+def _shared(names: Sequence[Sequence[str]]) -> int:
+    """How many parts all names begin with; one part at least is left of each."""
+    least = min(map(len, names)) - 1
+    return next((i for i in range(least) if len({name[i] for name in names}) > 1), least)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], left: Sequence[bool], gap: str) -> str:
+    return gap.join(
+        cell.ljust(width) if to_left else cell.rjust(width)
+        for cell, width, to_left in zip(cells, widths, left, strict=True)
+    ).rstrip()

@@ -1,0 +1,147 @@
+"""What `explain` makes of the calls in a sentence, and what it says to do next."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from ..passes import DenseReason
+from .attention_record import AttentionRecord
+
+NO_CALL = "no attention call was seen: the model computes attention itself or with its own kernels"
+# By the reason that most calls stay dense for.
+NEXT_STEPS = {
+    DenseReason.NOT_OPTIMIZED: "model = unisparse_flex.optimize(model), then explain it again",
+    DenseReason.SHORT: (
+        "lower min_length, or leave it out: then the cost model decides for each call"
+    ),
+    DenseReason.FEW_QUERIES: (
+        "explain a whole prompt: steps of a few queries, such as decoding, stay dense"
+    ),
+    DenseReason.NO_KERNEL: (
+        "run unisparse-flex doctor, which says what kernels this machine has and why not others"
+    ),
+    DenseReason.EXCLUDED: "leave layers out of dense_layers, or of those a calibration keeps dense",
+}
+
+
+def verdict(calls: Sequence[AttentionRecord]) -> str:
+    """See `Explanation.verdict`."""
+    if not calls:
+        return NO_CALL
+    sparse = [call for call in calls if call.decision == "sparse"]
+    if not sparse:
+        reasons = Counter(call.reason for call in calls)
+        (reason, count), *others = reasons.most_common()
+        which = f"; {count} of them" if others else ""
+        all_calls = f"all {len(calls)} calls stay" if len(calls) > 1 else "the only call stays"
+        return f"{all_calls} dense{which}: {reason or 'no reason is recorded'}"
+    kept = [call.density for call in sparse if call.density is not None]
+    share = f", {sum(kept) / len(kept):.0%} of blocks" if kept else ""
+    parts = [f"{len(sparse)} of {len(calls)} calls sparse{share}"]
+    dense_ms, decided_ms = predicted_ms(calls)
+    if decided_ms:
+        parts[0] += f", attention predicted {dense_ms / decided_ms:.3g}x as fast"
+    slower = _slower(sparse)
+    if slower and len(slower) == len(sparse):
+        parts.append("every sparse call is predicted slower than dense")
+    elif indices := _slower_layers(sparse):
+        density = [c.density or 0.0 for c in slower if _index(c) in indices]
+        verb = "keeps" if len(indices) == 1 else "keep"
+        parts.append(
+            f"{_name_layers(indices)} {verb} {sum(density) / len(density):.0%}: leave "
+            f"{'it' if len(indices) == 1 else 'them'} dense (dense_layers={_argument(indices)})"
+        )
+    elif slower:
+        parts.append(f"{len(slower)} of them predicted slower than dense: calibrate, or set top_k")
+    return "; ".join(parts)
+
+
+def next_step(calls: Sequence[AttentionRecord]) -> str:
+    """See `Explanation.next_step`."""
+    if not calls:
+        return "load models of Hugging Face with attn_implementation='sdpa'; others must call SDPA"
+    sparse = [call for call in calls if call.decision == "sparse"]
+    slower = _slower(sparse)
+    if sparse and len(slower) < len(sparse):
+        return (
+            "torch.compile(model), if it is not compiled: the times are of that; quality='high' "
+            "keeps more blocks, quality='fast' fewer"
+        )
+    known = [p.break_even for call in calls if (p := call.prediction) is not None and p.break_even]
+    later = known and min(known) > max(call.kv_len for call in calls)
+    if slower and all(_is_expected_faster(call) for call in slower):
+        return (
+            "these calls keep more blocks than the selector is expected to: quality='fast' keeps "
+            "fewer; or leave them dense"
+        )
+    if slower:
+        longer = f", from {min(known)} keys on" if later else ""
+        return (
+            "leave min_length out: then the cost model decides for each call, sparse where that is "
+            f"predicted faster{longer}"
+        )
+    reason = Counter(call.reason for call in calls).most_common(1)[0][0] or DenseReason.SLOWER
+    if reason is DenseReason.SLOWER:
+        if later:
+            return (
+                f"a longer prompt: sparse is predicted faster from {min(known)} keys on; "
+                "min_length=0 makes calls sparse all the same"
+            )
+        return "min_length=0 makes calls sparse all the same, to see what they would keep"
+    return NEXT_STEPS.get(reason, "the reasons above say what keeps calls dense")
+
+
+def predicted_ms(calls: Sequence[AttentionRecord]) -> tuple[float, float]:
+    """See `Explanation.predicted_ms`."""
+    known = [(call, p) for call in calls if (p := call.prediction) is not None]
+    dense = sum(p.dense_ms for _, p in known)
+    return dense, sum(p.sparse_ms if c.decision == "sparse" else p.dense_ms for c, p in known)
+
+
+def _slower(sparse: Sequence[AttentionRecord]) -> list[AttentionRecord]:
+    """The sparse calls that are predicted to be faster dense, at the density that they have."""
+    return [c for c in sparse if (p := c.prediction) is not None and p.sparse_ms > p.dense_ms]
+
+
+def _is_expected_faster(call: AttentionRecord) -> bool:
+    """Whether the cost model alone, without `min_length`, would have made the call sparse."""
+    p = call.prediction
+    return p is not None and p.break_even is not None and p.break_even <= call.kv_len
+
+
+def _slower_layers(sparse: Sequence[AttentionRecord]) -> list[int]:
+    """What to give as ``dense_layers``: indices of which every sparse call is slower."""
+    slower = _slower(sparse)
+    faster = {_index(call) for call in sparse if call not in slower}
+    return sorted({i for call in slower if (i := _index(call)) is not None} - faster)
+
+
+def _index(call: AttentionRecord) -> int | None:
+    """The place of the call's layer in its stack, which is what ``dense_layers`` counts."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", call.layer)
+    return int(found[1]) if found else None
+
+
+def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of each run of indices that follow one another."""
+    runs: list[tuple[int, int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], index
+        else:
+            runs.append((index, index))
+    return runs
+
+
+def _name_layers(indices: Sequence[int]) -> str:
+    names = [f"{a}" if a == b else f"{a}-{b}" for a, b in _runs(indices)]
+    return f"layer{'' if len(indices) == 1 else 's'} {', '.join(names)}"
+
+
+def _argument(indices: Sequence[int]) -> str:
+    """The value of ``dense_layers`` as Python."""
+    if len(indices) > 4 and len(_runs(indices)) == 1:
+        return f"range({indices[0]}, {indices[-1] + 1})"
+    return repr(tuple(indices)).replace(" ", "")
