@@ -45,6 +45,9 @@ class Calibration:
         reached: What the calibration batches reached.
         density: Kept over visible blocks to expect in [0, 1], over all layers that could be
             sparse; one that stays dense counts as 1.
+        uniform_density: The density of the best setting that is the same in all layers and reaches
+            the target too: what was gained is the difference. ``None`` where there is none, or the
+            file is of before.
         model: Class name of the model.
         unisparse_flex: Version of this library.
         torch: Version of torch.
@@ -58,12 +61,15 @@ class Calibration:
     model: str
     unisparse_flex: str
     torch: str
+    uniform_density: float | None = None
 
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
             raise ValueError(f"quality must be one of {list(QUALITIES)}, got {self.quality!r}")
         for name, highest in _NUMBERS.items():
             _validate_number(getattr(self, name), name, highest)
+        if self.uniform_density is not None:
+            _validate_number(self.uniform_density, "uniform_density", 1.0)
         for name in _TEXTS:
             _validate_text(getattr(self, name), name)
         if not isinstance(self.layers, Mapping) or not self.layers:
@@ -112,8 +118,9 @@ class Calibration:
                 f"a calibration must be a JSON object, got {type(values).__name__}; {WAY_OUT}"
             )
         known = {f.name for f in fields(cls)}
-        if set(values) != known:
-            unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+        if set(values) | {"uniform_density"} != known:
+            unknown = sorted(set(values) - known)
+            missing = sorted(known - set(values) - {"uniform_density"})
             raise ValueError(
                 f"the keys must be {sorted(known)}, got {unknown} unknown and {missing} missing; "
                 f"{WAY_OUT}"

@@ -114,6 +114,25 @@ def test_layers_differ_and_cost_less_than_the_same_setting_for_all() -> None:
     assert calibration.density < min(kept for share, kept in uniform if share >= 0.8)
 
 
+    assert calibration.uniform_density is not None
+    assert calibration.density < calibration.uniform_density < 1.0
+
+
+@pytest.mark.parametrize("kl", [0.05, 0.02, 0.005])
+def test_no_uniform_setting_that_reaches_the_kl_keeps_less(kl: float) -> None:
+    calibration = found(kl=kl)
+    reference = log_probs(create(Uneven))
+    kept = []
+    for selector in LADDER:
+        model = optimize(create(Uneven), selector, min_length=0)
+        if compute_kl(reference, log_probs(model)) <= kl:
+            kept.append(explain(model, X).density)
+    # A sparse layer's queries are not those of the dense model, which was measured.
+    assert calibration.density <= min(kept, default=1.0) * 1.005
+    if kept:
+        assert calibration.uniform_density == pytest.approx(min(kept), rel=5e-3)
+
+
 def test_a_tighter_target_costs_more() -> None:
     densities = [found(recall=recall).density for recall in (0.5, 0.7, 0.9, 0.99)]
     assert densities == sorted(set(densities))
@@ -362,7 +381,7 @@ MALFORMED: list[tuple[Callable[[], str], str]] = [
     (changed(layers=[]), r"layers must be a JSON object, got \[\]"),
     (changed(layers={}), "layers must map at least one"),
     (changed(layers={"": "dense"}), "a name in layers must be a text"),
-    (layer(None), r"layers\['layers.0.attention'\] must be a selector's text or 'dense', got None"),
+    (layer(None), r"layers\['layers.0.attention'\] must be a selector's text, a quality or 'dense', got None"),
     (layer("sparse"), "must be a call with literals by name"),
     (layer("UniSparse("), "must be a call with literals by name"),
     (layer("UniSparse(128)"), "must be a call with literals by name"),

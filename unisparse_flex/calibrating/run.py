@@ -41,8 +41,8 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    recall: float | None = None,
     kl: float | None = None,
+    recall: float | None = None,
     ladder: Sequence[Selector] | None = None,
     min_length: int | None = None,
     per_head: bool = False,
@@ -53,20 +53,21 @@ def calibrate(
     The dense model runs once over the batches. At each attention call every setting of the ladder
     selects blocks, and the share of dense attention's mass in them is computed exactly: about the
     cost of dense attention once more, in float32, head by head. One multiplier over all layers
-    then trades mass for time where that is cheapest. Give one of the two targets; the same model,
-    batches and machine give the same result. The model is left as it came.
+    then trades mass for time where that is cheapest; a setting that is the same in all layers and
+    reaches the target in less time is returned instead. Give one of the two targets; the same
+    model, batches and machine give the same result. The model is left as it came.
 
     Args:
         model: As `optimize` takes it: not optimized, not compiled, in evaluation mode.
         batches: Inputs of the model, as long as those to come: each a tensor, a tuple of
             positional arguments or a mapping of keyword arguments. They are kept, and run up to
-            seven times more for a KL.
-        recall: Share of dense attention's mass to keep at least, in (0, 1]: of a layer the mean
-            over the query rows and heads of all its calls, of the model the mean over its layers.
-            A layer that stays dense counts as 1.
+            thirteen times more for a KL.
         kl: Most KL(dense || sparse) of the next-token distributions, in nats, the mean over all
             positions; above 0. The model returns logits [..., V], or something with ``.logits``.
             Those of the dense model are kept meanwhile, for all batches.
+        recall: Share of dense attention's mass to keep at least, in (0, 1]: of a layer the mean
+            over the query rows and heads of all its calls, of the model the mean over its layers.
+            A layer that stays dense counts as 1.
         ladder: The settings to choose from; `DEFAULT_SELECTOR` at thirteen thresholds by
             default.
         min_length: As `optimize` will get it. By default time is what the cost model predicts for

@@ -71,34 +71,64 @@ class Search:
             plan = self._plan(free, allocate(self._units(free), budget) if free else ())
             slow = {name for name in free if self._is_slow(name, plan[name])}
             if not slow:
-                return self._result(plan, "recall", recall, self._recall(plan))
+                uniform = next(
+                    (p for p in self._uniform_plans() if self._recall(p) >= recall - ROUNDING), None
+                )
+                return self._result(plan, "recall", recall, self._recall(plan), uniform)
             # They drop nothing from now on: the rest may drop more.
             dense |= slow
 
     def reach_kl(self, kl: float) -> Calibration:
-        """Bisects the frontier, each step of which is a multiplier, by passes of the model."""
+        """The cheaper of two bisections by passes of the model, each from few blocks to many.
+
+        One is of the frontier, each step of which is a multiplier over all layers, the other of the
+        settings that are the same in all layers: what mass says of a layer is not all that the
+        model makes of it.
+        """
         self._measure(lambda output: self.dense_logits.append(_logits(output)))
         names = list(self.layers)
-        frontier = Frontier(self._units(names))
+        frontier = [self._plan(names, each) for each in Frontier(self._units(names))]
+        uniform = self._bisect_kl(self._uniform_plans(), kl)
+        found = [uniform, self._bisect_kl(frontier, kl)]
+        reaching = [pair for pair in found if pair is not None]
+        if not reaching:
+            return self._result(self._plan([], ()), "kl", kl, 0.0)
+        # The first, one for all layers, where the other gains nothing.
+        plan, reached = min(reaching, key=lambda pair: self._cost(pair[0]))
+        return self._result(plan, "kl", kl, reached, None if uniform is None else uniform[0])
 
-        def plan_at(step: int) -> Plan:
-            return self._without_slow(self._plan(names, frontier[step]))
-
-        too_sparse, enough, reached = -1, len(frontier) - 1, None
+    def _bisect_kl(self, plans: Sequence[Plan], kl: float) -> tuple[Plan, float] | None:
+        """The first plan that reaches a KL, with its own, where the last one does."""
+        too_sparse, enough = -1, len(plans) - 1
+        found: tuple[Plan, float] | None = None
         for _ in range(KL_PASSES):
             if enough - too_sparse <= 1:
                 break
             middle = (too_sparse + enough) // 2
-            measured = self._measure_kl(plan_at(middle))
+            plan = self._without_slow(plans[middle])
+            measured = self._measure_kl(plan)
             if measured <= kl:
-                enough, reached = middle, measured
+                enough, found = middle, (plan, measured)
             else:
                 too_sparse = middle
-        if reached is None:
-            reached = self._measure_kl(plan_at(enough))
-        if reached > kl:
-            return self._result(self._plan([], ()), "kl", kl, 0.0)
-        return self._result(plan_at(enough), "kl", kl, reached)
+        if found is None and plans:
+            plan = self._without_slow(plans[enough])
+            found = plan, self._measure_kl(plan)
+        return found if found is not None and found[1] <= kl else None
+
+    def _uniform_plans(self) -> list[Plan]:
+        """Each setting of the ladder in all layers, from the cheapest to the dearest."""
+        plans = [
+            {name: (choice,) * layer.num_units for name, layer in self.layers.items()}
+            for choice in range(len(self.ladder))
+        ]
+        return sorted(plans, key=self._cost)
+
+    def _cost(self, plan: Plan) -> float:
+        return math.fsum(
+            layer.dense_cost if self._is_dense(plan[name]) else layer.chosen(layer.cost, plan[name])
+            for name, layer in self.layers.items()
+        )
 
     def _measure(self, keep: Callable[[Any], None]) -> None:
         """Fills the layers; ``keep`` gets every output of the dense model."""
@@ -182,22 +212,28 @@ class Search:
         quality: Literal["recall", "kl"],
         target: float,
         reached: float,
+        uniform: Plan | None = None,
     ) -> Calibration:
         from .. import __version__
 
-        visible = math.fsum(layer.visible for layer in self.layers.values())
-        pairs = [(self.layers[name], choices) for name, choices in plan.items()]
-        kept = math.fsum(layer.chosen(layer.kept, choices) for layer, choices in pairs)
         return Calibration(
             layers=self._settings(plan),
             quality=quality,
             target=float(target),
             reached=reached,
-            density=kept / visible if visible else 1.0,
+            density=self._density(plan),
+            uniform_density=None if uniform is None else self._density(uniform),
             model=type(self.model).__name__,
             unisparse_flex=__version__,
             torch=str(torch.__version__),
         )
+
+
+    def _density(self, plan: Plan) -> float:
+        visible = math.fsum(layer.visible for layer in self.layers.values())
+        pairs = [(self.layers[name], choices) for name, choices in plan.items()]
+        kept = math.fsum(layer.chosen(layer.kept, choices) for layer, choices in pairs)
+        return kept / visible if visible else 1.0
 
 
 def _logits(output: Any) -> Tensor:
