@@ -16,7 +16,11 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "unisparse_flex", "passes", "block_masks")
+LAUNCHER = "unisparse_flex_command.py"
+SOURCES = (
+    *("pyproject.toml", "README.md", "LICENSE", LAUNCHER),
+    *("unisparse_flex", "passes", "block_masks"),
+)
 CODE_FOLDERS = ("unisparse_flex", "passes", "block_masks", "tests", "bench", "examples")
 OPTIONAL_MODULES = ("triton", "transformers", "matplotlib", "rich", "click", "jinja2")
 DATA_SUFFIXES = (".py", ".css", ".jinja", ".json", ".typed")
@@ -71,10 +75,10 @@ def absolute_imports(source: str) -> list[tuple[int, str]]:
     return found
 
 
-def test_wheel_installs_nothing_outside_unisparse_flex(wheel: zipfile.ZipFile) -> None:
+def test_wheel_installs_unisparse_flex_and_what_starts_its_command(wheel: zipfile.ZipFile) -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     tops = {name.split("/")[0] for name in wheel.namelist()}
-    assert tops == {"unisparse_flex", f"unisparse_flex-{version}.dist-info"}
+    assert tops == {"unisparse_flex", LAUNCHER, f"unisparse_flex-{version}.dist-info"}
 
 
 def test_wheel_holds_every_module_and_data_file_of_the_tree(wheel: zipfile.ZipFile) -> None:
@@ -92,7 +96,7 @@ def test_wheel_holds_every_module_and_data_file_of_the_tree(wheel: zipfile.ZipFi
 def test_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     entries = wheel.read(name).decode()
-    assert "[console_scripts]\nunisparse-flex = unisparse_flex.cli:main\n" in entries
+    assert "[console_scripts]\nunisparse-flex = unisparse_flex_command:main\n" in entries
 
 
 def test_wheel_requires_torch_and_sympy_alone(wheel: zipfile.ZipFile) -> None:
