@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from unisparse_flex.passes import DenseReason, observe_calls
 from unisparse_flex.passes.decision.call_forecast import CallForecast
 from unisparse_flex.passes.decision.cost_forecast import CallShape, forecast
 from unisparse_flex.reports import AttentionRecord, Explanation, record_attention
+from unisparse_flex.reports.explain_table import short_names, terminal_columns, three_digits
 from unisparse_flex.reports.explanation import MASK_NOTE
 
 from .capture import captured
@@ -115,29 +117,41 @@ def test_a_model_without_attention_prints_a_hint() -> None:
 def test_the_table_holds_every_call_and_the_totals() -> None:
     model = optimize(create(), SELECTOR, min_length=0, dense_layers=(1,))
     explanation = explain(model, X)
-    lines = str(explanation).splitlines()
-    assert " ".join(lines[0].split()) == (
-        "layer queries keys heads runs density dense ms sparse ms break-even reason"
-    )
+    lines = explanation.table().splitlines()
     # The cost model's columns say so.
-    for column in ("dense ms", "sparse ms", "break-even"):
-        at = lines[0].index(column)
-        assert lines[1][at : at + len("predicted")] == "predicted"
-    assert lines[1].split() == ["predicted"] * 3
+    assert lines[0].split() == ["predicted", "ms", "break-"]
+    assert lines[0].index("predicted") < lines[1].index("sparse") + len("sparse")
+    assert lines[1].split() == [
+        *("layer", "keys", "heads", "runs", "density", "dense", "sparse", "even", "why")
+    ]
     assert set(lines[2]) == {"-", " "}
     density = f"{densities()[0]:.3f}"
-    predicted = list(explanation.calls[0].cells()[6:9])
+    first, second = (call.prediction for call in explanation.calls)
+    assert first is not None
+    assert second is not None
     assert lines[3].split() == [
-        *("layers.0.attention", "300", "300", "4/2", "sparse", density),
-        *predicted,
+        *("layers.0.attention", "300", "4/2", "sparse", density),
+        *(three_digits(first.dense_ms), three_digits(first.sparse_ms)),
+        str(first.break_even or "never"),
     ]
-    assert lines[4].split()[:5] == ["layers.1.attention", "300", "300", "4/2", "dense"]
-    assert " ".join(lines[4].split()[8:] + lines[5].split()) == DenseReason.EXCLUDED
-    assert lines[6] == f"1 sparse, mean density {density}, 1 dense"
+    assert lines[4].split()[:4] == ["layers.1.attention", "300", "4/2", "dense"]
+    assert lines[4].split()[-1] == "[1]"
+    assert lines[5] == f"[1] {DenseReason.EXCLUDED}"
     dense, decided = explanation.predicted_ms
-    assert lines[7] == f"predicted attention time: {decided:.2f} ms, all dense {dense:.2f} ms"
-    # At this density.
-    assert lines[8:] == [SLOWER_NOTE]
+    assert lines[6:] == [
+        f"predicted, attention only: {three_digits(decided)} ms as decided, "
+        f"{three_digits(dense)} ms all dense"
+    ]
+
+
+def test_the_verdict_comes_first_and_what_to_do_next_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    explanation = explain(optimize(create(), SELECTOR, min_length=0, dense_layers=(1,)), X)
+    text = " ".join(str(explanation).split())
+    assert text.startswith(explanation.verdict)
+    assert text.endswith(f"next: {explanation.next_step}")
+    assert explanation.table() in str(explanation)
+    assert explanation.verdict.startswith(f"1 of 2 calls sparse, {densities()[0]:.0%} of blocks, ")
 
 
 def test_the_total_is_of_what_each_call_does() -> None:
@@ -151,9 +165,9 @@ def test_the_total_is_of_what_each_call_does() -> None:
     # Of plain calls nothing is predicted, and nothing is said.
     plain = explain(create(), X)
     assert plain.predicted_ms == (0, 0)
-    assert "predicted attention time" not in str(plain)
+    assert "predicted, attention only" not in str(plain)
     parts = Explanation((*explanation.calls, *plain.calls))
-    assert f"predicted attention time of 2 calls: {decided:.2f} ms" in str(parts)
+    assert f"predicted for 2 calls, attention only: {decided:.2f} ms as decided" in parts.table()
 
 
 def test_calls_carry_what_the_cost_model_predicts() -> None:
@@ -163,10 +177,11 @@ def test_calls_carry_what_the_cost_model_predicts() -> None:
     assert call.prediction is not None
     assert 0 < call.prediction.dense_ms < call.prediction.sparse_ms < 1000
     assert call.prediction.note == ""
-    assert call.cells()[8] == str(call.prediction.break_even or "never")
-    assert call.cells()[6:8] == tuple(
-        f"{ms:.2f}" for ms in (call.prediction.dense_ms, call.prediction.sparse_ms)
-    )
+    assert explanation.table().splitlines()[3].split()[-4:] == [
+        *(f"{ms:.2f}" for ms in (call.prediction.dense_ms, call.prediction.sparse_ms)),
+        str(call.prediction.break_even or "never"),
+        "[1]",
+    ]
 
 
 @pytest.mark.parametrize("kept", [1, 2, 10**6])
@@ -183,32 +198,95 @@ def test_sparse_calls_are_predicted_at_the_density_that_they_have(kept: int) -> 
     assert call.prediction.sparse_ms == found.sparse_seconds * 1e3
 
 
-def test_the_table_says_where_sparse_is_predicted_slower() -> None:
+def test_the_verdict_says_where_sparse_is_predicted_slower() -> None:
     model = optimize(create(Attention), UniSparse(block_size=32, top_k=10**6), min_length=0)
     explanation = explain(model, embeddings(512))
     (call,) = explanation.sparse
     assert call.prediction is not None
     assert call.prediction.sparse_ms > call.prediction.dense_ms
-    assert SLOWER_NOTE in explanation.notes()
+    assert "every sparse call is predicted slower than dense" in explanation.verdict
+    assert "min_length" in explanation.next_step
     dense = explain(optimize(create(Attention)), embeddings(512))
     assert not dense.sparse
-    assert SLOWER_NOTE not in dense.notes()
+    assert "slower" not in dense.verdict
+
+
+def predicted(dense_ms: float, sparse_ms: float, break_even: int | None = 4096) -> CallForecast:
+    return CallForecast(
+        dense_ms=dense_ms, sparse_ms=sparse_ms, density=0.5, break_even=break_even, note=""
+    )
+
+
+def sparse_call(
+    index: int, density: float, sparse_ms: float, kv_len: int = 8192
+) -> AttentionRecord:
+    return AttentionRecord(
+        layer=f"model.layers.{index}.self_attn",
+        q_len=kv_len,
+        kv_len=kv_len,
+        heads="32/8",
+        decision="sparse",
+        density=density,
+        prediction=predicted(10.0, sparse_ms),
+    )
+
+
+@pytest.mark.parametrize(
+    ("slow", "advice"),
+    [
+        ([2], "layer 2 keeps 97%: leave it dense (dense_layers=(2,))"),
+        ([0, 1, 2, 3], "layers 0-3 keep 97%: leave them dense (dense_layers=(0,1,2,3))"),
+        ([0, 1, 2, 3, 4], "layers 0-4 keep 97%: leave them dense (dense_layers=range(0, 5))"),
+        ([0, 2, 3], "layers 0, 2-3 keep 97%: leave them dense (dense_layers=(0,2,3))"),
+    ],
+)
+def test_the_verdict_names_the_layers_to_leave_dense(slow: list[int], advice: str) -> None:
+    calls = [sparse_call(i, 0.97 if i in slow else 0.2, 12 if i in slow else 4) for i in range(8)]
+    explanation = Explanation(tuple(calls))
+    assert explanation.verdict.endswith(f"x as fast; {advice}")
+    assert explanation.next_step.startswith("torch.compile(model)")
+
+
+def test_a_layer_that_is_slower_in_one_of_two_stacks_is_not_named() -> None:
+    calls = (
+        sparse_call(0, 0.97, 12),
+        replace(sparse_call(0, 0.2, 4), layer="decoder.layers.0.attention"),
+    )
+    verdict = Explanation(calls).verdict
+    assert "dense_layers" not in verdict
+    assert verdict.endswith("1 of them predicted slower than dense: calibrate, or set top_k")
+
+
+def test_what_is_next_depends_on_why_nothing_is_gained() -> None:
+    dense = AttentionRecord(layer="a", q_len=1024, kv_len=1024, decision="dense")
+    slower = replace(dense, reason=DenseReason.SLOWER, prediction=predicted(1, 2))
+    never = replace(slower, prediction=predicted(1, 2, None))
+    assert "from 4096 keys on" in Explanation((slower, never)).next_step
+    assert "keys on" not in Explanation((never,)).next_step
+    forced = Explanation((sparse_call(0, 0.9, 12, kv_len=1024),)).next_step
+    assert forced.startswith("leave min_length out")
+    assert forced.endswith("from 4096 keys on")
+    assert "quality='fast'" in Explanation((sparse_call(0, 0.9, 12),)).next_step
+    plain = Explanation((replace(dense, reason=DenseReason.NOT_OPTIMIZED),))
+    assert "unisparse_flex.optimize(model)" in plain.next_step
+    assert plain.verdict == f"the only call stays dense: {DenseReason.NOT_OPTIMIZED}"
+    for reason in DenseReason:
+        assert Explanation((replace(dense, reason=reason),)).next_step
 
 
 def test_calls_that_no_sparse_kernel_takes_have_no_prediction() -> None:
     double = optimize(create(layers=1).double(), SELECTOR)
     (call,) = explain(double, X.double()).calls
     assert (call.reason, call.prediction) == (DenseReason.NO_KERNEL, None)
-    assert call.cells()[6:9] == ("", "", "")
+    assert "predicted, attention only" not in str(explain(double, X.double()))
     (plain,) = explain(create(layers=1), X).calls
     assert plain.prediction is None
 
 
 def test_the_table_says_whose_rates_stand_in() -> None:
     model = optimize(create(layers=1).half(), SELECTOR)
-    assert str(explain(model, X.half())).splitlines()[-1] == (
-        "no rates for float16 on cpu, using bfloat16 on cpu"
-    )
+    note = "no rates for float16 on cpu, using bfloat16 on cpu"
+    assert note in str(explain(model, X.half())).splitlines()
 
 
 class GivenQueries(nn.Module):
@@ -250,22 +328,62 @@ def test_why_slower_code_runs_on_a_gpu_is_said_once_with_how_many_calls() -> Non
     assert (here.plain_selection, here.own_kernel) == (None, None)
 
 
-def test_the_table_stays_readable() -> None:
-    prediction = CallForecast(
-        dense_ms=12345.6, sparse_ms=99.96, density=0.3, break_even=131072, note=""
-    )
-    shared: Any = {"q_len": 131072, "kv_len": 131072, "heads": "32/8", "prediction": prediction}
+@pytest.mark.parametrize("q_len", [131072, 1])
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_table_fits_and_says_each_reason_once(q_len: int, columns: int) -> None:
+    prediction = replace(predicted(12345.6, 99.96), break_even=131072)
+    shared: Any = {"q_len": q_len, "kv_len": 131072, "heads": "32/8", "prediction": prediction}
     calls = tuple(
         AttentionRecord(
             layer=f"model.layers.{i}.self_attn", decision="dense", reason=reason, **shared
         )
-        for i, reason in enumerate(DenseReason)
+        for i, reason in enumerate([*DenseReason, *DenseReason])
     )
-    text = str(Explanation(calls))
-    assert max(map(len, text.splitlines())) <= 120
-    cells = "".join(line[-19:] for line in text.splitlines())
-    assert all("".join(reason.split()) in "".join(cells.split()) for reason in DenseReason)
-    assert "  12346      100.0      131072  " in text
+    text = Explanation(calls).table(columns)
+    assert max(map(len, text.splitlines())) <= columns
+    for number, reason in enumerate(DenseReason, 1):
+        assert " ".join(text.split()).count(f"[{number}] {reason} (2 calls)") == 1
+    rows = text.splitlines()[3 : 3 + len(calls)]
+    # Names may be cut, but tell the layers apart.
+    assert all(f".{i}." in row.split()[0] for i, row in enumerate(rows))
+    assert all(row.split()[-4:-1] == ["12346", "100.0", "131072"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("names", "width", "short"),
+    [
+        (["a.0.b", "a.1.b"], 5, ["a.0.b", "a.1.b"]),
+        (
+            ["model.layers.0.attn", "model.layers.10.attn"],
+            18,
+            ["...layers.0.attn", "...layers.10.attn"],
+        ),
+        (["model.layers.0.attn", "model.layers.10.attn"], 10, ["...0.attn", "...10.attn"]),
+        (["model.layers.0.attn", "model.layers.10.attn"], 8, ["...0...", "...10..."]),
+        (["vision.0.attention", "text.0.attention"], 12, None),
+        (["transformer"], 4, None),
+    ],
+)
+def test_names_lose_what_all_of_them_share(
+    names: list[str], width: int, short: list[str] | None
+) -> None:
+    assert short_names(names, width) == short
+
+
+def test_the_terminal_decides_the_width_from_80_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = tuple(sparse_call(i, 0.2, 4) for i in range(3))
+    for columns, longest in (("40", 80), ("80", 80), ("200", 118)):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert terminal_columns() == longest
+        assert max(map(len, str(Explanation(calls)).splitlines())) <= longest
+
+
+@pytest.mark.parametrize("model", [object(), nn.Linear, "smollm2", None])
+def test_what_is_no_module_is_refused_by_name(model: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"model must be a torch\.nn\.Module, optimized or not, got "
+    ):
+        explain(model)
 
 
 class Windowed(nn.Module):
@@ -290,7 +408,8 @@ def test_the_table_says_that_a_compiled_model_may_prove_its_masks(min_length: in
     (call,) = explain(masked, X).calls
     assert call.reason is (None if min_length == 0 else DenseReason.NO_KERNEL)
     assert call.masked
-    assert str(explain(masked, X)).splitlines()[-1] == MASK_NOTE
+    assert explain(masked, X).notes()[-1] == MASK_NOTE
+    assert MASK_NOTE in " ".join(str(explain(masked, X)).split())
     by_flag = optimize(Windowed(masked=False), SELECTOR, min_length=min_length)
     assert MASK_NOTE not in str(explain(by_flag, X))
 
@@ -364,8 +483,14 @@ def test_observers_outside_see_the_calls_that_those_inside_see() -> None:
     assert seen[4:] == ["alone"] * 2
 
 
-def test_notes_are_the_last_lines_of_the_table() -> None:
-    explanation = explain(optimize(create(), SELECTOR, min_length=0), X)
-    lines = str(explanation).splitlines()
-    assert lines[len(lines) - len(explanation.notes()) :] == explanation.notes()
-    assert Explanation(()).notes() == [str(Explanation(()))]
+def test_notes_stand_between_the_table_and_what_is_next() -> None:
+    model = optimize(GivenQueries().half(), UniSparse(block_size=32, top_k=2), min_length=0)
+    q, k = torch.randn(1, 4, 250, 16).half(), torch.randn(1, 2, 250, 16).half()
+    explanation = explain(model, q, k)
+    (note,) = explanation.notes()
+    text = str(explanation)
+    assert text.index(explanation.table()) < text.index(note) < text.index("next: ")
+    assert Explanation(()).notes() == []
+    assert str(Explanation(())).split() == (
+        f"{Explanation(()).verdict} next: {Explanation(()).next_step}".split()
+    )

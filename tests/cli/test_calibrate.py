@@ -7,6 +7,7 @@ import json
 import pytest
 
 from unisparse_flex import Calibration
+from unisparse_flex.cli import models
 
 
 @pytest.fixture
@@ -47,6 +48,7 @@ def test_several_texts_are_all_read(run, model_folder, text, tmp_path):
         (["--recall", "0.9", "--kl", "0.1"], "give exactly one of --recall and --kl"),
         (["--recall", "1.5"], "recall must be in (0, 1], got 1.5"),
         (["--kl", "-1"], "kl must be above 0 and finite, got -1.0"),
+        (["--recall", "nan"], "recall must be in (0, 1], got nan"),
         (["--recall", "0.9", "--tokens", "500000"], "--tokens must be at most"),
     ],
 )
@@ -56,3 +58,25 @@ def test_wrong_arguments_write_nothing(run, model_folder, text, tmp_path, option
     assert ran.code == 2
     assert message in ran.err.replace("\n", " ")
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["prose", "--recall", "1.5"],
+        ["prose", "--recall", "0.9", "--kl", "0.1"],
+        ["nowhere.txt", "--recall", "0.9"],
+        ["prose", "--recall", "0.9", "--output", "."],
+    ],
+)
+def test_arguments_are_checked_before_a_model_is_loaded(run, model_folder, monkeypatch, options):
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    assert run("calibrate", model_folder, *options).code == 2
+
+
+def test_a_text_of_no_characters_is_refused(run, model_folder, tmp_path):
+    path = tmp_path / "empty.txt"
+    path.write_text("")
+    ran = run("calibrate", model_folder, path, "--recall", "0.9")
+    assert ran.code == 2
+    assert "a text must not be empty" in ran.err

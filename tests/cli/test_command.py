@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from unisparse_flex import __version__, cli
-from unisparse_flex.cli import app
+from unisparse_flex.cli import app, choices, library, selectors
+from unisparse_flex.evaluation import CONTEXT_LENGTH, TEXT_NAMES
+from unisparse_flex.passes.calls import BACKENDS
 
-COMMANDS = ("demo", "explain", "calibrate", "plot", "bench", "doctor")
+COMMANDS = tuple(app.COMMANDS)
 ROOT = Path(__file__).parents[2]
 
 
@@ -69,3 +72,78 @@ def test_the_package_runs_as_a_module():
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert set(json.loads(ran.stdout)) == {"schema", "benchmarks", "checkout"}
+
+
+# The launcher, then whether anything heavy was imported.
+LAUNCH = """
+import sys
+import unisparse_flex_command
+sys.argv = ["unisparse-flex", *sys.argv[1:]]
+code = unisparse_flex_command.main()
+print(code, sorted({"torch", "transformers", "numpy", "jinja2"} & set(sys.modules)))
+"""
+
+
+def launch(*arguments):
+    command = [sys.executable, "-c", LAUNCH, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        *(([name, "--help"], 0) for name in ("doctor", "explain", "calibrate", "plot", "demo")),
+        (["bench"], 0),
+        (["nonsense"], 2),
+        (["explain", "--nonsense"], 2),
+        (["explain", "nowhere"], 2),
+        (["explain", ".", "--selector", "quality"], 2),
+        (["calibrate", ".", "code", "--recall", "2"], 2),
+        (["plot", "pyproject.toml"], 2),
+        (["demo", "--tokens", "1"], 2),
+    ],
+)
+def test_help_and_wrong_arguments_do_not_wait_for_torch(arguments, code):
+    ran = launch(*arguments)
+    assert ran.stdout.splitlines()[-1:] == [f"{code} []"], ran.stderr
+
+
+def test_the_command_runs_the_package_that_the_launcher_put_in_place():
+    ran = launch("explain", ".", "--selector", "UniSparse(top_p=2)")
+    assert "top_p must be in (0, 1], got 2" in ran.stderr
+    assert ran.stdout.splitlines()[-1].startswith("2 [")
+    program = LAUNCH + "import unisparse_flex as u; print(u.optimize, u.__version__)"
+    command = [sys.executable, "-c", program, "explain", ".", "--tokens", "1"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.stdout.splitlines()[-1].endswith(f" {__version__}"), ran.stderr
+
+
+def test_the_library_is_run_once():
+    assert library.load_library() is sys.modules["unisparse_flex"]
+    assert library.load_library().optimize is sys.modules["unisparse_flex"].optimize
+
+
+def test_a_package_that_cannot_be_imported_is_an_error(monkeypatch):
+    package = type(sys)("unisparse_flex")
+    package.__spec__ = type("Spec", (), {"loader": type("Loader", (), {"exec_module": fail})()})()
+    monkeypatch.setitem(sys.modules, "unisparse_flex", package)
+    with pytest.raises(click.ClickException, match="cannot import unisparse_flex: no torch here"):
+        library.load_library()
+
+
+def fail(*_):
+    raise ImportError("no torch here")
+
+
+def test_names_that_help_lists_are_those_of_the_library():
+    assert choices.TEXT_NAMES == TEXT_NAMES
+    assert choices.BUNDLED_CONTEXT == CONTEXT_LENGTH
+    assert choices.BACKENDS == BACKENDS
+    assert tuple(selectors.NAMED) == choices.SELECTOR_NAMES
+
+
+@pytest.mark.parametrize("name", ["doctor", "explain", "calibrate", "plot", "demo", "bench"])
+def test_help_fits_in_80_columns(run, name):
+    assert max(map(len, run(name, "--help").out.splitlines())) <= 80

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from html import escape
 
 import pytest
 
+from unisparse_flex.cli import models
 from unisparse_flex.reports import timing
 
 from .conftest import CONTEXT, SELECTOR
 
 KEYS = {
     *("schema", "kind", "model", "model_class", "settings", "device", "versions", "summary"),
-    *("calls", "notes"),
+    *("verdict", "calls", "notes", "next"),
 }
 CALL_KEYS = {
     *("layer", "module", "q_len", "kv_len", "heads", "masked", "decision", "reason", "density"),
@@ -71,7 +73,10 @@ def test_text_and_page_hold_what_json_does(run, model_folder, tmp_path):
     for call in report["calls"]:
         assert f"{call['density']:.3f}" in ran.out
         assert f"{call['density']:.1%}" in html
-    assert "2 sparse, mean density" in ran.out
+    assert ran.out.startswith("2 of 2 calls sparse, ")
+    for said in (report["verdict"], report["next"]):
+        assert said in " ".join(ran.out.split())
+        assert escape(said, quote=True) in html.replace("&#39;", "&#x27;")
     assert str(model_folder) in html
 
 
@@ -91,7 +96,8 @@ def test_measured_times_are_those_of_each_call(run, model_folder, monkeypatch):
     measured = report["summary"]["measured"]
     assert measured["decided_ms"] == measured["dense_ms"]
     text = run("explain", model_folder, "--tokens", "300", "--measure").out
-    assert "measured ms, dense and sparse:" in text
+    assert "measured ms " in text
+    assert "measured, attention only: " in text
 
 
 @pytest.mark.slow
@@ -116,9 +122,10 @@ def test_a_file_is_read_up_to_the_model_s_context(run, model_folder, tmp_path):
         (["--text", "nowhere.txt"], 2, "a text must be a file or one of prose, code, topics"),
         (["--selector", "open('x')"], 2, "a selector must be a call with literals by name"),
         (["--selector", "UniSparse(top_p=2)"], 2, "top_p must be in (0, 1], got 2"),
+        (["--selector", "quality"], 2, "must be default, fast, balanced, high, paper, the file of"),
         (["--selector", "nowhere.json"], 2, "there is no file nowhere.json"),
         (["--dense-layers", "9"], 2, "dense_layers must index the model's layers"),
-        (["--dense-layers", "a"], 2, "invalid literal"),
+        (["--dense-layers", "0,a"], 2, "layers must be whole numbers such as 0,1,-1, got 'a'"),
         (["--device", "tpu"], 2, "--device must be cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )
@@ -134,3 +141,36 @@ def test_bytes_that_are_no_text_are_refused(run, model_folder, tmp_path):
     ran = run("explain", model_folder, "--text", path)
     assert ran.code == 1
     assert f"cannot read {path} as UTF-8" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--text", "nowhere.txt"], "which is not there"),
+        (["--text", "."], "a folder"),
+        (["--selector", "quality"], "balanced"),
+        (["--html", "."], "it must be a file, got ., a folder"),
+        (["--html", "setup.txt/page.html"], "is no folder"),
+        (["--device", "tpu"], "--device must be"),
+        (["--dense-layers", "a"], "layers must be"),
+        (["--min-length", "-1"], "-1 is not in the range"),
+    ],
+)
+def test_arguments_are_checked_before_a_model_is_loaded(
+    run, model_folder, monkeypatch, tmp_path, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "setup.txt").write_text("a file")
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    ran = run("explain", model_folder, *options)
+    assert ran.code == 2
+    assert message in ran.err
+
+
+def test_every_line_fits_in_80_columns(run, model_folder, monkeypatch):
+    monkeypatch.setattr(timing, "run_compiled", lambda call, config: call.run_dense())
+    ran = run("explain", model_folder, *SPARSE, "--tokens", "300", "--measure")
+    lines = [line for line in ran.out.splitlines() if str(model_folder) not in line]
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("2 of 2 calls sparse")
+    assert any(line.startswith("next: ") for line in lines)

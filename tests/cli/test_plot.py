@@ -76,9 +76,39 @@ def test_sources_are_one_model_or_files(run, sources):
     assert "SOURCE must be one MODEL or files *.json" in ran.err
 
 
-def test_missing_matplotlib_is_named_with_the_command_that_installs_it(run, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("model.py", "a .py file"), ("weights.bin", "give the folder"), ("LICENSE", "a suffix")],
+)
+def test_a_file_of_another_kind_is_said_to_be_one(run, tmp_path, name, what):
+    (tmp_path / name).write_text("x")
+    ran = run("plot", tmp_path / name)
+    assert ran.code == 2
+    assert "MODEL must be a Hugging Face folder, a file *.gguf or smollm2, or files" in ran.err
+    assert what in ran.err
+    assert "not there" not in ran.err
+
+
+@pytest.mark.parametrize("source", ["nowhere.json", "nowhere"])
+def test_what_is_not_there_is_said_to_be_missing(run, monkeypatch, tmp_path, source):
+    monkeypatch.chdir(tmp_path)
+    ran = run("plot", source)
+    assert ran.code == 2
+    assert ("there is no file nowhere.json" in ran.err) or ("which is not there" in ran.err)
+
+
+def test_a_folder_that_is_a_file_is_refused_before_anything_is_read(run, model_folder, tmp_path):
+    path = tmp_path / "figures"
+    path.write_text("x")
+    ran = run("plot", model_folder, "--output", path)
+    assert ran.code == 2
+    assert f"it must be a folder, got {path}, a file" in ran.err
+
+
+def test_missing_matplotlib_is_named_with_the_command_that_installs_it(run, monkeypatch, tmp_path):
     monkeypatch.setattr(failures, "find_spec", lambda name: None)
-    ran = run("plot", "x.json")
+    (tmp_path / "x.json").write_text("{}")
+    ran = run("plot", tmp_path / "x.json")
     assert ran.code == 1
     assert "pip install 'unisparse-flex[viz]'" in ran.err
 

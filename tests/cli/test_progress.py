@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from unisparse_flex import progress as progress_module
-from unisparse_flex.progress import Progress, bar
+from unisparse_flex.progress import Progress, bar, terminal_columns
 
 Clock = Callable[[Sequence[float]], None]
 OVERWRITE = "\r\x1b[K"
@@ -54,6 +54,24 @@ def test_a_terminal_has_one_line_that_is_overwritten(capsys, clock, monkeypatch)
             progress.show(step)
     lines = ("calibrate: two, 3 s", "calibrate: three, 3 s")
     assert capsys.readouterr().err == "".join(OVERWRITE + line for line in lines) + "\n"
+
+
+@pytest.mark.parametrize("columns", [20, 60, 80])
+def test_a_line_is_shorter_than_the_terminal_is_wide(capsys, clock, monkeypatch, columns):
+    make_terminal(monkeypatch)
+    monkeypatch.setattr(progress_module, "terminal_columns", lambda: columns)
+    clock([0.0, 4.0, 5.0])
+    with Progress("explain", total=30) as progress:
+        progress.advance("model.decoder.layers.11.self_attention.inner")
+        progress.show("end")
+    first, second = capsys.readouterr().err.removeprefix(OVERWRITE).split(OVERWRITE)
+    assert len(first) == columns - 1
+    assert first.endswith("..., 4 s")
+    assert second == "explain: end, 5 s\n"
+
+
+def test_the_width_of_no_terminal_is_80(capsys):
+    assert terminal_columns() == 80
 
 
 def test_a_long_step_is_shown_while_it_runs(capsys, monkeypatch):

@@ -29,7 +29,7 @@ class _OneTarget(click.Command):
     cls=_OneTarget,
     epilog=f"""\b
 Example:
-  {PROGRAM} calibrate smollm2 prompts.txt --recall 0.95 -o calibration.json
+  {PROGRAM} calibrate smollm2 prompts.txt --recall 0.95
   {PROGRAM} explain smollm2 --selector calibration.json""",
 )
 @click.argument("model", callback=model_argument)
@@ -52,7 +52,7 @@ Example:
     click.option(
         "--output",
         "-o",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=click.Path(path_type=Path),
         default=Path("calibration.json"),
         show_default=True,
         metavar="FILE",

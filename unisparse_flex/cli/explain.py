@@ -35,7 +35,7 @@ Examples:
 @with_options(
     click.option(
         "--html",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=click.Path(path_type=Path),
         metavar="FILE",
         callback=file_to_write,
         help="Also write one page of HTML that needs nothing else.",

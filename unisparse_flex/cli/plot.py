@@ -65,7 +65,7 @@ Examples:
     click.option(
         "--output",
         "-o",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=click.Path(path_type=Path),
         default=Path("figures"),
         show_default=True,
         metavar="DIR",
