@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
-from .block_masks import PatchOrder, Selector, UniSparse
-from .block_masks.selectors import choose_selector, validate_selector
+from .block_masks import DEFAULT_SELECTOR, PatchOrder, Selector, UniSparse
+from .block_masks.selectors import (
+    QUALITIES,
+    choose_selector,
+    selector_of_quality,
+    validate_selector,
+)
 from .block_masks.validation import (
     validate_attn_mask,
     validate_causality,
@@ -113,14 +119,26 @@ def attention(
                 f"{key.shape[2]}, got {bias.seq_len_q} and {bias.seq_len_kv}"
             )
         validate_attn_mask(call.attn_mask, query, key)
-    selector = choose_selector(selector, quality)
-    config = SparseConfig(selector=selector, strict=True, backend=backend)
-    return marked_sdpa(call, config.encode())
+    if quality is None:
+        selector = DEFAULT_SELECTOR if selector is None else selector
+        return marked_sdpa(call, _encode(selector, backend))
+    return marked_sdpa(call, _encode_quality(selector, quality, backend))
+
+
+def _encode(selector: Selector, backend: str) -> str:
+    return SparseConfig(selector=selector, strict=True, backend=backend).encode()
+
+
+# Dynamo cannot trace the making of a selector, and need not: its text is a constant.
+@torch.compiler.assume_constant_result
+def _encode_quality(selector: Selector | None, quality: str | float, backend: str) -> str:
+    return _encode(choose_selector(selector, quality), backend)
 
 
 # Nothing is generated from the last patch, and the first is no sink.
 PATCHES = {"sink_blocks": 0, "last_query_blocks": 0}
 DEFAULT_PATCH_SELECTOR = UniSparse.paper(**PATCHES)
+PATCH_QUALITIES = {name: selector_of_quality(name, UniSparse(**PATCHES)) for name in QUALITIES}
 
 
 def patch_attention(
@@ -172,9 +190,13 @@ def patch_attention(
             "order must be a PatchOrder such as PatchOrder(grid=(16, 30, 52), tile=(2, 8, 8)), "
             f"got {order!r} of type {type(order).__name__}"
         )
-    if selector is None and quality is None:
-        selector = DEFAULT_PATCH_SELECTOR
-    selector = choose_selector(selector, quality, UniSparse(**PATCHES))
+    if quality is None:
+        selector = DEFAULT_PATCH_SELECTOR if selector is None else selector
+    elif selector is None and quality in PATCH_QUALITIES:
+        # Made before: Dynamo cannot trace the making of a selector.
+        selector = PATCH_QUALITIES[quality]  # type: ignore[index]
+    else:
+        selector = choose_selector(selector, quality, UniSparse(**PATCHES))
     validate_selector(selector)
     validate_query_key(query, key)
     validate_value(key, value)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
-
 from .base import Selector
 from .unisparse import DEFAULT_SELECTOR, THRESHOLD, UniSparse, default_top_p
 
@@ -16,9 +14,8 @@ QUALITIES = {"fast": 0.014, "balanced": THRESHOLD, "high": 0.002}
 LEAST_QUALITY = 0.1
 
 
-@torch.compiler.assume_constant_result
 def selector_of_quality(quality: str | float, default: UniSparse = DEFAULT_SELECTOR) -> UniSparse:
-    """The default selector, keeping more or fewer blocks; a constant of any graph.
+    """The default selector, keeping more or fewer blocks.
 
     Args:
         quality: ``"fast"``, ``"balanced"`` (the default) or ``"high"``; or a number of at least

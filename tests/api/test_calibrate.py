@@ -113,7 +113,6 @@ def test_layers_differ_and_cost_less_than_the_same_setting_for_all() -> None:
     uniform = [quality([selector] * 3) for selector in LADDER]
     assert calibration.density < min(kept for share, kept in uniform if share >= 0.8)
 
-
     assert calibration.uniform_density is not None
     assert calibration.density < calibration.uniform_density < 1.0
 
@@ -381,7 +380,10 @@ MALFORMED: list[tuple[Callable[[], str], str]] = [
     (changed(layers=[]), r"layers must be a JSON object, got \[\]"),
     (changed(layers={}), "layers must map at least one"),
     (changed(layers={"": "dense"}), "a name in layers must be a text"),
-    (layer(None), r"layers\['layers.0.attention'\] must be a selector's text, a quality or 'dense', got None"),
+    (
+        layer(None),
+        r"layers\['layers.0.attention'\] must be a selector's text, a quality or 'dense', got None",
+    ),
     (layer("sparse"), "must be a call with literals by name"),
     (layer("UniSparse("), "must be a call with literals by name"),
     (layer("UniSparse(128)"), "must be a call with literals by name"),

@@ -1,4 +1,4 @@
-"""A model is told once that nothing of its attention was caught, by its first uncompiled forward."""
+"""A model that makes no attention call is told so once, by its first uncompiled forward."""
 
 from __future__ import annotations
 

@@ -1,0 +1,201 @@
+"""quality=, the one dial, wherever settings are given; what is said where nothing is sparse."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unisparse_flex import (
+    Calibration,
+    UniSparse,
+    attention,
+    optimize,
+    patch_attention,
+    restore,
+    temporarily_optimize,
+)
+from unisparse_flex.catching import settings_of
+from unisparse_flex.passes import SparseConfig
+from unisparse_flex.selectors import PatchOrder, Selector, selector_of_quality
+
+from .models import Layer, Transformer, create, embeddings, qkv
+
+HIGH = selector_of_quality("high")
+
+
+def selector_in(model: nn.Module) -> Selector:
+    config = settings_of(model)
+    assert config is not None
+    return SparseConfig.decode(config).selector
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, UniSparse()),
+        ({"quality": "balanced"}, UniSparse()),
+        ({"quality": "high"}, HIGH),
+        ({"selector": "high"}, HIGH),
+        ({"quality": 3}, HIGH),
+        ({"quality": "fast"}, selector_of_quality("fast")),
+        ({"selector": UniSparse(top_k=3)}, UniSparse(top_k=3)),
+    ],
+    ids=str,
+)
+def test_a_model_gets_the_settings_of_its_quality(
+    arguments: dict[str, Any], expected: Selector
+) -> None:
+    model = create(Transformer)
+    assert selector_in(optimize(model, **arguments)) == expected
+    restore(model)
+    with temporarily_optimize(model, **arguments):
+        assert selector_in(model) == expected
+    assert settings_of(model) is None
+
+
+def test_layers_of_a_calibration_take_a_word(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.json"
+    written = {
+        "layers": {"layers.0.attention": "high", "layers.1.attention": "dense"},
+        "quality": "kl",
+        "target": 0.02,
+        "reached": 0.01,
+        "density": 0.5,
+        "model": "Transformer",
+        "unisparse_flex": "0.1.0",
+        "torch": "2.13.0",
+    }
+    path.write_text(json.dumps(written))
+    assert Calibration.load(path).layers["layers.0.attention"] == HIGH
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"quality": "best"}, ValueError, "one of 'fast', 'balanced', 'high', or a number"),
+        ({"quality": None, "selector": "hihg"}, FileNotFoundError, "one of 'fast', 'balanced'"),
+        ({"quality": "high", "selector": UniSparse()}, ValueError, "must not both be given"),
+        ({"dense_layers": 0}, TypeError, "dense_layers must be a collection of layer indices"),
+        ({"dense_layers": "0"}, TypeError, "dense_layers must be a collection of layer indices"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named_and_changes_nothing(
+    arguments: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    model = create(Transformer)
+    with pytest.raises(error, match=match):
+        optimize(model, **arguments)
+    assert settings_of(model) is None
+
+
+def test_a_calibration_has_no_quality_beside_it() -> None:
+    calibration = Calibration(
+        layers={"layers.0.attention": UniSparse()},
+        quality="kl",
+        target=0.02,
+        reached=0.01,
+        density=0.5,
+        model="Transformer",
+        unisparse_flex="0.1.0",
+        torch="2.13.0",
+    )
+    with pytest.raises(ValueError, match="a calibration has a setting for each layer"):
+        optimize(create(Transformer), calibration, quality="high")
+
+
+@pytest.mark.parametrize("quality", ["fast", "high", 5])
+def test_functions_attend_with_the_settings_of_a_quality(quality: Any) -> None:
+    tensors = qkv(700, batch=1)
+    options: dict[str, Any] = {"is_causal": True, "enable_gqa": True}
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention(query, key, value, quality=quality, **options)
+
+    expected = attention(*tensors, selector=selector_of_quality(quality), **options)
+    assert run(*tensors).equal(expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*tensors), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_patches_take_a_quality_of_what_forces_no_text() -> None:
+    order = PatchOrder(grid=(4, 16, 16), tile=(2, 8, 8))
+    tensors = tuple(torch.randn(1, 2, order.num_tokens, 16) for _ in range(3))
+    expected = patch_attention(
+        *tensors, order=order, selector=UniSparse(sink_blocks=0, last_query_blocks=0)
+    )
+    assert patch_attention(*tensors, order=order, quality="balanced").equal(expected)
+
+
+def test_a_registered_name_takes_a_quality() -> None:
+    pytest.importorskip("transformers")
+    from unisparse_flex.integrations import transformers as integration
+
+    integration.register("dialled", quality="high")
+    try:
+        assert integration._registered["dialled"].settings.selector == HIGH
+        with pytest.raises(ValueError, match="must not both be given"):
+            integration.register("dialled", UniSparse(), quality="high")
+    finally:
+        integration.unregister("dialled")
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "is sparse: its forward" in r.getMessage()]
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3))], ids=repr)
+def test_a_model_without_attention_is_told_so_once(
+    model: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    optimize(model)
+    for _ in range(2):
+        model(torch.randn(2, 3))
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith(f"nothing of {type(model).__name__}")
+    restore(model)
+
+
+def test_a_model_that_attends_by_itself_is_told_how_it_may_be_sparse(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    caplog.set_level(logging.WARNING)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=32,
+        vocab_size=50,
+    )
+    ids = torch.ones(1, 5, dtype=torch.long)
+    for implementation, expected in (("eager", 1), ("sdpa", 0)):
+        caplog.clear()
+        model = transformers.LlamaForCausalLM._from_config(
+            config, attn_implementation=implementation
+        )
+        optimize(model)(ids)
+        found = warnings_of(caplog)
+        assert len(found) == expected
+        assert all("(attn_implementation='eager')" in warning for warning in found)
+
+
+@pytest.mark.parametrize("dense_layers", [(), (0, 1)])
+def test_attention_that_stays_dense_is_none_that_was_missed(
+    dense_layers: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    model = optimize(create(Transformer), dense_layers=dense_layers)
+    model.layers[0](embeddings(40))
+    model(embeddings(40))
+    assert isinstance(model.layers[0], Layer)
+    assert not warnings_of(caplog)
