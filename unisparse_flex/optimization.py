@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+# Attention implementations of Hugging Face models that are ours, by name.
+registered_names: set[str] = set()
+
 
 def optimize(
     model: ModelT,
@@ -258,8 +261,15 @@ def temporarily_optimize(
 
 
 def is_optimized(model: nn.Module) -> bool:
-    """Whether `optimize` was called on ``model``, compiled or not."""
-    return is_intercepted(original_module(model))
+    """Whether attention of ``model`` is to be sparse, compiled or not.
+
+    By `optimize`, or as a Hugging Face model that is set to a name of `integrations.register`.
+    """
+    module = original_module(model)
+    if is_intercepted(module):
+        return True
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return isinstance(implementation, str) and implementation in registered_names
 
 
 def validate_model(model: object) -> None:

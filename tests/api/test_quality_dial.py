@@ -15,6 +15,7 @@ from unisparse_flex import (
     Calibration,
     UniSparse,
     attention,
+    is_optimized,
     optimize,
     patch_attention,
     restore,
@@ -145,6 +146,23 @@ def test_a_registered_name_takes_a_quality() -> None:
             integration.register("dialled", UniSparse(), quality="high")
     finally:
         integration.unregister("dialled")
+
+
+def test_a_model_of_a_registered_name_is_optimized() -> None:
+    transformers = pytest.importorskip("transformers")
+    from unisparse_flex.integrations import transformers as integration
+
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32
+    )
+    integration.register("named")
+    try:
+        model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="named")
+        assert is_optimized(model)
+        model.set_attn_implementation("sdpa")
+        assert not is_optimized(model)
+    finally:
+        integration.unregister("named")
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:

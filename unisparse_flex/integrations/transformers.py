@@ -11,6 +11,7 @@ from typing import Any
 from ..block_masks import Selector
 from ..block_masks.selectors import choose_selector
 from ..catching import set_up_key
+from ..optimization import registered_names
 from .transformers_attention import AttentionSettings, create_attention_function
 from .transformers_masks import create_mask_function
 
@@ -126,6 +127,7 @@ def register(
     # Masks first: an attention function without them loses padding.
     functions.masks.register(name, mask)
     functions.attention.register(name, attention)
+    registered_names.add(name)
 
 
 def unregister(name: str = "unisparse") -> None:
@@ -137,6 +139,7 @@ def unregister(name: str = "unisparse") -> None:
     mine = _registered.pop(name, None)
     if mine is None:
         return
+    registered_names.discard(name)
     functions = _import_transformers()
     for mapping in (functions.attention, functions.masks):
         if mine.is_called_by(mapping._global_mapping.get(name)):
