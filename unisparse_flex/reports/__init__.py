@@ -1,7 +1,8 @@
 """What `explain` says, with more around it: as text, as JSON and as one page of HTML."""
 
-from .explain_report import ExplainReport, ReportedCall, report_model
-from .explanation import AttentionRecord, Explanation, explain, record_attention, track_layer
+from .attention_record import AttentionRecord
+from .explain_report import ExplainReport, ReportedCall, find_versions, report_model
+from .explanation import Explanation, explain, record_attention, track_layer
 from .figures import (
     DensitySeries,
     LayerBlocks,
@@ -9,6 +10,7 @@ from .figures import (
     draw_block_maps,
     draw_densities,
 )
+from .measured_page import render_quality, render_speed
 from .page import render_page
 
 __all__ = [
@@ -22,8 +24,11 @@ __all__ = [
     "draw_block_maps",
     "draw_densities",
     "explain",
+    "find_versions",
     "record_attention",
     "render_page",
+    "render_quality",
+    "render_speed",
     "report_model",
     "track_layer",
 ]

@@ -11,7 +11,7 @@ from .explain_report import ExplainReport
 from .tree import build_tree
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Environment, Template
 
 TEMPLATE, STYLE = "page.html.jinja", "page.css"
 
@@ -36,19 +36,24 @@ def render_page(report: ExplainReport) -> str:
         rows=build_tree(report.calls, report.model_class),
         bars=density_chart.compute_bars(report.calls),
         chart=chart,
-        style=_read(STYLE),
+        style=read_part(STYLE),
     )
 
 
 @cache
 def _template() -> Template:
+    return create_environment().from_string(read_part(TEMPLATE))
+
+
+def create_environment() -> Environment:
+    """Creates what templates of pages are made with: everything in them is escaped."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"ms": format_ms, "percent": format_percent}
-    return environment.from_string(_read(TEMPLATE))
+    return environment
 
 
 def format_ms(milliseconds: float | None) -> str:
@@ -63,5 +68,6 @@ def format_percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.1%}"
 
 
-def _read(name: str) -> Any:
+def read_part(name: str) -> Any:
+    """The text of a template or style sheet of this package."""
     return files(__package__).joinpath(name).read_text(encoding="utf-8")

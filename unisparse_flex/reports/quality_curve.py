@@ -1,0 +1,119 @@
+"""Where the points of KL by density stand: plain numbers for an inline SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+WIDTH, HEIGHT = 960, 300
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 14, 40
+# What is drawn of a KL of 0 on a logarithmic axis, and of those below.
+LEAST_KL = 1e-6
+LABEL_GAP = 10
+# A label that begins right of it would leave the chart.
+LAST_LABEL_START = 0.72
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One setting, mean over texts.
+
+    Attributes:
+        x: In pixels from the left.
+        y: In pixels from above.
+        label: What the setting is called.
+        label_x: Where its label begins, or ends.
+        anchor: ``"start"`` or ``"end"``.
+        kind: ``"dial"`` for the library's settings, ``"other"`` for what they are compared with.
+        title: Shown under the pointer.
+    """
+
+    x: float
+    y: float
+    label: str
+    label_x: float
+    anchor: str
+    kind: str
+    title: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tick:
+    """A line of the grid.
+
+    Attributes:
+        at: In pixels, from the left or from above.
+        label: Its number.
+    """
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """The chart.
+
+    Attributes:
+        points: All settings.
+        line: The library's, by density, as the points of a polyline.
+        densities: Ticks from left to right.
+        divergences: Ticks from above, powers of ten.
+        width: In pixels.
+        height: In pixels.
+        left: Where the densities begin.
+        right: Where they end.
+        bottom: Where the least divergence lies.
+    """
+
+    points: Sequence[Point]
+    line: str
+    densities: Sequence[Tick]
+    divergences: Sequence[Tick]
+    width: int = WIDTH
+    height: int = HEIGHT
+    left: int = LEFT
+    right: int = WIDTH - RIGHT
+    bottom: int = HEIGHT - BOTTOM
+
+
+def compute_curve(means: Sequence[Mapping[str, Any]], *, dial: Collection[str]) -> Curve:
+    """Places settings by density, from 0 to 1, and KL, on a logarithmic axis.
+
+    Args:
+        means: Each with ``setting``, ``density`` and ``kl``.
+        dial: Which of the settings are the library's, joined by a line.
+    """
+    exponents = [math.log10(max(mean["kl"], LEAST_KL)) for mean in means] or [0.0]
+    low, high = math.floor(min(exponents)), math.ceil(max(exponents))
+    high = max(high, low + 1)
+
+    def x_of(density: float) -> float:
+        return round(LEFT + density * (WIDTH - LEFT - RIGHT), 1)
+
+    def y_of(exponent: float) -> float:
+        return round(TOP + (high - exponent) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
+
+    points = []
+    for mean, exponent in zip(means, exponents, strict=False):
+        x, starts = x_of(mean["density"]), mean["density"] <= LAST_LABEL_START
+        points.append(
+            Point(
+                x=x,
+                y=y_of(exponent),
+                label=mean["setting"],
+                label_x=x + LABEL_GAP if starts else x - LABEL_GAP,
+                anchor="start" if starts else "end",
+                kind="dial" if mean["setting"] in dial else "other",
+                title=f"{mean['setting']}: density {mean['density']:.1%}, KL {mean['kl']:.4f}",
+            )
+        )
+    joined = sorted((point for point in points if point.kind == "dial"), key=lambda p: p.x)
+    return Curve(
+        points=points,
+        line=" ".join(f"{point.x},{point.y}" for point in joined),
+        densities=[Tick(at=x_of(n / 5), label=f"{20 * n}%") for n in range(6)],
+        divergences=[Tick(at=y_of(n), label=f"{10.0**n:g}") for n in range(low, high + 1)],
+    )
