@@ -22,6 +22,17 @@ from .model import (
     quiet_transformers,
 )
 from .needle import Prompt, Tokenizer, build_prompt
+from .quality import (
+    QualityRow,
+    Sparsity,
+    TaskRow,
+    TextPrompt,
+    draw_samples,
+    encode_start,
+    judge_texts,
+    mean_by_setting,
+    score_tasks,
+)
 from .recall import (
     ROW_STRIDE,
     CaptureAttention,
@@ -30,6 +41,7 @@ from .recall import (
     compute_recall_and_error,
 )
 from .ruler import TASK_NAMES, TaskName, TaskSample, build_task, score
+from .speed import SpeedRow, measure_speed
 from .texts import TEXT_NAMES, TEXT_SOURCES, TextName, draw_excerpt, load_text
 
 __all__ = [
@@ -44,9 +56,14 @@ __all__ = [
     "LoadedModel",
     "Prefill",
     "Prompt",
+    "QualityRow",
+    "Sparsity",
+    "SpeedRow",
     "TaskName",
+    "TaskRow",
     "TaskSample",
     "TextName",
+    "TextPrompt",
     "Tokenizer",
     "build_prompt",
     "build_task",
@@ -58,12 +75,18 @@ __all__ = [
     "compute_recall_and_error",
     "describe_device",
     "draw_excerpt",
+    "draw_samples",
+    "encode_start",
     "generate_greedily",
     "generate_together",
+    "judge_texts",
     "load_smollm2",
     "load_text",
+    "mean_by_setting",
+    "measure_speed",
     "prefill",
     "quiet_transformers",
     "score",
     "score_samples",
+    "score_tasks",
 ]

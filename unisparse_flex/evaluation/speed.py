@@ -1,0 +1,231 @@
+"""Time to first token of a model on one prompt: dense eager, dense compiled and sparse compiled."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..clock import in_turn, timed
+from ..optimization import optimize
+from ..reports import record_attention
+from ..selectors import Selector
+from .measure import compute_kl, compute_log_probs
+from .model import LoadedModel
+from .quality import Sparsity, TextPrompt
+
+CompileScope = Literal["layers", "model"]
+# Of an error that is kept in a row.
+_ERROR_CHARACTERS = 300
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpeedRow:
+    """One way to run the model on one prompt.
+
+    Attributes:
+        tokens: Length of the prompt.
+        run: ``"dense eager"``, ``"dense compiled"`` or ``"sparse compiled"``.
+        setting: What the setting is called; ``None`` where dense.
+        ms: Milliseconds from the prompt to the logits of its last token, median of ``times_ms``;
+            ``None`` where the run failed.
+        times_ms: Of each repeat, warm.
+        first_call_seconds: The first of the two calls before them, compilation included.
+        density: Kept over visible blocks, mean over the sparse calls; ``None`` without any.
+        sparse_calls: Attention calls that run sparse.
+        calls: Attention calls in all.
+        kl_last_token: KL of the next-token distribution after the prompt to that of the first
+            dense run, in nats; ``None`` where there is none to compare.
+        same_token: Whether the likeliest token is the same.
+        error: Why the run failed.
+    """
+
+    tokens: int
+    run: str
+    setting: str | None = None
+    ms: float | None = None
+    times_ms: tuple[float, ...] = ()
+    first_call_seconds: float | None = None
+    density: float | None = None
+    sparse_calls: int = 0
+    calls: int = 0
+    kl_last_token: float | None = None
+    same_token: bool | None = None
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The run in words."""
+        return self.run if self.setting is None else f"sparse, {self.setting}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as values that JSON holds."""
+        return asdict(self) | {"name": self.name, "times_ms": list(self.times_ms)}
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Contender:
+    """A copy of the model that shares its weights, and what was found of it so far."""
+
+    run: str
+    setting: str | None
+    found: dict[str, Any]
+    first_token: Callable[[], Tensor] | None = None
+    log_probs: Tensor | None = None
+
+    def attempt(self, action: Callable[[], Any]) -> None:
+        """Does something; what goes wrong stays in the row and ends this contender alone."""
+        try:
+            action()
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            text = f"{type(error).__name__}: {' '.join(lines[:3])}"
+            self.found["error"], self.first_token = text[:_ERROR_CHARACTERS], None
+
+
+def measure_speed(
+    loaded: LoadedModel,
+    prompt: TextPrompt,
+    settings: Mapping[str, Selector],
+    *,
+    compile_scope: CompileScope = "layers",
+    repeats: int = 3,
+    sparsity: Sparsity | None = None,
+    show: Callable[[str], None] = lambda step: None,
+) -> list[SpeedRow]:
+    """Times the first token: every way twice to warm up, then all in turn, ``repeats`` times.
+
+    The ways share one set of weights. What one of them cannot do, for want of memory or of a
+    compiler, is an error in its row.
+
+    Args:
+        loaded: The model, plain; it stays so.
+        prompt: What it reads.
+        settings: Selectors by what they are called; each is a way to run the model.
+        compile_scope: ``"layers"`` compiles each layer of the model by itself, ``"model"`` all of
+            it at once; Hugging Face's models build a mask tensor in the latter.
+        repeats: Timed runs of each way.
+        sparsity: How the model is made sparse; by default as `optimize` does it, where the cost
+            model decides.
+        show: Told what comes next.
+
+    Raises:
+        ValueError: ``compile_scope`` is ``"layers"`` and the model has no stack of layers.
+    """
+    sparsity = Sparsity(min_length=None) if sparsity is None else sparsity
+    if compile_scope == "layers":
+        find_layers(loaded.model)
+    torch.compiler.reset()
+    contenders = []
+    ways: list[tuple[str, str | None, Selector | None]] = [
+        ("dense eager", None, None),
+        ("dense compiled", None, None),
+        *(("sparse compiled", name, selector) for name, selector in settings.items()),
+    ]
+    for run, setting, selector in ways:
+        contender = _Contender(run=run, setting=setting, found={})
+        show(f"{prompt.tokens} tokens, {run}{f', {setting}' if setting else ''}: first call")
+        contender.attempt(
+            partial(_begin, contender, loaded, prompt, selector, compile_scope, sparsity)
+        )
+        contenders.append(contender)
+    running = [each for each in contenders if each.first_token is not None]
+
+    def clock(contender: _Contender) -> float:
+        show(f"{prompt.tokens} tokens, {contender.setting or contender.run}: timed")
+        if contender.first_token is None:
+            return 0.0
+        function, seconds = contender.first_token, [0.0]
+        contender.attempt(lambda: seconds.append(timed(function, loaded.device)[1]))
+        return seconds[-1]
+
+    turns = in_turn([partial(clock, each) for each in running], repeats=1 + repeats)
+    for contender, (_, *seconds) in zip(running, turns, strict=True):
+        if contender.first_token is not None:
+            contender.found["times_ms"] = tuple(1e3 * each for each in seconds)
+            contender.found["ms"] = 1e3 * median(seconds)
+    reference = next((each.log_probs for each in contenders if each.log_probs is not None), None)
+    rows = [_row(each, prompt, reference) for each in contenders]
+    contenders.clear()
+    running.clear()
+    torch.compiler.reset()
+    return rows
+
+
+def find_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's longest stack of layers.
+
+    Raises:
+        ValueError: There is none.
+    """
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and module]
+    if not stacks:
+        raise ValueError(
+            f"compile_scope must be 'model' for {type(model).__name__}, which has no stack of "
+            "layers, got 'layers'"
+        )
+    return max(stacks, key=len)
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters and buffers are those of the model itself."""
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
+
+
+@torch.no_grad()
+def _begin(
+    contender: _Contender,
+    loaded: LoadedModel,
+    prompt: TextPrompt,
+    selector: Selector | None,
+    compile_scope: CompileScope,
+    sparsity: Sparsity,
+) -> None:
+    """Makes the copy that runs, with its density where sparse, and times its first call."""
+    model = share_weights(loaded.model)
+    accepted = inspect.signature(loaded.model.forward).parameters
+    sparing = {"use_cache": False, "logits_to_keep": 1}
+    inputs = {name: value for name, value in sparing.items() if name in accepted}
+    if selector is not None:
+        optimize(
+            model,
+            selector,
+            min_length=sparsity.min_length,
+            dense_layers=sparsity.dense_layers,
+            backend=sparsity.backend,
+        )
+        with record_attention(model) as records:
+            model(prompt.input_ids, **inputs)
+        kept = [record.density for record in records if record.density is not None]
+        contender.found["calls"], contender.found["sparse_calls"] = len(records), len(kept)
+        contender.found["density"] = sum(kept) / len(kept) if kept else None
+    if contender.run != "dense eager":
+        compiled = find_layers(model) if compile_scope == "layers" else [model]
+        for module in compiled:
+            module.compile(dynamic=False)
+
+    @torch.no_grad()
+    def first_token() -> Tensor:
+        logits: Tensor = model(prompt.input_ids, **inputs).logits[0, -1:]
+        return logits
+
+    logits, seconds = timed(first_token, loaded.device)
+    contender.found["first_call_seconds"] = seconds
+    contender.log_probs = compute_log_probs(logits)
+    contender.first_token = first_token
+
+
+def _row(contender: _Contender, prompt: TextPrompt, reference: Tensor | None) -> SpeedRow:
+    found, log_probs = contender.found, contender.log_probs
+    if reference is not None and log_probs is not None and "error" not in found:
+        found["kl_last_token"] = compute_kl(reference, log_probs)
+        found["same_token"] = bool(reference.argmax() == log_probs.argmax())
+    return SpeedRow(tokens=prompt.tokens, run=contender.run, setting=contender.setting, **found)
