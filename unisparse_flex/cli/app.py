@@ -19,6 +19,8 @@ from .library import load_library
 COMMANDS = {
     "doctor": "Check this machine, with a fix for each finding.",
     "explain": "Say what each attention call of MODEL does, and why.",
+    "quality": "Say what sparse attention changes in what MODEL predicts.",
+    "speed": "Time the first token of MODEL, dense and sparse.",
     "calibrate": "Find settings of each layer of MODEL for a stated quality.",
     "plot": "Draw block maps and density by layer.",
     "demo": "Compare dense and sparse on a small real model.",

@@ -1,0 +1,277 @@
+"""`unisparse-flex quality`: what is measured, what is refused, and the three ways it is told."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.cli.test_page import FETCHING_ATTRIBUTES, FETCHING_TAGS, Page
+from unisparse_flex.cli import models
+from unisparse_flex.cli.measuring import QUALITY_NAMES, split_outside_brackets
+from unisparse_flex.cli.quality import BASELINES, TASK_NAMES, format_quality, say_verdict
+from unisparse_flex.evaluation import TASK_NAMES as LIBRARY_TASK_NAMES
+from unisparse_flex.evaluation import answers, generate_together
+from unisparse_flex.reports import render_quality
+from unisparse_flex.reports.quality_curve import HEIGHT, LEAST_KL, WIDTH, compute_curve
+
+EVIL = """<script>alert("1")</script>&'<img src=x onerror=alert(2)>"""
+KEYS = {
+    *("schema", "kind", "model", "model_class", "weights", "densities", "device", "versions"),
+    *("command", "settings", "selectors", "rows", "means", "tasks", "verdict", "notes"),
+}
+ROW_KEYS = {
+    *("tokens", "text", "setting", "density", "sparse_calls", "calls", "judged", "kl"),
+    *("perplexity", "dense_perplexity", "perplexity_ratio", "top1_agreement"),
+}
+SMALL = "UniSparse(block_size=32, c_q=8, c_k=8, top_p=0.3)"
+
+
+@pytest.fixture(scope="module")
+def essay(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "essay.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. Grüße!\n" * 40, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def values(model_folder, essay, tmp_path_factory):
+    """The JSON of one run at two lengths, written to a file beside the page and the table."""
+    import contextlib
+    import io
+
+    from unisparse_flex.cli import main
+
+    folder = tmp_path_factory.mktemp("written")
+    output, html = folder / "new" / "quality.json", folder / "quality.html"
+    arguments = ["quality", model_folder, "--text", essay, "--lengths", "512,256", "--quality"]
+    arguments += ["fast,1e6", "--against", SMALL, "--output", output, "--html", html, "-q"]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main([str(argument) for argument in arguments]) == 0
+    return json.loads(output.read_text()), html.read_text(encoding="utf-8"), out.getvalue()
+
+
+def test_json_says_what_ran_where_and_with_what(values, model_folder, essay):
+    found = values[0]
+    assert set(found) == KEYS
+    assert [set(row) for row in found["rows"]] == [ROW_KEYS] * 6
+    assert (found["kind"], found["weights"], found["densities"]) == ("quality", "real", "free")
+    assert found["command"][:3] == ["unisparse-flex", "quality", str(model_folder)]
+    assert found["versions"]["torch"]
+    assert found["settings"]["lengths"] == [256, 512]
+    assert found["settings"]["texts"] == [str(essay)]
+    assert set(found["selectors"]) == {"fast", "1e6", SMALL}
+    assert found["selectors"][SMALL] == SMALL
+
+
+def test_a_setting_that_keeps_everything_changes_nothing(values):
+    rows = [row for row in values[0]["rows"] if row["setting"] == "1e6"]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["density"] == 1.0
+        assert row["kl"] == pytest.approx(0.0, abs=1e-6)
+        assert row["perplexity_ratio"] == pytest.approx(1.0, abs=1e-5)
+        assert row["top1_agreement"] == 1.0
+
+
+def test_a_setting_that_drops_blocks_is_judged_by_half_of_the_prompt_at_most(values):
+    rows = [row for row in values[0]["rows"] if row["setting"] == SMALL]
+    for row in rows:
+        assert 0 < row["density"] < 0.9
+        assert row["kl"] > 1e-7
+        assert row["judged"] == row["tokens"] // 2
+        assert row["sparse_calls"] == row["calls"] == 2
+
+
+def test_the_table_fits_80_columns_and_holds_every_row(values):
+    found, _, text = values
+    assert max(map(len, text.splitlines())) <= 80
+    for row in found["rows"]:
+        assert f"{row['density']:.1%}" in text
+        assert f"{row['perplexity']:.3f}" in text
+    for sentence in found["verdict"]:
+        assert sentence in " ".join(text.split())
+
+
+def test_the_page_holds_every_row_and_fetches_nothing(values):
+    found, html, _ = values
+    page = Page(html)
+    assert page.open == []
+    assert not FETCHING_TAGS & set(page.tags)
+    assert not FETCHING_ATTRIBUTES & {name for name, _ in page.attributes}
+    for word in ("http:", "https:", "url(", "@import"):
+        assert word not in html
+    assert "@media (prefers-color-scheme: dark)" in html
+    text = " ".join(page.text)
+    for row in found["rows"]:
+        assert f"{row['kl']:.4f}" in text
+    assert page.tags.count("svg") == 2
+    assert page.tags.count("circle") == 6
+    assert found["verdict"][0] in text
+
+
+def test_names_on_the_page_are_escaped(values):
+    found = json.loads(json.dumps(values[0]))
+    found |= {"model": EVIL, "model_class": EVIL, "verdict": [EVIL], "notes": [EVIL]}
+    found["command"], found["selectors"], found["versions"] = [EVIL], {EVIL: EVIL}, {EVIL: EVIL}
+    for row in (*found["rows"], *found["means"]):
+        row["setting"] = EVIL
+    for row in found["rows"]:
+        row["text"] = EVIL
+    page = Page(render_quality(found))
+    assert not {"script", "img"} & set(page.tags)
+    assert "".join(page.text).count(EVIL) >= 8
+
+
+def test_tasks_are_scored_dense_and_sparse(run, model_folder, essay, monkeypatch, tmp_path):
+    def short(*args, max_tokens, **options):
+        return generate_together(*args, max_tokens=3, **options)
+
+    monkeypatch.setattr(answers, "generate_together", short)
+    # A token is a byte: the tasks need a longer context.
+    for path in model_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((model_folder / "config.json").read_text())
+    config["max_position_embeddings"] = 2048
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ["--lengths", "1200", "--quality", "1e6", "--tasks", "niah_single", "--samples", "2"]
+    ran = run("quality", tmp_path, "--text", essay, *options, "--json", "-q")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    dense, kept = found["tasks"]["RULER"]
+    assert dense["task"] == kept["task"] == "niah_single"
+    assert (dense["setting"], kept["setting"]) == (None, "1e6")
+    assert (dense["samples"], dense["density"], kept["density"]) == (2, None, 1.0)
+    assert dense["score"] == kept["score"]
+    assert "niah_single" in render_quality(found)
+    assert "niah_single" in format_quality(found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lengths", "4k"], "--lengths must be whole numbers of at least 256 tokens, got '4k'"),
+        (["--lengths", "12"], "--lengths must be whole numbers of at least 256 tokens, got '12'"),
+        (["--lengths", ","], "--lengths must name at least one length, got ','"),
+        (["--lengths", "513"], "--lengths must be at most the model's context, 512, got 513"),
+        (
+            ["--quality", "best"],
+            "--quality must be of fast, balanced, high and numbers of at least",
+        ),
+        (["--quality", "0.01"], "numbers of at least 0.1, got '0.01'; 1 is balanced"),
+        (["--quality", "nan"], "got 'nan'; 1 is balanced, larger ones keep more blocks"),
+        (["--quality", ""], "--quality must name at least one setting, got ''"),
+        (["--against", "seer"], "--against must be of paper, xattention, flexprefill"),
+        (["--against", "XAttention(threshold=7)"], "--against: threshold must be in (0, 1], got 7"),
+        (["--against", "open('x')"], "--against: a selector must be a call with literals by name"),
+        (["--tasks", "qa"], "--tasks must be ruler (all of them) or of niah_single"),
+        (["--samples", "0"], "'--samples': 0 is not in the range x>=1"),
+        (["--text", "nowhere.txt"], "a text must be a file or one of prose, code, topics, got"),
+        (["--html", "."], "'--html': it must be a file, got ., a folder"),
+        (
+            ["--output", "pyproject.toml/x.json"],
+            "cannot write pyproject.toml/x.json: pyproject.toml",
+        ),
+        (["--dense-layers", "a"], "layers must be whole numbers such as 0,1,-1, got 'a'"),
+        (["--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_is_loaded(
+    run, model_folder, monkeypatch, options, message
+):
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    ran = run("quality", model_folder, *options)
+    assert (ran.code, ran.out) == (2, "")
+    assert message in " ".join(ran.err.split())
+
+
+def test_a_file_too_short_is_refused_before_anything_is_loaded(
+    run, model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    text = tmp_path / "short.txt"
+    text.write_text("short", encoding="utf-8")
+    ran = run("quality", model_folder, "--text", text, "--lengths", "256")
+    assert ran.code == 2
+    assert "got 256 for" in " ".join(ran.err.split())
+    assert "a file of 5 bytes; give a longer --text" in " ".join(ran.err.split())
+
+
+def test_a_model_whose_calls_all_stay_dense_says_why(run, model_folder, essay):
+    ran = run(
+        *("quality", model_folder, "--text", essay, "--lengths", "256", "-q"),
+        *("--min-length", "4096"),
+    )
+    assert ran.code == 1
+    message = " ".join(ran.err.split())
+    assert f"cannot judge {model_folder}: no attention call ran sparse:" in message
+
+
+def test_names_are_those_of_the_library():
+    from unisparse_flex import selectors
+    from unisparse_flex.block_masks.selectors import QUALITIES
+
+    assert TASK_NAMES == LIBRARY_TASK_NAMES
+    assert tuple(QUALITIES) == QUALITY_NAMES
+    assert all(
+        issubclass(getattr(selectors, name), selectors.Selector) for name in BASELINES.values()
+    )
+
+
+def test_help_names_the_tasks_and_what_is_left_out(run):
+    text = " ".join(run("quality", "--help").out.split())
+    assert "LongBench is not supported" in text
+    assert all(name in text for name in (*TASK_NAMES, *BASELINES))
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a, b,a", ["a", "b"]),
+        ("A(x=1, y=(2, 3)),b", ["A(x=1, y=(2, 3))", "b"]),
+        (",,", []),
+    ],
+)
+def test_lists_are_split_outside_of_brackets(text, parts):
+    assert split_outside_brackets(text) == parts
+
+
+def test_a_verdict_is_of_the_longest_length_and_begins_with_balanced():
+    def mean(tokens, setting, ratio):
+        return {
+            "tokens": tokens,
+            "setting": setting,
+            "density": 0.34,
+            "kl": 0.0123,
+            "perplexity_ratio": ratio,
+            "top1_agreement": 0.95,
+        }
+
+    means = [mean(8, "balanced", 2.0), mean(9, "fast", 0.9), mean(9, "balanced", 1.01)]
+    means += [mean(9, "high", 1.0001), mean(9, "oracle", 1.0)]
+    assert say_verdict(means, ["fast", "balanced", "high"]) == [
+        "At 9 tokens balanced keeps 34% of the blocks at a KL of 0.012: perplexity 1.0% above "
+        "dense, 95% of the likeliest next tokens the same.",
+        "At 9 tokens fast keeps 34% of the blocks at a KL of 0.012: perplexity 10.0% below dense, "
+        "95% of the likeliest next tokens the same.",
+        "At 9 tokens high keeps 34% of the blocks at a KL of 0.012: perplexity as dense, 95% of "
+        "the likeliest next tokens the same.",
+    ]
+
+
+def test_points_of_the_curve_lie_inside_the_chart_by_density_and_divergence():
+    means = [
+        {"setting": str(n), "density": n / 4, "kl": kl}
+        for n, kl in enumerate((1.0, 0.1, 0.02, 0.001, 0.0))
+    ]
+    curve = compute_curve(means, dial=["0", "1", "2", "3"])
+    assert all(0 < point.x < WIDTH and 0 < point.y < HEIGHT for point in curve.points)
+    assert [point.x for point in curve.points] == sorted(point.x for point in curve.points)
+    assert [point.y for point in curve.points] == sorted(point.y for point in curve.points)
+    assert [point.kind for point in curve.points] == ["dial"] * 4 + ["other"]
+    assert len(curve.line.split()) == 4
+    assert curve.divergences[0].label == f"{LEAST_KL:g}"
+    assert curve.points[4].y == curve.divergences[0].at
+    assert re.fullmatch(r"\d+%", curve.densities[-1].label)

@@ -1,0 +1,161 @@
+"""`unisparse-flex speed`: ways side by side, packages of other work named, wrong arguments."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.cli.test_page import FETCHING_TAGS, Page
+from unisparse_flex.cli import models
+from unisparse_flex.cli import speed as command
+from unisparse_flex.evaluation import speed as measured
+from unisparse_flex.reports import render_speed
+
+KEYS = {
+    *("schema", "kind", "model", "model_class", "weights", "densities", "device", "versions"),
+    *("command", "settings", "selectors", "rows", "against", "verdict", "notes"),
+}
+ROW_KEYS = {
+    *("tokens", "run", "setting", "name", "ms", "times_ms", "first_call_seconds", "density"),
+    *("sparse_calls", "calls", "kl_last_token", "same_token", "error", "speedup"),
+}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Modules whose compilation was asked for; they stay as they are."""
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: asked.append(self))
+    return asked
+
+
+def timed(run, folder, *options):
+    ran = run("speed", folder, "--lengths", "256", "--repeats", "2", "-q", *options, "--json")
+    assert ran.code == 0, ran.err
+    return json.loads(ran.out)
+
+
+def test_ways_stand_side_by_side_with_density_and_divergence(run, model_folder, uncompiled):
+    found = timed(run, model_folder, "--min-length", "0", "--quality", "fast,1e6")
+    assert set(found) == KEYS
+    assert [set(row) for row in found["rows"]] == [ROW_KEYS] * 4
+    assert (found["kind"], found["weights"], found["densities"]) == ("speed", "real", "free")
+    eager, compiled, fast, kept = found["rows"]
+    assert [row["name"] for row in found["rows"]] == [
+        *("dense eager", "dense compiled", "sparse, fast", "sparse, 1e6"),
+    ]
+    assert all(len(row["times_ms"]) == 2 and row["error"] is None for row in found["rows"])
+    assert all(row["first_call_seconds"] > 0 for row in found["rows"])
+    assert (eager["density"], compiled["calls"]) == (None, 0)
+    assert 0 < fast["density"] <= kept["density"] == 1.0
+    assert kept["kl_last_token"] == pytest.approx(0.0, abs=1e-6)
+    assert kept["same_token"]
+    best = min(eager["ms"], compiled["ms"])
+    assert fast["speedup"] == pytest.approx(best / fast["ms"])
+    # Two layers of three ways.
+    assert len(uncompiled) == 6
+
+
+def test_the_whole_model_is_compiled_where_that_is_asked_for(run, model_folder, uncompiled):
+    found = timed(run, model_folder, "--compile", "model")
+    assert [type(module).__name__ for module in uncompiled] == ["LlamaForCausalLM"] * 2
+    assert found["settings"]["compile"] == "model"
+
+
+def test_calls_that_stay_dense_are_said_to(run, model_folder, uncompiled):
+    found = timed(run, model_folder)
+    assert found["rows"][2]["sparse_calls"] == 0
+    assert found["rows"][2]["density"] is None
+    assert found["verdict"] == [
+        "At 256 tokens balanced leaves every attention call dense; unisparse-flex explain says why."
+    ]
+
+
+def test_what_one_way_cannot_do_stays_in_its_row(run, model_folder, monkeypatch):
+    def refuse(self, **_):
+        raise RuntimeError("no compiler\nwas found")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", refuse)
+    found = timed(run, model_folder, "--min-length", "0")
+    eager, compiled, sparse = found["rows"]
+    assert eager["ms"] > 0
+    for row in (compiled, sparse):
+        assert (row["ms"], row["error"]) == (None, "RuntimeError: no compiler was found")
+    assert "could not be timed: RuntimeError" in found["verdict"][0]
+    assert "no compiler was found" in render_speed(found)
+
+
+def test_text_and_page_hold_what_json_does(run, model_folder, uncompiled, tmp_path):
+    html, output = tmp_path / "speed.html", tmp_path / "speed.json"
+    ran = run(
+        *("speed", model_folder, "--lengths", "512,256", "--repeats", "1", "--min-length", "0"),
+        *("--against", "xattn,minference", "--html", html, "--output", output),
+    )
+    assert ran.code == 0, ran.err
+    assert max(map(len, ran.out.splitlines())) <= 80
+    assert f"wrote {html}" in ran.err
+    found = json.loads(output.read_text())
+    page = Page(html.read_text(encoding="utf-8"))
+    assert page.open == []
+    assert not FETCHING_TAGS & set(page.tags)
+    text = " ".join(page.text)
+    for row in found["rows"]:
+        assert f"{row['ms']:.1f}" in ran.out
+        assert f"{row['first_call_seconds']:.1f}" in text
+    assert found["settings"]["lengths"] == [256, 512]
+    assert "xattn" in text
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_packages_of_other_work_are_named_and_not_run(monkeypatch, here):
+    monkeypatch.setattr(command, "find_spec", lambda name: object() if here else None)
+    found = command.find_rivals(tuple(command.RIVALS))
+    assert [each["name"] for each in found] == list(command.RIVALS)
+    status = "installed, not supported yet: no adapter runs it" if here else "not importable"
+    assert {each["status"] for each in found} == {status}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lengths", "1.5"], "--lengths must be whole numbers of at least 256 tokens, got '1.5'"),
+        (["--lengths", "1024"], "--lengths must be at most the model's context, 512, got 1024"),
+        (["--quality", "slow"], "--quality must be of fast, balanced, high and numbers"),
+        (["--against", "xattention"], "--against must be of minference, flex_prefill, xattn"),
+        (["--compile", "all"], "'--compile': 'all' is not one of 'layers', 'model'"),
+        (["--repeats", "0"], "'--repeats': 0 is not in the range x>=1"),
+        (["--text", "nowhere.txt"], "a text must be a file or one of prose, code, topics, got"),
+        (["--html", "."], "'--html': it must be a file, got ., a folder"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_is_loaded(
+    run, model_folder, monkeypatch, options, message
+):
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    ran = run("speed", model_folder, *options)
+    assert (ran.code, ran.out) == (2, "")
+    assert message in " ".join(ran.err.split())
+
+
+def test_a_copy_shares_the_weights_and_nothing_else():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    other = measured.share_weights(model)
+    pairs = zip(model.modules(), other.modules(), strict=True)
+    assert all(a is not b and type(a) is type(b) for a, b in pairs)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(a is b for a, b in zip(model.buffers(), other.buffers(), strict=True))
+
+
+def test_a_model_without_layers_is_compiled_only_as_a_whole():
+    with pytest.raises(ValueError, match="compile_scope must be 'model' for Linear"):
+        measured.find_layers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+def test_compiled_ways_say_what_the_eager_model_does(run, model_folder):
+    found = timed(run, model_folder, "--min-length", "0", "--quality", "1e6")
+    for row in found["rows"]:
+        assert row["error"] is None
+        assert row["kl_last_token"] == pytest.approx(0.0, abs=1e-5)

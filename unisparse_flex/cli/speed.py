@@ -1,0 +1,301 @@
+"""``unisparse-flex speed MODEL``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..progress import Progress
+from . import PROGRAM
+from .arguments import text_argument
+from .failures import failures
+from .measuring import (
+    COLUMNS,
+    OUTPUT_OPTIONS,
+    PLACE_OPTIONS,
+    KeepsCommand,
+    check_lengths,
+    create_dial,
+    create_prompts,
+    describe_run,
+    lengths_option,
+    model_argument_of_command,
+    quality_argument,
+    read_texts,
+    repeats_option,
+    shorten_end,
+    split_outside_brackets,
+    write_results,
+)
+from .options import with_options
+from .output import wrap
+
+# Packages of other work: the module that is imported, and the distribution that may hold it.
+RIVALS = {
+    "minference": "minference",
+    "flex_prefill": "flex-prefill",
+    "xattn": "xattn",
+    "flash_prefill": "flash-prefill",
+    "spas_sage_attn": "spas-sage-attn",
+    "flashinfer": "flashinfer-python",
+}
+REPEATS = {"cuda": 5, "cpu": 3}
+SCOPES = ("layers", "model")
+NOTES = (
+    "first token: from the prompt to the logits of its last token, without a cache; the ways take "
+    "turns, after two calls each that warm up. first call: the first of them, compilation "
+    "included; a warm compilation cache makes it short.",
+    "over dense: the fastest dense run's time over this one's. density: kept over visible blocks, "
+    "mean over the sparse calls. KL: of the next-token distribution after the prompt to the first "
+    "dense run's, one position only; unisparse-flex quality judges many.",
+)
+DENSE_NOTE = (
+    "Calls stay dense where the cost model predicts that to be faster; --min-length 0 makes every "
+    "call sparse that can be."
+)
+
+
+def against_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
+    """Packages of other work, by the names of their modules."""
+    names = split_outside_brackets(text)
+    for name in names:
+        if name not in RIVALS:
+            raise click.UsageError(f"--against must be of {', '.join(RIVALS)}, got {name!r}")
+    return tuple(names)
+
+
+@click.command(
+    cls=KeepsCommand,
+    epilog=f"""\b
+Examples:
+  {PROGRAM} speed smollm2 --lengths 4096,8192
+  {PROGRAM} speed ./my-model --text prompt.txt --quality fast,balanced --html speed.html""",
+)
+@model_argument_of_command
+@with_options(
+    click.option(
+        "--text",
+        default="code",
+        show_default=True,
+        metavar="FILE",
+        callback=text_argument,
+        help="What the model reads: a UTF-8 file, or prose, code or topics (installed texts).",
+    ),
+    lengths_option,
+    click.option(
+        "--quality",
+        default="balanced",
+        show_default=True,
+        metavar="Q,...",
+        callback=quality_argument,
+        help="Settings of the dial: fast, balanced, high or numbers.",
+    ),
+    click.option(
+        "--against",
+        default="",
+        metavar="NAME,...",
+        callback=against_argument,
+        help=f"Packages of other work: {', '.join(RIVALS)}. They are looked for and reported; "
+        "none is run yet.",
+    ),
+    click.option(
+        "--compile",
+        "compile_scope",
+        type=click.Choice(SCOPES),
+        default="layers",
+        show_default=True,
+        help="Compile each layer by itself, or the model as a whole, for which Hugging Face's "
+        "models build a mask tensor.",
+    ),
+    repeats_option(
+        "Timed calls of each way, of which the median counts.  [default: 5 on CUDA, 3 on the CPU]"
+    ),
+    click.option(
+        "--min-length",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Fewest keys for which attention is sparse.  [default: the cost model decides]",
+    ),
+    *PLACE_OPTIONS,
+    *OUTPUT_OPTIONS,
+)
+@click.pass_obj
+def speed(
+    command: list[str],
+    /,
+    model: str,
+    text: str,
+    lengths: tuple[int, ...],
+    quality: tuple[str, ...],
+    against: tuple[str, ...],
+    compile_scope: Any,
+    repeats: int | None,
+    min_length: int | None,
+    allow_download: bool,
+    device: str | None,
+    dense_layers: tuple[int, ...],
+    backend: str,
+    as_json: bool,
+    output: Path | None,
+    html: Path | None,
+    quiet: bool,
+) -> int:
+    """Time the first token of MODEL: dense eager, dense compiled and sparse compiled.
+
+    Exits with 1 where no way could be timed.
+    """
+    check_lengths(model, lengths, [text])
+    settings = create_dial(quality)
+    from ..evaluation import Sparsity, measure_speed
+    from ..reports import render_speed
+    from .models import load_model
+
+    contents = read_texts([text], lengths)
+    sparsity = Sparsity(min_length=min_length, dense_layers=dense_layers, backend=backend)
+    rows: list[dict[str, Any]] = []
+    with Progress("speed", shown=not quiet) as progress:
+        progress.show(f"load {model}")
+        loaded = load_model(model, allow_download=allow_download, device=device)
+        prompts = create_prompts(loaded, contents, lengths)
+        turns = REPEATS[loaded.device.type] if repeats is None else repeats
+        progress.total = len(prompts) * (2 + len(settings)) * (2 + turns)
+        for prompt in prompts:
+            with failures(f"time {model}"):
+                found = measure_speed(
+                    loaded,
+                    prompt,
+                    settings,
+                    compile_scope=compile_scope,
+                    repeats=turns,
+                    sparsity=sparsity,
+                    show=progress.advance,
+                )
+            rows += [row.to_json() for row in found]
+    add_speedups(rows)
+    values = describe_run(command, "speed", model, loaded) | {
+        "settings": {
+            "text": text,
+            "lengths": [prompt.tokens for prompt in prompts],
+            "quality": list(quality),
+            "compile": compile_scope,
+            "repeats": turns,
+            "min_length": min_length,
+            "dense_layers": list(dense_layers),
+            "backend": backend,
+        },
+        "selectors": {name: selector.text for name, selector in settings.items()},
+        "rows": rows,
+        "against": find_rivals(against),
+        "verdict": say_verdict(rows),
+        "notes": [*NOTES, *([DENSE_NOTE] if min_length is None else [])],
+    }
+    write_results(
+        values,
+        format_speed(values),
+        render_speed(values) if html else None,
+        as_json=as_json,
+        output=output,
+        html=html,
+        quiet=quiet,
+    )
+    return 0 if any(row["ms"] is not None for row in rows) else 1
+
+
+def add_speedups(rows: Sequence[dict[str, Any]]) -> None:
+    """Puts the fastest dense run's time over each row's own into the row."""
+    for row in rows:
+        dense = [
+            other["ms"]
+            for other in rows
+            if other["tokens"] == row["tokens"] and other["setting"] is None and other["ms"]
+        ]
+        row["speedup"] = min(dense) / row["ms"] if dense and row["ms"] else None
+
+
+def find_rivals(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Which packages of other work are here; none of them is run."""
+    found = []
+    for name in names:
+        importable = find_spec(name) is not None
+        try:
+            installed = version(RIVALS[name]) if importable else None
+        except PackageNotFoundError:
+            installed = None
+        status = (
+            "installed, not supported yet: no adapter runs it" if importable else ("not importable")
+        )
+        found.append(
+            {"name": name, "importable": importable, "version": installed, "status": status}
+        )
+    return found
+
+
+def say_verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence for each setting at the longest length."""
+    longest = max(row["tokens"] for row in rows)
+    sentences = []
+    for row in rows:
+        if row["tokens"] != longest or row["setting"] is None:
+            continue
+        start = f"At {longest} tokens {row['setting']}"
+        if row["error"] is not None:
+            sentences.append(f"{start} could not be timed: {row['error']}")
+        elif not row["sparse_calls"]:
+            sentences.append(
+                f"{start} leaves every attention call dense; unisparse-flex explain says why."
+            )
+        elif row["speedup"] is None:
+            sentences.append(f"{start} takes {row['ms']:.0f} ms; no dense run could be timed.")
+        else:
+            sentences.append(
+                f"{start} brings the first token {row['speedup']:.2f} times as fast as the "
+                f"fastest dense run, with {row['density']:.0%} of the blocks, at a KL of "
+                f"{row['kl_last_token']:.2g} after the prompt."
+            )
+    return sentences
+
+
+def format_speed(values: dict[str, Any]) -> str:
+    """The tables for a terminal of 80 columns."""
+    device = values["device"]
+    head = f"{values['model']}: {values['model_class']}, {device['dtype']} on {device['name']}"
+    lines = [wrap(head, COLUMNS)]
+    for tokens in dict.fromkeys(row["tokens"] for row in values["rows"]):
+        lines += ["", f"{tokens} tokens"]
+        lines.append(_cells("run", "ms", "over dense", "density", "KL", "first call"))
+        for row in values["rows"]:
+            if row["tokens"] != tokens:
+                continue
+            lines.append(
+                _cells(
+                    row["name"],
+                    _number(row["ms"], "{:.1f}"),
+                    _number(row["speedup"], "{:.2f}x"),
+                    _number(row["density"], "{:.1%}"),
+                    _number(row["kl_last_token"], "{:.4f}"),
+                    _number(row["first_call_seconds"], "{:.1f} s"),
+                )
+            )
+            if row["error"] is not None:
+                lines.append(wrap(f"    failed: {row['error']}", COLUMNS, indent=4))
+    lines += [""]
+    lines += [f"{each['name']}: {each['status']}" for each in values["against"]]
+    lines += [wrap(sentence, COLUMNS) for sentence in values["verdict"]]
+    lines += [""]
+    lines += [wrap(note, COLUMNS) for note in values["notes"]]
+    return "\n".join(lines)
+
+
+def _cells(name: str, *numbers: str) -> str:
+    widths = (12, 12, 9, 9, 12)
+    cells = (f"{number:>{width}}" for number, width in zip(numbers, widths, strict=True))
+    return f"  {shorten_end(name, 22):22}" + "".join(cells)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
