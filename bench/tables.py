@@ -1,29 +1,30 @@
 """Markdown tables and plots from the files of the benchmarks, or the tables of a page.
 
 python -m bench.tables [FILE ...] [--join] [--plots docs | --no-plots] [--selector NAME]
-python -m bench.tables --page docs/performance.md
+python -m bench.tables --page docs/evidence/performance-tables.md
 
 Without files, those in bench/results. Tables go to the screen, plots into a folder as PNG; or the
-tables of a page are written anew, each between a comment that names its files and the next comment.
+tables of a page are written anew, each between a comment that names its files, or one of `OTHERS`,
+and the next comment.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 from unisparse_flex.passes import DenseReason
 from unisparse_flex.passes.masks import Unproved
 
 from . import markdown
+from .figures import front_tables
 from .record import FOLDER
 from .registry import BENCHMARKS, benchmark_of, describe, files_of, read
 
 FILES = r"tables of [\w. -]+?"
-# Sections that name no files: every reason for which a call stays dense or a mask a tensor.
-REASONS: dict[str, type[StrEnum]] = {"reasons": DenseReason, "unproved": Unproved}
-SECTIONS = "|".join([FILES, *REASONS])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -64,11 +65,28 @@ def fill(page: str) -> str:
 
 
 def write_section(name: str) -> str:
-    """The tables of a section: of the files that it names, or of `REASONS`."""
-    if name in REASONS:
-        rows = [(member.name, member.value) for member in REASONS[name]]
-        return markdown.table({"name": "`{}`", "says": "{}"}, rows) + "\n"
+    """The tables of a section: of the files that it names, or one of `OTHERS`."""
+    if name in OTHERS:
+        return OTHERS[name]()
     return describe(read(FOLDER / file for file in name.removeprefix("tables of ").split()))
+
+
+def describe_reasons(reasons: type[StrEnum]) -> str:
+    """Names and texts of every reason for which a call stays dense, or a mask a tensor."""
+    rows = [(member.name, member.value) for member in reasons]
+    return markdown.table({"name": "`{}`", "says": "{}"}, rows) + "\n"
+
+
+# Sections that name no files.
+OTHERS: dict[str, Callable[[], str]] = {
+    "reasons": partial(describe_reasons, DenseReason),
+    "unproved": partial(describe_reasons, Unproved),
+    "dial": front_tables.dial_table,
+    "claims": front_tables.claims_table,
+    "speed": front_tables.speed_table,
+    "coverage": front_tables.coverage_table,
+}
+SECTIONS = "|".join([FILES, *OTHERS])
 
 
 if __name__ == "__main__":

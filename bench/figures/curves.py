@@ -17,3 +17,16 @@ def interpolate(points: Sequence[tuple[float, float]], x: float) -> float | None
             part = 0.0 if low == high else (x - low) / (high - low)
             return math.exp((1 - part) * math.log(first) + part * math.log(last))
     return None
+
+
+def place_of(points: Sequence[tuple[float, float]], y: float) -> float | None:
+    """Of points (x, y) by rising x, the x at which a falling curve reaches a ``y``.
+
+    The logarithm of y is straight between two points; ``None`` where the curve does not reach it.
+    """
+    for (low, first), (high, last) in pairwise(points):
+        if min(first, last) > 0 and last <= y <= first:
+            span = math.log(first) - math.log(last)
+            part = 0.0 if span == 0 else (math.log(first) - math.log(y)) / span
+            return low + part * (high - low)
+    return None

@@ -1,0 +1,274 @@
+"""The tables of the front page and of the pages beside it, from files in bench/results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from unisparse_flex.block_masks.selectors import QUALITIES
+from unisparse_flex.passes.calls import decode_selector
+
+from .. import markdown
+from ..attention import sparse_rows
+from .curves import place_of
+from .front import (
+    NAMES,
+    QUALITY,
+    RANDOM,
+    SETTINGS,
+    load,
+    load_speed,
+    quality_points,
+    real_speedups,
+)
+from .speed_plots import curves
+
+TEXTS = ("prose", "code")
+OURS = "unisparse-default"
+# Those that the paper claims to be better than, then others.
+CLAIMED = ("xattention", "flexprefill", "minference")
+RIVALS = (*CLAIMED, "flashprefill", "streamingllm", "unisparse-paper")
+TASKS = "quality-smollm2-8192-tasks.json"
+PREFILL = "prefill-cuda-sm90.json"
+MASKED = "masked-cuda-sm90-models.json"
+FOUR = "distributed-cuda-sm90-x4.json"
+LENGTHS = (32768, 131072)
+COVERAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
+# What the modes of docs/coverage.md are called at the head of a column.
+MODES = {
+    "forward": "eager",
+    "compiled forward": "compiled",
+    "forward, right padding": "right padding",
+    "forward, left padding": "left padding",
+    "compiled forward, right padding": "compiled, padded",
+    "generate, DynamicCache": "generate",
+    "generate, StaticCache": "static cache",
+    "generate, padded batch": "padded batch",
+    "beam search": "beam search",
+    "chunked prefill": "chunked prefill",
+    "export": "export",
+}
+
+
+def dial_table() -> str:
+    """What each word of the dial keeps and costs, on two models and two texts."""
+    columns = {"quality": '`"{}"`', "threshold": "{:g}"}
+    cells: dict[str, list[str | None]] = {word: [] for word in QUALITIES}
+    for name, title in QUALITY.items():
+        result = load(name)
+        for text in TEXTS:
+            columns[f"{title} of {text}"] = "{}"
+            points = quality_points(result, OURS, text)
+            for word, threshold in QUALITIES.items():
+                cells[word].append(_point_of(points, threshold))
+    return _page([columns, [[word, QUALITIES[word], *cells[word]] for word in QUALITIES]])
+
+
+def claims_table() -> str:
+    """What the paper claims beside what is measured here."""
+    columns = dict.fromkeys(("the paper", "here", "measured on", "file"), "{}")
+    return _page([columns, [_accuracy(), *_speed_claims(), *_rivals()]])
+
+
+def speed_table() -> str:
+    """Times of attention and of whole models on GPUs, each line with what it was measured on."""
+    heads = ("measured", "tokens", "weights, blocks kept", "over dense", "file")
+    rows = [*_attention_rows(), *_model_rows()]
+    return _page([dict.fromkeys(heads, "{}"), rows])
+
+
+def coverage_table() -> str:
+    """A tick for every model family and mode of docs/coverage.md that runs sparse."""
+    found: dict[str, dict[str, str]] = {}
+    family = ""
+    for line in COVERAGE.read_text().partition("## Masks")[0].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 6 and cells[2].isdigit():
+            family = cells[0] or family
+            found.setdefault(family, {})[cells[1]] = _tick(cells[2], cells[3])
+    columns = {"family": "{}", **dict.fromkeys(MODES.values(), "{}")}
+    rows = [[name, *(modes.get(mode) for mode in MODES)] for name, modes in found.items()]
+    return _page([columns, rows])
+
+
+def _tick(sparse: str, dense: str) -> str:
+    """Whether the calls of the prompt run sparse: all, some or none; decoding is dense."""
+    others = [cell for cell in dense.split(", ") if not cell.endswith("FEW_QUERIES")]
+    if sparse == "0":
+        return "no"
+    return "✓" if others in ([], ["0"]) else "in part"
+
+
+def _point_of(points: Sequence[tuple[float, float, str]], threshold: float) -> str | None:
+    for density, kl, setting in points:
+        if getattr(decode_selector(setting), "threshold", None) == threshold:
+            return f"{density:.0%}, KL {kl:.3f}"
+    return None
+
+
+def _accuracy() -> list[str]:
+    rows = [row for row in load(TASKS)["rows"] if "task_scores" in row]
+    [row] = [row for row in rows if row["selector"] == OURS and _is_default(row["parameters"])]
+    scores, dense = row["task_scores"], row["dense_scores"]
+    parts = [scores[task] / dense[task] for task in scores]
+    ratio = mean(scores.values()) / mean(dense.values())
+    ratios = [
+        _mean_row(result, text)["perplexity_ratio"]
+        for result in map(load, QUALITY)
+        for text in TEXTS
+    ]
+    return [
+        "at least 99% of full attention's accuracy",
+        f"{ratio:.0%} on {len(parts)} needle tasks ({min(parts):.0%} to {max(parts):.0%} by task), "
+        f"perplexity {min(ratios):.3f} to {max(ratios):.3f} times dense's",
+        f"SmolLM2-135M at 8192 tokens, {row['samples']} samples a task; prose and code, also "
+        "Gemma 3 270M at 32768; real weights, free densities",
+        ", ".join(map(_file, (TASKS, *QUALITY))),
+    ]
+
+
+def _mean_row(result: dict[str, Any], text: str) -> dict[str, float]:
+    rows = [
+        row
+        for row in result["rows"]
+        if row["selector"] == OURS and row.get("text") == text and _is_default(row["parameters"])
+    ]
+    return {"perplexity_ratio": mean(row["perplexity_ratio"] for row in rows)}
+
+
+def _is_default(setting: str) -> bool:
+    return getattr(decode_selector(setting), "threshold", None) == QUALITIES["balanced"]
+
+
+def _speed_claims() -> Iterator[list[str]]:
+    result = load_speed()
+    real = real_speedups(result)
+    flash = [
+        row["dense_kernels"]["sdpa_flash"] / row["total_ms"]
+        for layer, *_ in real
+        for row in sparse_rows(result, layer, SETTINGS)
+        if row["density"] is None
+    ]
+    kept, best = [row[2] for row in real], [row[3] for row in real]
+    yield [
+        "attention up to 2.61x as fast as FlashAttention",
+        f"{min(flash):.2f}x to {max(flash):.2f}x over PyTorch's FlashAttention, "
+        f"{min(best):.2f}x to {max(best):.2f}x over the fastest dense kernel",
+        f"three layers of SmolLM2-135M at {real[0][1]} tokens, H100; real weights and prompt, "
+        f"free density ({min(kept):.0%} to {max(kept):.0%})",
+        _file("attention-cuda-sm90-shapes.json"),
+    ]
+    forced = {density: _speedups(result, density)[LENGTHS[1]] for density in (0.1, 0.3)}
+    yield [
+        "",
+        " and ".join(f"{x:.2f}x at {density:.0%}" for density, x in forced.items())
+        + " over the fastest dense kernel",
+        f"Llama-3.1-8B's heads at {LENGTHS[1]} tokens, H100; random inputs, forced density",
+        _file("attention-cuda-sm90.json"),
+    ]
+
+
+def _rivals() -> Iterator[list[str]]:
+    claim = "more accurate at less cost than XAttention, FlexPrefill and MInference"
+    for name, title in QUALITY.items():
+        parts = []
+        for rival in RIVALS:
+            ratios = _ratios(load(name), rival)
+            if ratios:
+                parts.append(f"{NAMES[rival]} {min(ratios):.2f} to {max(ratios):.2f}")
+        yield [
+            claim,
+            f"of the density of others at equal KL: {', '.join(parts)}",
+            f"{title}, prose and code; real weights, free densities",
+            _file(name),
+        ]
+        claim = ""
+
+
+def _ratios(result: dict[str, Any], rival: str) -> list[float]:
+    """Of the rival's points, the density that ours needs for their KL over theirs."""
+    found = []
+    for text in TEXTS:
+        ours = [(density, kl) for density, kl, _ in quality_points(result, OURS, text)]
+        for density, kl, _ in quality_points(result, rival, text):
+            own = place_of(ours, kl)
+            if own is not None:
+                found.append(own / density)
+    return found
+
+
+def _attention_rows() -> Iterator[list[str]]:
+    result = load_speed()
+    real = real_speedups(result)
+    yield [
+        "attention, SmolLM2-135M, layers 3, 15 and 27, H100",
+        str(real[0][1]),
+        f"real, free: {', '.join(f'{kept:.0%}' for *_, kept, _ in real)}",
+        ", ".join(f"{speedup:.2f}x" for *_, speedup in real),
+        _file("attention-cuda-sm90-shapes.json"),
+    ]
+    free = {
+        row["tokens"]: row["density_measured"]
+        for row in sparse_rows(result, RANDOM, SETTINGS)
+        if row["density"] is None
+    }
+    for density in (0.1, 0.3, None):
+        speedups = _speedups(result, density)
+        if density is None:
+            kept = f"free: {', '.join(f'{free[length]:.0%}' for length in LENGTHS)}"
+        else:
+            kept = f"forced: {density:.0%}"
+        yield [
+            "attention, Llama-3.1-8B's heads, H100",
+            ", ".join(map(str, LENGTHS)),
+            f"random, {kept}",
+            ", ".join(f"{speedups[length]:.2f}x" for length in LENGTHS),
+            _file("attention-cuda-sm90.json"),
+        ]
+
+
+def _speedups(result: dict[str, Any], density: float | None) -> dict[int, float]:
+    [curve] = [each for each in curves(result, RANDOM, SETTINGS) if each.density == density]
+    return dict(curve.points)
+
+
+def _model_rows() -> Iterator[list[str]]:
+    rows = [row for row in load(PREFILL)["rows"] if row["variant"] == "sparse"]
+    yield [
+        "first token, Llama-3.1-8B's shape, compiled, H100",
+        ", ".join(str(row["tokens"]) for row in rows),
+        "random, forced: 10%",
+        ", ".join(f"{row['speedup']:.2f}x" for row in rows),
+        _file(PREFILL),
+    ]
+    cases = [row for row in load(MASKED)["rows"] if row.get("case") == "none" and "ms" in row]
+    times = {(row["mode"], row["variant"]): row for row in cases}
+    free = times["eager", "default"]
+    yield [
+        "first token, four layers of it, uncompiled, H200",
+        str(free["tokens"]),
+        f"random, free: {free['density']:.0%}",
+        f"{times['eager', 'dense']['ms'] / free['ms']:.2f}x",
+        _file(MASKED),
+    ]
+    model = [row for row in load(FOUR)["rows"] if row["part"] == "context_model" and "ms" in row]
+    seconds = {row["variant"]: row["ms"] / 1e3 for row in model}
+    yield [
+        f"first token, Llama-3.1-8B's shape, four H200: {seconds['sparse']:.0f} s, not "
+        f"{seconds['dense']:.0f} s",
+        str(model[0]["tokens"]),
+        "random, forced: 10%",
+        f"{seconds['dense'] / seconds['sparse']:.2f}x",
+        _file(FOUR),
+    ]
+
+
+def _file(name: str) -> str:
+    return f"`{name.removesuffix('.json')}`"
+
+
+def _page(table: Sequence[Any]) -> str:
+    columns, rows = table
+    return markdown.table(columns, rows) + "\n"
