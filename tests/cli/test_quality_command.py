@@ -10,7 +10,14 @@ import pytest
 from tests.cli.test_page import FETCHING_ATTRIBUTES, FETCHING_TAGS, Page
 from unisparse_flex.cli import models
 from unisparse_flex.cli.measuring import QUALITY_NAMES, split_outside_brackets
-from unisparse_flex.cli.quality import BASELINES, TASK_NAMES, format_quality, say_verdict
+from unisparse_flex.cli.quality import (
+    BASELINES,
+    LONGBENCH_NAMES,
+    TASK_NAMES,
+    format_quality,
+    say_verdict,
+)
+from unisparse_flex.evaluation import LONGBENCH_NAMES as LIBRARY_LONGBENCH_NAMES
 from unisparse_flex.evaluation import TASK_NAMES as LIBRARY_TASK_NAMES
 from unisparse_flex.evaluation import answers, generate_together
 from unisparse_flex.reports import render_quality
@@ -136,7 +143,10 @@ def test_tasks_are_scored_dense_and_sparse(run, model_folder, essay, monkeypatch
     config = json.loads((model_folder / "config.json").read_text())
     config["max_position_embeddings"] = 2048
     (tmp_path / "config.json").write_text(json.dumps(config))
+    line = {"input": "Who?", "context": "A fox. " * 400, "answers": ["a fox", "the fox"]}
+    (tmp_path / "hotpotqa.jsonl").write_text(3 * (json.dumps(line) + "\n"), encoding="utf-8")
     options = ["--lengths", "1200", "--quality", "1e6", "--tasks", "niah_single", "--samples", "2"]
+    options += ["--longbench", tmp_path]
     ran = run("quality", tmp_path, "--text", essay, *options, "--json", "-q")
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)
@@ -145,8 +155,12 @@ def test_tasks_are_scored_dense_and_sparse(run, model_folder, essay, monkeypatch
     assert (dense["setting"], kept["setting"]) == (None, "1e6")
     assert (dense["samples"], dense["density"], kept["density"]) == (2, None, 1.0)
     assert dense["score"] == kept["score"]
-    assert "niah_single" in render_quality(found)
-    assert "niah_single" in format_quality(found)
+    assert [
+        (row["task"], row["setting"], row["samples"]) for row in found["tasks"]["LongBench"]
+    ] == [("hotpotqa", None, 2), ("hotpotqa", "1e6", 2)]
+    for text in (render_quality(found), format_quality(found)):
+        assert "niah_single" in text
+        assert "hotpotqa" in text
 
 
 @pytest.mark.parametrize(
@@ -167,6 +181,10 @@ def test_tasks_are_scored_dense_and_sparse(run, model_folder, essay, monkeypatch
         (["--against", "XAttention(threshold=7)"], "--against: threshold must be in (0, 1], got 7"),
         (["--against", "open('x')"], "--against: a selector must be a call with literals by name"),
         (["--tasks", "qa"], "--tasks must be ruler (all of them) or of niah_single"),
+        (
+            ["--longbench", "."],
+            "--longbench must be a folder with at least one of narrativeqa.jsonl",
+        ),
         (["--samples", "0"], "'--samples': 0 is not in the range x>=1"),
         (["--text", "nowhere.txt"], "a text must be a file or one of prose, code, topics, got"),
         (["--html", "."], "'--html': it must be a file, got ., a folder"),
@@ -214,6 +232,7 @@ def test_names_are_those_of_the_library():
     from unisparse_flex.block_masks.selectors import QUALITIES
 
     assert TASK_NAMES == LIBRARY_TASK_NAMES
+    assert LONGBENCH_NAMES == LIBRARY_LONGBENCH_NAMES
     assert tuple(QUALITIES) == QUALITY_NAMES
     assert all(
         issubclass(getattr(selectors, name), selectors.Selector) for name in BASELINES.values()
@@ -222,8 +241,9 @@ def test_names_are_those_of_the_library():
 
 def test_help_names_the_tasks_and_what_is_left_out(run):
     text = " ".join(run("quality", "--help").out.split())
-    assert "LongBench is not supported" in text
-    assert all(name in text for name in (*TASK_NAMES, *BASELINES))
+    assert "where you have its files" in text
+    assert "Its other data sets are left out" in text
+    assert all(name in text for name in (*TASK_NAMES, *BASELINES, *LONGBENCH_NAMES))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -45,6 +45,11 @@ TASK_NAMES = (
     *("vt", "cwe", "fwe"),
 )
 RULER = "ruler"
+# `evaluation.LONGBENCH_NAMES`.
+LONGBENCH_NAMES = (
+    *("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"),
+    *("triviaqa", "passage_count", "passage_retrieval_en"),
+)
 # The classes of `selectors`, as the benchmarks call them.
 BASELINES = {
     "xattention": "XAttention",
@@ -66,6 +71,10 @@ FORCED_NOTE = (
     "Every call that can be is sparse, also where optimize would leave it dense because that is "
     "predicted to be faster (--min-length)."
 )
+LONGBENCH_NOTE = (
+    "LongBench's prompts, cut in the middle to the longest length, its rules of scoring; the first "
+    "lines of each file only."
+)
 TASK_NOTE = (
     "RULER's tasks are generated here, in its wording; answers are generated densely after a "
     "sparse prompt, and few samples make coarse scores."
@@ -84,6 +93,19 @@ def tasks_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[st
     if names:
         require(["wonderwords"], purpose="--tasks", install="wonderwords")
     return tuple(dict.fromkeys(names))
+
+
+def longbench_argument(ctx: click.Context, _: click.Parameter, folder: Path | None) -> Path | None:
+    """A folder that holds a file that is scored."""
+    if folder is None or ctx.resilient_parsing:
+        return folder
+    files = [f"{name}.jsonl" for name in LONGBENCH_NAMES]
+    if not any((folder / file).is_file() for file in files):
+        raise click.UsageError(
+            f"--longbench must be a folder with at least one of {', '.join(files)} of LongBench, "
+            f"got {str(folder)!r}"
+        )
+    return folder
 
 
 def against_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
@@ -152,7 +174,16 @@ Examples:
         metavar="NAME,...",
         callback=tasks_argument,
         help=f"Also score tasks of RULER, generated here: {RULER} for all, or of "
-        f"{', '.join(TASK_NAMES)}. LongBench is not supported: its data is not generated.",
+        f"{', '.join(TASK_NAMES)}.",
+    ),
+    click.option(
+        "--longbench",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        callback=longbench_argument,
+        help="Also score LongBench's questions, where you have its files: "
+        f"{', '.join(f'{name}.jsonl' for name in LONGBENCH_NAMES)}. Its other data sets are left "
+        "out, and nothing is downloaded.",
     ),
     click.option(
         "--samples",
@@ -160,7 +191,7 @@ Examples:
         default=5,
         show_default=True,
         metavar="N",
-        help="Samples of each task.",
+        help="Samples of each task, lines of each file.",
     ),
     click.option(
         "--judged",
@@ -191,6 +222,7 @@ def quality(
     quality: tuple[str, ...],
     against: tuple[str, ...],
     tasks: tuple[str, ...],
+    longbench: Path | None,
     samples: int,
     judged: int,
     min_length: int,
@@ -210,11 +242,21 @@ def quality(
     """
     check_lengths(model, lengths, texts)
     settings: dict[str, Selector] = create_dial(quality) | create_baselines(against)
-    from ..evaluation import Sparsity, draw_samples, judge_texts, score_tasks
+    from ..evaluation import (
+        Sparsity,
+        cut_prompts,
+        draw_samples,
+        judge_texts,
+        read_longbench,
+        score_answer,
+        score_tasks,
+    )
     from ..reports import render_quality
     from .models import load_model
 
     contents = read_texts(texts, lengths)
+    with failures(f"read {longbench}"):
+        questions = {} if longbench is None else read_longbench(longbench, samples=samples)
     sparsity = Sparsity(min_length=min_length, dense_layers=dense_layers, backend=backend)
     with Progress("quality", shown=not quiet) as progress:
         progress.show(f"load {model}")
@@ -234,7 +276,12 @@ def quality(
                 for tokens in sizes
                 if tasks
             }
-        progress.total = (len(prompts) + len(sizes) * len(tasks)) * (1 + len(settings))
+            cut = {
+                name: cut_prompts(of_file, loaded.tokenizer, tokens=sizes[-1])
+                for name, of_file in questions.items()
+            }
+        parts = len(prompts) + len(sizes) * len(tasks) + len(cut)
+        progress.total = parts * (1 + len(settings))
         common: Any = {"sparsity": sparsity, "show": progress.advance}
         with failures(f"judge {model}"):
             rows = list(judge_texts(loaded, prompts, settings, judged=judged, **common))
@@ -243,13 +290,17 @@ def quality(
                 for tokens, of_length in drawn.items()
                 for row in score_tasks(loaded, of_length, settings, tokens=tokens, **common)
             ]
-    values = describe_run(command, "quality", model, loaded) | collect(rows, scores, settings)
+            common |= {"tokens": sizes[-1], "score": score_answer}
+            answered = list(score_tasks(loaded, cut, settings, **common))
+    tables = {"RULER": scores, "LongBench": answered}
+    values = describe_run(command, "quality", model, loaded) | collect(rows, tables, settings)
     values["settings"] = {
         "texts": list(contents),
         "lengths": sizes,
         "quality": list(quality),
         "against": list(against),
         "tasks": list(tasks),
+        "longbench": None if longbench is None else str(longbench),
         "samples": samples,
         "judged": judged,
         "min_length": min_length,
@@ -259,6 +310,7 @@ def quality(
     values["verdict"] = say_verdict(values["means"], quality)
     forced = [FORCED_NOTE] if min_length == 0 else []
     values["notes"] = [*NOTES, *forced, *([TASK_NOTE] if tasks else [])]
+    values["notes"] += [LONGBENCH_NOTE] if longbench is not None else []
     write_results(
         values,
         format_quality(values),
@@ -290,7 +342,9 @@ def create_baselines(names: Sequence[str]) -> dict[str, Selector]:
 
 
 def collect(
-    rows: Sequence[QualityRow], scores: Sequence[TaskRow], settings: dict[str, Selector]
+    rows: Sequence[QualityRow],
+    tasks: Mapping[str, Sequence[TaskRow]],
+    settings: dict[str, Selector],
 ) -> dict[str, Any]:
     """The rows as JSON has them, and their means over texts."""
     from ..evaluation import mean_by_setting
@@ -303,7 +357,7 @@ def collect(
             for tokens in dict.fromkeys(row.tokens for row in rows)
             for setting, means in mean_by_setting(rows, tokens).items()
         ],
-        "tasks": {"RULER": [row.to_json() for row in scores]},
+        "tasks": {kind: [row.to_json() for row in scores] for kind, scores in tasks.items()},
     }
 
 
@@ -373,10 +427,7 @@ def _task_lines(kind: str, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     scores = {(row["task"], row["setting"]): row["score"] for row in rows}
     first = rows[0]
     yield ""
-    yield (
-        f"{kind} at {first['tokens']} tokens, {first['samples']} of each: "
-        "share of the right answers"
-    )
+    yield (f"{kind} at {first['tokens']} tokens, {first['samples']} of each: mean score")
     for start in range(0, len(settings), SETTINGS_A_TABLE):
         part = settings[start : start + SETTINGS_A_TABLE]
         names = ["dense" if name is None else shorten_end(name, 10) for name in part]

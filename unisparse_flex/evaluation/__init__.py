@@ -4,6 +4,7 @@ The benchmarks, the commands and the demo share it; it needs the extra ``unispar
 """
 
 from .answers import generate_together, score_samples
+from .longbench import LONGBENCH_NAMES, cut_prompts, read_longbench, score_answer
 from .measure import (
     Prefill,
     cache_name,
@@ -46,6 +47,7 @@ from .texts import TEXT_NAMES, TEXT_SOURCES, TextName, draw_excerpt, load_text
 
 __all__ = [
     "CONTEXT_LENGTH",
+    "LONGBENCH_NAMES",
     "MODEL_NAME",
     "ROW_STRIDE",
     "TASK_NAMES",
@@ -73,6 +75,7 @@ __all__ = [
     "compute_perplexity",
     "compute_recall",
     "compute_recall_and_error",
+    "cut_prompts",
     "describe_device",
     "draw_excerpt",
     "draw_samples",
@@ -86,7 +89,9 @@ __all__ = [
     "measure_speed",
     "prefill",
     "quiet_transformers",
+    "read_longbench",
     "score",
+    "score_answer",
     "score_samples",
     "score_tasks",
 ]

@@ -1,10 +1,10 @@
-"""Answers to RULER-style tasks: prompts are read one by one, answers generated in a batch."""
+"""Answers to tasks: prompts are read one by one, answers generated in a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import mean
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +12,29 @@ from torch import Tensor
 
 from .measure import Prefill, cache_name, generate_greedily, prefill
 from .model import LoadedModel
-from .ruler import TaskSample, score
+from .ruler import score
 
 # Answers that are generated in one batch, by device: their keys and values are in memory at once.
 TOGETHER = {"cuda": 64, "cpu": 8}
 
 
+class Sample(Protocol):
+    """What is asked, as `TaskSample` has it."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """[1, S] int64; the answer is the only thing missing."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """How long the answer may be."""
+
+
 def score_samples(
     loaded: LoadedModel,
-    samples: Sequence[TaskSample],
+    samples: Sequence[Sample],
     *,
+    score: Callable[[Any, str], float] = score,
     together: int | None = None,
     on_sample: Callable[[], None] = lambda: None,
 ) -> float:
@@ -30,6 +43,7 @@ def score_samples(
     Args:
         loaded: The model that is asked, optimized or not.
         samples: Of one task.
+        score: What an answer to a sample is worth; by default by RULER's rule.
         together: Answers that are generated in one batch; by default as `TOGETHER` says.
         on_sample: Called after each prompt has been read.
     """
@@ -46,7 +60,7 @@ def score_samples(
 
 
 def _answers(
-    loaded: LoadedModel, samples: Sequence[TaskSample], on_sample: Callable[[], None]
+    loaded: LoadedModel, samples: Sequence[Sample], on_sample: Callable[[], None]
 ) -> list[str]:
     starts = []
     for sample in samples:

@@ -18,13 +18,15 @@ from torch import Tensor
 from ..optimization import optimize, restore
 from ..reports import AttentionRecord, record_attention
 from ..selectors import Selector
-from .answers import score_samples
+from .answers import TOGETHER, Sample, score_samples
 from .measure import compute_kl, compute_log_probs, compute_perplexity
 from .model import LoadedModel
-from .ruler import TaskName, TaskSample, build_task
+from .ruler import TaskName, TaskSample, build_task, score
 
 # More than any text needs for a token.
 _CHARACTERS_PER_TOKEN = 64
+# Whose keys and values are in memory at once while answers are generated.
+_CACHED_TOKENS = 131072
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -255,10 +257,11 @@ def draw_samples(
 
 def score_tasks(
     loaded: LoadedModel,
-    samples: Mapping[TaskName, Sequence[TaskSample]],
+    samples: Mapping[Any, Sequence[Sample]],
     settings: Mapping[str, Selector],
     *,
     tokens: int,
+    score: Callable[[Any, str], float] = score,
     sparsity: Sparsity | None = None,
     show: Callable[[str], None] = lambda step: None,
 ) -> Iterator[TaskRow]:
@@ -266,28 +269,30 @@ def score_tasks(
 
     Args:
         loaded: The model, plain; it is plain again after each row.
-        samples: By task, from `draw_samples`.
+        samples: By task, from `draw_samples` or `cut_prompts`.
         settings: Selectors by what they are called.
-        tokens: What `draw_samples` was given.
+        tokens: What these were given.
+        score: What an answer to a sample is worth; by default by RULER's rule.
         sparsity: See `judge_texts`.
         show: Told which task comes next.
     """
     sparsity = Sparsity() if sparsity is None else sparsity
+    together = max(1, min(TOGETHER[loaded.device.type], _CACHED_TOKENS // tokens))
     for name, drawn in samples.items():
         where = f"{name} at {tokens} tokens"
         show(f"{where}, dense")
         row: Any = {"tokens": tokens, "task": name, "samples": len(drawn)}
-        score = score_samples(loaded, drawn)
-        yield TaskRow(**row, setting=None, score=score, density=None)
+        found = score_samples(loaded, drawn, score=score, together=together)
+        yield TaskRow(**row, setting=None, score=found, density=None)
         for setting, selector in settings.items():
             show(f"{where}, {setting}")
             with (
                 sparsity.applied(loaded.model, selector),
                 record_attention(loaded.model) as records,
             ):
-                score = score_samples(loaded, drawn)
+                found = score_samples(loaded, drawn, score=score, together=together)
             kept = _densities(records)
-            yield TaskRow(**row, setting=setting, score=score, density=sum(kept) / len(kept))
+            yield TaskRow(**row, setting=setting, score=found, density=sum(kept) / len(kept))
 
 
 def _densities(records: Collection[AttentionRecord]) -> list[float]:

@@ -157,7 +157,7 @@ def _task_section(kind: str, rows: Sequence[Mapping[str, Any]]) -> Section:
         )
     names = ["dense" if setting is None else setting for setting in settings]
     return Section(
-        title=f"Tasks of {kind}: share of the right answers given",
+        title=f"Tasks of {kind}: mean scores",
         columns=("task", "tokens", "samples", *names),
         rows=lines,
     )
