@@ -292,6 +292,11 @@ def write_results(
     say_written([path for path in (output, html) if path is not None], quiet=quiet)
 
 
+def say_kl(kl: float) -> str:
+    """A divergence with two digits."""
+    return f"{kl:#.2g}" if kl >= 1e-4 else "less than 0.0001"
+
+
 def shorten_start(text: str, width: int) -> str:
     """A text that fits: the end of a longer one, after an ellipsis."""
     return text if len(text) <= width else "…" + text[len(text) - width + 1 :]

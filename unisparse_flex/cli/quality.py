@@ -27,6 +27,7 @@ from .measuring import (
     model_argument_of_command,
     quality_argument,
     read_texts,
+    say_kl,
     shorten_end,
     shorten_start,
     split_outside_brackets,
@@ -368,7 +369,7 @@ def say_verdict(means: Sequence[dict[str, Any]], quality: Sequence[str]) -> list
     of_dial.sort(key=lambda mean: mean["setting"] != "balanced")
     return [
         f"At {longest} tokens {mean['setting']} keeps {mean['density']:.0%} of the blocks at a KL "
-        f"of {mean['kl']:.2g}: {say_perplexity(mean['perplexity_ratio'])}, "
+        f"of {say_kl(mean['kl'])}: {say_perplexity(mean['perplexity_ratio'])}, "
         f"{mean['top1_agreement']:.0%} of the likeliest next tokens the same."
         for mean in of_dial
     ]

@@ -28,6 +28,7 @@ from .measuring import (
     quality_argument,
     read_texts,
     repeats_option,
+    say_kl,
     shorten_end,
     split_outside_brackets,
     write_results,
@@ -255,7 +256,7 @@ def say_verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
             sentences.append(
                 f"{start} brings the first token {row['speedup']:.2f} times as fast as the "
                 f"fastest dense run, with {row['density']:.0%} of the blocks, at a KL of "
-                f"{row['kl_last_token']:.2g} after the prompt."
+                f"{say_kl(row['kl_last_token'])} after the prompt."
             )
     return sentences
 

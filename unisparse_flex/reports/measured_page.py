@@ -77,7 +77,7 @@ def render_quality(values: Mapping[str, Any]) -> str:
     """
     sections = [
         Section(
-            title=f"{tokens} tokens",
+            title=f"{tokens} tokens, {_judged(values['rows'], tokens)}",
             columns=QUALITY_COLUMNS,
             rows=[_quality_cells(row) for row in values["rows"] if row["tokens"] == tokens],
             left=2,
@@ -89,7 +89,7 @@ def render_quality(values: Mapping[str, Any]) -> str:
         for tokens in dict.fromkeys(row["tokens"] for row in values["rows"])
     ]
     sections += [_task_section(kind, rows) for kind, rows in values["tasks"].items() if rows]
-    return _render(values, f"Quality of {values['model']}, sparse", sections)
+    return _render(values, f"Quality of sparse attention in {values['model']}", sections)
 
 
 def render_speed(values: Mapping[str, Any]) -> str:
@@ -124,6 +124,11 @@ def render_speed(values: Mapping[str, Any]) -> str:
             )
         )
     return _render(values, f"Time to first token of {values['model']}", sections)
+
+
+def _judged(rows: Sequence[Mapping[str, Any]], tokens: int) -> str:
+    counts = {row["judged"] for row in rows if row["tokens"] == tokens}
+    return f"the last {max(counts)} of them judged"
 
 
 def _quality_cells(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -7,13 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-WIDTH, HEIGHT = 960, 300
-LEFT, RIGHT, TOP, BOTTOM = 64, 24, 14, 40
+WIDTH, HEIGHT = 960, 320
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 30, 40
 # What is drawn of a KL of 0 on a logarithmic axis, and of those below.
 LEAST_KL = 1e-6
-LABEL_GAP = 10
-# A label that begins right of it would leave the chart.
-LAST_LABEL_START = 0.72
+LABEL_GAP, CHARACTER_WIDTH = 10, 7.5
+# A label is right of its point, above the falling line, or left and below.
+ABOVE, BELOW = -7, 18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +25,7 @@ class Point:
         y: In pixels from above.
         label: What the setting is called.
         label_x: Where its label begins, or ends.
+        label_y: The line that its label stands on.
         anchor: ``"start"`` or ``"end"``.
         kind: ``"dial"`` for the library's settings, ``"other"`` for what they are compared with.
         title: Shown under the pointer.
@@ -34,6 +35,7 @@ class Point:
     y: float
     label: str
     label_x: float
+    label_y: float
     anchor: str
     kind: str
     title: str
@@ -98,16 +100,18 @@ def compute_curve(means: Sequence[Mapping[str, Any]], *, dial: Collection[str]) 
 
     points = []
     for mean, exponent in zip(means, exponents, strict=False):
-        x, starts = x_of(mean["density"]), mean["density"] <= LAST_LABEL_START
+        x, y, name = x_of(mean["density"]), y_of(exponent), mean["setting"]
+        starts = x + LABEL_GAP + CHARACTER_WIDTH * len(name) <= WIDTH
         points.append(
             Point(
                 x=x,
-                y=y_of(exponent),
-                label=mean["setting"],
+                y=y,
+                label=name,
                 label_x=x + LABEL_GAP if starts else x - LABEL_GAP,
+                label_y=y + (ABOVE if starts else BELOW),
                 anchor="start" if starts else "end",
-                kind="dial" if mean["setting"] in dial else "other",
-                title=f"{mean['setting']}: density {mean['density']:.1%}, KL {mean['kl']:.4f}",
+                kind="dial" if name in dial else "other",
+                title=f"{name}: density {mean['density']:.1%}, KL {mean['kl']:.4f}",
             )
         )
     joined = sorted((point for point in points if point.kind == "dial"), key=lambda p: p.x)
