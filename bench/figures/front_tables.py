@@ -68,15 +68,14 @@ def dial_table() -> str:
 
 def claims_table() -> str:
     """What the paper claims beside what is measured here."""
-    columns = dict.fromkeys(("the paper", "here", "measured on", "file"), "{}")
-    return _page([columns, [_accuracy(), *_speed_claims(), *_rivals()]])
+    rows = [_accuracy(), *_speed_claims(), *_rivals()]
+    return _with_files(("the paper", "here", "measured on"), rows)
 
 
 def speed_table() -> str:
     """Times of attention and of whole models on GPUs, each line with what it was measured on."""
-    heads = ("measured", "tokens", "weights, blocks kept", "over dense", "file")
-    rows = [*_attention_rows(), *_model_rows()]
-    return _page([dict.fromkeys(heads, "{}"), rows])
+    heads = ("measured", "tokens", "weights, blocks kept", "over dense")
+    return _with_files(heads, [*_attention_rows(), *_model_rows()])
 
 
 def coverage_table() -> str:
@@ -263,6 +262,21 @@ def _model_rows() -> Iterator[list[str]]:
         f"{seconds['dense'] / seconds['sparse']:.2f}x",
         _file(FOUR),
     ]
+
+
+def _with_files(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table, and below it which files each line is from: the last cell of a row."""
+    lines: dict[str, list[int]] = {}
+    for number, row in enumerate(rows, 1):
+        lines.setdefault(row[-1], []).append(number)
+    named = [f"{files} (line {_numbers(found)})" for files, found in lines.items()]
+    table = markdown.table(dict.fromkeys(heads, "{}"), [row[:-1] for row in rows])
+    return f"{table}\n\nFrom `bench/results`: {'; '.join(named)}.\n"
+
+
+def _numbers(lines: Sequence[int]) -> str:
+    first, last = lines[0], lines[-1]
+    return f"{first}" if first == last else f"{first} to {last}"
 
 
 def _file(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,42 @@ import torch
 import yaml
 
 import unisparse_flex
-from bench import tables
+from bench import __main__ as harness
+from bench import registry, tables
+from bench.figures import front_tables
+from bench.figures.curves import place_of
 from unisparse_flex import block_masks, distributed, selectors
 from unisparse_flex.integrations import transformers
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.relative_to(DOCS) for path in DOCS.rglob("*.md"))
+WRITTEN = [*(DOCS / page for page in PAGES), ROOT / "README.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# Where the tables of each benchmark's files are.
+APPENDICES = {
+    "quality": ("quality", "padding"),
+    "performance": ("attention", "cost_decision", "masked", "other_gpus", "prefill"),
+    "video": ("video",),
+    "distributed": ("distributed", "communication"),
+}
 
 
 def code_of(page: str) -> list[str]:
     return BLOCK.findall((DOCS / page).read_text())
 
 
-def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Runs a page's blocks one after the other, as a reader would in one session."""
+def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, tokens: int) -> dict[str, Any]:
+    """Runs a page's blocks one after the other, as a reader would, but at a length of its own."""
     monkeypatch.chdir(folder)
     torch._dynamo.reset()
     names: dict[str, Any] = {"__name__": page}
+    shortened = 0
     for place, block in enumerate(code_of(page)):
-        exec(compile(block, f"{page}, block {place}", "exec"), names)
+        code, count = re.subn(r"^tokens = \d+$", f"tokens = {tokens}", block, flags=re.MULTILINE)
+        shortened += count
+        exec(compile(code, f"{page}, block {place}", "exec"), names)
+    assert shortened == 1
     return names
 
 
@@ -37,23 +55,27 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
 def test_the_start_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run("start.md", tmp_path, monkeypatch)
-    assert re.search(r"30 sparse, mean density 0\.\d+, 0 dense", capsys.readouterr().out)
+    run("start.md", tmp_path, monkeypatch, tokens=1100)
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^\d+\.\d s$", out, re.MULTILINE)) == 2
+    # As short as this all of it stays dense, and is therefore the same.
+    assert "KL to dense 0.000" in out
+    assert "all 30 calls stay dense" in out
 
 
 @pytest.mark.slow
 def test_the_tutorial_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = run("tutorial.md", tmp_path, monkeypatch)
+    names = run("tutorial.md", tmp_path, monkeypatch, tokens=512)
     out = capsys.readouterr().out
-    rows = re.findall(r"threshold (0\.\d+): density (0\.\d+), KL to dense (0\.\d+)", out)
+    rows = re.findall(r"(\w+): density (0\.\d+), KL to dense (0\.\d+)", out)
+    assert [word for word, *_ in rows] == ["fast", "balanced", "high"]
     densities, divergences = ([float(row[i]) for row in rows] for i in (1, 2))
-    # A lower threshold keeps more and errs less, as the page says.
+    # A higher quality keeps more and errs less, as the page says.
     assert densities == sorted(densities)
     assert divergences == sorted(divergences, reverse=True)
-    assert len(rows) == 3
-    assert names["found"].reached >= 0.95
+    assert names["found"].reached <= 0.005
     assert (tmp_path / "calibration.json").is_file()
 
 
@@ -71,22 +93,75 @@ def test_every_public_name_is_on_the_api_page() -> None:
     assert documented - public == set()
 
 
-def test_every_reason_is_on_the_page_of_the_pass() -> None:
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: page.stem)
+def test_a_page_holds_what_the_files_say(page: Path) -> None:
+    text = page.read_text()
+    assert tables.fill(text) == text
+
+
+@pytest.mark.parametrize("page", APPENDICES)
+def test_every_file_has_its_tables_on_the_page_of_its_benchmark(page: str) -> None:
+    text = (DOCS / "evidence" / f"{page}-tables.md").read_text()
+    sections = re.findall(r"<!-- tables of ([\w. -]+?) -->\n\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert all("| --- |" in tables_of for _, tables_of in sections)
+    named = {file for names, _ in sections for file in names.split()}
+    assert named == {path.name for path in registry.files_of(*APPENDICES[page])}
+
+
+def test_a_section_is_written_where_there_is_none() -> None:
     page = (DOCS / "pass.md").read_text()
-    assert tables.fill(page) == page
     bare = re.sub("`SLOWER`.*", "", page)
     assert tables.fill(bare) == page != bare
 
 
+def test_every_section_of_the_front_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert {"dial", "speed", "claims"} == set(re.findall(r"<!-- (\w+) -->\n\n\|", text))
+
+
+def test_a_density_at_equal_kl_lies_between_two_points() -> None:
+    points = [(0.2, 0.1), (0.4, 0.001)]
+    assert place_of(points, 0.01) == pytest.approx(0.3)
+    assert place_of(points, 0.1) == pytest.approx(0.2)
+    assert place_of(points, 0.2) is None
+    assert place_of([(0.2, 0.1), (0.4, 0.0)], 0.05) is None
+
+
+def test_the_matrix_ticks_what_runs_sparse() -> None:
+    rows = front_tables.coverage_table().splitlines()
+    found = {cells[1].strip(): cells[2:-1] for cells in (row.split("|") for row in rows[2:])}
+    assert len(found) == 21
+    assert {cell.strip() for cell in found["Llama"]} == {"✓"}
+    assert {cell.strip() for cell in found["gpt-oss"]} == {"no", ""}
+    assert found["SigLIP"][0].strip() == "in part"
+
+
+def entries(navigation: list[Any]) -> Iterator[str]:
+    """The pages of a navigation, those of its groups too."""
+    for entry in navigation:
+        for page in entry.values():
+            if isinstance(page, str):
+                yield page
+            else:
+                yield from entries(page)
+
+
 def test_every_page_is_in_the_navigation() -> None:
     # Its tags for Python objects are not needed here.
-    site = yaml.safe_load((DOCS.parent / "mkdocs.yml").read_text())
-    named = {page for entry in site["nav"] for page in entry.values()}
-    assert named == {path.name for path in DOCS.glob("*.md")}
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    groups = [group for entry in site["nav"] for group in entry]
+    assert groups == ["Get started", "Guides", "Reference", "Evidence"]
+    assert sorted(entries(site["nav"])) == sorted(map(str, PAGES))
 
 
 def test_every_picture_is_on_a_page() -> None:
-    text = "".join(path.read_text() for path in DOCS.glob("*.md"))
-    assert {path.name for path in DOCS.glob("*.png")} == set(
-        re.findall(r"\]\(([\w-]+\.png)\)", text)
-    )
+    text = "".join((DOCS / page).read_text() for page in PAGES)
+    shown = set(re.findall(r"\]\((?:\.\./)?([\w-]+\.png)\)", text))
+    assert {path.name for path in DOCS.glob("*.png")} == shown
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent.name], ids=lambda page: page.stem)
+def test_every_command_of_a_page_in_a_folder_is_a_benchmark(page: Path) -> None:
+    text = (DOCS / page).read_text()
+    named = set(re.findall(r"python -m bench[. ](\w+)", text))
+    assert named <= {*harness.find_benchmarks(), *(each.name for each in registry.BENCHMARKS)}
