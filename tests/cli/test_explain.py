@@ -154,6 +154,7 @@ def test_bytes_that_are_no_text_are_refused(run, model_folder, tmp_path):
         (["--device", "tpu"], "--device must be"),
         (["--dense-layers", "a"], "layers must be"),
         (["--min-length", "-1"], "-1 is not in the range"),
+        (["--tokens", "513"], "at most the model's context, 512, got 513"),
     ],
 )
 def test_arguments_are_checked_before_a_model_is_loaded(

@@ -89,8 +89,10 @@ def calibrate(
     Each TEXT is a UTF-8 file, or prose, code or topics (installed texts). Give --recall or --kl.
     """
     from ..calibrating import calibrate as find_settings
-    from .models import load_model
-    from .prompts import create_input_ids, model_inputs
+    from .models import load_model, stated_context
+    from .prompts import check_tokens, create_input_ids, model_inputs
+
+    check_tokens(tokens, stated_context(model))
 
     with Progress("calibrate", shown=not quiet) as progress:
         progress.show(f"load {model}")

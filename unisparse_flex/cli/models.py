@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from ..doctor import default_device
 from ..evaluation import LoadedModel, load_smollm2, quiet_transformers
 from .arguments import check_model
-from .choices import BUNDLED
+from .choices import BUNDLED, BUNDLED_CONTEXT
 from .failures import failures
 
 # Lengths that a text model is made for, wherever its configuration says so.
@@ -57,6 +58,18 @@ def context_length(model: Any) -> int | None:
             if isinstance(length, int) and length > 0:
                 return length
     return None
+
+
+def stated_context(name: str) -> int | None:
+    """What `context_length` will be, where MODEL says so without being loaded."""
+    if name == BUNDLED:
+        return BUNDLED_CONTEXT
+    try:
+        config = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = [config.get(key) for key in LENGTH_KEYS] if isinstance(config, dict) else []
+    return next((length for length in found if isinstance(length, int) and length > 0), None)
 
 
 def _load(name: str, source: str, device: torch.device, **place: Any) -> LoadedModel:

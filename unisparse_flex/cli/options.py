@@ -131,11 +131,12 @@ def create_subject(
 ) -> Subject:
     """Loads a model, optimizes it and tokenizes its prompt."""
     from ..optimization import optimize
-    from .models import load_model
-    from .prompts import create_input_ids
+    from .models import load_model, stated_context
+    from .prompts import check_tokens, create_input_ids
     from .selectors import describe, parse_selector
 
     chosen = parse_selector(selector)
+    check_tokens(tokens, stated_context(model))
     progress.show(f"load {model}")
     loaded = load_model(model, allow_download=allow_download, device=device)
     progress.show(f"tokenize {text}")

@@ -37,6 +37,14 @@ def read_text(name: str, *, characters: int) -> str:
         return Path(name).read_text(encoding="utf-8")
 
 
+def check_tokens(tokens: int | None, limit: int | None) -> None:
+    """Raises where a prompt is asked for that is longer than the model's context."""
+    if tokens is not None and limit is not None and tokens > limit:
+        raise click.UsageError(
+            f"--tokens must be at most the model's context, {limit}, got {tokens}"
+        )
+
+
 def create_input_ids(loaded: LoadedModel, text: str, tokens: int | None) -> Tensor:
     """Returns the first tokens of a text on the model's device, int64 [1, S].
 
@@ -49,10 +57,7 @@ def create_input_ids(loaded: LoadedModel, text: str, tokens: int | None) -> Tens
         click.ClickException: The text or the model's context is shorter than asked for.
     """
     limit = context_length(loaded.model)
-    if tokens is not None and limit is not None and tokens > limit:
-        raise click.UsageError(
-            f"--tokens must be at most the model's context, {limit}, got {tokens}"
-        )
+    check_tokens(tokens, limit)
     wanted = tokens or min(DEFAULT_TOKENS, limit or DEFAULT_TOKENS)
     written = read_text(text, characters=wanted * CHARACTERS_PER_TOKEN)
     ids = loaded.tokenizer.encode(written, add_special_tokens=False, verbose=False)[:wanted]
