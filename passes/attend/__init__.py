@@ -3,6 +3,7 @@
 from .alignment import prepared_mask
 from .decided_at_run import has_stated_range
 from .marker import (
+    computed_sdpa,
     is_traced,
     is_watched,
     lowered_sdpa,
@@ -27,6 +28,7 @@ __all__ = [
     "apply_autocast",
     "attend_selected",
     "call_geometry",
+    "computed_sdpa",
     "context_sdpa",
     "has_stated_range",
     "is_traced",

@@ -68,16 +68,24 @@ def marked_sdpa(call: SdpaCall, config: str) -> Tensor:
     """Runs or records the marker operator; on DTensors, on what this rank holds of them."""
     if is_sharded(call) and refuse_sharding(call) is None:
         return run_on_shards(call, lambda local, shard: _marked_shard(local, shard, config))
-    if (
-        not is_tracing()
-        and not is_traced(call)
-        and type(call.query) is Tensor
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-    ):
-        # What the operator does where nobody sees it, without the way there.
-        return _compute(call, SparseConfig.decode(config))
     return torch.ops.unisparse.sdpa(*call.positional(), **call.keywords(), config=config)
+
+
+def computed_sdpa(call: SdpaCall, config: str) -> Tensor:
+    """`marked_sdpa` where attention calls are not caught: without the operator if nobody sees it.
+
+    The way through the dispatcher takes longer than all that is decided here.
+    """
+    if (
+        is_tracing()
+        or is_traced(call)
+        or type(call.query) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return marked_sdpa(call, config)
+    return _compute(call, SparseConfig.decode(config))
 
 
 def _marked_shard(call: SdpaCall, shard: HeadShard, config: str) -> Tensor:

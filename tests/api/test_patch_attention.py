@@ -112,7 +112,8 @@ def test_the_default_selector_keeps_no_first_or_last_block_for_all() -> None:
     order = PatchOrder(grid=(8, 16, 16), tile=(2, 8, 8))
     query, key, value = qkv(q_len=order.num_tokens, batch=1, heads=(1, 1))
     output = patch_attention(query, key, value, order=order)
-    expected = patch_attention(query, key, value, order=order, selector=UniSparse(**FORCED))
+    paper = UniSparse.paper(**FORCED)
+    expected = patch_attention(query, key, value, order=order, selector=paper)
     assert output.equal(expected)
 
 

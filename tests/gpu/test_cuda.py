@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KINDS = [(BF16, 64, 128), (FP16, 128, 64), (FP32, 64, 32), (BF16, 64, 16)]
-BLOCKS = UniSparse(block_size=128, top_p=0.6)
+BLOCKS = UniSparse.paper(block_size=128, top_p=0.6)
 LONG = 32768
 
 
@@ -55,7 +55,7 @@ def assert_attends(output: Tensor, tensors: Any, selector: UniSparse, **options:
 
 @pytest.mark.parametrize(("dtype", "head_dim", "block_size"), KINDS)
 def test_eager_attention_is_right(dtype: torch.dtype, head_dim: int, block_size: int) -> None:
-    selector = UniSparse(block_size=block_size, top_p=0.6)
+    selector = UniSparse.paper(block_size=block_size, top_p=0.6)
     for length in (777, 1024, 1500):
         tensors = on_cuda(length, dtype=dtype, head_dim=head_dim)
         output = attention(*tensors, is_causal=True, enable_gqa=True, selector=selector)
@@ -68,7 +68,7 @@ def test_a_compiled_model_is_right(
     dtype: torch.dtype, head_dim: int, block_size: int, dynamic: bool
 ) -> None:
     torch._dynamo.reset()
-    selector = UniSparse(block_size=block_size, top_p=0.6)
+    selector = UniSparse.paper(block_size=block_size, top_p=0.6)
     model = optimize(Sdpa(), selector, min_length=512)
     run = torch.compile(model, fullgraph=True, dynamic=dynamic)
     for length in (1000, 777, 2048) if dynamic else (1000,):
@@ -90,7 +90,7 @@ def test_a_compiled_transformer_is_right() -> None:
 def test_every_batch_reads_its_own_blocks() -> None:
     # Lists of 4 heads x 22 x 22 blocks: Inductor pads the stride of such a batch.
     torch._dynamo.reset()
-    selector = UniSparse(block_size=32, top_p=0.6)
+    selector = UniSparse.paper(block_size=32, top_p=0.6)
     run = torch.compile(optimize(Sdpa(), selector, min_length=0), fullgraph=True, dynamic=False)
     tensors = on_cuda(700, batch=3)
     assert_attends(run(*tensors), tensors, selector, offset=0)
@@ -139,7 +139,7 @@ def test_masks_hold_within_the_kept_blocks(kind: str) -> None:
 
 def test_everything_kept_is_dense_attention() -> None:
     tensors = on_cuda(1000)
-    selector = UniSparse(block_size=128, top_p=1.0)
+    selector = UniSparse.paper(block_size=128, top_p=1.0)
     output = attention(*tensors, is_causal=True, enable_gqa=True, selector=selector)
     exact = attend(*tensors, offset=0)
     dense = F.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
@@ -168,7 +168,7 @@ def test_gradients_are_those_of_attention_over_the_same_blocks(compiled: bool) -
 
 
 def test_training_with_blocks_that_the_backward_cannot_tile_is_dense() -> None:
-    selector = UniSparse(block_size=64, top_p=0.6)
+    selector = UniSparse.paper(block_size=64, top_p=0.6)
     query, key, value = (t.requires_grad_() for t in on_cuda(700))
     tensors = query, key, value
     model = optimize(Sdpa(), selector, min_length=0)
@@ -200,7 +200,7 @@ def test_what_the_kernel_does_not_take_is_named(dtype: torch.dtype) -> None:
 def test_long_prompts_allocate_no_token_mask(compiled: bool) -> None:
     torch._dynamo.reset()
     # Composite tokens of 16: their scores take 64 MiB a tensor.
-    selector = UniSparse(block_size=128, c_q=16, c_k=16, top_p=0.6)
+    selector = UniSparse.paper(block_size=128, c_q=16, c_k=16, top_p=0.6)
     model: Any = optimize(Sdpa(), selector, min_length=0)
     run = torch.compile(model, fullgraph=True) if compiled else model
     tensors = on_cuda(LONG, batch=1)

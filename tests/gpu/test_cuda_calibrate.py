@@ -15,7 +15,7 @@ from unisparse_flex.reports import record_attention
 pytestmark = pytest.mark.gpu
 
 LADDER = tuple(
-    UniSparse(c_q=16, c_k=128, sampled_queries=4, threshold=t, top_p=0.4)
+    UniSparse.paper(c_q=16, c_k=128, sampled_queries=4, threshold=t, top_p=0.4)
     for t in (0.2, 0.1, 0.05, 0.02, 0.005)
 )
 

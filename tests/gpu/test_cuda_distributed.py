@@ -26,8 +26,8 @@ pytestmark = pytest.mark.gpu
 
 SIZE = 128
 SELECTORS: list[Selector] = [
-    UniSparse(top_p=0.7, last_query_blocks=3),
-    UniSparse(c_q=16, c_k=16, sampled_queries=4, top_k=5),
+    UniSparse.paper(top_p=0.7, last_query_blocks=3),
+    UniSparse.paper(c_q=16, c_k=16, sampled_queries=4, top_k=5),
 ]
 
 
@@ -64,7 +64,7 @@ def test_parts_keep_what_the_whole_keeps(selector: Selector, length: int) -> Non
 @pytest.mark.parametrize("length", [2048, 2500])
 def test_composite_keys_of_parts_are_all_that_is_needed(length: int) -> None:
     query, key, _ = on_cuda(length)
-    selector = UniSparse(top_p=0.7)
+    selector = UniSparse.paper(top_p=0.7)
     grid = geometry(length, 0, length)
     parts = key.split(1024, dim=2)
     pooled = [selector.pool_keys(part, blocks=-(-part.shape[2] // SIZE)) for part in parts]
@@ -156,7 +156,7 @@ def test_ranks_over_nccl_equal_one_device(
 def run_dense(length: int) -> float:
     context = ContextParallel()
     tensors = on_cuda(length)
-    model = optimize(Call(), UniSparse(), min_length=10**9, context=context)
+    model = optimize(Call(), UniSparse.paper(), min_length=10**9, context=context)
     with torch.no_grad():
         output = model(*(context.shard(tensor, 2) for tensor in tensors))
         expected = Call()(*tensors)

@@ -57,7 +57,7 @@ class Masked(nn.Module):
 def test_a_proved_mask_is_exact(name: str, dynamic: bool | None) -> None:
     torch._dynamo.reset()
     # Small blocks: a window of few of them is kept whole.
-    selector = UniSparse(block_size=32, top_p=0.6) if name == "sliding" else BLOCKS
+    selector = UniSparse.paper(block_size=32, top_p=0.6) if name == "sliding" else BLOCKS
     model = optimize(Masked(MASKS[name]), selector, min_length=0)
     run = torch.compile(model, fullgraph=True, dynamic=dynamic)
     for length in (1111,) if dynamic is False else (1111, 1408):
@@ -119,7 +119,7 @@ def test_an_eager_window_is_right(width: int) -> None:
     tensors = on_cuda(1408, dtype=FP32)
     position = torch.arange(1408, device="cuda")
     mask = causal(position[None]) & (position > position[:, None] - width)
-    output = attention(*tensors, mask, enable_gqa=True, selector=UniSparse(top_p=1.0))
+    output = attention(*tensors, mask, enable_gqa=True, selector=UniSparse.paper(top_p=1.0))
     assert rmse(output, attend(*tensors, attn_mask=mask)) < 1e-3
 
 
@@ -135,7 +135,7 @@ def test_an_encoder_is_rewritten() -> None:
     layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval().cuda().to(BF16)
     x = tokens(2, 1000, 128, dtype=BF16).cuda()
-    everything = UniSparse(top_p=1.0)
+    everything = UniSparse.paper(top_p=1.0)
     optimized = optimize(copy.deepcopy(model), everything, min_length=0)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double())

@@ -18,9 +18,9 @@ from unisparse_flex.selectors import PatchOrder
 pytestmark = pytest.mark.gpu
 
 FORCED: dict[str, Any] = {"sink_blocks": 0, "last_query_blocks": 0}
-ALL = UniSparse(top_p=1.0, **FORCED)
-FEW = UniSparse(top_k=3, **FORCED)
-TWO = UniSparse(c_q=16, c_k=128, sampled_queries=4, top_k=3, **FORCED)
+ALL = UniSparse.paper(top_p=1.0, **FORCED)
+FEW = UniSparse.paper(top_k=3, **FORCED)
+TWO = UniSparse.paper(c_q=16, c_k=128, sampled_queries=4, top_k=3, **FORCED)
 # Whole tiles, cut ones, and text on one side.
 ORDERS = [
     PatchOrder(grid=(4, 16, 32), tile=(2, 8, 8)),

@@ -18,7 +18,7 @@ from tests.models.modes import padded_batch, prefill_in_chunks
 from unisparse_flex import UniSparse
 from unisparse_flex.passes.attend import marker
 
-EVERYTHING = UniSparse(block_size=32, top_p=1.0)
+EVERYTHING = UniSparse.paper(block_size=32, top_p=1.0)
 # Kinds of layers, each compiled once.
 FAMILIES = {"Llama": 1, "Mistral": 1, "Gemma 3": 2}
 

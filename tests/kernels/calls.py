@@ -295,13 +295,13 @@ def fixed_call(
     q_len: int, kv_len: int | None = None, *, causal: bool = True, **fields: Any
 ) -> KernelCall:
     """Two heads that share keys, in blocks of 16, without sinks and last query blocks."""
-    plain: dict[str, Any] = {"block_size": 16, "c_q": 4, "c_k": 4, "sink_blocks": 0}
+    plain: dict[str, Any] = {"block_size": 16, "c_q": 4, "c_k": 4, "sampled_queries": 0}
     own: dict[str, Any] = {"batch": 1, "kv_heads": 1, "group": 2, "seed": 7}
     own |= {name: fields.pop(name) for name in CALL_FIELDS & fields.keys()}
     return KernelCall(
         q_len=q_len,
         kv_len=q_len if kv_len is None else kv_len,
         causal=causal,
-        selector=UniSparse(**{**plain, "last_query_blocks": 0, **fields}),
+        selector=UniSparse(**{**plain, "sink_blocks": 0, "last_query_blocks": 0, **fields}),
         **own,
     )

@@ -224,7 +224,11 @@ def test_expected_densities_are_near_those_of_the_demo(name: str) -> None:
 
 def test_expected_densities_are_near_those_that_were_measured() -> None:
     rows = json.loads((RESULTS / "density-smollm2.json").read_text())["rows"]
-    settings = {"paper": UniSparse.paper(), "default": DEFAULT_SELECTOR, "rows-alike": DEFAULT_SELECTOR}
+    settings = {
+        "paper": UniSparse.paper(),
+        "default": DEFAULT_SELECTOR,
+        "rows-alike": DEFAULT_SELECTOR,
+    }
     rule = ("top_p", "threshold", "threshold_blocks")
     rules = [{field: row[field] for field in rule} for row in rows]
     selectors = [

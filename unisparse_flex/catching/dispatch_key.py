@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
 from ..passes import SparseConfig
-from ..passes.attend import is_watched, marked_sdpa
+from ..passes.attend import computed_sdpa, is_watched, marked_sdpa
 from ..passes.calls import SDPA_TARGETS, TORCH_SDPA, SdpaCall, is_tracing
 from .causal_bias import resolve_causal_bias
 
@@ -221,7 +221,7 @@ def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             logger.warning("attention that a forward traces by itself stays dense")
             return TORCH_SDPA(query, *args, **kwargs)
         call = SdpaCall.bind((query, *args), kwargs)
-        return marked_sdpa(call, scope.config)
+        return computed_sdpa(call, scope.config)
     finally:
         _key.switch(True)
 
