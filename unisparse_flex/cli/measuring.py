@@ -13,7 +13,7 @@ import click
 
 from . import PROGRAM
 from .arguments import device_argument, file_to_write, layers_argument, model_argument
-from .choices import BACKENDS, BUNDLED, BUNDLED_CONTEXT, TEXT_NAMES
+from .choices import BACKENDS, TEXT_NAMES
 from .failures import failures
 from .options import json_option, quiet_option
 from .output import print_json, say_written, write_text
@@ -28,7 +28,6 @@ LEAST_QUALITY = 0.1
 DEFAULT_LENGTH, LEAST_LENGTH = 4096, 256
 # More than any of the installed texts needs for a token.
 CHARACTERS_PER_TOKEN = 6
-CONFIG_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 COLUMNS = 80
 
 model_argument_of_command = click.argument("model", callback=model_argument)
@@ -160,9 +159,9 @@ def check_lengths(model: str, lengths: Sequence[int], texts: Sequence[str]) -> N
     Raises:
         click.UsageError: A length is too long.
     """
-    context = read_context(model)
-    if context is not None:
-        refuse_beyond(lengths, context)
+    from .models import stated_context
+
+    refuse_beyond(lengths, stated_context(model))
     for name in texts:
         if name not in TEXT_NAMES and lengths and Path(name).stat().st_size < lengths[-1]:
             # A token has at least one byte.
@@ -179,23 +178,6 @@ def refuse_beyond(lengths: Sequence[int], context: int | None) -> None:
             raise click.UsageError(
                 f"--lengths must be at most the model's context, {context}, got {length}"
             )
-
-
-def read_context(model: str) -> int | None:
-    """The context of a model, read from a folder's configuration; ``None`` if that is unknown."""
-    if model == BUNDLED:
-        return BUNDLED_CONTEXT
-    try:
-        config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    inner = config.get("text_config") if isinstance(config, dict) else None
-    for holder in (config, inner):
-        found = [holder.get(key) for key in CONFIG_KEYS] if isinstance(holder, dict) else []
-        for length in found:
-            if isinstance(length, int) and length > 0:
-                return length
-    return None
 
 
 def create_dial(names: Sequence[str]) -> dict[str, Selector]:
