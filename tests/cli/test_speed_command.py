@@ -68,9 +68,9 @@ def test_calls_that_stay_dense_are_said_to(run, model_folder, uncompiled):
     found = timed(run, model_folder)
     assert found["rows"][2]["sparse_calls"] == 0
     assert found["rows"][2]["density"] is None
-    assert found["verdict"] == [
+    assert found["verdict"][0] == (
         "At 256 tokens balanced leaves every attention call dense; unisparse-flex explain says why."
-    ]
+    )
 
 
 def test_what_one_way_cannot_do_stays_in_its_row(run, model_folder, monkeypatch):
@@ -106,6 +106,26 @@ def test_text_and_page_hold_what_json_does(run, model_folder, uncompiled, tmp_pa
         assert f"{row['first_call_seconds']:.1f}" in text
     assert found["settings"]["lengths"] == [256, 512]
     assert "xattn" in text
+
+
+def test_a_verdict_says_slower_and_that_times_scatter():
+    row = {
+        "tokens": 9,
+        "setting": "balanced",
+        "error": None,
+        "sparse_calls": 2,
+        "density": 0.25,
+        "kl_last_token": 0.0123,
+        "ms": 10.0,
+        "times_ms": [10.0, 10.0],
+    }
+    assert command.say_verdict([row | {"speedup": 1.5}]) == [
+        "At 9 tokens balanced brings the first token 1.50 times as fast as the fastest dense run, "
+        "with 25% of the blocks, at a KL of 0.012 after the prompt."
+    ]
+    slower, scattered = command.say_verdict([row | {"speedup": 0.5, "times_ms": [10.0, 31.0]}])
+    assert "is slower: its first token takes 2.00 times as long as that of the fastest" in slower
+    assert scattered.startswith("Times of one way differ by up to 3.1 times")
 
 
 @pytest.mark.parametrize("here", [False, True])

@@ -47,6 +47,8 @@ RIVALS = {
 }
 REPEATS = {"cuda": 5, "cpu": 3}
 SCOPES = ("layers", "model")
+# Slowest over fastest of repeats, above which the machine was not idle.
+MOST_SCATTER = 1.5
 NOTES = (
     "first token: from the prompt to the logits of its last token, without a cache; the ways take "
     "turns, after two calls each that warm up. first call: the first of them, compilation "
@@ -254,11 +256,27 @@ def say_verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
             sentences.append(f"{start} takes {row['ms']:.0f} ms; no dense run could be timed.")
         else:
             sentences.append(
-                f"{start} brings the first token {row['speedup']:.2f} times as fast as the "
-                f"fastest dense run, with {row['density']:.0%} of the blocks, at a KL of "
+                f"{start} {say_speed(row['speedup'])} the fastest dense run, with "
+                f"{row['density']:.0%} of the blocks, at a KL of "
                 f"{say_kl(row['kl_last_token'])} after the prompt."
             )
+    scatter = max(
+        (max(row["times_ms"]) / min(row["times_ms"]) for row in rows if row["times_ms"]),
+        default=1.0,
+    )
+    if scatter > MOST_SCATTER:
+        sentences.append(
+            f"Times of one way differ by up to {scatter:.1f} times: something else ran here, or "
+            "the prompt is short; do not rely on them."
+        )
     return sentences
+
+
+def say_speed(speedup: float) -> str:
+    """How a run compares with another, before the other's name."""
+    if speedup >= 1.0:
+        return f"brings the first token {speedup:.2f} times as fast as"
+    return f"is slower: its first token takes {1 / speedup:.2f} times as long as that of"
 
 
 def format_speed(values: dict[str, Any]) -> str:
