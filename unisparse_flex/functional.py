@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
@@ -136,7 +138,7 @@ def _encode_quality(selector: Selector | None, quality: str | float, backend: st
 
 
 # Nothing is generated from the last patch, and the first is no sink.
-PATCHES = {"sink_blocks": 0, "last_query_blocks": 0}
+PATCHES: dict[str, Any] = {"sink_blocks": 0, "last_query_blocks": 0}
 DEFAULT_PATCH_SELECTOR = UniSparse.paper(**PATCHES)
 PATCH_QUALITIES = {name: selector_of_quality(name, UniSparse(**PATCHES)) for name in QUALITIES}
 
@@ -194,7 +196,7 @@ def patch_attention(
         selector = DEFAULT_PATCH_SELECTOR if selector is None else selector
     elif selector is None and quality in PATCH_QUALITIES:
         # Made before: Dynamo cannot trace the making of a selector.
-        selector = PATCH_QUALITIES[quality]  # type: ignore[index]
+        selector = PATCH_QUALITIES[quality]
     else:
         selector = choose_selector(selector, quality, UniSparse(**PATCHES))
     validate_selector(selector)

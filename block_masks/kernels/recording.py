@@ -46,7 +46,7 @@ class Launched:
         by_address: Whether these are addresses of tensors; an interpreter wants tensors.
     """
 
-    run: Callable[..., None]
+    run: Callable[..., object]
     by_address: bool
 
 

@@ -121,11 +121,11 @@ def test_layers_differ_and_cost_less_than_the_same_setting_for_all() -> None:
 def test_no_uniform_setting_that_reaches_the_kl_keeps_less(kl: float) -> None:
     calibration = found(kl=kl)
     reference = log_probs(create(Uneven))
-    kept = []
+    kept: list[float] = []
     for selector in LADDER:
         model = optimize(create(Uneven), selector, min_length=0)
         if compute_kl(reference, log_probs(model)) <= kl:
-            kept.append(explain(model, X).density)
+            kept.append(explain(model, X).density or 1.0)
     # A sparse layer's queries are not those of the dense model, which was measured.
     assert calibration.density <= min(kept, default=1.0) * 1.005
     if kept:

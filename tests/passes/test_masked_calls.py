@@ -85,7 +85,8 @@ def test_a_call_that_stays_dense_applies_the_formula(name: str) -> None:
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("flag", ["is_causal", "causal_lower_right"])
 def test_a_formula_says_itself_what_is_causal(flag: str, dense: bool) -> None:
-    call = replace(masked_call("padded"), **{flag: True})
+    flags: dict[str, Any] = {flag: True}
+    call = replace(masked_call("padded"), **flags)
     with pytest.raises(ValueError, match="mask must say itself what is causal"):
         marked_sdpa(call, SparseConfig(selector=FINE, dense=dense).encode())
 

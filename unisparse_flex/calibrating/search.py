@@ -228,7 +228,6 @@ class Search:
             torch=str(torch.__version__),
         )
 
-
     def _density(self, plan: Plan) -> float:
         visible = math.fsum(layer.visible for layer in self.layers.values())
         pairs = [(self.layers[name], choices) for name, choices in plan.items()]
