@@ -12,7 +12,8 @@ from .. import PROGRAM
 from ..arguments import file_to_write, folder_to_write, share_argument
 from ..choices import BUNDLED_CONTEXT, SELECTOR_NAMES, TEXT_NAMES
 from ..failures import wrong_arguments
-from .options import SHORTEST_PROMPT, STDOUT, DemoOptions
+from .options import SHORTEST_PROMPT, STDOUT, DemoOptions, check_ranges
+from .show import find_what_is_missing, show_demo
 
 DEFAULT: dict[str, Any] = {field.name: field.default for field in fields(DemoOptions)}
 EXAMPLES = f"""\b
@@ -26,21 +27,24 @@ At depth 0.1 of a full prompt this small model misses most needles, dense or not
 
 
 class _Demo(click.Command):
-    """Keeps what was typed: the JSON file says it."""
+    """Keeps what was typed, which the JSON file says, and checks it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.obj = [PROGRAM, "demo", *args]
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        with wrong_arguments():
+            check_ranges(**ctx.params)
+        return rest
 
 
 @click.command(cls=_Demo, epilog=EXAMPLES)
 @click.option(
     "--tokens",
-    type=click.IntRange(SHORTEST_PROMPT, BUNDLED_CONTEXT),
+    type=int,
     metavar="N",
     default=DEFAULT["tokens"],
     show_default=True,
-    help="Length of the prompt.",
+    help=f"Length of the prompt, {SHORTEST_PROMPT} to {BUNDLED_CONTEXT}.",
 )
 @click.option(
     "--text",
@@ -51,7 +55,7 @@ class _Demo(click.Command):
 )
 @click.option(
     "--depth",
-    type=click.FloatRange(0.0, 1.0),
+    type=float,
     metavar="X",
     default=DEFAULT["depth"],
     show_default=True,
@@ -59,7 +63,7 @@ class _Demo(click.Command):
 )
 @click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=int,
     metavar="N",
     default=DEFAULT["seed"],
     show_default=True,
@@ -90,7 +94,7 @@ class _Demo(click.Command):
 )
 @click.option(
     "--min-length",
-    type=click.IntRange(min=0),
+    type=int,
     metavar="N",
     help="Fewest keys for which attention is sparse.  [default: 4096, or --tokens if that is "
     "less; the library's own default on CUDA is higher]",
@@ -109,7 +113,7 @@ class _Demo(click.Command):
 )
 @click.option(
     "--repeats",
-    type=click.IntRange(min=1),
+    type=int,
     metavar="N",
     help="Timed prefills of each model, in turn, of which the median counts.  [default: 5 on "
     "CUDA, 1 on CPU]",
@@ -142,8 +146,6 @@ def demo(command: list[str], /, **values: Any) -> None:
     needle: dense, then optimized by unisparse_flex. Prints both side by side and draws the blocks
     that every layer keeps. Runs offline, on the first GPU or else on the CPU (a few minutes).
     """
-    from .show import find_what_is_missing, show_demo
-
     with wrong_arguments():
         options = DemoOptions(**values)
     complaint = find_what_is_missing(options)

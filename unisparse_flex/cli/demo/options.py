@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,26 +57,7 @@ class DemoOptions:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        if not SHORTEST_PROMPT <= self.tokens <= BUNDLED_CONTEXT:
-            raise ValueError(
-                f"tokens must be in [{SHORTEST_PROMPT}, {BUNDLED_CONTEXT}] (the model's context), "
-                f"got {self.tokens}"
-            )
-        if not 0.0 <= self.depth <= 1.0:
-            raise ValueError(f"depth must be in [0, 1], got {self.depth}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
-        if self.repeats is not None and self.repeats < 1:
-            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
-        if self.min_length is not None and self.min_length > self.tokens:
-            raise ValueError(
-                f"min_length must be at most tokens ({self.tokens}), got {self.min_length}; "
-                "a longer one leaves every layer dense"
-            )
-        if self.selector not in SELECTOR_NAMES:
-            raise ValueError(
-                f"selector must be one of {', '.join(SELECTOR_NAMES)}, got {self.selector!r}"
-            )
+        check_ranges(**asdict(self))
         self.build_selector()
 
     def build_selector(self) -> Selector:
@@ -110,3 +91,38 @@ class DemoOptions:
     def figure_path(self) -> Path:
         """Where the figure goes."""
         return self.output / "selected-blocks.png"
+
+
+def check_ranges(
+    *,
+    tokens: int,
+    depth: float,
+    seed: int,
+    repeats: int | None,
+    min_length: int | None,
+    selector: str,
+    **_: Any,
+) -> None:
+    """Raises where an option of `DemoOptions` is out of range; needs no torch.
+
+    Raises:
+        ValueError: One is, as the message says.
+    """
+    if not SHORTEST_PROMPT <= tokens <= BUNDLED_CONTEXT:
+        raise ValueError(
+            f"tokens must be in [{SHORTEST_PROMPT}, {BUNDLED_CONTEXT}] (the model's context), "
+            f"got {tokens}"
+        )
+    if not 0.0 <= depth <= 1.0:
+        raise ValueError(f"depth must be in [0, 1], got {depth}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+    if repeats is not None and repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if min_length is not None and min_length > tokens:
+        raise ValueError(
+            f"min_length must be at most tokens ({tokens}), got {min_length}; "
+            "a longer one leaves every layer dense"
+        )
+    if selector not in SELECTOR_NAMES:
+        raise ValueError(f"selector must be one of {', '.join(SELECTOR_NAMES)}, got {selector!r}")

