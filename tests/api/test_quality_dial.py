@@ -207,6 +207,18 @@ def test_a_model_that_attends_by_itself_is_told_how_it_may_be_sparse(
         assert all("(attn_implementation='eager')" in warning for warning in found)
 
 
+def test_compiled_layers_are_no_attention_that_was_missed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    torch._dynamo.reset()
+    model = optimize(create(Transformer), min_length=0)
+    for layer in model.layers:
+        layer.compile(backend="aot_eager")
+    model(embeddings(300))
+    assert not warnings_of(caplog)
+
+
 @pytest.mark.parametrize("dense_layers", [(), (0, 1)])
 def test_attention_that_stays_dense_is_none_that_was_missed(
     dense_layers: tuple[int, ...], caplog: pytest.LogCaptureFixture

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch._dynamo.utils import counters
 
 logger = logging.getLogger(__name__)
 
-_waiting: WeakSet[nn.Module] = WeakSet()
+# Models, each with how much had been compiled when it was optimized.
+_waiting: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def await_first_forward(model: nn.Module) -> None:
     """Has the next `check_first_forward` of a model that was optimized look at it."""
-    _waiting.add(model)
+    _waiting[model] = _compiled_frames()
 
 
 def check_first_forward(model: object, *, seen: bool) -> None:
@@ -24,11 +26,11 @@ def check_first_forward(model: object, *, seen: bool) -> None:
         model: Whose forward it was.
         seen: Whether it made a call that can be caught, sparse or not.
     """
-    if not _waiting or model not in _waiting:
+    if not _waiting or not isinstance(model, nn.Module):
         return
-    assert isinstance(model, nn.Module)
-    _waiting.discard(model)
-    if seen:
+    before = _waiting.pop(model, None)
+    # What compiled parts of a model call is not seen here.
+    if before is None or seen or _compiled_frames() != before:
         return
     config = getattr(model, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
@@ -40,3 +42,7 @@ def check_first_forward(model: object, *, seen: bool) -> None:
         type(model).__name__,
         found,
     )
+
+
+def _compiled_frames() -> int:
+    return counters["frames"]["total"]
