@@ -7,6 +7,7 @@ from importlib import import_module
 # "module" or "module:attribute.attribute"; a test compares them with the sources.
 PRIVATE_NAMES = (
     "torch._dynamo.eval_frame:_TorchDynamoContext",
+    "torch._dynamo.utils:counters",
     "torch._dynamo.variables.torch_function:TorchFunctionModeStackVariable",
     "torch._inductor.compile_fx:compile_fx",
     "torch._inductor.custom_graph_pass:CustomGraphPass",
@@ -24,6 +25,7 @@ PRIVATE_NAMES = (
     "torch:_C._dispatch_has_backend_fallback",
     "torch:_C._dispatch_tls_is_dispatch_key_included",
     "torch:_C._dispatch_tls_set_dispatch_key_included",
+    "torch:_C._functorch.peek_interpreter_stack",
     "torch:_C._get_function_stack_at",
     "torch:_C._len_torch_dispatch_stack",
     "torch:_C._len_torch_function_stack",
