@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,20 +15,26 @@ import torch
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Arguments at a small size, and what the output must hold.
 RUNS: dict[str, tuple[list[str], str]] = {
-    "plain_pytorch": (["--tokens", "1024"], r"2 sparse, mean density 0\.\d+, 0 dense"),
+    "plain_pytorch": (["--tokens", "1024"], r"2 of 2 calls sparse(.|\n)*compiled: dense \d"),
     "huggingface_generate": (
         ["--tokens", "1024", "--new-tokens", "3"],
-        r"2 attention calls of the prompt ran sparse(.|\n)*\n4 calls of one token each",
+        r"2 of 2 calls sparse(.|\n)*compiled: dense .* s, sparse .* s\ngenerated: \[\d+, ",
     ),
-    "export_model": (["--tokens", "600", "--output", "{tmp}/model.pt2"], r"after loading: 0\.0e"),
-    "custom_selector": (["--tokens", "1024"], r"keeps [1-9]\d% of the blocks\n.*finite: True"),
-    "block_mask": (["--tokens", "1024"], r"output \(1, 4, 1024, 64\)"),
+    "export_model": (
+        ["--tokens", "600", "--output", "{tmp}/model.pt2"],
+        r"after loading: 0\.0e(.|\n)*compiled: dense \d",
+    ),
+    "custom_selector": (
+        ["--tokens", "1024"],
+        r"keeps [1-9]\d% of the blocks\n.*finite: True\ndense \d",
+    ),
+    "block_mask": (["--tokens", "1024"], r"output \(1, 4, 1024, 64\)(.|\n)*dense \d"),
     "calibrate_model": (
-        ["--tokens", "1024", "--output", "{tmp}/calibration.json"],
-        r"30 sparse, mean density 0\.\d+, 0 dense\n(.|\n)*recall 0\.9\d+ at density 0\.\d+",
+        ["--tokens", "512", "--output", "{tmp}/calibration.json"],
+        r"30 of 30 calls sparse(.|\n)*recall 0\.9\d+ at density 0\.\d+",
     ),
 }
-ON_GPU = {"train_sparse": (["--tokens", "2048"], r"loss \d+\.\d+ at first")}
+ON_GPU = {"train_sparse": (["--tokens", "2048"], r"loss \d+\.\d+ at first(.|\n)* s a step")}
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,3 +78,32 @@ def test_an_example_runs_on_a_gpu(
 
 def test_every_example_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*RUNS, *ON_GPU}
+
+
+def cells() -> list[dict[str, Any]]:
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+    assert notebook["nbformat"] == 4
+    found: list[dict[str, Any]] = notebook["cells"]
+    return found
+
+
+def test_the_notebook_is_kept_without_outputs() -> None:
+    code = [cell for cell in cells() if cell["cell_type"] == "code"]
+    assert code
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
+    assert len({cell["id"] for cell in cells()}) == len(cells())
+
+
+def test_the_notebook_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QUICKSTART_TOKENS", "1100")
+    torch._dynamo.reset()
+    names: dict[str, Any] = {"__name__": "quickstart"}
+    for place, cell in enumerate(cells()):
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"cell {place}", "exec"), names)
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^(?:dense|sparse): \d+\.\d+ s", out, re.MULTILINE)) == 2
+    assert "calls" in out
