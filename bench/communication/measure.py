@@ -1,7 +1,7 @@
 """What context parallel attention moves between ranks: measured needs, simulated scaling.
 
 python -m bench.communication [--output FILE]      # needs of SmolLM2, then the study
-python -m bench.tables --page docs/distributed.md    # its tables
+python -m bench.tables --page docs/evidence/distributed-tables.md    # its tables
 
 The study runs on no device. Bytes come from bench/communication/traffic.py, seconds of work from
 the cost model with the rates of one H100, extrapolated from 131072 tokens at most; links are

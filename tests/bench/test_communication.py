@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_page_holds_the_tables_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    page = (ROOT / "docs/distributed.md").read_text()
+    page = (ROOT / "docs/evidence/distributed-tables.md").read_text()
     assert "SIMULATED" in page
     assert tables.fill(page) == page
 

@@ -253,7 +253,7 @@ def test_the_summary_compares_at_the_kl_of_one_setting() -> None:
 
 
 def test_settings_are_told_apart_by_what_differs() -> None:
-    few, many = UniSparse(top_p=0.7), UniSparse(top_p=0.9)
+    few, many = UniSparse.paper(top_p=0.7), UniSparse.paper(top_p=0.9)
     result = make_result()
     result["rows"] = [
         row("paper", 0.2, 0.1) | {"parameters": repr(few)},
@@ -267,7 +267,7 @@ def test_settings_are_told_apart_by_what_differs() -> None:
 
 
 def test_the_page_of_quality_holds_what_the_files_say() -> None:
-    page = (ROOT / "docs/quality.md").read_text()
+    page = (ROOT / "docs/evidence/quality-tables.md").read_text()
     named = re.findall(r"<!-- tables of (\S+) -->", page)
     files = [*FOLDER.glob("quality-*.json"), *FOLDER.glob("padding-*.json")]
     assert sorted(named) == sorted(path.name for path in files)

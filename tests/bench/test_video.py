@@ -171,7 +171,7 @@ def test_an_order_is_compared_with_raster_order_over_clips() -> None:
 
 
 def test_the_page_holds_what_the_file_says() -> None:
-    page = (ROOT / "docs/video.md").read_text()
+    page = (ROOT / "docs/evidence/video-tables.md").read_text()
     assert re.findall(r"<!-- tables of (\S+) -->", page) == [video.OUTPUT.name]
     assert tables.fill(page) == page
 
