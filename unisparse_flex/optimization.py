@@ -70,7 +70,7 @@ def optimize(
             negative ones from the end.
         backend: The kernel on CUDA: ``"flash"`` (FlashAttention-4), ``"triton"``, or ``"auto"``,
             which takes FlashAttention-4 where it is installed and can run the call: 16-bit,
-            head_dim up to 128, blocks of 128, inference, no mask, on Hopper.
+            head_dim up to 128, blocks of 128, inference, no mask but a window, on Hopper.
         context: The ranks that share the tokens, where ``model`` is given some of a sequence
             (`distributed.ContextParallel`); dense calls see the keys of all ranks too.
 
