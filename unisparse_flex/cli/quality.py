@@ -138,8 +138,8 @@ def texts_argument(ctx: click.Context, _: click.Parameter, names: tuple[str, ...
     epilog=f"""\b
 Examples:
   {PROGRAM} quality smollm2 --lengths 2048,8192
-  {PROGRAM} quality ./my-model --text a.txt --text b.txt --html quality.html
-  {PROGRAM} quality ./my-model --text a.txt --tasks ruler --against xattention""",
+  {PROGRAM} quality ./my-model --text a.txt --html page.html
+  {PROGRAM} quality ./my-model --tasks ruler --against xattention""",
 )
 @model_argument_of_command
 @with_options(

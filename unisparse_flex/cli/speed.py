@@ -77,7 +77,7 @@ def against_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[
     epilog=f"""\b
 Examples:
   {PROGRAM} speed smollm2 --lengths 4096,8192
-  {PROGRAM} speed ./my-model --text prompt.txt --quality fast,balanced --html speed.html""",
+  {PROGRAM} speed ./my-model --text a.txt --quality fast,balanced""",
 )
 @model_argument_of_command
 @with_options(
