@@ -55,6 +55,8 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *, tokens: int
 def test_the_start_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Both compilations take minutes here; the model compiles in tests/models.
+    monkeypatch.setattr(torch, "compile", lambda model: model)
     run("start.md", tmp_path, monkeypatch, tokens=1100)
     out = capsys.readouterr().out
     assert len(re.findall(r"^\d+\.\d s$", out, re.MULTILINE)) == 2
@@ -69,7 +71,7 @@ def test_the_tutorial_runs(
 ) -> None:
     names = run("tutorial.md", tmp_path, monkeypatch, tokens=512)
     out = capsys.readouterr().out
-    rows = re.findall(r"(\w+): density (0\.\d+), KL to dense (0\.\d+)", out)
+    rows = re.findall(r"(\w+): density ([01]\.\d+), KL to dense (\d\.\d+)", out)
     assert [word for word, *_ in rows] == ["fast", "balanced", "high"]
     densities, divergences = ([float(row[i]) for row in rows] for i in (1, 2))
     # A higher quality keeps more and errs less, as the page says.
