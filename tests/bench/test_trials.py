@@ -81,7 +81,7 @@ def test_a_trial_of_shipped_parts_selects_as_they_do(name: str) -> None:
     query, key, _ = qkv(500)
     fields: dict[str, Any] = {n: min(v, 32) for n, v in GRANULARITIES[name].items()}
     trial = Trial(block_size=32, rule="top_p", value=0.6, **fields)
-    shipped = UniSparse(block_size=32, top_p=0.6, **fields)
+    shipped = UniSparse.paper(block_size=32, top_p=0.6, **fields)
     kept = trial.select(query, key, is_causal=True).keep
     assert kept.equal(shipped.select(query, key, is_causal=True).keep)
 
