@@ -193,7 +193,7 @@ def test_positions_go_with_their_tokens(four: Ranks) -> None:
 def count_bytes(top_k: int) -> tuple[dict[str, int], int, int]:
     """What a rank received in one layer, what its rows need of others, and a block's bytes."""
     context = ContextParallel(block_size=16)
-    selector = UniSparse(block_size=16, c_q=4, c_k=4, top_k=top_k, last_query_blocks=0)
+    selector = UniSparse.paper(block_size=16, c_q=4, c_k=4, top_k=top_k, last_query_blocks=0)
     model: Any = optimize(create(layers=1), selector, min_length=0, context=context)
     x = context.shard(embeddings(LENGTH), 1)
     with torch.no_grad():

@@ -18,9 +18,9 @@ from unisparse_flex.selectors import FlashPrefill, XAttention
 from .check import difference, kept_blocks
 from .ranks import Ranks
 
-PAPER = UniSparse(block_size=16, c_q=4, c_k=4, top_p=0.7, last_query_blocks=2)
+PAPER = UniSparse.paper(block_size=16, c_q=4, c_k=4, top_p=0.7, last_query_blocks=2)
 TWO = UniSparse(block_size=16, c_q=4, c_k=4, sampled_queries=4, top_p=0.5, threshold=0.05)
-MERGED = UniSparse(block_size=16, c_q=4, c_k=4, c_h=2, top_k=3)
+MERGED = UniSparse.paper(block_size=16, c_q=4, c_k=4, c_h=2, top_k=3)
 SELECTORS = {
     "paper": PAPER,
     "two": TWO,

@@ -19,7 +19,7 @@ from .check import kept_blocks
 from .ranks import Ranks
 
 LENGTH, SIZE = 256, 16
-PAPER = UniSparse(block_size=SIZE, c_q=4, c_k=4, top_k=4, last_query_blocks=0)
+PAPER = UniSparse.paper(block_size=SIZE, c_q=4, c_k=4, top_k=4, last_query_blocks=0)
 SAMPLED = UniSparse(block_size=SIZE, c_q=4, c_k=4, top_k=4, sampled_queries=4, last_query_blocks=0)
 
 
