@@ -154,7 +154,7 @@ def test_a_window_of_few_blocks_is_kept_whole_without_tables(
 
 
 def test_a_mask_that_changes_is_read_again(reads: Reads) -> None:
-    everything = UniSparse(block_size=16, top_p=1.0)
+    everything = UniSparse.paper(block_size=16, top_p=1.0)
     model = optimize(Layers(1), everything, min_length=0)
     tensors = qkv(SHORT, heads=(2, 2), batch=2, head_dim=16)
     mask = padded(0, 13)(SHORT, SHORT)
@@ -173,7 +173,7 @@ def test_a_mask_that_changes_is_read_again(reads: Reads) -> None:
 
 
 def test_a_mask_of_inference_mode_is_read_at_every_call(reads: Reads) -> None:
-    model = optimize(Layers(), UniSparse(block_size=16, top_p=1.0), min_length=0)
+    model = optimize(Layers(), UniSparse.paper(block_size=16, top_p=1.0), min_length=0)
     with torch.inference_mode():
         tensors = qkv(SHORT, heads=(2, 2), batch=2, head_dim=16)
         mask = padded(0, 13)(SHORT, SHORT)
@@ -185,7 +185,7 @@ def test_a_mask_of_inference_mode_is_read_at_every_call(reads: Reads) -> None:
 def test_chunks_of_a_prompt_do_not_compile_each_anew(reads: Reads) -> None:
     compilations = torch._dynamo.utils.counters["stats"]
     compilations.clear()
-    model = optimize(Layers(1), UniSparse(block_size=16, top_p=1.0), min_length=0)
+    model = optimize(Layers(1), UniSparse.paper(block_size=16, top_p=1.0), min_length=0)
     for start in (16, 24, 32):
         query, key, value = qkv(16, start + 16, heads=(2, 2), batch=2, head_dim=16)
         # In a static cache, where keys after the chunk exist.

@@ -54,15 +54,6 @@ def test_with_every_block_kept_eager_logits_are_dense(
     assert relative_error(logits(model, input_ids), dense) < ROUNDING
 
 
-def test_with_every_block_kept_compiled_logits_are_dense(
-    smollm2: LoadedModel, input_ids: Tensor, dense: Tensor
-) -> None:
-    torch._dynamo.reset()
-    model = optimize(smollm2.model, UniSparse(top_p=1.0), min_length=0)
-    compiled: Any = torch.compile(model, fullgraph=True)
-    assert relative_error(logits(compiled, input_ids), dense) < ROUNDING
-
-
 def test_the_default_selector_compiled_is_close_to_dense_but_not_dense(
     smollm2: LoadedModel, input_ids: Tensor, dense: Tensor
 ) -> None:

@@ -117,7 +117,7 @@ def test_the_markers_own_kernel_is_right_at_symbolic_lengths(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dynamic"),
-    [("causal at an offset", False), ("window", False), ("window", True), ("chunks", False)],
+    [("window", False), ("window", True), ("chunks", False)],
 )
 def test_a_formula_without_tensors_compiles_at_fixed_and_symbolic_numbers(
     name: str, dynamic: bool
