@@ -87,9 +87,12 @@ class Search:
         """
         self._measure(lambda output: self.dense_logits.append(_logits(output)))
         names = list(self.layers)
-        frontier = [self._plan(names, each) for each in Frontier(self._units(names))]
-        uniform = self._bisect_kl(self._uniform_plans(), kl)
-        found = [uniform, self._bisect_kl(frontier, kl)]
+        frontier, plans = Frontier(self._units(names)), self._uniform_plans()
+        uniform = self._bisect_kl(plans.__getitem__, len(plans), kl)
+        found = [
+            uniform,
+            self._bisect_kl(lambda step: self._plan(names, frontier[step]), len(frontier), kl),
+        ]
         reaching = [pair for pair in found if pair is not None]
         if not reaching:
             return self._result(self._plan([], ()), "kl", kl, 0.0)
@@ -97,22 +100,24 @@ class Search:
         plan, reached = min(reaching, key=lambda pair: self._cost(pair[0]))
         return self._result(plan, "kl", kl, reached, None if uniform is None else uniform[0])
 
-    def _bisect_kl(self, plans: Sequence[Plan], kl: float) -> tuple[Plan, float] | None:
-        """The first plan that reaches a KL, with its own, where the last one does."""
-        too_sparse, enough = -1, len(plans) - 1
+    def _bisect_kl(
+        self, plan_at: Callable[[int], Plan], count: int, kl: float
+    ) -> tuple[Plan, float] | None:
+        """The first of so many plans that reaches a KL, with its own, where the last one does."""
+        too_sparse, enough = -1, count - 1
         found: tuple[Plan, float] | None = None
         for _ in range(KL_PASSES):
             if enough - too_sparse <= 1:
                 break
             middle = (too_sparse + enough) // 2
-            plan = self._without_slow(plans[middle])
+            plan = self._without_slow(plan_at(middle))
             measured = self._measure_kl(plan)
             if measured <= kl:
                 enough, found = middle, (plan, measured)
             else:
                 too_sparse = middle
-        if found is None and plans:
-            plan = self._without_slow(plans[enough])
+        if found is None:
+            plan = self._without_slow(plan_at(enough))
             found = plan, self._measure_kl(plan)
         return found if found is not None and found[1] <= kl else None
 

@@ -9,11 +9,12 @@ import click
 
 from ..progress import Progress
 from . import PROGRAM
-from .arguments import file_to_write, model_argument
+from .arguments import model_argument
 from .options import (
     MODEL_OPTIONS,
     SPARSE_OPTIONS,
     create_subject,
+    html_option,
     json_option,
     quiet_option,
     with_options,
@@ -33,13 +34,7 @@ Examples:
 )
 @click.argument("model", callback=model_argument)
 @with_options(
-    click.option(
-        "--html",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        callback=file_to_write,
-        help="Also write one page of HTML that needs nothing else.",
-    ),
+    html_option,
     click.option(
         "--measure",
         is_flag=True,

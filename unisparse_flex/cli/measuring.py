@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import PROGRAM
-from .arguments import device_argument, file_to_write, layers_argument, model_argument
-from .choices import BACKENDS, TEXT_NAMES
+from .arguments import device_argument, file_to_write, model_argument
+from .choices import TEXT_NAMES
 from .failures import failures
-from .options import json_option, quiet_option
+from .options import LAYER_OPTIONS, html_option, json_option, quiet_option
 from .output import print_json, say_written, write_text
 
 if TYPE_CHECKING:
@@ -117,20 +117,7 @@ PLACE_OPTIONS = (
         callback=device_argument,
         help="cpu, cuda or cuda:N.  [default: GPU if any]",
     ),
-    click.option(
-        "--dense-layers",
-        metavar="I,J,...",
-        default="",
-        callback=layers_argument,
-        help="Layers that stay dense, negative ones from the end.",
-    ),
-    click.option(
-        "--backend",
-        type=click.Choice(BACKENDS),
-        default="auto",
-        show_default=True,
-        help="Kernel on CUDA.",
-    ),
+    *LAYER_OPTIONS,
 )
 OUTPUT_OPTIONS = (
     json_option,
@@ -142,13 +129,7 @@ OUTPUT_OPTIONS = (
         callback=file_to_write,
         help="Also write the JSON to a file.",
     ),
-    click.option(
-        "--html",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        callback=file_to_write,
-        help="Also write one page of HTML that needs nothing else.",
-    ),
+    html_option,
     quiet_option,
 )
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..progress import Progress
-from .arguments import device_argument, layers_argument, selector_argument, text_argument
+from .arguments import (
+    device_argument,
+    file_to_write,
+    layers_argument,
+    selector_argument,
+    text_argument,
+)
 from .choices import BACKENDS, SELECTOR_NAMES
 from .failures import wrong_arguments
 
@@ -46,6 +53,29 @@ MODEL_OPTIONS = (
         help="Length of the prompt.  [default: 4096, or the text's or the model's if less]",
     ),
 )
+LAYER_OPTIONS = (
+    click.option(
+        "--dense-layers",
+        metavar="I,J,...",
+        default="",
+        callback=layers_argument,
+        help="Layers that stay dense, negative ones from the end.",
+    ),
+    click.option(
+        "--backend",
+        type=click.Choice(BACKENDS),
+        default="auto",
+        show_default=True,
+        help="Kernel on CUDA.",
+    ),
+)
+html_option = click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    callback=file_to_write,
+    help="Also write one page of HTML that needs nothing else.",
+)
 SPARSE_OPTIONS = (
     click.option(
         "--text",
@@ -64,20 +94,7 @@ SPARSE_OPTIONS = (
         help=f"{', '.join(SELECTOR_NAMES)}, a calibration (*.json) or such as "
         "'UniSparse(top_p=0.95)'.",
     ),
-    click.option(
-        "--dense-layers",
-        metavar="I,J,...",
-        default="",
-        callback=layers_argument,
-        help="Layers that stay dense, negative ones from the end.",
-    ),
-    click.option(
-        "--backend",
-        type=click.Choice(BACKENDS),
-        default="auto",
-        show_default=True,
-        help="Kernel on CUDA.",
-    ),
+    *LAYER_OPTIONS,
 )
 
 
