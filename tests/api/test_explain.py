@@ -138,10 +138,16 @@ def test_the_table_holds_every_call_and_the_totals() -> None:
     assert lines[4].split()[-1] == "[1]"
     assert lines[5] == f"[1] {DenseReason.EXCLUDED}"
     dense, decided = explanation.predicted_ms
-    assert lines[6:] == [
+    assert lines[6] == (
         f"predicted, attention only: {three_digits(decided)} ms as decided, "
         f"{three_digits(dense)} ms all dense"
-    ]
+    )
+    assert explanation.rest_ms is not None
+    dense, decided, rest = (three_digits(ms + explanation.rest_ms) for ms in (dense, decided, 0.0))
+    assert " ".join(" ".join(lines[7:]).split()) == (
+        f"predicted, whole prefill: {decided} ms as decided, {dense} ms all dense; the rest of the "
+        f"model took {rest} ms here, uncompiled"
+    )
 
 
 def test_the_verdict_comes_first_and_what_to_do_next_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from ..passes import SparseConfig, observe_calls
 from ..passes.calls import SdpaCall
 from .attention_record import AttentionRecord
 from .explanation import Explanation, record_attention
+from .rest_time import RestClock
 from .timing import CallTime, time_call
 
 SCHEMA = 1
@@ -59,6 +60,7 @@ class ExplainReport:
         device: In words.
         dtype: Of the weights.
         versions: Of Python and the packages; ``None`` for what is not installed.
+        rest_ms: See `Explanation`.
     """
 
     calls: tuple[ReportedCall, ...]
@@ -68,11 +70,12 @@ class ExplainReport:
     device: str
     dtype: str
     versions: Mapping[str, str | None]
+    rest_ms: float | None = None
 
     @property
     def explanation(self) -> Explanation:
         """The calls as `explain` returns them."""
-        return Explanation(tuple(call.record for call in self.calls))
+        return Explanation(tuple(call.record for call in self.calls), self.rest_ms)
 
     @property
     def is_measured(self) -> bool:
@@ -103,7 +106,11 @@ class ExplainReport:
     def to_json(self) -> dict[str, Any]:
         """The report as values that JSON holds."""
         explanation = self.explanation
-        totals = {"predicted": self.predicted_ms, "measured": self.measured_ms}
+        totals = {
+            "predicted": self.predicted_ms,
+            "predicted_prefill": explanation.prefill_ms,
+            "measured": self.measured_ms,
+        }
         return {
             "schema": SCHEMA,
             "kind": "explain",
@@ -120,6 +127,7 @@ class ExplainReport:
                     name: None if pair is None else {"dense_ms": pair[0], "decided_ms": pair[1]}
                     for name, pair in totals.items()
                 },
+                "rest_ms": self.rest_ms,
             },
             "verdict": explanation.verdict,
             "calls": [call.to_json() for call in self.calls],
@@ -152,7 +160,8 @@ def report_model(
     """
     module = original_module(model)
     times: dict[int, CallTime] = {}
-    with record_attention(module) as records:
+    clock = RestClock(module)
+    with record_attention(module, clock=clock) as records:
 
         def observe(call: SdpaCall, config: SparseConfig, *_: Any) -> None:
             # The record of this call is already there: observers outside come first.
@@ -174,6 +183,7 @@ def report_model(
         device=device,
         dtype=_dtype(module),
         versions=find_versions(),
+        rest_ms=clock.milliseconds,
     )
 
 

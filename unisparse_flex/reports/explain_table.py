@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from .attention_record import AttentionRecord
-from .verdict import predicted_ms
+from .verdict import predicted_ms, prefill_ms
 
 # A table never needs more; wider terminals have room for more of a layer's name.
 COLUMNS, MOST_COLUMNS = 80, 118
@@ -40,7 +40,9 @@ def wrap(text: str, columns: int, *, indent: int = 2) -> str:
     )
 
 
-def format_table(calls: Sequence[AttentionRecord], columns: int) -> list[str]:
+def format_table(
+    calls: Sequence[AttentionRecord], columns: int, rest_ms: float | None = None
+) -> list[str]:
     """See `Explanation.table`; its lines."""
     if not calls:
         return []
@@ -76,6 +78,15 @@ def format_table(calls: Sequence[AttentionRecord], columns: int) -> list[str]:
         lines.append(
             wrap(
                 f"predicted{of}, attention only: {decided} ms as decided, {dense} ms all dense",
+                columns,
+            )
+        )
+    if (whole := prefill_ms(calls, rest_ms)) is not None and rest_ms is not None:
+        dense, decided, rest = map(three_digits, (*whole, rest_ms))
+        lines.append(
+            wrap(
+                f"predicted, whole prefill: {decided} ms as decided, {dense} ms all dense; the "
+                f"rest of the model took {rest} ms here, uncompiled",
                 columns,
             )
         )

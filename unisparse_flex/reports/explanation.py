@@ -20,7 +20,8 @@ from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
 from ..passes.decision import flash_obstacle, forecast_call
 from .attention_record import AttentionRecord
 from .explain_table import COLUMNS, format_table, terminal_columns, wrap
-from .verdict import next_step, predicted_ms, verdict
+from .rest_time import RestClock
+from .verdict import next_step, predicted_ms, prefill_ms, verdict
 
 MASK_NOTE = (
     "where torch.compile proves what an attn_mask is, it keeps small windows whole: "
@@ -47,9 +48,12 @@ class Explanation:
 
     Attributes:
         calls: One record per call.
+        rest_ms: Milliseconds that this forward pass took outside attention, uncompiled; ``None``
+            where that could not be told apart.
     """
 
     calls: tuple[AttentionRecord, ...]
+    rest_ms: float | None = None
 
     @property
     def sparse(self) -> tuple[AttentionRecord, ...]:
@@ -74,6 +78,15 @@ class Explanation:
         Of calls without a prediction nothing is known: they count in neither.
         """
         return predicted_ms(self.calls)
+
+    @property
+    def prefill_ms(self) -> tuple[float, float] | None:
+        """Milliseconds of the whole forward pass with every call dense, and as decided.
+
+        `predicted_ms` and `rest_ms`; ``None`` where the rest is unknown or a call has no
+        prediction.
+        """
+        return prefill_ms(self.calls, self.rest_ms)
 
     def notes(self) -> list[str]:
         """What has to be known to read the calls, a sentence each."""
@@ -101,7 +114,7 @@ class Explanation:
 
         Layers that are predicted to be slower sparse than dense are named.
         """
-        return verdict(self.calls)
+        return verdict(self.calls, self.rest_ms)
 
     @property
     def next_step(self) -> str:
@@ -114,7 +127,7 @@ class Explanation:
         Args:
             columns: Most characters in a line; names of layers lose their beginnings for it.
         """
-        return "\n".join(format_table(self.calls, columns))
+        return "\n".join(format_table(self.calls, columns, self.rest_ms))
 
     def __str__(self) -> str:
         columns = terminal_columns()
@@ -142,17 +155,21 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         TypeError: ``model`` is no module.
     """
-    with record_attention(model) as calls, torch.no_grad():
+    clock = RestClock(_validate_module(model))
+    with record_attention(model, clock=clock) as calls, torch.no_grad():
         original_module(model)(*args, **kwargs)
-    return Explanation(tuple(calls))
+    return Explanation(tuple(calls), clock.milliseconds)
 
 
 @contextmanager
-def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
+def record_attention(
+    model: nn.Module, *, clock: RestClock | None = None
+) -> Iterator[list[AttentionRecord]]:
     """Records the attention calls that ``model`` makes inside, running uncompiled.
 
     Args:
         model: The model that will be called.
+        clock: Times what is not attention.
 
     Yields:
         A list that grows by one record per call.
@@ -160,12 +177,7 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
     Raises:
         TypeError: ``model`` is no module.
     """
-    module = original_module(model)
-    if not isinstance(module, nn.Module):
-        raise TypeError(
-            f"model must be a torch.nn.Module, optimized or not, got {_type_name(module)}; of a "
-            "pipeline pass the module that attends, such as pipeline.transformer or pipeline.model"
-        )
+    module = _validate_module(model)
     calls: list[AttentionRecord] = []
     path: list[str] = []
 
@@ -175,23 +187,32 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionRecord]]:
         selection: BlockSelection | None,
         reason: DenseReason | None,
     ) -> None:
-        calls.append(_record(path[-1] if path else "", call, config, selection, reason))
+        add(_record(path[-1] if path else "", call, config, selection, reason))
+
+    def add(found: AttentionRecord) -> None:
+        calls.append(found)
+        if clock is not None:
+            clock.saw_attention()
 
     with ExitStack() as stack:
+        if clock is not None:
+            stack.enter_context(clock.running())
         for name, submodule in module.named_modules():
             track_layer(stack, submodule, name or type(submodule).__name__, path)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(observe_calls(record))
-        stack.enter_context(_LeftAlone(record, calls, path))
+        stack.enter_context(_LeftAlone(record, add, path))
         yield calls
 
 
 class _LeftAlone(TorchFunctionMode):
     """Sees the attention functions that no marker stands for."""
 
-    def __init__(self, record: Any, calls: list[AttentionRecord], path: list[str]) -> None:
+    def __init__(
+        self, record: Any, add: Callable[[AttentionRecord], None], path: list[str]
+    ) -> None:
         super().__init__()
-        self.record, self.calls, self.path = record, calls, path
+        self.record, self.add, self.path = record, add, path
 
     def __torch_function__(
         self,
@@ -210,7 +231,7 @@ class _LeftAlone(TorchFunctionMode):
         elif func in MULTIHEAD_TARGETS.values():
             reason = refuse_multihead(func, args, kwargs) or DenseReason.NOT_OPTIMIZED
             layer = self.path[-1] if self.path else ""
-            self.calls.append(AttentionRecord(layer=layer, decision="dense", reason=reason))
+            self.add(AttentionRecord(layer=layer, decision="dense", reason=reason))
         return func(*args, **kwargs)
 
 
@@ -225,6 +246,16 @@ def track_layer(stack: ExitStack, module: nn.Module, name: str, path: list[str])
 
     stack.callback(module.register_forward_pre_hook(enter).remove)
     stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+
+def _validate_module(model: object) -> nn.Module:
+    module: object = original_module(model)  # type: ignore[arg-type]
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, optimized or not, got {_type_name(module)}; of a "
+            "pipeline pass the module that attends, such as pipeline.transformer or pipeline.model"
+        )
+    return module
 
 
 def _type_name(value: object) -> str:

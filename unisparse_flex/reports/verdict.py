@@ -26,7 +26,7 @@ NEXT_STEPS = {
 }
 
 
-def verdict(calls: Sequence[AttentionRecord]) -> str:
+def verdict(calls: Sequence[AttentionRecord], rest_ms: float | None = None) -> str:
     """See `Explanation.verdict`."""
     if not calls:
         return NO_CALL
@@ -43,6 +43,8 @@ def verdict(calls: Sequence[AttentionRecord]) -> str:
     dense_ms, decided_ms = predicted_ms(calls)
     if decided_ms:
         parts[0] += f", attention predicted {dense_ms / decided_ms:.3g}x as fast"
+        if (whole := prefill_ms(calls, rest_ms)) is not None:
+            parts[0] += f", the whole prefill {whole[0] / whole[1]:.3g}x"
     slower = _slower(sparse)
     if slower and len(slower) == len(sparse):
         parts.append("every sparse call is predicted slower than dense")
@@ -98,6 +100,16 @@ def predicted_ms(calls: Sequence[AttentionRecord]) -> tuple[float, float]:
     known = [(call, p) for call in calls if (p := call.prediction) is not None]
     dense = sum(p.dense_ms for _, p in known)
     return dense, sum(p.sparse_ms if c.decision == "sparse" else p.dense_ms for c, p in known)
+
+
+def prefill_ms(
+    calls: Sequence[AttentionRecord], rest_ms: float | None
+) -> tuple[float, float] | None:
+    """See `Explanation.prefill_ms`."""
+    if not calls or rest_ms is None or any(call.prediction is None for call in calls):
+        return None
+    dense, decided = predicted_ms(calls)
+    return dense + rest_ms, decided + rest_ms
 
 
 def _slower(sparse: Sequence[AttentionRecord]) -> list[AttentionRecord]:
