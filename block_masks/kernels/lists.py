@@ -13,10 +13,11 @@ from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
 from ..key_intervals import IntervalTables
 from ..selection import ForcedBlocks
+from .pages import pool_pages
 from .pool import pool
 from .recording import empty
 from .score import held_blocks, score, supports_descriptor
-from .scratch import power_of_two, reach_of
+from .scratch import Rows, power_of_two, reach_of
 from .select import select
 
 # Scratch that scores may take at a time; more is computed in turns.
@@ -118,10 +119,126 @@ def compute_lists(
     counts = (batch, q_heads, q_blocks)
     shapes = (counts, (*counts, kv_blocks)) * 2
     lists = BlockLists(*(empty(query, shape, torch.int32) for shape in shapes))
+    return _fill(
+        lists,
+        composites,
+        samples,
+        composite_keys,
+        key,
+        geometry=geometry,
+        c_q=c_q,
+        c_k=c_k,
+        c_h=c_h,
+        sampled_queries=sampled_queries,
+        rule=rule,
+        values=values,
+        forced_blocks=forced_blocks,
+        scale=scale,
+        intervals=intervals,
+    )
 
+
+def compute_lists_from_pages(
+    query: Tensor,
+    pages: Tensor,
+    table: Tensor,
+    means: Tensor,
+    *,
+    geometry: BlockGeometry,
+    c_q: int,
+    c_k: int,
+    c_h: int,
+    sampled_queries: int,
+    rule: str,
+    values: Sequence[float],
+    forced_blocks: ForcedBlocks,
+    scale: float,
+) -> BlockLists:
+    """`compute_lists` for the keys of one sequence in the pages of a cache.
+
+    Args:
+        query: [1, Hq, Sq, D] on the GPU.
+        pages: [all pages, Hkv, P, D], a view of the cache that `supports_pages` accepts.
+        table: int32 [n], the sequence's pages in order.
+        means: [all pages, Hkv, groups, D], see `pages.summarize`.
+        geometry: The block grid.
+        c_q: See `compute_lists`, as what follows.
+        c_k: Keys per composite key.
+        c_h: Query heads per composite head.
+        sampled_queries: Rows of a block that meet every key.
+        rule: Which blocks are kept.
+        values: Its numbers.
+        forced_blocks: Blocks kept in any case.
+        scale: Factor on the logits.
+
+    Returns:
+        The block lists; blocks are counted along the sequence, not by page.
+    """
+    kv_heads = pages.shape[1]
+    size = geometry.block_size
+    q_blocks, kv_blocks = geometry.num_q_blocks, geometry.num_kv_blocks
+    composites, samples = pool(
+        query,
+        kv_heads=kv_heads,
+        blocks=q_blocks,
+        block_size=size,
+        merged=c_h,
+        group=c_q,
+        step=size // sampled_queries if sampled_queries else 0,
+    )
+    held = held_blocks(pages, size // c_k) if c_k > 1 else 1
+    groups = -(-kv_blocks // held) * held * (size // c_k)
+    pooled = pool_pages(pages, table, means, length=geometry.kv_len, group=c_k, groups=groups)
+    composite_keys = pooled
+    if held > 1 and c_k < size:
+        composite_keys = _interleave(pooled, held, groups * c_k // size, size // c_k)
+    counts = (1, query.shape[1], q_blocks)
+    shapes = (counts, (*counts, kv_blocks)) * 2
+    return _fill(
+        BlockLists(*(empty(query, shape, torch.int32) for shape in shapes)),
+        composites,
+        samples,
+        composite_keys,
+        pages,
+        geometry=geometry,
+        c_q=c_q,
+        c_k=c_k,
+        c_h=c_h,
+        sampled_queries=sampled_queries,
+        rule=rule,
+        values=values,
+        forced_blocks=forced_blocks,
+        scale=scale,
+        table=table,
+    )
+
+
+def _fill(
+    lists: BlockLists,
+    composites: Rows | None,
+    samples: Rows | None,
+    composite_keys: Tensor | None,
+    key: Tensor,
+    *,
+    geometry: BlockGeometry,
+    c_q: int,
+    c_k: int,
+    c_h: int,
+    sampled_queries: int,
+    rule: str,
+    values: Sequence[float],
+    forced_blocks: ForcedBlocks,
+    scale: float,
+    intervals: IntervalTables | None = None,
+    table: Tensor | None = None,
+) -> BlockLists:
+    """Scores what was pooled and picked, and selects, in turns."""
+    size = geometry.block_size
+    batch, q_heads = lists.kv_num_blocks.shape[:2]
+    kv_heads = key.shape[1]
     composite_heads = q_heads // kv_heads // c_h
     rows = composite_heads * max(size // c_q if c_q else 0, sampled_queries)
-    row_bytes = rows * (4 if query.dtype == torch.float32 else 2)
+    row_bytes = rows * (4 if key.dtype == torch.float32 else 2)
     total = batch * kv_heads
     for part in turns(geometry, row_bytes):
         needed = row_bytes * (part.stop - part.start) * reach_of(geometry, part)
@@ -138,7 +255,8 @@ def compute_lists(
                 columns = -(-geometry.kv_len // c_k)
                 coarse = score(composites, composite_keys, c_k, columns, scale=scale, **turn)
             if samples is not None:
-                fine = score(samples, key, 1, geometry.kv_len, scale=scale, sampled=True, **turn)
+                picked: dict[str, Any] = {**turn, "sampled": True, "table": table}
+                fine = score(samples, key, 1, geometry.kv_len, scale=scale, **picked)
             select(
                 coarse,
                 fine,

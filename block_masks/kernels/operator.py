@@ -190,6 +190,85 @@ def select_lists(
     )
 
 
+def select_lists_from_pages(
+    query: Tensor,
+    pages: Tensor,
+    table: Tensor,
+    means: Tensor,
+    *,
+    geometry: BlockGeometry,
+    c_q: int,
+    c_k: int,
+    c_h: int,
+    sampled_queries: int,
+    rule: SelectionRule,
+    forced_blocks: ForcedBlocks,
+    scale: float,
+) -> BlockLists:
+    """`select_lists` for the keys of one sequence in the pages of a cache; eager only.
+
+    Args:
+        query: [1, Hq, Sq, D].
+        pages: [all pages, Hkv, P, D], for which `supports_pages` holds.
+        table: int32 [n], the sequence's pages in order.
+        means: See `pages.create_means`.
+        geometry: The block grid, without a mask.
+        c_q: See `select_lists`, as what follows.
+        c_k: Keys per composite key.
+        c_h: Query heads per composite head.
+        sampled_queries: Rows of a block that meet every key.
+        rule: Which blocks are kept.
+        forced_blocks: Blocks kept in any case.
+        scale: Factor on the logits, above 0.
+    """
+    from .lists import compute_lists_from_pages
+
+    name, values = spell(rule)
+    if geometry.is_part:
+        forced_blocks = forced_blocks.of_part(geometry)
+    settings: dict[str, Any] = {
+        "geometry": geometry,
+        "c_q": c_q,
+        "c_k": c_k,
+        "c_h": c_h,
+        "sampled_queries": sampled_queries,
+        "rule": name,
+        "values": values,
+        "forced_blocks": forced_blocks,
+        "scale": scale,
+    }
+
+    def compute() -> tuple[Tensor, ...]:
+        return compute_lists_from_pages(query, pages, table, means, **settings).tensors()
+
+    kind = ("pages", *(tuple(v) if isinstance(v, list) else v for v in settings.values()))
+    with on_device(query.device):
+        return BlockLists(*_recordings.run(kind, (query, pages, table, means), compute))
+
+
+def supports_pages(pages: Tensor, block_size: int) -> bool:
+    """Whether the kernels read keys in pages, [all pages, Hkv, P, D] on the GPU, without a copy."""
+    from .score import supports_pages as supports
+
+    return supports(pages, block_size)
+
+
+def summarize_pages(pages: Tensor, means: Tensor, slots: Tensor) -> None:
+    """`pages.summarize_pages` on the GPU."""
+    from .pages import summarize
+
+    with on_device(pages.device):
+        summarize(pages, means, slots)
+
+
+def name_pages(lists: BlockLists, table: Tensor, *tensors: Tensor, **settings: Any) -> None:
+    """`pages.name_pages` on the GPU; the arguments are those of its kernel's launcher."""
+    from .pages import name_pages as launch
+
+    with on_device(table.device):
+        launch(lists, table, *tensors, **settings)
+
+
 def prepare_mask(
     geometry: BlockGeometry,
     batch: int,

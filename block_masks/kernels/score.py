@@ -37,24 +37,30 @@ def _logits(
     WIDTH: tl.constexpr,
     EXACT: tl.constexpr,
     MAPPED: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Logits with a tile of the keys that are at ``place``: batch element, head, strides, size.
 
-    ``query`` holds the rows, or with EXACT where they begin.
+    ``query`` holds the rows, or with EXACT where they begin. Of keys in pages of PAGE, ``table``
+    has the sequence's pages in order, which stand where else batch elements do.
     """
-    batch, head, stride_batch, stride_head, stride, rows, head_dim = place
+    batch, head, stride_batch, stride_head, stride, rows, head_dim, table = place
+    start = tile * COLS
+    if PAGE > 0:
+        batch = tl.load(table + start // PAGE)
+        start = start % PAGE
     if MAPPED:
-        key = keys.load([batch, head, tile * COLS, 0]).reshape(COLS, WIDTH)
+        key = keys.load([batch, head, start, 0]).reshape(COLS, WIDTH)
         logits = tl.dot(query, key.T)
     else:
-        row = tile * COLS + tl.arange(0, COLS)
+        row = start + tl.arange(0, COLS)
         first = keys + batch.to(tl.int64) * stride_batch + head.to(tl.int64) * stride_head
         at = first + row[:, None].to(tl.int64) * stride
         exists = (row < rows)[:, None]
         if EXACT:
             logits = tl.zeros([ROWS, COLS], dtype=tl.float32)
-            for start in range(0, WIDTH, DEPTH):
-                width = start + tl.arange(0, DEPTH)
+            for done in range(0, WIDTH, DEPTH):
+                width = done + tl.arange(0, DEPTH)
                 inside = (width < head_dim)[None, :]
                 part = tl.load(query + width[None, :], mask=inside, other=0.0)
                 key = tl.load(at + width[None, :], mask=exists & inside, other=0.0)
@@ -145,6 +151,7 @@ def _score(
     bounds,
     block_bounds,
     weights,
+    table,
     stride_query,
     stride_key_batch,
     stride_key_head,
@@ -176,6 +183,7 @@ def _score(
     SPLITS: tl.constexpr,
     INTERVALS: tl.constexpr,
     MAPPED: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
     """Writes summed exponentials: out[head, key block, row].
 
@@ -186,6 +194,8 @@ def _score(
 
     With INTERVALS a row sees the valid keys between its ``bounds``, `key_intervals.KeyIntervals`,
     and nothing else is read of its batch element.
+
+    With PAGE the keys of one sequence lie in pages of so many, named by ``table``.
     """
     # The last rows see most: those of all heads go first.
     program = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
@@ -212,7 +222,9 @@ def _score(
         query = tl.load(query + width[None, :], mask=(width < head_dim)[None, :], other=0.0)
     batch = head // kv_heads
     kv_head = head % kv_heads
-    at_keys = batch, kv_head, stride_key_batch, stride_key_head, stride_key, key_rows, head_dim
+    at_keys = (
+        batch, kv_head, stride_key_batch, stride_key_head, stride_key, key_rows, head_dim, table,
+    )  # fmt: skip
     if INTERVALS:
         group = absolute // block_rows * groups + absolute % groups
         at_bounds = bounds + batch * stride_bounds + group * 3
@@ -263,7 +275,8 @@ def _score(
         peak = tl.zeros([ROWS], dtype=tl.float32)
         tile = tl.max(tl.where(missing, home, -1), 0)
         while tile >= 0:
-            logits = _logits(query, keys, at_keys, tile, ROWS, COLS, WIDTH, EXACT, MAPPED) * scale
+            logits = _logits(query, keys, at_keys, tile, ROWS, COLS, WIDTH, EXACT, MAPPED, PAGE)
+            logits *= scale
             at_column = tile * COLS + column
             logits = _mask(
                 logits, at_column, low, high, weights, columns, kv_len,
@@ -277,7 +290,8 @@ def _score(
             missing = missing & (taken == 0)
             tile = tl.max(tl.where(missing, home, -1), 0)
     else:
-        logits = _logits(query, keys, at_keys, 0, ROWS, COLS, WIDTH, EXACT, MAPPED) * scale
+        logits = _logits(query, keys, at_keys, 0, ROWS, COLS, WIDTH, EXACT, MAPPED, PAGE)
+        logits *= scale
         logits = _mask(
             logits, column, low, high, weights, columns, kv_len, KEY_GROUP, CAUSAL, INTERVALS
         )
@@ -288,7 +302,7 @@ def _score(
     # Sums of a block whose tiles are not all done yet.
     mass = tl.zeros([ROWS, held], dtype=tl.float32)
     for tile in range(enter * tiles_per_step, middle * tiles_per_step):
-        logits = _logits(query, keys, at_keys, tile, ROWS, COLS, WIDTH, EXACT, MAPPED)
+        logits = _logits(query, keys, at_keys, tile, ROWS, COLS, WIDTH, EXACT, MAPPED, PAGE)
         if INTERVALS:
             logits = _weigh(logits * scale, tile * COLS + column, weights, columns, KEY_GROUP)
             part = _held(tl.exp2(logits - peak[:, None]), ROWS, COLS, held)
@@ -308,7 +322,8 @@ def _score(
     for turn in range(ahead + (end - middle) * tiles_per_step):
         tile = begin * tiles_per_step + turn
         tile += tl.where(turn < ahead, 0, (middle - enter) * tiles_per_step)
-        logits = _logits(query, keys, at_keys, tile, ROWS, COLS, WIDTH, EXACT, MAPPED) * scale
+        logits = _logits(query, keys, at_keys, tile, ROWS, COLS, WIDTH, EXACT, MAPPED, PAGE)
+        logits *= scale
         at_column = tile * COLS + column
         logits = _mask(
             logits, at_column, low, high, weights, columns, kv_len, KEY_GROUP, CAUSAL, INTERVALS
@@ -333,7 +348,8 @@ def _score(
         raised = peak
         for turn in range(2 * count):
             tile = begin * tiles_per_step + turn % count
-            logits = _logits(query, keys, at_keys, tile, ROWS, COLS, WIDTH, EXACT, MAPPED) * scale
+            logits = _logits(query, keys, at_keys, tile, ROWS, COLS, WIDTH, EXACT, MAPPED, PAGE)
+            logits *= scale
             at_column = tile * COLS + column
             logits = _mask(
                 logits, at_column, low, high, weights, columns, kv_len,
@@ -418,6 +434,12 @@ def supports_descriptor(keys: Tensor) -> bool:
     return keys.stride(-1) == 1 and aligned and keys.data_ptr() % 16 == 0
 
 
+def supports_pages(keys: Tensor, block_size: int) -> bool:
+    """Whether `score` reads keys in pages, [all pages, Hkv, page, D], where they lie."""
+    columns = min(tile_of(keys, 1).columns, block_size)
+    return keys.shape[2] % columns == 0 and supports_descriptor(keys)
+
+
 # Enough programs to even out their differing lengths over the multiprocessors; each begins with a
 # tile more, which is little beside rows of single keys.
 PROGRAMS_WANTED, PROGRAMS_WANTED_OF_KEYS = 512, 2048
@@ -450,6 +472,7 @@ def score(
     scale: float,
     intervals: IntervalTables | None = None,
     sampled: bool = False,
+    table: Tensor | None = None,
 ) -> Masses:
     """Computes each row's summed exponentials in each key block.
 
@@ -465,6 +488,8 @@ def score(
         scale: Factor on the logits, above 0.
         intervals: What the geometry's mask hides, where it has one.
         sampled: Whether the queries were picked, not pooled.
+        table: int32 [pages of the sequence] in order, where ``keys`` are those of a paged cache,
+            [all pages, Hkv, page, D], and of one sequence. Then `supports_pages` of them.
 
     Returns:
         The masses; what is hidden from a whole query block is left unset.
@@ -473,6 +498,7 @@ def score(
     rows = block_rows * (q_blocks.stop - q_blocks.start)
     count = heads.stop - heads.start
     tile = tile_of(keys, rows * count)
+    page = 0 if table is None else keys.shape[2]
     if key_group == 1:
         # Keys themselves are not interleaved: a tile holds those of one block.
         tile = replace(tile, columns=min(tile.columns, geometry.block_size))
@@ -502,6 +528,7 @@ def score(
         bounds,
         block_bounds,
         weights,
+        queries.tokens if table is None else table,
         queries.tokens.stride(0),
         *((0, 0, 0) if mapped else keys.stride()[:3]),
         *(batch_stride(table) for table in (bounds, block_bounds, weights)),
@@ -529,6 +556,7 @@ def score(
         SPLITS=splits,
         INTERVALS=intervals is not None,
         MAPPED=mapped,
+        PAGE=page,
         **tile.options(),
     )
     return masses

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-NAMES = ("scratch", "launch", "pool", "score", "select", "lists")
+NAMES = ("scratch", "launch", "pool", "pages", "score", "select", "lists")
 PACKAGE = "unisparse_flex.block_masks.kernels"
 
 
@@ -23,6 +23,7 @@ class Kernels:
     scratch: Any
     launch: Any
     pool: Any
+    pages: Any
     score: Any
     select: Any
     lists: Any

@@ -1,0 +1,138 @@
+"""The kernels for keys in pages, against plain PyTorch and the kernels for keys in one piece."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.block_masks.paged import Cache, fill_cache
+from unisparse_flex.block_masks.block_lists import BlockLists
+from unisparse_flex.block_masks.kernels import operator
+from unisparse_flex.block_masks.pages import PageTables, create_means, name_pages
+
+from .calls import KernelCall, fixed_call, run
+from .interpreter import Kernels
+
+
+def cache_of(call: KernelCall, key: Tensor, page: int, **options: Any) -> Cache:
+    return fill_cache(key, key + 1, page=page, c_k=call.selector.c_k, **options)
+
+
+def run_paged(kernels: Kernels, call: KernelCall, query: Tensor, cache: Cache) -> BlockLists:
+    selector = call.selector
+    name, values = operator.spell(selector.rule)
+    return kernels.lists.compute_lists_from_pages(
+        query,
+        cache.keys.pages,
+        cache.keys.table,
+        cache.keys.means,
+        geometry=call.geometry,
+        c_q=selector.c_q,
+        c_k=selector.c_k,
+        c_h=selector.c_h,
+        sampled_queries=selector.sampled_queries,
+        rule=name,
+        values=values,
+        forced_blocks=selector.forced_blocks,
+        scale=0.25,
+    )
+
+
+@pytest.mark.parametrize("heads_inside", [False, True])
+@pytest.mark.parametrize("c_k", [4, 16])
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 16), (19, 19), (40, 101), (33, 160)])
+def test_lists_from_pages_are_those_from_the_keys(
+    kernels: Kernels, q_len: int, kv_len: int, c_k: int, heads_inside: bool
+) -> None:
+    call = fixed_call(q_len, kv_len, c_h=1, c_k=c_k, sampled_queries=2, top_k=3)
+    query, key = call.query_key()
+    query, key = query[:1], key[:1]
+    cache = cache_of(call, key, 16, heads_inside=heads_inside)
+    found = run_paged(kernels, call, query, cache).kept()
+    assert torch.equal(found, run(kernels, call, query, key, scale=0.25).kept())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [4, 16])
+def test_means_are_made_of_finished_pages_alone(
+    kernels: Kernels, group: int, dtype: torch.dtype
+) -> None:
+    pages = torch.randn(5, 2, 16, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    means = create_means(pages, group)
+    slots = torch.tensor([-1, 15, 30, 40, *range(64, 80), -1])
+    kernels.pages.summarize(pages, means, slots)
+    expected = pages.float().unflatten(2, (16 // group, group)).mean(3)
+    finished = torch.tensor([0, 4])
+    # The interpreter rounds to bfloat16 towards 0.
+    rtol = 2**-7 if dtype is torch.bfloat16 else 1e-6
+    torch.testing.assert_close(means[finished].float(), expected[finished], rtol=rtol, atol=1e-6)
+    assert not means[1:4].any()
+
+
+@pytest.mark.parametrize("page", [8, 16])
+@pytest.mark.parametrize("c_k", [4, 16])
+@pytest.mark.parametrize("length", [1, 8, 15, 16, 100])
+def test_composites_of_pages_are_those_of_plain_pytorch(
+    kernels: Kernels, length: int, c_k: int, page: int
+) -> None:
+    key = torch.randn(1, 2, length, 8, generator=torch.Generator().manual_seed(0))
+    cache = fill_cache(key, key, page=page, c_k=c_k)
+    keys = cache.keys
+    groups = -(-length // 16) * (16 // c_k) + 2
+    found = kernels.pages.pool_pages(
+        keys.pages, keys.table, keys.means, length=length, group=c_k, groups=groups
+    )
+    torch.testing.assert_close(found, keys.composites(c_k, groups=groups).tokens)
+
+
+@pytest.mark.parametrize("page", [4, 16])
+@pytest.mark.parametrize("shared", [False, True])
+def test_named_pages_are_those_of_plain_pytorch(kernels: Kernels, shared: bool, page: int) -> None:
+    call = fixed_call(40, 101, sampled_queries=2, top_k=3)
+    query, key = call.query_key()
+    cache = cache_of(call, key[:1], page)
+    lists = run(kernels, call, query[:1], key[:1])
+    if shared:
+        lists = BlockLists(*(tensor[:, :1].contiguous() for tensor in lists.tensors()))
+    heads, kv_heads, geometry = query.shape[1], key.shape[1], call.geometry
+    found, expected = (
+        PageTables.create(
+            heads * geometry.num_q_blocks + 2,
+            geometry.num_kv_blocks * 16 // page,
+            torch.zeros(1, dtype=torch.int64),
+        )
+        for _ in range(2)
+    )
+    steps = (kv_heads, 1)
+    kernels.pages.name_pages(
+        lists,
+        cache.keys.table,
+        found.tables,
+        found.lengths,
+        found.counter,
+        geometry=geometry,
+        page=page,
+        group=heads // kv_heads,
+        heads=heads,
+        steps=steps,
+        first=2,
+    )
+    name_pages(
+        lists,
+        cache.keys.table,
+        expected,
+        geometry=geometry,
+        page=page,
+        q_heads=heads,
+        kv_heads=kv_heads,
+        steps=steps,
+        first=2,
+    )
+    assert torch.equal(found.lengths[2:], expected.lengths[2:])
+    assert found.counter.item() == expected.counter.item()
+    for sequence, keys in enumerate(found.lengths[2:].tolist(), start=2):
+        used = slice(0, -(-keys // page))
+        assert torch.equal(found.tables[sequence, used], expected.tables[sequence, used])
