@@ -6,10 +6,13 @@ import json
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from tests.cli.test_page import FETCHING_TAGS, Page
+from unisparse_flex import evaluation
 from unisparse_flex.cli import models
 from unisparse_flex.cli import speed as command
+from unisparse_flex.evaluation import RIVALS, LoadedRival
 from unisparse_flex.evaluation import speed as measured
 from unisparse_flex.reports import render_speed
 
@@ -20,6 +23,7 @@ KEYS = {
 ROW_KEYS = {
     *("tokens", "run", "setting", "name", "ms", "times_ms", "first_call_seconds", "density"),
     *("sparse_calls", "calls", "kl_last_token", "same_token", "error", "speedup"),
+    *("output_error", "worst_output_error"),
 }
 
 
@@ -118,6 +122,8 @@ def test_a_verdict_says_slower_and_that_times_scatter():
         "kl_last_token": 0.0123,
         "ms": 10.0,
         "times_ms": [10.0, 10.0],
+        "output_error": None,
+        "worst_output_error": None,
     }
     assert command.say_verdict([row | {"speedup": 1.5}]) == [
         "At 9 tokens balanced brings the first token 1.50 times as fast as the fastest dense run, "
@@ -126,15 +132,80 @@ def test_a_verdict_says_slower_and_that_times_scatter():
     slower, scattered = command.say_verdict([row | {"speedup": 0.5, "times_ms": [10.0, 31.0]}])
     assert "is slower: its first token takes 2.00 times as long as that of the fastest" in slower
     assert scattered.startswith("Times of one way differ by up to 3.1 times")
+    other = row | {"speedup": 1.5, "output_error": 0.042, "worst_output_error": 0.31}
+    assert command.say_verdict([other | {"setting": "xattn"}]) == [
+        "At 9 tokens xattn brings the first token 1.50 times as fast as the fastest dense run, its "
+        "attention 4.2% off dense attention, at worst 31.0%, at a KL of 0.012 after the prompt."
+    ]
 
 
-@pytest.mark.parametrize("here", [False, True])
-def test_packages_of_other_work_are_named_and_not_run(monkeypatch, here):
-    monkeypatch.setattr(command, "find_spec", lambda name: object() if here else None)
-    found = command.find_rivals(tuple(command.RIVALS))
-    assert [each["name"] for each in found] == list(command.RIVALS)
-    status = "installed, not supported yet: no adapter runs it" if here else "not importable"
-    assert {each["status"] for each in found} == {status}
+def test_packages_of_other_work_are_named_where_they_are_missing():
+    found, loaded = command.find_rivals(command.RIVALS)
+    assert [each["name"] for each in found] == list(command.RIVALS) == list(RIVALS)
+    assert loaded == []
+    for each in found:
+        assert (each["importable"], each["version"], each["settings"]) == (False, None, None)
+        assert each["status"].startswith(f"not run: {each['name']} must have one of ")
+
+
+def run_against(run, folder, monkeypatch, call, *options):
+    """Speed against a package whose attention is ``call``."""
+    rival = LoadedRival(name="xattn", version="1.2", settings={"stride": 16}, call=call)
+    monkeypatch.setattr(evaluation, "load_rival", lambda name: rival)
+    return timed(run, folder, "--against", "xattn", "--min-length", "0", *options)
+
+
+def attend(query, key, value, scale):
+    return scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=True
+    )
+
+
+def test_other_work_runs_in_compiled_layers_and_is_judged(
+    run, model_folder, uncompiled, monkeypatch
+):
+    found = run_against(run, model_folder, monkeypatch, attend, "--compile", "model")
+    row = found["rows"][-1]
+    assert (row["name"], row["run"], row["setting"]) == ("xattn", "other work", "xattn")
+    assert (row["error"], row["sparse_calls"], row["density"]) == (None, 2, None)
+    assert row["output_error"] == pytest.approx(0.0, abs=1e-6)
+    assert row["kl_last_token"] == pytest.approx(0.0, abs=1e-6)
+    assert len(row["times_ms"]) == 2
+    assert row["speedup"] == pytest.approx(min(found["rows"][i]["ms"] for i in (0, 1)) / row["ms"])
+    assert found["against"] == [
+        {
+            "name": "xattn",
+            "importable": True,
+            "version": "1.2",
+            "settings": {"stride": 16},
+            "status": f"run: {RIVALS['xattn'].note}",
+        }
+    ]
+    # Its layers, each by itself, whatever the others do.
+    assert [type(module).__name__ for module in uncompiled[-2:]] == ["LlamaDecoderLayer"] * 2
+
+
+def test_speed_at_a_wrong_output_is_seen(run, model_folder, uncompiled, monkeypatch):
+    def half(query, key, value, scale):
+        return attend(query, key, value, scale) / 2
+
+    found = run_against(run, model_folder, monkeypatch, half)
+    row = found["rows"][-1]
+    assert row["output_error"] == pytest.approx(0.5)
+    assert row["kl_last_token"] > 1e-6
+    assert "its attention 50.0% off dense attention" in found["verdict"][-1]
+    assert "50.0%" in render_speed(found)
+    assert "attention 50.0% off dense attention" in command.format_speed(found)
+
+
+def test_what_other_work_cannot_do_stays_in_its_row(run, model_folder, uncompiled, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no kernel for this GPU")
+
+    found = run_against(run, model_folder, monkeypatch, refuse)
+    assert "no kernel for this GPU" in found["rows"][-1]["error"]
+    assert found["rows"][-1]["ms"] is None
+    assert found["rows"][0]["ms"] > 0
 
 
 @pytest.mark.parametrize(
@@ -179,3 +250,10 @@ def test_compiled_ways_say_what_the_eager_model_does(run, model_folder):
     for row in found["rows"]:
         assert row["error"] is None
         assert row["kl_last_token"] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_layers_compile_around_other_work(run, model_folder, monkeypatch):
+    found = run_against(run, model_folder, monkeypatch, attend)
+    assert found["rows"][-1]["error"] is None
+    assert found["rows"][-1]["kl_last_token"] == pytest.approx(0.0, abs=1e-5)

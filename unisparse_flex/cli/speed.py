@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -36,15 +34,13 @@ from .measuring import (
 from .options import with_options
 from .output import wrap
 
-# Packages of other work: the module that is imported, and the distribution that may hold it.
-RIVALS = {
-    "minference": "minference",
-    "flex_prefill": "flex-prefill",
-    "xattn": "xattn",
-    "flash_prefill": "flash-prefill",
-    "spas_sage_attn": "spas-sage-attn",
-    "flashinfer": "flashinfer-python",
-}
+if TYPE_CHECKING:
+    from ..evaluation import LoadedRival
+
+# `evaluation.RIVALS`, which needs torch.
+RIVALS = (
+    *("minference", "flex_prefill", "xattn", "flash_prefill", "spas_sage_attn", "flashinfer"),
+)
 REPEATS = {"cuda": 5, "cpu": 3}
 SCOPES = ("layers", "model")
 # Slowest over fastest of repeats, above which the machine was not idle.
@@ -56,6 +52,11 @@ NOTES = (
     "over dense: the fastest dense run's time over this one's. density: kept over visible blocks, "
     "mean over the sparse calls. KL: of the next-token distribution after the prompt to the first "
     "dense run's, one position only; unisparse-flex quality judges many.",
+)
+RIVALS_NOTE = (
+    "Packages of other work run with the settings that their authors publish, in layers compiled "
+    "around them; how far their attention is off is the relative root mean square error to dense "
+    "attention on the same tensors, mean over the calls."
 )
 DENSE_NOTE = (
     "Calls stay dense where the cost model predicts that to be faster; --min-length 0 makes every "
@@ -103,8 +104,8 @@ Examples:
         default="",
         metavar="NAME,...",
         callback=against_argument,
-        help=f"Packages of other work: {', '.join(RIVALS)}. They are looked for and reported; "
-        "none is run yet.",
+        help=f"Packages of other work that are installed here, to run the model's attention by: "
+        f"{', '.join(RIVALS)}.",
     ),
     click.option(
         "--compile",
@@ -150,7 +151,7 @@ def speed(
 ) -> int:
     """Time the first token of MODEL: dense eager, dense compiled and sparse compiled.
 
-    Exits with 1 where no way could be timed.
+    With --against also by packages of other work. Exits with 1 where no way could be timed.
     """
     check_lengths(model, lengths, [text])
     settings = create_dial(quality)
@@ -160,13 +161,14 @@ def speed(
 
     contents = read_texts([text], lengths)
     sparsity = Sparsity(min_length=min_length, dense_layers=dense_layers, backend=backend)
+    found_rivals, rivals = find_rivals(against)
     rows: list[dict[str, Any]] = []
     with Progress("speed", shown=not quiet) as progress:
         progress.show(f"load {model}")
         loaded = load_model(model, allow_download=allow_download, device=device)
         prompts = create_prompts(loaded, contents, lengths)
         turns = REPEATS[loaded.device.type] if repeats is None else repeats
-        progress.total = len(prompts) * (2 + len(settings)) * (2 + turns)
+        progress.total = len(prompts) * (2 + len(settings) + len(rivals)) * (2 + turns)
         for prompt in prompts:
             with failures(f"time {model}"):
                 found = measure_speed(
@@ -176,6 +178,7 @@ def speed(
                     compile_scope=compile_scope,
                     repeats=turns,
                     sparsity=sparsity,
+                    rivals=rivals,
                     show=progress.advance,
                 )
             rows += [row.to_json() for row in found]
@@ -193,9 +196,13 @@ def speed(
         },
         "selectors": {name: selector.text for name, selector in settings.items()},
         "rows": rows,
-        "against": find_rivals(against),
+        "against": found_rivals,
         "verdict": say_verdict(rows),
-        "notes": [*NOTES, *([DENSE_NOTE] if min_length is None else [])],
+        "notes": [
+            *NOTES,
+            *([RIVALS_NOTE] if rivals else []),
+            *([DENSE_NOTE] if min_length is None else []),
+        ],
     }
     write_results(
         values,
@@ -220,22 +227,25 @@ def add_speedups(rows: Sequence[dict[str, Any]]) -> None:
         row["speedup"] = min(dense) / row["ms"] if dense and row["ms"] else None
 
 
-def find_rivals(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Which packages of other work are here; none of them is run."""
-    found = []
+def find_rivals(names: Sequence[str]) -> tuple[list[dict[str, Any]], list[LoadedRival]]:
+    """Packages of other work: what the JSON says of each, and those that can be run."""
+    from ..evaluation import RIVALS as ADAPTERS
+    from ..evaluation import load_rival
+
+    said, found = [], []
     for name in names:
-        importable = find_spec(name) is not None
+        row: dict[str, Any] = {"name": name, "importable": True, "version": None, "settings": None}
         try:
-            installed = version(RIVALS[name]) if importable else None
-        except PackageNotFoundError:
-            installed = None
-        status = (
-            "installed, not supported yet: no adapter runs it" if importable else ("not importable")
-        )
-        found.append(
-            {"name": name, "importable": importable, "version": installed, "status": status}
-        )
-    return found
+            rival = load_rival(name)
+        except Exception as error:  # whatever a package does where it is imported
+            row |= {"importable": False, "status": f"not run: {shorten_end(str(error), 200)}"}
+        else:
+            note = ADAPTERS[name].note
+            row |= {"version": rival.version, "settings": dict(rival.settings)}
+            row["status"] = "run" + (f": {note}" if note else "")
+            found.append(rival)
+        said.append(row)
+    return said, found
 
 
 def say_verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -251,6 +261,14 @@ def say_verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
         elif not row["sparse_calls"]:
             sentences.append(
                 f"{start} leaves every attention call dense; unisparse-flex explain says why."
+            )
+        elif row["output_error"] is not None:
+            speed = f"takes {row['ms']:.0f} ms"
+            if row["speedup"] is not None:
+                speed = f"{say_speed(row['speedup'])} the fastest dense run"
+            sentences.append(
+                f"{start} {speed}, its attention {_off(row)}, at a KL of "
+                f"{say_kl(row['kl_last_token'])} after the prompt."
             )
         elif row["speedup"] is None:
             sentences.append(f"{start} takes {row['ms']:.0f} ms; no dense run could be timed.")
@@ -270,6 +288,12 @@ def say_verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
             "the prompt is short; do not rely on them."
         )
     return sentences
+
+
+def _off(row: dict[str, Any]) -> str:
+    """How far the attention of other work is off."""
+    mean, worst = row["output_error"], row["worst_output_error"]
+    return f"{mean:.1%} off dense attention, at worst {worst:.1%}"
 
 
 def say_speed(speedup: float) -> str:
@@ -300,10 +324,14 @@ def format_speed(values: dict[str, Any]) -> str:
                     _number(row["first_call_seconds"], "{:.1f} s"),
                 )
             )
+            if row["output_error"] is not None:
+                lines.append(f"    attention {_off(row)}")
             if row["error"] is not None:
                 lines.append(wrap(f"    failed: {row['error']}", COLUMNS, indent=4))
     lines += [""]
-    lines += [f"{each['name']}: {each['status']}" for each in values["against"]]
+    for each in values["against"]:
+        known = f" {each['version']}" if each["version"] else ""
+        lines.append(wrap(f"{each['name']}{known}: {each['status']}", COLUMNS))
     lines += [wrap(sentence, COLUMNS) for sentence in values["verdict"]]
     lines += [""]
     lines += [wrap(note, COLUMNS) for note in values["notes"]]

@@ -41,6 +41,7 @@ from .recall import (
     compute_recall,
     compute_recall_and_error,
 )
+from .rivals import RIVALS, LoadedRival, Rival, load_rival
 from .ruler import TASK_NAMES, TaskName, TaskSample, build_task, score
 from .speed import SpeedRow, measure_speed
 from .texts import TEXT_NAMES, TEXT_SOURCES, TextName, draw_excerpt, load_text
@@ -49,6 +50,7 @@ __all__ = [
     "CONTEXT_LENGTH",
     "LONGBENCH_NAMES",
     "MODEL_NAME",
+    "RIVALS",
     "ROW_STRIDE",
     "TASK_NAMES",
     "TEXT_NAMES",
@@ -56,9 +58,11 @@ __all__ = [
     "CaptureAttention",
     "CapturedAttention",
     "LoadedModel",
+    "LoadedRival",
     "Prefill",
     "Prompt",
     "QualityRow",
+    "Rival",
     "Sparsity",
     "SpeedRow",
     "TaskName",
@@ -83,6 +87,7 @@ __all__ = [
     "generate_greedily",
     "generate_together",
     "judge_texts",
+    "load_rival",
     "load_smollm2",
     "load_text",
     "mean_by_setting",

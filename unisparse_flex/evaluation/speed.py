@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
@@ -20,8 +20,11 @@ from ..selectors import Selector
 from .measure import compute_kl, compute_log_probs
 from .model import LoadedModel
 from .quality import Sparsity, TextPrompt
+from .rival_attention import judged, use_rival
+from .rivals import LoadedRival
 
 CompileScope = Literal["layers", "model"]
+OTHER_WORK = "other work"
 # Of an error that is kept in a row.
 _ERROR_CHARACTERS = 300
 
@@ -32,18 +35,21 @@ class SpeedRow:
 
     Attributes:
         tokens: Length of the prompt.
-        run: ``"dense eager"``, ``"dense compiled"`` or ``"sparse compiled"``.
-        setting: What the setting is called; ``None`` where dense.
+        run: ``"dense eager"``, ``"dense compiled"``, ``"sparse compiled"`` or ``"other work"``.
+        setting: What the setting, or the other work, is called; ``None`` where dense.
         ms: Milliseconds from the prompt to the logits of its last token, median of ``times_ms``;
             ``None`` where the run failed.
         times_ms: Of each repeat, warm.
         first_call_seconds: The first of the two calls before them, compilation included.
         density: Kept over visible blocks, mean over the sparse calls; ``None`` without any.
-        sparse_calls: Attention calls that run sparse.
+        sparse_calls: Attention calls that run sparse, or by the other work.
         calls: Attention calls in all.
         kl_last_token: KL of the next-token distribution after the prompt to that of the first
             dense run, in nats; ``None`` where there is none to compare.
         same_token: Whether the likeliest token is the same.
+        output_error: Relative root mean square error of attention's output to dense attention on
+            the same tensors, mean over the calls by the other work; ``None`` of other runs.
+        worst_output_error: The largest of them.
         error: Why the run failed.
     """
 
@@ -58,12 +64,16 @@ class SpeedRow:
     calls: int = 0
     kl_last_token: float | None = None
     same_token: bool | None = None
+    output_error: float | None = None
+    worst_output_error: float | None = None
     error: str | None = None
 
     @property
     def name(self) -> str:
         """The run in words."""
-        return self.run if self.setting is None else f"sparse, {self.setting}"
+        if self.setting is None:
+            return self.run
+        return self.setting if self.run == OTHER_WORK else f"sparse, {self.setting}"
 
     def to_json(self) -> dict[str, Any]:
         """The row as values that JSON holds."""
@@ -98,6 +108,7 @@ def measure_speed(
     compile_scope: CompileScope = "layers",
     repeats: int = 3,
     sparsity: Sparsity | None = None,
+    rivals: Sequence[LoadedRival] = (),
     show: Callable[[str], None] = lambda step: None,
 ) -> list[SpeedRow]:
     """Times the first token: every way twice to warm up, then all in turn, ``repeats`` times.
@@ -114,6 +125,8 @@ def measure_speed(
         repeats: Timed runs of each way.
         sparsity: How the model is made sparse; by default as `optimize` does it, where the cost
             model decides.
+        rivals: Packages of other work to run the attention of the model by; its layers are
+            compiled around them, each by itself.
         show: Told what comes next.
 
     Raises:
@@ -124,16 +137,17 @@ def measure_speed(
         find_layers(loaded.model)
     torch.compiler.reset()
     contenders = []
-    ways: list[tuple[str, str | None, Selector | None]] = [
+    ways: list[tuple[str, str | None, Selector | LoadedRival | None]] = [
         ("dense eager", None, None),
         ("dense compiled", None, None),
         *(("sparse compiled", name, selector) for name, selector in settings.items()),
+        *((OTHER_WORK, rival.name, rival) for rival in rivals),
     ]
-    for run, setting, selector in ways:
+    for run, setting, attention in ways:
         contender = _Contender(run=run, setting=setting, found={})
         show(f"{prompt.tokens} tokens, {run}{f', {setting}' if setting else ''}: first call")
         contender.attempt(
-            partial(_begin, contender, loaded, prompt, selector, compile_scope, sparsity)
+            partial(_begin, contender, loaded, prompt, attention, compile_scope, sparsity)
         )
         contenders.append(contender)
     running = [each for each in contenders if each.first_token is not None]
@@ -185,7 +199,7 @@ def _begin(
     contender: _Contender,
     loaded: LoadedModel,
     prompt: TextPrompt,
-    selector: Selector | None,
+    attention: Selector | LoadedRival | None,
     compile_scope: CompileScope,
     sparsity: Sparsity,
 ) -> None:
@@ -194,10 +208,22 @@ def _begin(
     accepted = inspect.signature(loaded.model.forward).parameters
     sparing = {"use_cache": False, "logits_to_keep": 1}
     inputs = {name: value for name, value in sparing.items() if name in accepted}
-    if selector is not None:
+    if isinstance(attention, LoadedRival):
+        use_rival(model, attention)
+        with judged(attention) as errors:
+            model(prompt.input_ids, **inputs)
+        contender.found["sparse_calls"] = len(errors)
+        if not errors:
+            raise ValueError(
+                f"{attention.name} must get a causal call of a whole prompt without a mask, and "
+                "the model makes none"
+            )
+        contender.found["output_error"] = sum(errors) / len(errors)
+        contender.found["worst_output_error"] = max(errors)
+    elif attention is not None:
         optimize(
             model,
-            selector,
+            attention,
             min_length=sparsity.min_length,
             dense_layers=sparsity.dense_layers,
             backend=sparsity.backend,
@@ -208,7 +234,8 @@ def _begin(
         contender.found["calls"], contender.found["sparse_calls"] = len(records), len(kept)
         contender.found["density"] = sum(kept) / len(kept) if kept else None
     if contender.run != "dense eager":
-        compiled = find_layers(model) if compile_scope == "layers" else [model]
+        by_layer = compile_scope == "layers" or isinstance(attention, LoadedRival)
+        compiled = find_layers(model) if by_layer else [model]
         for module in compiled:
             module.compile(dynamic=False)
 

@@ -19,8 +19,8 @@ QUALITY_COLUMNS = (
     *("ratio", "same top-1", "sparse calls"),
 )
 SPEED_COLUMNS = (
-    *("run", "first token, ms", "over dense", "density", "KL, last token", "sparse calls"),
-    *("first call, s", "error"),
+    *("run", "first token, ms", "over dense", "density", "KL, last token"),
+    *("off dense", "sparse calls", "first call, s", "error"),
 )
 _BAR_WIDTH = 100.0
 
@@ -118,8 +118,16 @@ def render_speed(values: Mapping[str, Any]) -> str:
         sections.append(
             Section(
                 title="Packages of other work",
-                columns=("package", "found"),
-                rows=[(each["name"], each["status"]) for each in values["against"]],
+                columns=("package", "version", "settings", "run"),
+                rows=[
+                    (
+                        each["name"],
+                        each["version"] or "–",
+                        ", ".join(f"{k}={v}" for k, v in (each["settings"] or {}).items()),
+                        each["status"],
+                    )
+                    for each in values["against"]
+                ],
                 left=2,
             )
         )
@@ -179,6 +187,7 @@ def _speed_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         number("speedup", "{:.2f}×"),
         format_percent(row["density"]),
         number("kl_last_token", "{:.4f}"),
+        number("output_error", "{:.1%}"),
         calls,
         number("first_call_seconds", "{:.1f}"),
         row["error"] or "",
