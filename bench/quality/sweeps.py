@@ -51,8 +51,8 @@ SWEEPS: dict[str, Callable[[int], list[Selector]]] = {
     "unisparse-two-threshold": lambda size: [
         UniSparse.paper(block_size=size, threshold=t, **TWO) for t in THRESHOLDS
     ],
-    "xattention": lambda size: [XAttention(block_size=size, threshold=p) for p in TOP_P],
-    "flexprefill": lambda size: [FlexPrefill(block_size=size, gamma=p) for p in TOP_P],
+    "xattention": lambda size: [XAttention(block_size=size, top_p=p) for p in TOP_P],
+    "flexprefill": lambda size: [FlexPrefill(block_size=size, top_p=p) for p in TOP_P],
     "flashprefill": lambda size: [
         FlashPrefill(block_size=size, alpha=a) for a in (0.3, 0.18, 0.1, 0.04, 0.01)
     ],

@@ -45,7 +45,7 @@ TOP_P = (0.3, 0.5, 0.75, 0.92, 0.98)
 SWEEPS: dict[str, list[Selector]] = {
     "unisparse-paper": [UniSparse.paper(top_p=p, **GUARDS) for p in TOP_P],
     "unisparse-two": [UniSparse.paper(top_p=p, **SETTINGS["two"], **GUARDS) for p in TOP_P],
-    "xattention": [XAttention(threshold=p, **GUARDS) for p in TOP_P],
+    "xattention": [XAttention(top_p=p, **GUARDS) for p in TOP_P],
     "flashprefill": [FlashPrefill(alpha=a, **GUARDS) for a in (0.7, 0.4, 0.15, 0.03, 1e-3)],
     "streamingllm": [StreamingLLM(sink_tokens=0, local_tokens=n) for n in (257, 641, 1281, 2049)],
     "flexprefill": [FlexPrefill()],

@@ -1,6 +1,6 @@
 """The selectors: one file and one line here for each."""
 
-from .base import ForcesBlocks, Selector, validate_selector
+from .base import ForcesBlocks, RenamesFields, Selector, validate_selector
 from .baselines import FlashPrefill, FlexPrefill, MInference, Oracle, StreamingLLM, XAttention
 from .dense_span import DenseSpan
 from .quality import QUALITIES, choose_selector, selector_of_quality
@@ -16,6 +16,7 @@ __all__ = [
     "ForcesBlocks",
     "MInference",
     "Oracle",
+    "RenamesFields",
     "Selector",
     "StreamingLLM",
     "UniSparse",

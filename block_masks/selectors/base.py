@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import is_dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -42,11 +43,14 @@ class Selector(ABC):
         row_independent: Whether what a query block keeps depends only on its own rows, the keys and
             where it stands (`BlockGeometry.rows_before`): ranks that hold parts of the rows can
             then each select for theirs.
+        renamed_fields: What fields were called before; texts and pickles with the old names are
+            read as the new ones.
     """
 
     __slots__ = ("_text",)
     registry: ClassVar[dict[str, type[Selector]]] = {}
     row_independent: ClassVar[bool] = False
+    renamed_fields: ClassVar[Mapping[str, str]] = {}
     __dataclass_fields__: ClassVar[dict[str, Any]]
     block_size: int
     _text: str
@@ -76,6 +80,23 @@ class Selector(ABC):
     def _keep_text(self) -> None:
         # Now, not when asked: Dynamo may make the numbers symbolic, a text stays a text.
         object.__setattr__(self, "_text", self._expression())
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Selector:
+        """Makes a selector of stored fields, whose names may be those of before.
+
+        Raises:
+            ValueError: A field is given by both its names.
+            TypeError: There is no such field, or a value is of another kind.
+        """
+        now = cls.renamed_fields
+        for old in now.keys() & values.keys():
+            if now[old] in values:
+                raise ValueError(
+                    f"{cls.__name__} must not be given both {now[old]} and {old}, which it was "
+                    f"before; leave out {old}"
+                )
+        return cls(**{now.get(name, name): value for name, value in values.items()})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _make, (type(self), self._values())
@@ -249,6 +270,21 @@ class Selector(ABC):
         """
 
 
+class RenamesFields:
+    """Says what a field is called now where a selector is made with its name of before."""
+
+    __slots__ = ()
+    renamed_fields: ClassVar[Mapping[str, str]]
+
+    def __new__(cls, *_: Any, **values: Any) -> Self:
+        for old in cls.renamed_fields.keys() & values.keys():
+            raise TypeError(
+                f"{cls.__name__} has no {old} any more, got {values[old]!r}; it is called "
+                f"{cls.renamed_fields[old]} now"
+            )
+        return super().__new__(cls)
+
+
 class ForcesBlocks:
     """The forced blocks of a selector that has the fields of `ForcedBlocks`."""
 
@@ -299,7 +335,7 @@ class ForcesBlocks:
 
 
 def _make(cls: type[Selector], values: dict[str, Any]) -> Selector:
-    return cls(**values)
+    return cls.from_values(values)
 
 
 def validate_selector(selector: object) -> None:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..calls import (
+    PER_HEAD,
     HeadShard,
     SdpaCall,
     SparseConfig,
@@ -89,7 +90,7 @@ def computed_sdpa(call: SdpaCall, config: str) -> Tensor:
 
 
 def _marked_shard(call: SdpaCall, shard: HeadShard, config: str) -> Tensor:
-    if shard.count > 1 and "head_thresholds=(" in config:
+    if shard.count > 1 and any(f"{field}=(" in config for field in PER_HEAD):
         config = _shard_config(config, shard.index, shard.count)
     return marked_sdpa(call, config)
 

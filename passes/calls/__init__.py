@@ -6,6 +6,7 @@ from .nodes import operation, recorded, recorded_value
 from .own_functions import own_function
 from .sdpa import POSITIONAL, SDPA_TARGETS, TORCH_SDPA, SdpaCall, is_sdpa, is_symbolic
 from .sharding import (
+    PER_HEAD,
     HeadShard,
     is_dtensor,
     is_sharded,
@@ -19,6 +20,7 @@ from .tracing import is_tracing
 
 __all__ = [
     "BACKENDS",
+    "PER_HEAD",
     "POSITIONAL",
     "SDPA_TARGETS",
     "TORCH_SDPA",

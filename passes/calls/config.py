@@ -140,7 +140,7 @@ def _decode_call(call: ast.AST | None, text: str) -> Selector:
             "import the module that defines it first"
         )
     try:
-        selector = Selector.registry[name](**values)
+        selector = Selector.registry[name].from_values(values)
     except TypeError as error:
         raise ValueError(f"{name} does not take these values: {error}, got {text!r}") from None
     validate_selector(selector)

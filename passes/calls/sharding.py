@@ -21,6 +21,8 @@ else:
     DTensor = Shard = None  # type: ignore[assignment,misc]
 
 BATCH, HEADS, TOKENS = 0, 1, 2
+# Fields of selectors that hold a number for each query head.
+PER_HEAD = ("head_thresholds", "head_top_p")
 SelectorT = TypeVar("SelectorT", bound=Selector)
 
 
@@ -97,14 +99,14 @@ def run_on_shards(call: SdpaCall, run: Callable[[SdpaCall, HeadShard], Tensor]) 
 
 
 def shard_selector(selector: SelectorT, shard: HeadShard) -> SelectorT:
-    """The selector for one share of the heads: its ``head_thresholds`` cut to these.
+    """The selector for one share of the heads: what it has for each head cut to these.
 
     Args:
         selector: The selector of the whole call.
         shard: The share.
 
     Raises:
-        ValueError: The shares do not divide the thresholds.
+        ValueError: The shares do not divide the numbers.
     """
     assert is_dataclass(selector)
     changed: dict[str, Any] = {}
@@ -112,11 +114,11 @@ def shard_selector(selector: SelectorT, shard: HeadShard) -> SelectorT:
         value = getattr(selector, field.name)
         if isinstance(value, Selector):
             changed[field.name] = shard_selector(value, shard)
-        elif field.name == "head_thresholds" and value is not None:
+        elif field.name in PER_HEAD and value is not None:
             if len(value) % shard.count:
                 raise ValueError(
-                    f"head_thresholds must split evenly over {shard.count} ranks, got "
-                    f"{len(value)} thresholds; shard whole GQA groups"
+                    f"{field.name} must split evenly over {shard.count} ranks, got "
+                    f"{len(value)} numbers; shard whole GQA groups"
                 )
             each = len(value) // shard.count
             changed[field.name] = value[shard.index * each : (shard.index + 1) * each]

@@ -224,7 +224,7 @@ def test_calls_that_cannot_be_sparse_are_dense_and_count_for_nothing() -> None:
 
 
 def test_any_selector_may_stand_in_a_ladder_and_is_dense_where_it_is_not_defined() -> None:
-    other = FlexPrefill(block_size=16, gamma=0.5)
+    other = FlexPrefill(block_size=16, top_p=0.5)
     assert set(found(recall=0.1, ladder=[other]).layers.values()) <= {other, DENSE}
     mask = torch.ones(400, 400, dtype=torch.bool).tril()
     batch = {"x": X, "attn_mask": mask}

@@ -53,12 +53,12 @@ SIZE = 16
 FORCED: dict[str, Any] = {"sink_blocks": 0, "local_blocks": 1, "last_query_blocks": 0}
 SELECTORS: tuple[Selector, ...] = (
     UniSparse(block_size=SIZE, c_q=4, c_k=4, top_p=0.5, **FORCED),
-    XAttention(block_size=SIZE, stride=4, threshold=0.5, **FORCED),
+    XAttention(block_size=SIZE, stride=4, top_p=0.5, **FORCED),
     FlashPrefill(block_size=SIZE, alpha=0.6, **FORCED),
     Oracle(block_size=SIZE, top_p=0.5, **FORCED),
-    StreamingLLM(block_size=SIZE, sink_tokens=4, local_tokens=18, dense_last=3),
-    FlexPrefill(block_size=SIZE, gamma=0.5, min_budget=16),
-    MInference(block_size=SIZE, vertical_slash=(3, 2), last_q=8, forced_columns=1),
+    StreamingLLM(block_size=SIZE, sink_tokens=4, local_tokens=18, last_query_tokens=3),
+    FlexPrefill(block_size=SIZE, top_p=0.5, min_budget=16),
+    MInference(block_size=SIZE, vertical_slash=(3, 2), last_q=8, sink_tokens=1),
 )
 FLAGS = ("is_causal", "causal_lower_right")
 LENGTHS = [(64, 128), (128, 64), (1, 40), (40, 1), (63, 63), (50, 97), (97, 50), (127, 129)]

@@ -22,12 +22,12 @@ FORCED: dict[str, Any] = {"sink_blocks": 0, "local_blocks": 1, "last_query_block
 # Each keeps what holds half of the attention, and little else.
 BY_SCORES: tuple[Selector, ...] = (
     UniSparse(block_size=SIZE, c_q=4, c_k=4, sampled_queries=0, top_p=0.5, **FORCED),
-    XAttention(block_size=SIZE, stride=4, threshold=0.5, **FORCED),
+    XAttention(block_size=SIZE, stride=4, top_p=0.5, **FORCED),
     FlashPrefill(block_size=SIZE, alpha=0.6, **FORCED),
     Oracle(block_size=SIZE, top_p=0.5, **FORCED),
 )
 STATIC: tuple[Selector, ...] = (
-    StreamingLLM(block_size=SIZE, sink_tokens=4, local_tokens=18, dense_last=3),
+    StreamingLLM(block_size=SIZE, sink_tokens=4, local_tokens=18, last_query_tokens=3),
 )
 SELECTORS = BY_SCORES + STATIC
 

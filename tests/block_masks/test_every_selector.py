@@ -267,7 +267,7 @@ def test_it_is_traced_whole_for_lengths_that_vary(selector: Selector, causal: bo
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_thresholds_of_heads_are_traced_too() -> None:
-    selector = XAttention(block_size=SIZE, stride=4, head_thresholds=(0.3, 0.5, 0.7, 1.0))
+    selector = XAttention(block_size=SIZE, stride=4, head_top_p=(0.3, 0.5, 0.7, 1.0))
     call = calls_of(selector)[-1]
     compiled = torch.compile(selector.select, fullgraph=True, dynamic=True, backend="aot_eager")
     assert compiled(*call.query_key()).keep.equal(call.keep())

@@ -19,15 +19,15 @@ from . import last_queries_oracle as oracle
 from .last_queries_oracle import tokens
 
 SIZE = 16
-SMALL = FlexPrefill(block_size=SIZE, gamma=0.6, min_budget=0, last_query_blocks=0)
+SMALL = FlexPrefill(block_size=SIZE, top_p=0.6, min_budget=0, last_query_blocks=0)
 LINES, MAP = replace(SMALL, tau=0), replace(SMALL, tau=1)
 MIXED = replace(SMALL, tau=0.25)
 SELECTORS = [
     LINES,
     MAP,
     MIXED,
-    replace(LINES, gamma=0.9, min_budget=40, last_query_blocks=1),
-    replace(MAP, gamma=0.9, sink_blocks=0, local_blocks=2),
+    replace(LINES, top_p=0.9, min_budget=40, last_query_blocks=1),
+    replace(MAP, top_p=0.9, sink_blocks=0, local_blocks=2),
 ]
 
 
@@ -60,7 +60,7 @@ def chosen_blocks(mass: list[float], selector: FlexPrefill) -> set[int]:
     size, total, count = selector.block_size, 0.0, 0
     for share in sorted(mass, reverse=True):
         total += share
-        count += total <= selector.gamma
+        count += total <= selector.top_p
     blocks = [sum(mass[n : n + size]) for n in range(0, len(mass), size)]
     most = max(1 + count // size, -(-selector.min_budget // size))
     return {0} | oracle.highest(blocks, most, 0)
@@ -89,7 +89,7 @@ def query_aware(
             scores[i, j] = share
     kept = forced & visible
     mass = sum(scores[cell] for cell in kept)
-    goal = selector.gamma * -(-len(query) // size)
+    goal = selector.top_p * -(-len(query) // size)
     for cell in sorted(visible - kept, key=lambda cell: (-scores[cell], cell)):
         if mass >= goal:
             break
@@ -162,7 +162,7 @@ def test_a_planted_key_block_is_kept_for_all_later_rows(selector: FlexPrefill, j
     query, key = tokens(1, 1, 2, 8 * SIZE, 8), tokens(2, 1, 1, 8 * SIZE, 8)
     query[..., 0], key[..., 0] = 10.0, 0.0
     key[:, :, j * SIZE : (j + 1) * SIZE, 0] = 10.0
-    assert keep(replace(selector, gamma=0.95), query, key)[:, :, j:, j].all()
+    assert keep(replace(selector, top_p=0.95), query, key)[:, :, j:, j].all()
 
 
 @pytest.mark.parametrize("i", range(8))
@@ -172,7 +172,7 @@ def test_a_planted_block_of_one_row_is_kept_by_a_query_aware_head(i: int) -> Non
         query, key[..., 0] = 0.1 * query, 0.0
         query[:, :, i * SIZE : (i + 1) * SIZE, 0] = 10.0
         key[:, :, j * SIZE : (j + 1) * SIZE, 0] = 10.0
-        assert keep(replace(MAP, gamma=0.9), query, key)[:, :, i, j].all()
+        assert keep(replace(MAP, top_p=0.9), query, key)[:, :, i, j].all()
 
 
 @pytest.mark.parametrize("distance", [0, 1, 3, 5])
@@ -188,16 +188,16 @@ def test_a_planted_diagonal_is_kept_for_all_rows(distance: int, offset: int) -> 
 
 
 @pytest.mark.parametrize("selector", [LINES, MAP])
-@pytest.mark.parametrize("gamma", [0.05, 0.33, 0.61, 0.87])
-def test_constant_logits_select_by_the_definition(selector: FlexPrefill, gamma: float) -> None:
+@pytest.mark.parametrize("top_p", [0.05, 0.33, 0.61, 0.87])
+def test_constant_logits_select_by_the_definition(selector: FlexPrefill, top_p: float) -> None:
     zeros = torch.zeros(2, 2, 7 * SIZE, 4, dtype=torch.float64)
-    selector = replace(selector, gamma=gamma)
+    selector = replace(selector, top_p=top_p)
     assert keep(selector, zeros, zeros).equal(expected(zeros, zeros, selector))
 
 
 def test_constant_logits_keep_the_lowest_columns_and_the_nearest_diagonals() -> None:
     zeros = torch.zeros(1, 1, 8 * SIZE, 4)
-    kept = keep(replace(LINES, gamma=1e-6, min_budget=3 * SIZE), zeros, zeros)[0, 0]
+    kept = keep(replace(LINES, top_p=1e-6, min_budget=3 * SIZE), zeros, zeros)[0, 0]
     for i in range(8):
         assert kept[i].nonzero().flatten().tolist() == sorted(
             {j for j in (0, 1, 2, i, i - 1, i - 2) if 0 <= j <= i}
@@ -208,7 +208,7 @@ def test_ties_in_the_map_go_to_the_lower_row() -> None:
     query, key = torch.ones(1, 1, 8 * SIZE, 4), torch.zeros(1, 1, 8 * SIZE, 4)
     key[:, :, 2 * SIZE : 3 * SIZE] = 100.0
     # Rows 0 to 2 hold one forced block of mass 1 or blocks of mass 1/2; block 2 is all of the rest.
-    kept = keep(replace(MAP, gamma=5 / 8), query, key)[0, 0]
+    kept = keep(replace(MAP, top_p=5 / 8), query, key)[0, 0]
     assert kept[:, 2].tolist() == [False, False, True, True, True, False, False, False]
 
 
@@ -216,7 +216,7 @@ def test_ties_in_the_map_go_to_the_lower_row() -> None:
 def test_gamma_of_one_or_few_keys_keep_everything(selector: FlexPrefill) -> None:
     query, key = tokens(1, 1, 4, 70, 4), tokens(2, 1, 2, 103, 4)
     budget = selector.min_budget > 0
-    changed = selector if budget else replace(selector, gamma=1.0)
+    changed = selector if budget else replace(selector, top_p=1.0)
     selection = changed.select(query, key, causal_lower_right=True)
     assert selection.keep.equal(selection.visible.expand_as(selection.keep))
 
@@ -289,8 +289,8 @@ def test_calls_that_are_not_causal_or_masked_are_refused(options: dict[str, Any]
     ("fields", "error", "message"),
     [
         ({"block_size": 48}, ValueError, "block_size must be a power of two"),
-        *[({"gamma": g}, ValueError, r"gamma must be in \(0, 1\]") for g in (0, 1.1)],
-        ({"gamma": "1"}, TypeError, "gamma must be a number"),
+        *[({"top_p": g}, ValueError, r"top_p must be in \(0, 1\]") for g in (0, 1.1)],
+        ({"top_p": "1"}, TypeError, "top_p must be a number"),
         *[({"tau": t}, ValueError, r"tau must be in \[0, 1\]") for t in (-0.1, 1.1)],
         *[({"tau": t}, TypeError, "tau must be a number") for t in (False, "0")],
         ({"min_budget": -1}, ValueError, "min_budget must be at least 0"),
@@ -312,14 +312,14 @@ def test_it_is_a_value(selector: FlexPrefill) -> None:
 
 def test_the_authors_settings_are_the_defaults() -> None:
     selector = FlexPrefill()
-    assert (selector.gamma, selector.tau, selector.min_budget) == (0.9, 0.1, 1024)
+    assert (selector.top_p, selector.tau, selector.min_budget) == (0.9, 0.1, 1024)
 
 
 def test_a_larger_gamma_is_expected_to_keep_more() -> None:
     found = [
-        FlexPrefill(gamma=gamma).cost.density(
+        FlexPrefill(top_p=top_p).cost.density(
             q_len=32768, kv_len=32768, block_size=128, is_causal=True
         )
-        for gamma in (0.8, 0.9, 0.95, 1.0)
+        for top_p in (0.8, 0.9, 0.95, 1.0)
     ]
     assert 0 < found[0] < found[1] < found[2] < found[3] == 1

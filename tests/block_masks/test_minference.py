@@ -22,15 +22,15 @@ SMALL = MInference(
     block_size=SIZE,
     vertical_slash=(6, 9),
     last_q=8,
-    forced_columns=2,
-    forced_diagonals=3,
+    sink_tokens=2,
+    local_tokens=3,
     last_query_blocks=0,
 )
 SELECTORS = [
     SMALL,
     replace(SMALL, vertical_slash=((0, 0), (1, 40), (500, 1), (9, 9)), last_query_blocks=1),
     replace(SMALL, vertical_slash=(3, 4), last_q=13, sink_blocks=0, local_blocks=2),
-    replace(SMALL, vertical_slash=(5, 5), forced_columns=0, forced_diagonals=0, last_q=64),
+    replace(SMALL, vertical_slash=(5, 5), sink_tokens=0, local_tokens=0, last_q=64),
 ]
 
 
@@ -43,8 +43,8 @@ def expected(query: Tensor, key: Tensor, selector: MInference) -> Tensor:
         vertical, slash = pair[head] if isinstance(pair[0], tuple) else pair
         columns, diagonals = oracle.column_and_diagonal_mass(head_query, head_key, selector.last_q)
         lines = oracle.blocks_on_lines(
-            oracle.highest(columns, vertical, selector.forced_columns),
-            oracle.highest(diagonals, slash, selector.forced_diagonals),
+            oracle.highest(columns, vertical, selector.sink_tokens),
+            oracle.highest(diagonals, slash, selector.local_tokens),
             q_len,
             kv_len,
             size,
@@ -104,7 +104,7 @@ def test_a_planted_diagonal_is_kept_for_all_rows(distance: int) -> None:
 
 def test_constant_logits_keep_the_lowest_columns_and_the_nearest_diagonals() -> None:
     zeros = torch.zeros(2, 2, 8 * SIZE, 4)
-    selector = replace(SMALL, forced_columns=0, forced_diagonals=0)
+    selector = replace(SMALL, sink_tokens=0, local_tokens=0)
     for vertical, blocks in ((1, 1), (16, 1), (17, 2), (48, 3)):
         kept = keep(replace(selector, vertical_slash=(vertical, 0)), zeros, zeros)
         for i in range(8):
@@ -120,7 +120,7 @@ def test_ties_of_real_mass_go_to_the_lower_column() -> None:
     query = torch.ones(1, 1, 6 * SIZE, 4)
     key = torch.zeros(1, 1, 6 * SIZE, 4)
     key[:, :, 20], key[:, :, 40], key[:, :, 60] = 3.0, 3.0, 3.0
-    changed = replace(SMALL, vertical_slash=(2, 0), forced_columns=0, forced_diagonals=0)
+    changed = replace(SMALL, vertical_slash=(2, 0), sink_tokens=0, local_tokens=0)
     assert keep(changed, query, key)[0, 0, 5].nonzero().flatten().tolist() == [0, 1, 2, 5]
 
 
@@ -197,8 +197,8 @@ def test_pairs_for_other_heads_are_refused() -> None:
     [
         ({"block_size": 48}, ValueError, "block_size must be a power of two"),
         ({"last_q": 0}, ValueError, "last_q must be at least 1"),
-        ({"forced_columns": -1}, ValueError, "forced_columns must be at least 0"),
-        ({"forced_diagonals": 1.0}, TypeError, "forced_diagonals must be an int"),
+        ({"sink_tokens": -1}, ValueError, "sink_tokens must be at least 0"),
+        ({"local_tokens": 1.0}, TypeError, "local_tokens must be an int"),
         ({"local_blocks": 0}, ValueError, "local_blocks must be at least 1"),
         *[
             ({"vertical_slash": sizes}, TypeError, "vertical_slash must be")
@@ -222,7 +222,7 @@ def test_it_is_a_value(selector: MInference) -> None:
 def test_the_authors_sizes_are_the_defaults() -> None:
     selector = MInference()
     assert selector.vertical_slash == (1000, 6096)
-    assert (selector.last_q, selector.forced_columns, selector.forced_diagonals) == (64, 30, 100)
+    assert (selector.last_q, selector.sink_tokens, selector.local_tokens) == (64, 30, 100)
 
 
 def test_larger_sizes_are_expected_to_keep_more() -> None:

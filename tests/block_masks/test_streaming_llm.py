@@ -18,8 +18,8 @@ from .strategies import Call
 SHAPES: list[dict[str, Any]] = [
     {"sink_tokens": 0, "local_tokens": 1},
     {"sink_tokens": 4, "local_tokens": 18},
-    {"sink_tokens": 17, "local_tokens": 16, "dense_last": 1},
-    {"sink_tokens": 16, "local_tokens": 17, "dense_last": 18},
+    {"sink_tokens": 17, "local_tokens": 16, "last_query_tokens": 1},
+    {"sink_tokens": 16, "local_tokens": 17, "last_query_tokens": 18},
 ]
 
 
@@ -32,7 +32,7 @@ def defined(call: Call, first_key: int = 0, rows: int | None = None) -> torch.Te
         for key in range(call.kv_len):
             sink = key < first_key + selector.sink_tokens
             near = abs(row + (call.offset or 0) - key) < selector.local_tokens
-            if not (sink or near or row >= end - selector.dense_last):
+            if not (sink or near or row >= end - selector.last_query_tokens):
                 pairs[row, key] = False
     return oracle.any_in_block(pairs, selector.block_size)
 
@@ -49,7 +49,7 @@ def test_all_heads_share_one_selection() -> None:
 
 
 def test_sinks_are_counted_from_the_first_key_that_is_not_padding() -> None:
-    selector = StreamingLLM(block_size=SIZE, sink_tokens=5, local_tokens=2, dense_last=2)
+    selector = StreamingLLM(block_size=SIZE, sink_tokens=5, local_tokens=2, last_query_tokens=2)
     call = replace(calls_of(selector)[-1], q_len=112, kv_len=112)
     for padding in (1, 12, 16, 30):
         valid = torch.arange(112) >= padding
@@ -77,13 +77,17 @@ def test_without_known_positions_it_is_refused() -> None:
 
 def test_defaults_are_those_of_the_a_shape() -> None:
     selector = StreamingLLM()
-    assert (selector.sink_tokens, selector.local_tokens, selector.dense_last) == (128, 1024, 0)
+    assert (selector.sink_tokens, selector.local_tokens, selector.last_query_tokens) == (
+        128,
+        1024,
+        0,
+    )
     assert selector.cost.row_blocks == 1 + 9
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"sink_tokens": -1}, {"local_tokens": 0}, {"dense_last": -1}, {"block_size": 24}],
+    [{"sink_tokens": -1}, {"local_tokens": 0}, {"last_query_tokens": -1}, {"block_size": 24}],
     ids=str,
 )
 def test_wrong_values_are_named(wrong: dict[str, int]) -> None:

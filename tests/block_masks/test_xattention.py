@@ -58,7 +58,7 @@ def top_p(
     [(8, {}), (4, {"sink_blocks": 0, "last_query_blocks": 1}), (16, {"local_blocks": 2}), (1, {})],
 )
 def test_kept_blocks_equal_the_definition(stride: int, forced: dict[str, Any]) -> None:
-    selector = XAttention(block_size=SIZE, stride=stride, threshold=0.7, **forced)
+    selector = XAttention(block_size=SIZE, stride=stride, top_p=0.7, **forced)
     for call in calls_of(selector)[:: 3 if stride == 1 else 1]:
         assert_keeps_what_is_defined(call, head_scores, top_p(0.7))
 
@@ -76,11 +76,11 @@ def test_scores_equal_the_definition(length: int) -> None:
 
 def test_every_head_keeps_its_own_share() -> None:
     shares = (0.2, 0.5, 0.9, 1.0)
-    selector = XAttention(block_size=SIZE, stride=4, head_thresholds=shares)
+    selector = XAttention(block_size=SIZE, stride=4, head_top_p=shares)
     for call in calls_of(selector)[::5]:
         keep = call.keep()
         for head, share in enumerate(shares):
-            alone = replace(call.selector, head_thresholds=None, threshold=share)
+            alone = replace(call.selector, head_top_p=None, top_p=share)
             assert keep[:, head].equal(replace(call, selector=alone).keep()[:, head])
 
 
@@ -95,7 +95,7 @@ def test_a_share_for_every_head_is_top_p_for_each() -> None:
 
 
 def test_shares_for_other_heads_are_refused() -> None:
-    selector = XAttention(head_thresholds=(0.5, 0.6))
+    selector = XAttention(head_top_p=(0.5, 0.6))
     tokens = torch.randn(1, 3, 20, 4)
     with pytest.raises(ValueError, match="got 2 for 3 heads"):
         selector.select(tokens, tokens)
@@ -108,10 +108,10 @@ def test_shares_for_other_heads_are_refused() -> None:
     [
         ({"stride": 0}, ValueError),
         ({"stride": 24}, ValueError),
-        ({"threshold": 0.0}, ValueError),
-        ({"head_thresholds": (0.5, 1.5)}, ValueError),
-        ({"head_thresholds": ()}, TypeError),
-        ({"head_thresholds": [0.5]}, TypeError),
+        ({"top_p": 0.0}, ValueError),
+        ({"head_top_p": (0.5, 1.5)}, ValueError),
+        ({"head_top_p": ()}, TypeError),
+        ({"head_top_p": [0.5]}, TypeError),
         ({"sink_blocks": -1}, ValueError),
     ],
     ids=str,
@@ -122,7 +122,7 @@ def test_wrong_values_are_named(wrong: dict[str, Any], error: type[Exception]) -
 
 
 def test_cost_speaks_of_cells_and_top_p() -> None:
-    cost = XAttention(stride=16, head_thresholds=(0.9, 0.9)).cost
+    cost = XAttention(stride=16, head_top_p=(0.9, 0.9)).cost
     assert (cost.c_q, cost.c_k, cost.row_blocks) == (16, 16, 2)
     assert cost.share == pytest.approx(XAttention().cost.share)
-    assert cost.share < XAttention(threshold=0.95).cost.share
+    assert cost.share < XAttention(top_p=0.95).cost.share

@@ -178,7 +178,7 @@ def test_tasks_are_scored_dense_and_sparse(run, model_folder, essay, monkeypatch
         (["--quality", "nan"], "got 'nan'; 1 is balanced, larger ones keep more blocks"),
         (["--quality", ""], "--quality must name at least one setting, got ''"),
         (["--against", "seer"], "--against must be of paper, xattention, flexprefill"),
-        (["--against", "XAttention(threshold=7)"], "--against: threshold must be in (0, 1], got 7"),
+        (["--against", "XAttention(top_p=7)"], "--against: top_p must be in (0, 1], got 7"),
         (["--against", "open('x')"], "--against: a selector must be a call with literals by name"),
         (["--tasks", "qa"], "--tasks must be ruler (all of them) or of niah_single"),
         (

@@ -123,7 +123,7 @@ def test_a_call_of_dtensors_is_computed_where_they_lie(two: Ranks, placement: st
     "selector",
     [
         UniSparse(block_size=16, c_q=4, c_k=4, head_thresholds=THRESHOLDS),
-        XAttention(block_size=16, stride=4, head_thresholds=(0.5, 0.7, 0.9, 0.95)),
+        XAttention(block_size=16, stride=4, head_top_p=(0.5, 0.7, 0.9, 0.95)),
     ],
     ids=["UniSparse", "XAttention"],
 )

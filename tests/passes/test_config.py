@@ -28,7 +28,7 @@ CONFIGS = [
     SparseConfig(selector=UniSparse(top_p=0.1 + 0.2), dense=True),
     SparseConfig(selector=UniSparse(top_p=1), strict=True),
     SparseConfig(selector=UniSparse(head_thresholds=(0.01, 0.0))),
-    SparseConfig(selector=FlexPrefill(gamma=0.95, tau=0)),
+    SparseConfig(selector=FlexPrefill(top_p=0.95, tau=0)),
     SparseConfig(selector=MInference(vertical_slash=((1, 2), (30, 400)))),
     SparseConfig(selector=DenseSpan(selector=FINE, tokens="3:40", rows=False)),
     SparseConfig(selector=TWO_SPANS),

@@ -34,12 +34,12 @@ SELECTORS: tuple[Selector, ...] = (
     UniSparse(block_size=SIZE, top_p=1.0),
     UniSparse(block_size=32, c_q=8, c_k=2, top_k=2),
     UniSparse(),
-    XAttention(block_size=SIZE, stride=4, threshold=0.5, **FEW),
+    XAttention(block_size=SIZE, stride=4, top_p=0.5, **FEW),
     FlashPrefill(block_size=SIZE, alpha=0.6, **FEW),
-    FlexPrefill(block_size=SIZE, gamma=0.5, min_budget=16),
-    MInference(block_size=SIZE, vertical_slash=(3, 2), last_q=8, forced_columns=1),
+    FlexPrefill(block_size=SIZE, top_p=0.5, min_budget=16),
+    MInference(block_size=SIZE, vertical_slash=(3, 2), last_q=8, sink_tokens=1),
     Oracle(block_size=SIZE, top_p=0.5),
-    StreamingLLM(block_size=SIZE, sink_tokens=4, local_tokens=18, dense_last=3),
+    StreamingLLM(block_size=SIZE, sink_tokens=4, local_tokens=18, last_query_tokens=3),
     DenseSpan(selector=UniSparse(block_size=SIZE, top_k=1, **FEW), tokens="3:20"),
 )
 SCALES = (None, 0.0, 1.0, -0.5, 1, 1e-30, 1e4, 1e30, -1e4, math.inf, math.nan)

@@ -19,7 +19,7 @@ VALID = Calibration(
     layers={
         "layers.0.attention": UniSparse(block_size=16, top_k=2),
         "layers.1.attention": "dense",
-        "layers.2.attention": XAttention(head_thresholds=(0.5, 0.75)),
+        "layers.2.attention": XAttention(head_top_p=(0.5, 0.75)),
     },
     quality="recall",
     target=0.9,
@@ -56,7 +56,7 @@ selector_texts = st.sampled_from(
         "UniSparse(block_size=" + "9" * 5000 + ")",
         "DenseSpan(selector=DenseSpan(selector=UniSparse(), tokens='0:3'), tokens='1:2')",
         "DenseSpan(selector=" * 200 + "UniSparse()",
-        "XAttention(head_thresholds=())",
+        "XAttention(head_top_p=())",
         "UniSparse(" + "top_p=0.5," * 300 + ")",
         "UniSparse(top_p=0.5)\x00",
         "UniSparse(top_p=0.5) ",

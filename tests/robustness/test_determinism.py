@@ -29,10 +29,10 @@ SELECTORS: tuple[Selector, ...] = (
     UniSparse(block_size=16, c_q=16, c_k=4, threshold=0.05, top_p=0.3, sampled_queries=4),
     UniSparse(block_size=16, top_k=2),
     DEFAULT_SELECTOR,
-    XAttention(block_size=16, stride=4, threshold=0.5),
+    XAttention(block_size=16, stride=4, top_p=0.5),
     FlashPrefill(block_size=16, alpha=0.6),
-    FlexPrefill(block_size=16, gamma=0.5, min_budget=16),
-    MInference(block_size=16, vertical_slash=(9, 9), last_q=8, forced_columns=1),
+    FlexPrefill(block_size=16, top_p=0.5, min_budget=16),
+    MInference(block_size=16, vertical_slash=(9, 9), last_q=8, sink_tokens=1),
     Oracle(block_size=16, top_p=0.5),
     StreamingLLM(block_size=16, sink_tokens=4, local_tokens=18),
 )

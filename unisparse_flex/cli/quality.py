@@ -117,7 +117,7 @@ def against_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[
         if plain != PAPER and plain not in BASELINES and "(" not in name:
             raise click.UsageError(
                 f"--against must be of {PAPER}, {', '.join(BASELINES)}, or selectors such as "
-                f"'XAttention(threshold=0.95)', got {name!r}"
+                f"'XAttention(top_p=0.95)', got {name!r}"
             )
         names.append(name if "(" in name else plain)
     return tuple(dict.fromkeys(names))
@@ -167,7 +167,7 @@ Examples:
         metavar="NAME,...",
         callback=against_argument,
         help=f"Methods to compare with: {PAPER}, {', '.join(BASELINES)} (re-implemented, with "
-        "their own defaults), or selectors such as 'XAttention(threshold=0.95)'.",
+        "their own defaults), or selectors such as 'XAttention(top_p=0.95)'.",
     ),
     click.option(
         "--tasks",

@@ -19,7 +19,7 @@ SettingsT = TypeVar("SettingsT", Selector, Calibration)
 def shard_heads(
     settings: SettingsT, group: dist.ProcessGroup | DeviceMesh | None = None
 ) -> SettingsT:
-    """Settings with the ``head_thresholds`` of only this rank's heads.
+    """Settings with the ``head_thresholds`` or ``head_top_p`` of only this rank's heads.
 
     For tensor parallel models whose attention sees plain tensors, which do not say which heads
     they hold; calls of DTensors do this by themselves. Other settings stay as they are.
@@ -33,7 +33,7 @@ def shard_heads(
 
     Raises:
         TypeError: ``settings`` is neither.
-        ValueError: The ranks do not divide the thresholds.
+        ValueError: The ranks do not divide the numbers.
     """
     found = find_group(group)
     shard = HeadShard(index=dist.get_rank(found), count=dist.get_world_size(found))

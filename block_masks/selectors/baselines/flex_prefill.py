@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ...scoring import compute_block_scores
 from ...selection import SelectionRule, TopP, select_blocks
 from ...selection_cost import LENGTH_POWER, SelectionCost, top_p_share
 from ...validation import validate_block_size, validate_fraction, validate_int
-from ..base import ForcesBlocks, Selector
+from ..base import ForcesBlocks, RenamesFields, Selector
 from .last_queries import (
     attend_last,
     blocks_on_diagonals,
@@ -30,13 +31,13 @@ from .last_queries import (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FlexPrefill(ForcesBlocks, Selector):
+class FlexPrefill(RenamesFields, ForcesBlocks, Selector):
     """Query-aware or vertical-slash blocks, whichever the last queries of a head call for.
 
     The last ``block_size`` queries attend to every key. Where pooled tokens would have told as
     much (Jensen-Shannon distance below ``tau``; section 3, sparse pattern search), the head is
     query-aware: top-p over its whole map of pooled blocks (query-aware index search). Else the
-    columns and diagonals of these queries that hold ``gamma`` of their mass are kept
+    columns and diagonals of these queries that hold ``top_p`` of their mass are kept
     (vertical-slash index search). Causal calls without a mask only; up to
     ``max(2 * block_size, min_budget)`` keys everything is kept.
 
@@ -45,7 +46,7 @@ class FlexPrefill(ForcesBlocks, Selector):
 
     Attributes:
         block_size: Tokens per block; a power of two of at least 16.
-        gamma: Share of the mass to keep, in (0, 1]; 1.0 keeps all.
+        top_p: Share of the mass to keep, in (0, 1]; 1.0 keeps all. The paper's gamma.
         tau: Distance, natural logarithms, below which a head is query-aware, in [0, 1]; 0 for
             never, 1 for always.
         min_budget: Tokens that columns, and diagonals, hold at least.
@@ -55,16 +56,18 @@ class FlexPrefill(ForcesBlocks, Selector):
     """
 
     block_size: int = 128
-    gamma: float = 0.9
+    top_p: float = 0.9
     tau: float = 0.1
     min_budget: int = 1024
     sink_blocks: int = 1
     local_blocks: int = 1
     last_query_blocks: int = 1
 
+    renamed_fields = MappingProxyType({"gamma": "top_p"})
+
     def __post_init__(self) -> None:
         validate_block_size(self.block_size)
-        validate_fraction(self.gamma, "gamma")
+        validate_fraction(self.top_p, "top_p")
         if not isinstance(self.tau, (int, float)) or isinstance(self.tau, bool):
             raise TypeError(
                 f"tau must be a number, got {self.tau!r} of type {type(self.tau).__name__}"
@@ -84,7 +87,7 @@ class FlexPrefill(ForcesBlocks, Selector):
             c_k=self.block_size,
             row_blocks=max(forced, 2 * self._budget_blocks()),
             last_query_blocks=self.last_query_blocks,
-            share=top_p_share(self.gamma),
+            share=top_p_share(self.top_p),
             share_power=LENGTH_POWER,
         )
 
@@ -120,7 +123,7 @@ class FlexPrefill(ForcesBlocks, Selector):
         )
         in_map, _ = select_blocks(
             scores,
-            rule=_MapTopP(top_p=self.gamma),
+            rule=_MapTopP(top_p=self.top_p),
             forced_blocks=self.forced_blocks,
             geometry=geometry,
         )
@@ -135,10 +138,10 @@ class FlexPrefill(ForcesBlocks, Selector):
         """Blocks of columns or of diagonals: [B, Hq, N] to bool [B, Hq, blocks].
 
         The blocks of most mass, and the first. Their number follows from the tokens: one more than
-        the whole blocks that those within ``gamma`` fill, and as many as ``min_budget`` asks for.
+        the whole blocks that those within ``top_p`` fill, and as many as ``min_budget`` asks for.
         """
         ranked = mass.sort(dim=-1, descending=True).values.cumsum(-1)
-        tokens = (ranked <= (self.gamma if self.gamma < 1 else math.inf)).sum(-1, keepdim=True)
+        tokens = (ranked <= (self.top_p if self.top_p < 1 else math.inf)).sum(-1, keepdim=True)
         counts = (tokens // self.block_size + 1).clamp(min=self._budget_blocks())
         blocks = sum_blocks(mass, self.block_size)
         first = torch.arange(blocks.shape[-1], device=mass.device) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from ...block_selection import BlockSelection
 from ...geometry import BlockGeometry
 from ...selection_cost import SelectionCost
 from ...validation import validate_block_size, validate_int
-from ..base import ForcesBlocks, Selector
+from ..base import ForcesBlocks, RenamesFields, Selector
 from .last_queries import (
     attend_last,
     blocks_on_diagonals,
@@ -28,7 +29,7 @@ Sizes = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MInference(ForcesBlocks, Selector):
+class MInference(RenamesFields, ForcesBlocks, Selector):
     """The columns and diagonals that the last queries attend to most, in token numbers.
 
     The last ``last_q`` queries attend to every key; the highest column sums and diagonal sums are
@@ -41,8 +42,9 @@ class MInference(ForcesBlocks, Selector):
         vertical_slash: Columns and diagonals to keep, forced ones counted first: one pair, or a
             tuple with a pair for every query head.
         last_q: Last queries that attend to every key.
-        forced_columns: First columns, always kept.
-        forced_diagonals: Diagonals next to the rows' own positions, always kept.
+        sink_tokens: First keys, whose columns are always kept.
+        local_tokens: Keys up to and including a row's own position, whose diagonals are always
+            kept.
         sink_blocks: First key blocks, kept for every row.
         local_blocks: Diagonal block and those before it, kept for every row.
         last_query_blocks: Last query blocks, which keep every block.
@@ -51,18 +53,22 @@ class MInference(ForcesBlocks, Selector):
     block_size: int = 128
     vertical_slash: Sizes | tuple[Sizes, ...] = (1000, 6096)
     last_q: int = 64
-    forced_columns: int = 30
-    forced_diagonals: int = 100
+    sink_tokens: int = 30
+    local_tokens: int = 100
     sink_blocks: int = 1
     local_blocks: int = 1
     last_query_blocks: int = 1
+
+    renamed_fields = MappingProxyType(
+        {"forced_columns": "sink_tokens", "forced_diagonals": "local_tokens"}
+    )
 
     def __post_init__(self) -> None:
         validate_block_size(self.block_size)
         _validate_sizes(self.vertical_slash)
         validate_int(self.last_q, "last_q", minimum=1)
-        validate_int(self.forced_columns, "forced_columns", minimum=0)
-        validate_int(self.forced_diagonals, "forced_diagonals", minimum=0)
+        validate_int(self.sink_tokens, "sink_tokens", minimum=0)
+        validate_int(self.local_tokens, "local_tokens", minimum=0)
         _ = self.forced_blocks
         Selector.__post_init__(self)
 
@@ -114,10 +120,10 @@ class MInference(ForcesBlocks, Selector):
         vertical, slash = (_per_head(size, query.device) for size in zip(*sizes, strict=True))
         shares = attend_last(query, key, count=self.last_q, geometry=geometry, scale=scale)
         columns, diagonals = sum_columns(shares), sum_diagonals(shares, geometry)
-        chosen = _choose(columns, vertical, self.forced_columns)
+        chosen = _choose(columns, vertical, self.sink_tokens)
         in_columns = sum_blocks(chosen.int(), self.block_size) > 0
         on_diagonals = blocks_on_diagonals(
-            _choose(diagonals, slash, self.forced_diagonals), geometry, 1
+            _choose(diagonals, slash, self.local_tokens), geometry, 1
         )
         keep, visible = select_lines(
             in_columns[:, :, None, :] | on_diagonals,

@@ -7,6 +7,7 @@ calls it the tri-shape (arXiv 2412.10319).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,11 +18,11 @@ from ...mask_summary import MaskSummary, summarize
 from ...selection import ForcedBlocks, Threshold, per_query_head, select_blocks, valid_blocks
 from ...selection_cost import SelectionCost
 from ...validation import validate_block_size, validate_int
-from ..base import Selector
+from ..base import RenamesFields, Selector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StreamingLLM(Selector):
+class StreamingLLM(RenamesFields, Selector):
     """Sinks and a local window, rounded up to whole blocks; queries and keys are not looked at.
 
     Without causality the window reaches as far ahead as back, and needs as many queries as keys.
@@ -30,19 +31,21 @@ class StreamingLLM(Selector):
         block_size: Tokens per block; a power of two of at least 16.
         sink_tokens: First keys, kept for every row; under a mask, the first that some row sees.
         local_tokens: Keys of the window up to and including a row's own position.
-        dense_last: Last query rows, which keep every block (tri-shape).
+        last_query_tokens: Last query rows, which keep every block (tri-shape).
     """
 
     block_size: int = 128
     sink_tokens: int = 128
     local_tokens: int = 1024
-    dense_last: int = 0
+    last_query_tokens: int = 0
+
+    renamed_fields = MappingProxyType({"dense_last": "last_query_tokens"})
 
     def __post_init__(self) -> None:
         validate_block_size(self.block_size)
         validate_int(self.sink_tokens, "sink_tokens", minimum=0)
         validate_int(self.local_tokens, "local_tokens", minimum=1)
-        validate_int(self.dense_last, "dense_last", minimum=0)
+        validate_int(self.last_query_tokens, "last_query_tokens", minimum=0)
         Selector.__post_init__(self)
 
     @property
@@ -53,7 +56,7 @@ class StreamingLLM(Selector):
             c_q=size,
             c_k=size,
             row_blocks=-(-self.sink_tokens // size) - (-(self.local_tokens - 1) // size) + 1,
-            last_query_blocks=-(-self.dense_last // size),
+            last_query_blocks=-(-self.last_query_tokens // size),
             share=0.0,
         )
 
@@ -114,7 +117,7 @@ class StreamingLLM(Selector):
         sinks = keys & (keys.cumsum(-1) <= self.sink_tokens)
         rows = _tokens(mask.query_valid if mask else None, geometry.q_len, device)
         from_end = rows.flip(-1).cumsum(-1).flip(-1)
-        dense = rows & (from_end <= self.dense_last)
+        dense = rows & (from_end <= self.last_query_tokens)
         columns = valid_blocks(sinks, kv_blocks, size, device)[:, None, None, :]
         return (
             (near & ahead) | columns | valid_blocks(dense, q_blocks, size, device)[:, None, :, None]
