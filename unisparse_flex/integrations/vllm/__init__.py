@@ -1,0 +1,23 @@
+"""Block-sparse prefill inside vLLM: a plug-in of its attention backends.
+
+``pip install "unisparse-flex[vllm]"`` and ``vllm serve MODEL --attention-backend CUSTOM`` is all.
+vLLM calls `register` in each of its processes; settings are ``additional_config["unisparse"]``,
+see `Options`.
+"""
+
+from .counters import Counts, read_counts, reset_counts
+from .options import KEY, Options
+from .reasons import Reason
+from .registration import register
+from .versions import TESTED
+
+__all__ = [
+    "KEY",
+    "TESTED",
+    "Counts",
+    "Options",
+    "Reason",
+    "read_counts",
+    "register",
+    "reset_counts",
+]

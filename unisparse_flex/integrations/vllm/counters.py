@@ -1,0 +1,116 @@
+"""How much ran sparse: counted as it runs, for the log and for whoever asks."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .reasons import Reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """What ran in this process since it started, or since `reset_counts`.
+
+    A row is a request's tokens in one step, once for all layers of a rank; blocks are counted in
+    every layer and query head.
+
+    Attributes:
+        sparse_rows: Prefill rows that ran sparse.
+        sparse_tokens: Their tokens.
+        sparse_calls: Calls of layers that attended to selected blocks.
+        dense_rows: Rows that went to the parent in batches with rows of a block or more, by reason.
+        dense_calls: Calls of layers that sent sparse rows to the parent all the same, by reason.
+        kept_blocks: Blocks that sparse rows attended to.
+        visible_blocks: Blocks that dense attention would have read for them.
+    """
+
+    sparse_rows: int
+    sparse_tokens: int
+    sparse_calls: int
+    dense_rows: dict[Reason, int]
+    dense_calls: dict[Reason, int]
+    kept_blocks: int
+    visible_blocks: int
+
+    @property
+    def density(self) -> float:
+        """Kept over visible blocks; 0 where nothing ran sparse."""
+        return self.kept_blocks / self.visible_blocks if self.visible_blocks else 0.0
+
+    def line(self) -> str:
+        """One line for the log."""
+        dense = ", ".join(f"{n} {reason.name}" for reason, n in sorted(self.dense_rows.items()))
+        return (
+            f"unisparse: {self.sparse_rows} prefill rows of {self.sparse_tokens} tokens sparse, "
+            f"{self.kept_blocks} of {self.visible_blocks} blocks read ({self.density:.1%}); "
+            f"rows to the parent beside prefills: {dense or 'none'}"
+        )
+
+
+@dataclass(slots=True)
+class Counting:
+    """The running numbers of a process."""
+
+    sparse_rows: int = 0
+    sparse_tokens: int = 0
+    sparse_calls: int = 0
+    visible_blocks: int = 0
+    dense_rows: Counter[Reason] = field(default_factory=Counter)
+    dense_calls: Counter[Reason] = field(default_factory=Counter)
+    kept: dict[torch.device, Tensor] = field(default_factory=dict)
+    last_line: float = 0.0
+    last_rows: int = 0
+
+    def kept_on(self, device: torch.device) -> Tensor:
+        """int64 [1], to which kernels add the blocks that they keep."""
+        if device not in self.kept:
+            self.kept[device] = torch.zeros(1, dtype=torch.int64, device=device)
+        return self.kept[device]
+
+    def read(self) -> Counts:
+        """The numbers; waits for the device."""
+        return Counts(
+            sparse_rows=self.sparse_rows,
+            sparse_tokens=self.sparse_tokens,
+            sparse_calls=self.sparse_calls,
+            dense_rows=dict(self.dense_rows),
+            dense_calls=dict(self.dense_calls),
+            kept_blocks=sum(int(tensor.item()) for tensor in self.kept.values()),
+            visible_blocks=self.visible_blocks,
+        )
+
+    def next_line(self, seconds: float) -> str | None:
+        """A line for the log, where rows were sent somewhere and the last is so long ago."""
+        rows = self.sparse_rows + sum(self.dense_rows.values())
+        now = time.monotonic()
+        if rows == self.last_rows or now - self.last_line < seconds:
+            return None
+        self.last_line, self.last_rows = now, rows
+        return self.read().line()
+
+    def reset(self) -> None:
+        """Starts from 0; what a graph or a kernel writes to stays the same memory."""
+        self.sparse_rows = self.sparse_tokens = self.sparse_calls = self.visible_blocks = 0
+        self.dense_rows.clear()
+        self.dense_calls.clear()
+        for tensor in self.kept.values():
+            tensor.zero_()
+        self.last_rows = 0
+
+
+counting = Counting()
+
+
+def read_counts() -> Counts:
+    """What ran sparse in this process: the engine's own, where it runs in-process."""
+    return counting.read()
+
+
+def reset_counts() -> None:
+    """Counts from 0 again."""
+    counting.reset()

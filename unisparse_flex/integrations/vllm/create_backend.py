@@ -1,0 +1,401 @@
+"""A vLLM backend that runs long prefill rows sparse, over one that computes everything else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .counters import counting
+from .kernels import ParentKernel
+from .layer_state import LayerState
+from .layers import excluded_layers, refuse_engine, setting_of, validate_calibration
+from .options import KEY, Options
+from .planning import Row, plan_rows
+from .policy import Policy
+from .reasons import Reason
+from .report import describe
+from .settings import options_of
+from .sparse_rows import SparseRows, attend_sparse, to_device, workspace_bytes
+
+
+@dataclass(slots=True, eq=False)
+class Split:
+    """What a batch's metadata carry to the layers.
+
+    Attributes:
+        sparse: The sparse rows.
+        rest: The parent's metadata of the other rows; ``None`` for no rows.
+        tokens: Which tokens these are: a range, or int64 [tokens].
+        tables: int32 [requests, pages] of the whole batch.
+    """
+
+    sparse: SparseRows
+    rest: Any
+    tokens: slice | Tensor | None
+    tables: Tensor
+
+
+def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = False) -> Any:
+    """The backend over ``parent``.
+
+    Args:
+        parent: A vLLM backend whose kernel reads page tables.
+        kernel: That kernel.
+        needs_settings: Whether the backend does nothing where no settings are given.
+
+    Returns:
+        A class that derives from ``parent``.
+    """
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.logger import init_logger
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    # A child of vLLM's logger: what is said reaches its log.
+    logger = init_logger("vllm.unisparse_flex")
+    parent_builder, parent_impl = parent.get_builder_cls(), parent.get_impl_cls()
+
+    class Builder(parent_builder):  # type: ignore[misc, valid-type]
+        """Plans every batch."""
+
+        # A graph holds decoding alone: a prefill's control flow is Python's.
+        _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        supports_update_block_table = False
+
+        def __init__(
+            self,
+            kv_cache_spec: Any,
+            layer_names: list[str],
+            vllm_config: Any,
+            device: torch.device,
+            *args: Any,
+            **kwargs: Any,
+        ) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs)
+            self.options = options_of(vllm_config)
+            self.refused = refuse_engine(vllm_config)
+            if needs_settings and KEY not in (vllm_config.additional_config or {}):
+                self.refused = Reason.NO_SETTINGS
+            scheduler = vllm_config.scheduler_config
+            self.budget = scheduler.max_num_batched_tokens
+            self.threshold = scheduler.long_prefill_token_threshold or 0
+            self.dtype = vllm_config.model_config.dtype
+            self.layers = {
+                name: layer
+                for name, layer in get_layers_from_vllm_config(vllm_config, Attention).items()
+                if name in layer_names and isinstance(layer.impl, Impl)
+            }
+            self.states = self._create_states(vllm_config)
+            self.policy: Policy | None = None
+            self.is_reported = False
+
+        def _create_states(self, vllm_config: Any) -> dict[str, LayerState]:
+            from vllm.model_executor.models.utils import extract_layer_index
+
+            count = vllm_config.model_config.hf_text_config.num_hidden_layers
+            excluded = excluded_layers(self.options, count)
+            validate_calibration(self.options, list(self.layers))
+            for name, layer in self.layers.items():
+                if layer.impl.unisparse is not None:
+                    # Builders of several micro-batches share the layers.
+                    continue
+                try:
+                    index = extract_layer_index(name)
+                except (AssertionError, ValueError):
+                    index = None
+                setting = self.refused or setting_of(name, index, self.options, excluded)
+                layer.impl.unisparse = LayerState.create(name, layer.impl, kernel, setting)
+            return {name: layer.impl.unisparse for name, layer in self.layers.items()}
+
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
+            """The parent's, but no more than decoding."""
+            found = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+            return min(found, cls._cudagraph_support, key=lambda support: support.value)
+
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+        ) -> Any:
+            """The parent's metadata, with the split of a batch that has sparse rows."""
+            common = common_attn_metadata
+            metadata = super().build(common_prefix_len, common, fast_build)
+            if self.refused is not None:
+                self._report()
+                return metadata
+            policy = self._bind()
+            if policy is None or common.max_query_len < policy.min_queries:
+                return metadata
+            found = self._plan(policy, common, common_prefix_len)
+            line = counting.next_line(self.options.log_seconds)
+            if line is not None:
+                logger.info(line)
+            if found:
+                metadata.unisparse = self._split(common, *found)
+            return metadata
+
+        def _bind(self) -> Policy | None:
+            """Meets the caches; what is asked of rows, once they are known, if any is sparse."""
+            if self.policy is not None:
+                return self.policy if self.policy.selectors else None
+            for name, state in self.states.items():
+                layer = self.layers[name]
+                state.bind(layer, layer.kv_cache, self.dtype)
+            if not all(state.is_bound for state in self.states.values()):
+                return None
+            self._report()
+            sparse = [s.selector for s in self.states.values() if s.selector is not None]
+            impl = next(iter(self.layers.values())).impl if self.layers else None
+            self.policy = Policy(
+                selectors=Policy.count(sparse),
+                min_length=self.options.min_length,
+                q_heads=impl.num_heads if impl else 1,
+                kv_heads=impl.num_kv_heads if impl else 1,
+                head_dim=impl.head_size if impl else 1,
+                dtype=self.dtype,
+                device=torch.device(self.device),
+            )
+            return self.policy if sparse else None
+
+        def _report(self) -> None:
+            if not self.is_reported:
+                self.is_reported = True
+                states = list(self.states.values())
+                logger.info(describe(states, self.options, kernel.name, self.refused))
+
+        def _plan(
+            self, policy: Policy, common: Any, prefix: int
+        ) -> tuple[tuple[Row, ...], tuple[Row, ...]] | None:
+            count = common.num_reqs
+            starts = common.query_start_loc_cpu[: count + 1].tolist()
+            reason = _refuse_batch(common, prefix)
+            if reason is not None:
+                long = [b - a >= policy.min_queries for a, b in pairwise(starts)]
+                counting.dense_rows[reason] += sum(long)
+                return None
+            prefilling = common.is_prefilling
+            plan = plan_rows(
+                starts,
+                common.seq_lens_cpu_upper_bound[:count].tolist(),
+                None if prefilling is None else prefilling[:count].tolist(),
+                min_queries=policy.min_queries,
+                decide=policy.decide,
+                budget=self.budget,
+                threshold=self.threshold,
+            )
+            counting.dense_rows.update(plan.reasons)
+            if not plan.sparse:
+                return None
+            counting.sparse_rows += len(plan.sparse)
+            counting.sparse_tokens += sum(row.queries for row in plan.sparse)
+            return plan.sparse, plan.rest
+
+        def _split(self, common: Any, sparse: tuple[Row, ...], rest: tuple[Row, ...]) -> Split:
+            device = common.query_start_loc.device
+            tokens = _tokens_of(rest, device)
+            metadata = None
+            if tokens is not None:
+                # fast_build: the parent's buffer of a schedule holds that of the whole batch.
+                metadata = super().build(0, _only(common, rest, tokens), True)
+            return Split(SparseRows(sparse, device), metadata, tokens, common.block_table_tensor)
+
+    class Impl(parent_impl):  # type: ignore[misc, valid-type]
+        """Computes sparse rows, and has the parent compute the others."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.unisparse: LayerState | None = None
+
+        def do_kv_cache_update(
+            self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+        ) -> None:
+            """Writes the cache, then the means of the pages that are full now."""
+            super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+            if self.unisparse is not None:
+                self.unisparse.bind(layer, kv_cache, key.dtype)
+                self.unisparse.written(slot_mapping)
+
+        def fused_rope_kvcache_supported(self) -> bool:
+            """No: it writes the cache past `do_kv_cache_update`."""
+            return False
+
+        def fused_qk_norm_rope_kvcache_supported(self) -> bool:
+            """No, as `fused_rope_kvcache_supported`."""
+            return False
+
+        def forward(
+            self,
+            layer: Any,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            kv_cache: Tensor,
+            attn_metadata: Any,
+            output: Tensor,
+            output_scale: Tensor | None = None,
+            output_block_scale: Tensor | None = None,
+            **more: Any,
+        ) -> Tensor:
+            """Attention of a batch."""
+            split = getattr(attn_metadata, "unisparse", None)
+            state = self.unisparse
+            scales = (output_scale, output_block_scale)
+            if attn_metadata is None and state is not None:
+                self._reserve(query, state)
+            reason = None
+            if split is not None and state is not None:
+                reason = state.reason
+                if any(scale is not None for scale in scales):
+                    reason = Reason.QUANTIZED_OUTPUT
+                if reason is not None:
+                    counting.dense_calls[reason] += 1
+            if split is None or state is None or reason is not None:
+                return super().forward(
+                    layer, query, key, value, kv_cache, attn_metadata, output, *scales, **more
+                )
+            assert state.view is not None
+            assert state.means is not None
+            assert state.selector is not None
+            attend_sparse(
+                self,
+                layer,
+                kernel,
+                state.view,
+                state.means,
+                state.selector,
+                split.sparse,
+                split.tables,
+                query,
+                output,
+            )
+            if split.rest is not None:
+                at = split.tokens
+                part = output[at] if isinstance(at, slice) else torch.empty_like(output[at])
+                super().forward(
+                    layer, query[at], key[at], value[at], kv_cache, split.rest, part, **more
+                )
+                if not isinstance(at, slice):
+                    output[at] = part
+            return output
+
+        def _reserve(self, query: Tensor, state: LayerState) -> None:
+            """Takes the memory of a sparse batch, for the engine's measurement of its peak."""
+            if query.device.type != "cuda" or state.selector is None:
+                return
+            needed = workspace_bytes(
+                query.shape[0],
+                options_length(),
+                self.num_heads,
+                self.head_size,
+                query.element_size(),
+                state.selector.block_size,
+            )
+            torch.empty(needed, dtype=torch.uint8, device=query.device)
+
+    def options_length() -> int:
+        from vllm.config import get_current_vllm_config_or_none
+
+        config = get_current_vllm_config_or_none()
+        return int(config.model_config.max_model_len) if config is not None else 131072
+
+    class Backend(parent):  # type: ignore[misc, valid-type]
+        """The parent with sparse prefill."""
+
+        @staticmethod
+        def get_name() -> str:
+            """As it is selected."""
+            return "CUSTOM"
+
+        @staticmethod
+        def get_impl_cls() -> type[Impl]:
+            """See vLLM."""
+            return Impl
+
+        @staticmethod
+        def get_builder_cls() -> type[Builder]:
+            """See vLLM."""
+            return Builder
+
+        @classmethod
+        def get_preferred_block_size(cls, default_block_size: int) -> int:
+            """A page that is a key block, where the user states no other."""
+            size = _preferred(default_block_size)
+            supported = cls.supports_block_size(size)
+            return size if supported else super().get_preferred_block_size(default_block_size)
+
+    def _preferred(default: int) -> int:
+        from vllm.config import get_current_vllm_config_or_none
+
+        config = get_current_vllm_config_or_none()
+        if config is None:
+            return Options().selector.block_size
+        if needs_settings and KEY not in (config.additional_config or {}):
+            return default
+        return options_of(config).selector.block_size
+
+    return Backend
+
+
+def _refuse_batch(common: Any, prefix: int) -> Reason | None:
+    """Why no row of a batch runs sparse."""
+    if prefix > 0:
+        return Reason.CASCADE
+    if common.causal is not True:
+        return Reason.NOT_CAUSAL
+    if common.mm_req_doc_ranges is not None or common.rswa_prefix_lens is not None:
+        return Reason.PREFIX_IMAGES
+    if common.seq_lens_cpu_upper_bound is None:
+        return Reason.SPLIT_BATCH
+    return None
+
+
+def _tokens_of(rows: tuple[Row, ...], device: torch.device) -> slice | Tensor | None:
+    """The tokens of rows: a range where they lie together."""
+    if not rows:
+        return None
+    together = all(a.stop == b.start for a, b in pairwise(rows))
+    if together:
+        return slice(rows[0].start, rows[-1].stop)
+    ranges = [torch.arange(row.start, row.stop) for row in rows]
+    return to_device(torch.cat(ranges), device)
+
+
+def _only(common: Any, rows: tuple[Row, ...], tokens: slice | Tensor) -> Any:
+    """The common metadata of some rows of a batch."""
+    device = common.query_start_loc.device
+    host = torch.tensor([row.index for row in rows])
+    index = to_device(host, device)
+    counts = torch.tensor([row.queries for row in rows], dtype=torch.int32)
+    starts = torch.zeros(len(rows) + 1, dtype=torch.int32)
+    torch.cumsum(counts, 0, out=starts[1:])
+
+    def pick(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor[host if tensor.device.type == "cpu" else index]
+
+    values: dict[str, Any] = {
+        "query_start_loc": to_device(starts, device),
+        "query_start_loc_cpu": starts,
+        "seq_lens": pick(common.seq_lens),
+        "seq_lens_cpu_upper_bound": pick(common.seq_lens_cpu_upper_bound),
+        "is_prefilling": pick(common.is_prefilling),
+        "num_reqs": len(rows),
+        "num_actual_tokens": int(starts[-1]),
+        "max_query_len": int(counts.max()),
+        "max_seq_len": max(row.length for row in rows),
+        "block_table_tensor": pick(common.block_table_tensor),
+        "slot_mapping": common.slot_mapping[tokens],
+        "positions": None if common.positions is None else common.positions[tokens],
+        # What was made of the whole batch, or is read by no parent here.
+        "req_idx": None,
+        "_seq_lens_cpu": None,
+        "_num_computed_tokens_cpu": None,
+        "_num_computed_tokens_cache": None,
+        "_token_to_req_indices_cache": None,
+    }
+    known = {field.name for field in fields(common)}
+    return common.replace(**{name: value for name, value in values.items() if name in known})

@@ -1,0 +1,170 @@
+"""The parents' kernels, called on sequences of one head with page tables of their own.
+
+Symbols: T tokens, N sequences, P keys of a page, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .cache_view import CacheView, view_packed, view_transposed
+from .reasons import Reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sequences:
+    """Rows and keys of sequences of one head.
+
+    Attributes:
+        query: [T, 1, D].
+        output: [T, 1, D], written.
+        starts: int32 [N + 1], the first row of each, and T.
+        rows: Most rows of one.
+        lengths: int32 [N], keys of each; the last row sees all of them.
+        keys: Most keys of one, or more.
+        tables: int32 [N, width], the pages of each.
+    """
+
+    query: Tensor
+    output: Tensor
+    starts: Tensor
+    rows: int
+    lengths: Tensor
+    keys: int
+    tables: Tensor
+
+
+class ParentKernel(Protocol):
+    """What a parent computes with, and how its cache lies."""
+
+    name: str
+
+    def view(self, layer: Any, cache: Tensor) -> CacheView | Reason:
+        """The cache of a layer, or why its pages cannot be read by head."""
+
+    def attend(self, impl: Any, layer: Any, view: CacheView, sequences: Sequences) -> None:
+        """Causal attention of every sequence, its last row aligned with its last key."""
+
+
+class FlashKernel:
+    """FlashAttention 2 to 4, as vLLM ships it."""
+
+    name = "FLASH_ATTN"
+
+    def view(self, layer: Any, cache: Tensor) -> CacheView | Reason:
+        """See `ParentKernel.view`."""
+        return view_packed(cache)
+
+    def attend(self, impl: Any, layer: Any, view: CacheView, sequences: Sequences) -> None:
+        """See `ParentKernel.attend`."""
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+        flash_attn_varlen_func(
+            q=sequences.query,
+            k=view.key,
+            v=view.value,
+            out=sequences.output,
+            cu_seqlens_q=sequences.starts,
+            # FlashAttention 3 has pages copied by hardware only above one tile of 128 rows.
+            max_seqlen_q=sequences.rows + 1,
+            seqused_k=sequences.lengths,
+            max_seqlen_k=sequences.keys,
+            softmax_scale=impl.scale,
+            causal=True,
+            window_size=[-1, -1],
+            block_table=sequences.tables,
+            fa_version=impl.vllm_flash_attn_version,
+            num_splits=1,
+        )
+
+
+class TritonKernel:
+    """vLLM's own kernel in Triton."""
+
+    name = "TRITON_ATTN"
+
+    def view(self, layer: Any, cache: Tensor) -> CacheView | Reason:
+        """See `ParentKernel.view`."""
+        return view_packed(cache)
+
+    def attend(self, impl: Any, layer: Any, view: CacheView, sequences: Sequences) -> None:
+        """See `ParentKernel.attend`."""
+        from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+        scales = (sequences.lengths.shape[0], 1)
+        unified_attention(
+            q=sequences.query,
+            k=view.key,
+            v=view.value,
+            out=sequences.output,
+            cu_seqlens_q=sequences.starts,
+            max_seqlen_q=sequences.rows,
+            seqused_k=sequences.lengths,
+            max_seqlen_k=sequences.keys,
+            softmax_scale=impl.scale,
+            causal=True,
+            window_size=(-1, -1),
+            block_table=sequences.tables,
+            softcap=0,
+            q_descale=None,
+            k_descale=layer._k_scale.expand(scales),
+            v_descale=layer._v_scale.expand(scales),
+        )
+
+
+class CpuKernel:
+    """vLLM's kernel for the CPU."""
+
+    name = "CPU_ATTN"
+
+    def view(self, layer: Any, cache: Tensor) -> CacheView | Reason:
+        """See `ParentKernel.view`."""
+        return view_transposed(cache) if _isa(layer, cache).startswith("vec") else Reason.LAYOUT
+
+    def attend(self, impl: Any, layer: Any, view: CacheView, sequences: Sequences) -> None:
+        """See `ParentKernel.attend`."""
+        from vllm import _custom_ops as operators
+
+        schedule = operators.cpu_attn_get_scheduler_metadata(
+            num_reqs=sequences.lengths.shape[0],
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=sequences.query.shape[2],
+            seq_lens=sequences.lengths,
+            dtype=sequences.query.dtype,
+            query_start_loc=sequences.starts,
+            causal=True,
+            sliding_window_size=-1,
+            isa=_isa(layer, view.pages),
+            enable_kv_split=False,
+        )
+        operators.cpu_attention_with_kv_cache(
+            query=sequences.query,
+            key_cache=view.key,
+            value_cache=view.value,
+            output=sequences.output,
+            query_start_loc=sequences.starts,
+            seq_lens=sequences.lengths,
+            scale=impl.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=sequences.tables,
+            softcap=0,
+            scheduler_metadata=schedule,
+            s_aux=None,
+        )
+
+
+def _isa(layer: Any, cache: Tensor) -> str:
+    """Which of the CPU's kernels the parent takes, and so how keys lie."""
+    found = getattr(layer, "isa", None)
+    if found is None:
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        head_dim = layer.impl.head_size
+        found = _get_attn_isa(cache.dtype, cache.shape[2], head_dim)
+    return str(found)

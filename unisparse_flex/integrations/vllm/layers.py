@@ -1,0 +1,116 @@
+"""Which selector a layer has, or why it stays with the parent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...block_masks import Selector, UniSparse
+from .options import Options
+from .reasons import Reason
+
+FLOATING_CACHES = ("auto", "float16", "bfloat16", "float32")
+
+
+def excluded_layers(options: Options, count: int) -> frozenset[int]:
+    """The indices of ``dense_layers`` in a model of ``count`` layers.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+    for index in options.dense_layers:
+        if not -count <= index < count:
+            raise ValueError(
+                f"dense_layers must be in [{-count}, {count}) for a model of {count} layers, got "
+                f"{index}; leave it out"
+            )
+    return frozenset(index % count for index in options.dense_layers)
+
+
+def setting_of(
+    name: str, index: int | None, options: Options, excluded: frozenset[int]
+) -> Selector | Reason:
+    """The selector of a layer, or why it has none.
+
+    Args:
+        name: As vLLM names its attention, ``"model.layers.3.self_attn.attn"``.
+        index: Its place in the stack; ``None`` where its name has none.
+        options: The settings.
+        excluded: See `excluded_layers`.
+    """
+    if index in excluded:
+        return Reason.EXCLUDED
+    if options.calibration is None:
+        return options.selector
+    module = name.removesuffix(".attn")
+    for known, setting in options.calibration.layers.items():
+        if module == known or module.endswith("." + known) or known.endswith("." + module):
+            return setting if isinstance(setting, Selector) else Reason.CALIBRATED
+    return Reason.CALIBRATED
+
+
+def validate_calibration(options: Options, names: Sequence[str]) -> None:
+    """Refuses a calibration of another model.
+
+    Raises:
+        ValueError: It names none of the layers.
+    """
+    if options.calibration is None or not names:
+        return
+    found = [setting_of(name, None, options, frozenset()) for name in names]
+    if not any(isinstance(setting, Selector) for setting in found) and not any(
+        _is_named(name, options) for name in names
+    ):
+        raise ValueError(
+            f"calibration must name layers of the model, got none of {names[0]!r} and others; "
+            "calibrate this model anew"
+        )
+
+
+def _is_named(name: str, options: Options) -> bool:
+    assert options.calibration is not None
+    module = name.removesuffix(".attn")
+    return any(
+        module == known or module.endswith("." + known) or known.endswith("." + module)
+        for known in options.calibration.layers
+    )
+
+
+def refuse_layer(impl: Any, selector: Selector) -> Reason | None:
+    """Why what vLLM's implementation of a layer computes is not plain attention, if it is not.
+
+    Args:
+        impl: vLLM's implementation.
+        selector: Which blocks the layer would keep.
+    """
+    if impl.attn_type != "decoder":
+        return Reason.NOT_DECODER
+    if getattr(impl, "kv_sharing_target_layer_name", None) is not None:
+        return Reason.SHARED_CACHE
+    # 0 and None mean none, or a window that reaches nowhere: -1 by itself or as a pair.
+    if getattr(impl, "sliding_window", None) not in (None, -1, (-1, -1)):
+        return Reason.SLIDING_WINDOW
+    if getattr(impl, "chunk_lookback", -1) != -1:
+        return Reason.SLIDING_WINDOW
+    if getattr(impl, "alibi_slopes", None) is not None:
+        return Reason.ALIBI
+    if getattr(impl, "logits_soft_cap", None):
+        return Reason.SOFT_CAP
+    if getattr(impl, "sinks", None) is not None:
+        return Reason.SINKS
+    if impl.kv_cache_dtype not in FLOATING_CACHES:
+        return Reason.QUANTIZED_CACHE
+    if isinstance(selector, UniSparse) and impl.num_heads // impl.num_kv_heads % selector.c_h:
+        return Reason.HEADS
+    return None
+
+
+def refuse_engine(config: Any) -> Reason | None:
+    """Why nothing of an engine runs sparse, from its ``VllmConfig``; ``None`` where some may."""
+    parallel = config.parallel_config
+    sizes = ("decode_context_parallel_size", "prefill_context_parallel_size")
+    if any(getattr(parallel, name, 1) > 1 for name in sizes):
+        return Reason.CONTEXT_PARALLEL
+    if config.kv_transfer_config is not None:
+        return Reason.KV_TRANSFER
+    return None

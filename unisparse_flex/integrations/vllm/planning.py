@@ -1,0 +1,109 @@
+"""Which rows of a batch run sparse; plain numbers, without vLLM."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .reasons import Reason
+
+# Why a row of so many queries and keys stays with the parent; ``None`` where it runs sparse.
+Decide = Callable[[int, int], Reason | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A request's tokens in a batch.
+
+    Attributes:
+        index: Its place among the batch's requests.
+        start: Its first token in the batch.
+        stop: The token after its last.
+        length: Its keys, those of this step included.
+        is_cut: Whether the scheduler cut the prompt here, so that more of its rows will follow.
+    """
+
+    index: int
+    start: int
+    stop: int
+    length: int
+    is_cut: bool = False
+
+    @property
+    def queries(self) -> int:
+        """Its tokens in the batch."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A batch, split.
+
+    Attributes:
+        sparse: Rows that run sparse.
+        rest: All others.
+        reasons: How many rows stay with the parent, and why.
+    """
+
+    sparse: tuple[Row, ...]
+    rest: tuple[Row, ...]
+    reasons: Counter[Reason] = field(default_factory=Counter)
+
+
+def plan_rows(
+    starts: Sequence[int],
+    lengths: Sequence[int],
+    prefilling: Sequence[bool] | None,
+    *,
+    min_queries: int,
+    decide: Decide,
+    budget: int,
+    threshold: int = 0,
+) -> Plan:
+    """Splits a batch into sparse prefill rows and all others.
+
+    Args:
+        starts: First token of every row, and the number of tokens.
+        lengths: Keys of every row, those of this step included.
+        prefilling: Whether a row is one of a prompt; all by default.
+        min_queries: Fewest queries of a sparse row.
+        decide: Asked for rows of so many queries.
+        budget: Most tokens that the scheduler puts into a batch.
+        threshold: Most tokens of one prompt in a batch; 0 for no limit.
+    """
+    is_prompt = [True] * len(lengths) if prefilling is None else prefilling
+    chunks = sum(
+        stop - start >= min_queries and prompt
+        for start, stop, prompt in zip(starts, starts[1:], is_prompt, strict=False)
+    )
+    # The scheduler fills a batch with what it can of the last prompt. Of several prompts it is
+    # not known which was cut: none is taken to be.
+    fills_batch = starts[len(lengths)] >= budget and chunks == 1
+    sparse: list[Row] = []
+    rest: list[Row] = []
+    reasons: Counter[Reason] = Counter()
+    for index, length in enumerate(lengths):
+        start, stop = starts[index], starts[index + 1]
+        queries = stop - start
+        row = Row(
+            index=index,
+            start=start,
+            stop=stop,
+            length=length,
+            is_cut=fills_batch or 0 < threshold == queries,
+        )
+        if queries == 0:
+            continue
+        if queries < min_queries:
+            reason: Reason | None = Reason.DECODE
+        elif not is_prompt[index]:
+            reason = Reason.VERIFICATION
+        else:
+            reason = decide(queries, length)
+        if reason is None:
+            sparse.append(row)
+        else:
+            rest.append(row)
+            reasons[reason] += 1
+    return Plan(sparse=tuple(sparse), rest=tuple(rest), reasons=reasons)
