@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch._ops import OpOverload
 
 Function = Callable[..., Any]
 
@@ -23,7 +24,8 @@ NAMESPACES: dict[Any, str] = {
     torch.functional: "torch.functional",
     torch.Tensor: "torch._tensor",
 }
-BUILT_IN = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType)
+# What nobody has assigned a patch of.
+BUILT_IN = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, OpOverload)
 
 
 def own_function(function: Function) -> Function:

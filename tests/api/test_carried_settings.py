@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from unisparse_flex import UniSparse, explain, optimize, restore
+from unisparse_flex.catching.function_mode import SparseAttentionMode
 
 FEW = UniSparse(block_size=32, top_k=2)
 Q = torch.randn((1, 2, 128, 16), generator=torch.Generator().manual_seed(0))
@@ -373,3 +374,37 @@ def test_a_compiled_function_is_compiled_once_inside_a_model_and_fails_cleanly()
         failing(Q)
     torch.testing.assert_close(model(Q), sparse(Q))
     torch.testing.assert_close(Attend()(Q), attend_kept(Q, torch.ones(128, 128).tril().bool()))
+
+
+class AfterProduct(Attend):
+    """Attention after a product that Inductor leaves to a library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(16, 16, bias=False).requires_grad_(False)
+
+    def forward(self, q: Tensor) -> Tensor:
+        return super().forward(self.project(q))
+
+
+def test_kernels_of_a_layer_compiled_by_itself_run_without_the_mode(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(AfterProduct())
+    expected = sparse(model[0].project(Q))
+    optimize(model, FEW, min_length=0)
+    model[0].compile()
+    torch.testing.assert_close(model(Q), expected)
+
+    caught = []
+    catch = SparseAttentionMode.__torch_function__
+
+    def watched(self: SparseAttentionMode, *args: Any, **kwargs: Any) -> Any:
+        caught.append(args[0])
+        return catch(self, *args, **kwargs)
+
+    monkeypatch.setattr(SparseAttentionMode, "__torch_function__", watched)
+    torch.testing.assert_close(model(Q), expected)
+    assert torch.mm not in caught
+    assert set(caught) <= {torch._C._set_grad_enabled}
+    assert torch._C._len_torch_function_stack() == 0

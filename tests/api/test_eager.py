@@ -346,8 +346,5 @@ def test_settings_of_an_inner_scope_end_with_it() -> None:
         assert dispatch.scope_in_force() is not None
         with dispatch.leave_attention():
             assert dispatch.scope_in_force() is None
-        with dispatch.suspend_attention():
-            assert dispatch.in_force.config is None
-        assert dispatch.in_force.config == outer
     assert dispatch.in_force.config is None
     assert dispatch.scope_in_force() is None

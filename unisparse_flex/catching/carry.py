@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch._dynamo.eval_frame import _TorchDynamoContext
 from torch._dynamo.variables.torch_function import TorchFunctionModeStackVariable
+from torch._inductor.output_code import CompiledFxGraph
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 
-from .dispatch_key import scope_in_force, suspend_attention
+from .dispatch_key import in_force, scope_in_force
 from .function_mode import SparseAttentionMode
 from .scopes import config_in_force, run_sparse
 
@@ -65,18 +65,52 @@ def _carry_into_compiled_functions() -> bool:
 
     # In front of what each context has in its own dictionary, also those made before.
     setattr(_TorchDynamoContext, HOOKS, property(hooks, set_hooks))
+    _leave_mode_in_kernels()
     return True
 
 
+def _leave_mode_in_kernels() -> None:
+    """Runs what Inductor compiled without the mode that it was traced and guarded with.
+
+    Each of its calls of a library's kernel would make a detour through the mode.
+    """
+    run = CompiledFxGraph.__call__
+
+    @wraps(run)
+    def __call__(self: CompiledFxGraph, inputs: Any) -> Any:
+        if torch._C._len_torch_function_stack() != 1:
+            return run(self, inputs)
+        mode = torch._C._get_function_stack_at(0)
+        if not isinstance(mode, SparseAttentionMode):
+            return run(self, inputs)
+        torch._C._pop_torch_function_stack()
+        try:
+            return run(self, inputs)
+        finally:
+            torch._C._push_on_torch_function_stack(mode)
+
+    setattr(CompiledFxGraph, "__call__", __call__)  # noqa: B010
+
+
 def _enter_mode() -> Callable[[], object]:
-    """What a context calls when its compiled function is called; returns what undoes it."""
+    """What a context calls when its compiled function is called; returns what undoes it.
+
+    The key stays on: `torch.compile` restores the dispatch keys after it has called what is
+    returned, to what they were before.
+    """
     scope = scope_in_force()
     if scope is None:
         return _nothing
-    with ExitStack() as stack:
-        stack.enter_context(suspend_attention())
-        stack.enter_context(SparseAttentionMode(scope.config))
-        return stack.pop_all().close
+    # Without context managers: every layer that is compiled by itself pays for what stands here.
+    in_force.scope = None
+    mode = SparseAttentionMode(scope.config)
+    torch._C._push_on_torch_function_stack(mode)
+
+    def leave() -> None:
+        torch._C._pop_torch_function_stack()
+        in_force.scope = scope
+
+    return leave
 
 
 def _nothing() -> None:

@@ -178,21 +178,6 @@ def leave_attention() -> AbstractContextManager[None]:
     return nullcontext() if _key is None else _key.off()
 
 
-@contextmanager
-def suspend_attention() -> Iterator[None]:
-    """Inside, the scope in force does not catch; the key stays on.
-
-    For what `torch.compile` undoes before it restores the dispatch keys: it would restore what
-    `leave_attention` did.
-    """
-    scope = in_force.scope
-    in_force.scope = None
-    try:
-        yield
-    finally:
-        in_force.scope = scope
-
-
 def scope_in_force() -> Scope | None:
     """The `catch_attention` that would see an attention call of this thread."""
     return in_force.scope if _key is not None and _key.is_on() else None
@@ -266,5 +251,4 @@ __all__ = [
     "leave_attention",
     "scope_in_force",
     "set_up_key",
-    "suspend_attention",
 ]
