@@ -19,7 +19,7 @@ from torch._inductor import config as inductor_config
 
 from ...block_masks import fix_strides
 from ..calls import SdpaCall, SparseConfig
-from ..decision import DenseReason, needs_grad
+from ..decision import DenseReason, flash_obstacle, needs_grad, reads_tensors
 from .sparse_attention import attend_flex, attend_masked, restore_nan, select
 
 logger = logging.getLogger(__name__)
@@ -63,13 +63,30 @@ def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
 def compiled_inline(call: SdpaCall, config: SparseConfig) -> Tensor:
     """Selects and attends where the call stands: Inductor lowers no region inside a body."""
     if call.query.device.type != "cpu":
-        return attend_flex(call, select(call, config), backend=config.backend)
+        return attend_flex(call, select(call, config), backend=_inline_backend(call, config))
     call = call.map_tensors(_apart)
     output = attend_flex(call, select(call, config), backend=config.backend)
     if inductor_config.cpp_wrapper:
         return output
     # Nothing may be fused into the kernel.
     return restore_nan(fix_strides([output])[0], call, config)
+
+
+def _inline_backend(call: SdpaCall, config: SparseConfig) -> str:
+    """The backend of a call that is no region, among what computes its mask.
+
+    FlashAttention-4's template does not tell torch that it reads the tensors of a mask: what is
+    computed beside it may be freed before. Arguments of a region are not.
+    """
+    if config.backend == "triton" or not reads_tensors(call.mask):
+        return config.backend
+    if config.backend == "flash" and flash_obstacle(call, config.selector.block_size) is None:
+        raise NotImplementedError(
+            "backend='flash' cannot run this call: torch does not know that it reads the tensors "
+            "of the mask, and may free them before in bodies of loops and branches, and in "
+            "packages; use backend='auto'"
+        )
+    return config.backend if config.backend == "flash" else "triton"
 
 
 def compiled_in_loop(call: SdpaCall, config: SparseConfig) -> Tensor:

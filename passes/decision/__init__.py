@@ -16,6 +16,7 @@ from .flex_support import (
     flash_obstacle,
     flex_backend,
     is_flash_installed,
+    reads_tensors,
     supports_head_dim,
 )
 from .found_rates import device_name, estimates, find_rates, hardware_name, keep_rates
@@ -50,6 +51,7 @@ __all__ = [
     "is_speed",
     "keep_rates",
     "needs_grad",
+    "reads_tensors",
     "refuse",
     "refuse_sharding",
     "supports_head_dim",

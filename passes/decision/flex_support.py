@@ -15,6 +15,7 @@ from .refusals import needs_grad
 # Blackwell it has 256 queries.
 FLASH_BLOCK, FLASH_LARGEST_HEAD_DIM, FLASH_HEAD_DIM_STEP = 128, 128, 16
 FLASH_CAPABILITY = 9
+_LOAD = re.compile(r"\bt\d+\[([^\]]*)\]")
 
 
 def flex_backend(call: SdpaCall, block_size: int, backend: str) -> str:
@@ -64,13 +65,15 @@ def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
             f"{FLASH_HEAD_DIM_STEP} and the same for queries and values, got {query.shape[3]} and "
             f"{value.shape[3]}"
         )
-    if call.attn_mask is not None or reads_tensors(call.mask):
+    if call.attn_mask is not None:
         return (
-            "it is used under causality and windows only: torch 2.11 does not know that it reads "
-            "the tensors of a mask, and frees them before"
+            "it is used under masks that are formulas: torch does not know that it reads the "
+            "tensors of a mask, and may free before what is computed of one here"
         )
     if "//" in call.mask:
-        return "it is used under causality and windows only, not under chunks"
+        return "it is used under masks without chunks"
+    if _reads_fixed_entries(call.mask):
+        return "it is used under masks that read tensors at rows and keys, got one at a fixed place"
     if any(map(is_symbolic, (call.causal_offset(), *(call.mask_numbers or ())))):
         # It would be a captured number computed from lengths, which CuTe code cannot hold.
         return "it needs a causal offset that is known when it is compiled, got one of the lengths"
@@ -81,7 +84,13 @@ def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
 
 def reads_tensors(mask: str) -> bool:
     """Whether a mask, as `SdpaCall.mask` writes it, reads entries of tensors."""
-    return re.search(r"\bt\d+\[", mask) is not None
+    return _LOAD.search(mask) is not None
+
+
+def _reads_fixed_entries(mask: str) -> bool:
+    """Whether an index of what a mask reads is a number: CuTe code makes a tensor of each."""
+    indices = [index for load in _LOAD.findall(mask) for index in load.split(",")]
+    return any(re.fullmatch(r"\s*-?\d*\s*", index) for index in indices)
 
 
 def supports_head_dim(head_dim: int) -> bool:

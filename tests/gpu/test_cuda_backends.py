@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.api.reference import rmse
 from tests.gpu.test_cuda import BF16, BLOCKS, Sdpa, assert_attends, on_cuda
+from tests.gpu.test_cuda_masks import causal
 from unisparse_flex import attention, optimize
 from unisparse_flex.passes.decision import flex_support as flex_backend
 from unisparse_flex.passes.decision.flex_support import is_flash_installed
@@ -113,6 +116,64 @@ def test_flash_attends_within_a_window(width: int, compiled: bool) -> None:
     with torch.no_grad():
         flash = run_it(*tensors, "flash")
         assert rmse(flash, run_it(*tensors, "triton").double()) < 2.0**-8
+
+
+def with_documents(ids: Tensor) -> Tensor:
+    return (causal(ids) & (ids[:, :, None] == ids[:, None, :]))[:, None]
+
+
+def padded(ids: Tensor) -> Tensor:
+    return (causal(ids) & (ids > 0)[:, None, :])[:, None]
+
+
+def padded_documents(ids: Tensor) -> Tensor:
+    return padded(ids) & with_documents(ids)
+
+
+def window_and_padding(ids: Tensor) -> Tensor:
+    position = torch.arange(ids.shape[-1], device=ids.device)
+    return padded(ids) & (position > position[:, None] - 2500)
+
+
+def with_images(ids: Tensor) -> Tensor:
+    same = (ids[:, :, None] == ids[:, None, :]) & (ids[:, None, :] % 3 == 1)
+    return (causal(ids) | same)[:, None]
+
+
+@needs_flash
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "mask", [padded, with_documents, padded_documents, window_and_padding, with_images]
+)
+def test_flash_attends_under_masks_that_read_tensors(
+    mask: Callable[[Tensor], Tensor], compiled: bool, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    chosen = []
+    choose = flex_backend.flash_obstacle
+
+    def spy(*call: Any) -> str | None:
+        chosen.append(choose(*call))
+        return chosen[-1]
+
+    def run(query: Tensor, key: Tensor, value: Tensor, ids: Tensor, backend: str) -> Any:
+        options: dict[str, Any] = {"selector": BLOCKS, "backend": backend, "enable_gqa": True}
+        # What the mask reads is computed in the graph, and little later nobody else wants it.
+        output = attention(query, key, value, mask(ids + 0), **options)
+        return output + attention(query, key, value, mask(ids * 1), **options)
+
+    run_it = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
+    for length in (3000, 4096):
+        tensors = on_cuda(length, dtype=BF16, head_dim=128, batch=batch)
+        ids = torch.arange(length, device="cuda") // 700
+        ids = (ids - torch.arange(batch, device="cuda")[:, None]).clamp(min=0)
+        with torch.no_grad():
+            expected = run_it(*tensors, ids, "triton").double()
+            monkeypatch.setattr(flex_backend, "flash_obstacle", spy)
+            assert rmse(run_it(*tensors, ids, "flash"), expected) < 2.0**-7
+            monkeypatch.undo()
+    assert set(chosen) == {None}
 
 
 def test_flash_by_name_says_why_it_cannot() -> None:

@@ -57,8 +57,12 @@ def test_auto_takes_flash_where_it_can_run(hopper: None) -> None:
     for head_dim in (32, 64, 96):
         assert flash_obstacle(call(head_dim=head_dim, value_dim=head_dim, length=777), 128) is None
     # What a selector prepared is of its kernels, not of the formula.
-    window = masked(mask="(kv <= q) & (q < kv + 300)", mask_tensors=[0])
-    assert flash_obstacle(window, 128) is None
+    for mask in (
+        "(kv <= q) & (q < kv + 300)",
+        "(kv <= q) & (t0[b, kv])",
+        "(kv <= q + 5) & (t0[b, q + 5] == t0[b, kv]) & (t1[b] <= kv)",
+    ):
+        assert flash_obstacle(masked(mask=mask, mask_tensors=[0, 0]), 128) is None
 
 
 OBSTACLES = [
@@ -67,9 +71,10 @@ OBSTACLES = [
     (call(head_dim=256, value_dim=256), 128, "got 256 and 256"),
     (call(head_dim=72, value_dim=72), 128, "got 72 and 72"),
     (call(value_dim=64), 128, "got 128 and 64"),
-    (masked(attn_mask=0), 128, "frees them before"),
-    (masked(mask="(kv <= q) & (t0[b, kv])", mask_tensors=[0]), 128, "frees them before"),
-    (masked(mask="(kv <= q) & (q // 64 == kv // 64)"), 128, "not under chunks"),
+    (masked(attn_mask=0), 128, "may free before"),
+    (masked(mask="(kv <= q) | (kv < t0[b, 0])", mask_tensors=[0]), 128, "at a fixed place"),
+    (masked(mask="(kv <= q) & (t0[])", mask_tensors=[0]), 128, "at a fixed place"),
+    (masked(mask="(kv <= q) & (q // 64 == kv // 64)"), 128, "without chunks"),
 ]
 
 
