@@ -9,10 +9,10 @@ from types import CellType
 from typing import Any
 
 from ..block_masks import Selector
-from ..block_masks.selectors import choose_selector
 from ..catching import set_up_key
 from ..optimization import registered_names
-from .transformers_attention import AttentionSettings, create_attention_function
+from .transformers_attention import create_attention_function
+from .transformers_config import AttentionSettings, configure, create_settings
 from .transformers_masks import create_mask_function
 
 OLDEST = "5.4"
@@ -81,7 +81,8 @@ def register(
     registered: with the first alone, transformers would make no masks, and padding be attended to.
     Where a call runs dense it is what ``"sdpa"`` computes. Models run sparse compiled or not; on
     CUDA an eager model's attention is compiled once for all layers. Settings that a model got from
-    `optimize` or `temporarily_optimize` win over those of its name. Registering again with the
+    `optimize` or `temporarily_optimize` win over those of its name, and so do those in its
+    configuration (`configure`), which are saved with it. Registering again with the
     same settings changes nothing, whatever somebody has wrapped around the functions since; with
     others it replaces them, wrappers too, for every model of that name.
 
@@ -103,14 +104,13 @@ def register(
     """
     functions = _import_transformers()
     validate_name(name)
-    settings = AttentionSettings(
-        selector=choose_selector(selector, quality),
+    settings = create_settings(
+        selector,
+        quality=quality,
         min_length=min_length,
-        dense_layers=_validate_layers(dense_layers),
+        dense_layers=dense_layers,
         backend=backend,
     )
-    # Checks the settings too.
-    config = settings.config()
     mine = _registered.get(name)
     for mapping, registered in functions.taken(name):
         if mine is None or not mine.is_called_by(registered):
@@ -122,7 +122,7 @@ def register(
         return
     set_up_key()
     attention = create_attention_function(functions.sdpa, settings)
-    mask = create_mask_function(functions.sdpa_mask, config.min_queries)
+    mask = create_mask_function(functions.sdpa_mask, settings.config().min_queries)
     _registered[name] = _Registered(settings, attention, mask)
     # Masks first: an attention function without them loses padding.
     functions.masks.register(name, mask)
@@ -153,15 +153,6 @@ def validate_name(name: object) -> None:
             "name must be letters, digits and underscores, without the names of transformers' own "
             f"implementations (sdpa, eager, flash, flex), got {name!r}; use 'unisparse'"
         )
-
-
-def _validate_layers(dense_layers: Collection[int]) -> tuple[int, ...]:
-    for index in dense_layers:
-        if not isinstance(index, int) or isinstance(index, bool):
-            raise TypeError(
-                f"dense_layers must hold integers, got {index!r} of type {type(index).__name__}"
-            )
-    return tuple(sorted(set(dense_layers)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,4 +194,4 @@ def _import_transformers() -> _Functions:
     )
 
 
-__all__ = ["register", "unregister"]
+__all__ = ["configure", "register", "unregister"]

@@ -6,20 +6,20 @@ Symbols: B batch, Hq/Hkv heads, Sq/Skv tokens, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..block_masks import Selector
 from ..catching import config_in_force, is_seen_here, run_sparse
 from ..passes import SparseConfig
 from ..passes.attend import marked_sdpa
 from ..passes.calls import SdpaCall
 from ..passes.decision import refuse
 from .deferred_mask import DeferredMask
+from .transformers_config import AttentionSettings, CallTexts, read_texts, stored_values
 from .transformers_refusals import refuse_arguments, refuse_module
 
 # Stands for any mask beside causality.
@@ -28,32 +28,16 @@ SOME_MASK = "kv <= q"
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionSettings:
-    """Settings of one registered name; see `register`."""
-
-    selector: Selector
-    min_length: int | None
-    dense_layers: tuple[int, ...]
-    backend: str
-
-    def config(self, *, dense: bool = False) -> SparseConfig:
-        """The settings of a call, ``dense`` those of the layers that stay so."""
-        return SparseConfig.of_model(
-            self.selector, min_length=self.min_length, dense=dense, backend=self.backend
-        )
-
-
 def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> Attention:
     """An attention function for ``ALL_ATTENTION_FUNCTIONS``.
 
     Args:
         sdpa: transformers' own. It brings the call into the form of
             ``F.scaled_dot_product_attention``; that one becomes sparse, or stays dense.
-        settings: Which blocks are kept, and where.
+        settings: Which blocks are kept, and where, unless the model's configuration says so.
     """
-    dense_layers, min_queries = settings.dense_layers, settings.config().min_queries
-    sparse, dense = settings.config().encode(), settings.config(dense=True).encode()
+    texts = CallTexts.of(settings)
+    registered = texts.sparse, texts.dense, texts.dense_layers, texts.min_queries
 
     def unisparse_attention(
         module: nn.Module,
@@ -67,6 +51,10 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
     ) -> tuple[Tensor, Tensor | None]:
         refuse_module(module)
         refuse_arguments(module, options)
+        stored = stored_values(module)
+        sparse, dense, dense_layers, min_queries = (
+            registered if stored is None else read_texts(stored)
+        )
         outer = config_in_force()
         own = dense if dense_layers and _is_excluded(module, dense_layers) else sparse
         if isinstance(attention_mask, DeferredMask):

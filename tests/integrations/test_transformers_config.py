@@ -1,0 +1,142 @@
+"""Settings in a model's configuration are saved with it and read by the registered name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.api.capture import captured
+from tests.models.families import BY_NAME
+from tests.models.family import SELECTOR, token_ids
+from unisparse_flex import UniSparse, explain, optimize, selectors
+from unisparse_flex.integrations.transformers import configure
+from unisparse_flex.passes import DenseReason
+
+from .named import NAME, create, registered
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OTHER = UniSparse(block_size=16, top_k=2)
+
+
+def load(path: Path, name: str = NAME) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation=name).eval()
+
+
+def kept(model: Any) -> list[tuple[str, float | None]]:
+    return [(call.decision, call.density) for call in explain(model, token_ids(length=203)).calls]
+
+
+def selectors_of(model: Any) -> list[Any]:
+    """Of the marked calls of one compiled forward."""
+    (configs,) = captured(model, token_ids()).configs()
+    return [config.selector for config in configs]
+
+
+def test_settings_are_saved_and_read_back(tmp_path: Path) -> None:
+    with registered(OTHER):
+        model = create("Llama")
+        configure(model.config, SELECTOR, min_length=0, dense_layers=[1])
+        before = kept(model)
+        model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["unisparse"] == {
+        "selector": SELECTOR.text,
+        "min_length": 0,
+        "dense_layers": [1],
+    }
+    # Registered without settings: the file has them.
+    with registered(OTHER):
+        loaded = load(tmp_path)
+        assert kept(loaded) == before
+        assert [decision for decision, _ in before] == ["sparse", "dense"]
+        del loaded.config.unisparse
+        assert [decision for decision, _ in kept(loaded)] == ["sparse", "sparse"]
+        assert kept(loaded)[0] != before[0]
+
+
+@pytest.mark.parametrize("quality", ["fast", "balanced", "high", 2.0])
+def test_a_quality_is_one_setting(tmp_path: Path, quality: Any) -> None:
+    model = BY_NAME["Llama"].create()
+    configure(model.config, quality=quality)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["unisparse"] == {"quality": quality}
+    with registered(OTHER):
+        loaded = load(tmp_path)
+        # Its minimum length is the cost model's, not the registered 0.
+        (reason, *_) = [call.reason for call in explain(loaded, token_ids(length=203)).calls]
+        assert reason is DenseReason.SLOWER
+        loaded.config.unisparse["min_length"] = 0
+        assert selectors_of(loaded) == [selectors.selector_of_quality(quality)] * 2
+
+
+def test_compiled_models_follow_what_their_configuration_says() -> None:
+    with registered(OTHER):
+        model = create("Llama")
+        assert selectors_of(model) == [OTHER] * 2
+        configure(model.config, SELECTOR, min_length=0)
+        assert selectors_of(model) == [SELECTOR] * 2
+        compiled: Any = torch.compile(model, backend="eager")
+        ids = token_ids(length=203)
+        with torch.no_grad():
+            sparse = compiled(ids).logits
+            torch.testing.assert_close(sparse, model(ids).logits)
+            # Compiled anew for other settings.
+            configure(model.config, UniSparse(block_size=16, top_p=1.0), min_length=0)
+            assert not torch.equal(compiled(ids).logits, sparse)
+
+
+def test_what_optimize_gives_wins() -> None:
+    with registered(OTHER):
+        model = create("Llama")
+        configure(model.config, OTHER, min_length=0)
+        optimize(model, SELECTOR, min_length=0, dense_layers=(0,))
+        assert [decision for decision, _ in kept(model)] == ["dense", "sparse"]
+        assert selectors_of(model)[1] == SELECTOR
+
+
+def test_one_model_of_a_name_does_not_change_another() -> None:
+    with registered(SELECTOR):
+        one, other = create("Llama"), create("Llama")
+        configure(one.config, OTHER, min_length=0)
+        assert selectors_of(one) == [OTHER] * 2
+        assert selectors_of(other) == [SELECTOR] * 2
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("high", "config.unisparse must be a dict with keys of quality, selector"),
+        ({"qualty": "high"}, "config.unisparse must be a dict with keys of quality, selector"),
+        ({"quality": "best"}, "config.unisparse: quality must be one of 'fast', 'balanced'"),
+        ({"selector": "import os"}, "a selector must be a call with literals by name"),
+        ({"min_length": -1}, "config.unisparse: min_length must be at least 0, got -1"),
+        ({"dense_layers": ["a"]}, "config.unisparse: dense_layers must hold integers, got 'a'"),
+        ({"quality": torch.zeros(1)}, "config.unisparse must be a dict"),
+        ({"quality": float("inf")}, "config.unisparse must be a dict"),
+    ],
+)
+def test_what_is_no_setting_is_named_at_the_first_forward(values: Any, message: str) -> None:
+    with registered(SELECTOR):
+        model = create("Llama")
+        model.config.unisparse = values
+        with pytest.raises(ValueError, match=message):
+            model(token_ids(length=203))
+
+
+def test_configure_checks_what_it_keeps() -> None:
+    model = BY_NAME["Llama"].create()
+    with pytest.raises(TypeError, match=r"config must be .*, got LlamaForCausalLM; give such as"):
+        configure(model, quality="high")
+    with pytest.raises(ValueError, match="quality must be one of"):
+        configure(model.config, quality="best")
+    with pytest.raises(ValueError, match="must not both be given"):
+        configure(model.config, SELECTOR, quality="high")
+    with pytest.raises(TypeError, match="dense_layers must hold integers"):
+        configure(model.config, dense_layers=[True])
+    assert not hasattr(model.config, "unisparse")
