@@ -253,9 +253,13 @@ def _fill(
             coarse = fine = None
             if composites is not None and composite_keys is not None:
                 columns = -(-geometry.kv_len // c_k)
-                coarse = score(composites, composite_keys, c_k, columns, scale=scale, **turn)
+                steady = table is not None
+                coarse = score(
+                    composites, composite_keys, c_k, columns, scale=scale, steady=steady, **turn
+                )
             if samples is not None:
                 picked: dict[str, Any] = {**turn, "sampled": True, "table": table}
+                picked["steady"] = table is not None
                 fine = score(samples, key, 1, geometry.kv_len, scale=scale, **picked)
             select(
                 coarse,
@@ -266,6 +270,7 @@ def _fill(
                 forced_blocks=forced_blocks,
                 composite_heads=composite_heads,
                 merged=c_h,
+                least_power=1 if table is None else LEAST_POWER,
                 **turn,
             )
     return lists

@@ -57,7 +57,7 @@ def _summarize(
             tl.store(out, mean.to(means.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["length", "composites"])
+@triton.jit(do_not_specialize=["length", "composites"], do_not_specialize_on_alignment=["table"])
 def _pool_pages(
     keys,
     table,
@@ -105,7 +105,10 @@ def _pool_pages(
     tl.store(at, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["q_blocks", "kv_blocks", "q_len", "offset", "width", "first"])
+@triton.jit(
+    do_not_specialize=["q_blocks", "kv_blocks", "q_len", "offset", "width", "first"],
+    do_not_specialize_on_alignment=["table"],
+)
 def _name_pages(
     partial_counts,
     partial_indices,

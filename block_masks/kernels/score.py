@@ -142,7 +142,7 @@ LENGTHS = [
 ]
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=["table"])
 def _score(
     queries,
     keys,
@@ -444,6 +444,8 @@ def supports_pages(keys: Tensor, block_size: int) -> bool:
 # tile more, which is little beside rows of single keys.
 PROGRAMS_WANTED, PROGRAMS_WANTED_OF_KEYS = 512, 2048
 MOST_SPLITS = 16
+# Of composite keys and many rows, where lengths share a compilation.
+STEADY_SPLITS = 4
 
 
 def splits_of(programs: int, tiles: int, wanted: int) -> int:
@@ -473,6 +475,7 @@ def score(
     intervals: IntervalTables | None = None,
     sampled: bool = False,
     table: Tensor | None = None,
+    steady: bool = False,
 ) -> Masses:
     """Computes each row's summed exponentials in each key block.
 
@@ -490,6 +493,7 @@ def score(
         sampled: Whether the queries were picked, not pooled.
         table: int32 [pages of the sequence] in order, where ``keys`` are those of a paged cache,
             [all pages, Hkv, page, D], and of one sequence. Then `supports_pages` of them.
+        steady: Whether work is split alike at every length, so that lengths share one compilation.
 
     Returns:
         The masses; what is hidden from a whole query block is left unset.
@@ -505,6 +509,8 @@ def score(
     row_tiles = -(-rows // tile.rows)
     wanted = PROGRAMS_WANTED_OF_KEYS if key_group == 1 else PROGRAMS_WANTED
     splits = splits_of(row_tiles * count, -(-columns // tile.columns), wanted)
+    if steady:
+        splits = MOST_SPLITS if key_group == 1 or tile.rows <= 64 else STEADY_SPLITS
     exact = keys.dtype == torch.float32
     blocks = reach_of(geometry, q_blocks)
     width = power_of_two(keys.shape[3])

@@ -385,6 +385,7 @@ def select(
     composite_heads: int,
     merged: int,
     intervals: IntervalTables | None = None,
+    least_power: int = 1,
 ) -> None:
     """Fills the lines of ``lists`` that belong to these heads and query blocks.
 
@@ -402,11 +403,13 @@ def select(
         composite_heads: Composite heads that share a key head.
         merged: Query heads to a composite head.
         intervals: What the geometry's mask hides, where it has one.
+        least_power: Key blocks that a program has room for at least, a power of two: fewer
+            lengths are compiled for.
     """
     blocks = geometry.num_kv_blocks
     reach = reach_of(geometry, q_blocks)
     count = q_blocks.stop - q_blocks.start
-    power = power_of_two(reach)
+    power = max(power_of_two(reach), least_power)
     given = coarse or fine
     assert given is not None
     parts = [(masses or given, masses is not None) for masses in (coarse, fine)]

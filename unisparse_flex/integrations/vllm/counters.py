@@ -69,7 +69,9 @@ class Counting:
     def kept_on(self, device: torch.device) -> Tensor:
         """int64 [1], to which kernels add the blocks that they keep."""
         if device not in self.kept:
-            self.kept[device] = torch.zeros(1, dtype=torch.int64, device=device)
+            # The engine runs in inference mode; whoever resets it need not.
+            with torch.inference_mode(False):
+                self.kept[device] = torch.zeros(1, dtype=torch.int64, device=device)
         return self.kept[device]
 
     def read(self) -> Counts:

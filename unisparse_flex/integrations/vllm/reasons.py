@@ -24,7 +24,7 @@ class Reason(StrEnum):
     SHARED_CACHE = "layer that reads another layer's cache"
     DTYPE = "queries and cache differ in dtype, or are not 16- or 32-bit floating"
     HEADS = "c_h does not divide the query heads of a key head"
-    PAGE_SIZE = "the selector's block_size is no multiple of the page size; set --block-size 128"
+    PAGE_SIZE = "block_size of the selector is no multiple of a page; set --block-size to it"
     LAYOUT = "a layout of the cache that cannot be read by pages of one head"
     # A row of a batch.
     DECODE = "decoding, or fewer queries than a block"
