@@ -189,6 +189,7 @@ def summarize(pages: Tensor, means: Tensor, slots: Tensor) -> None:
         GROUP=pages.shape[2] // means.shape[2],
         WIDTH=power_of_two(pages.shape[3]),
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -223,6 +224,7 @@ def pool_pages(
         GROUP=group,
         WIDTH=power_of_two(head_dim),
         num_warps=2,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -276,4 +278,5 @@ def name_pages(
         CHUNK=256,
         SHARED=lists.kv_num_blocks.shape[1] == 1,
         num_warps=2,
+        enable_fp_fusion=True,
     )

@@ -79,6 +79,7 @@ class Call:
         masked: Whether it has padding.
         kernels: Those that this call adds; the scores of composites are ``coarse``, of sampled
             rows ``fine``.
+        paged: Whether its keys lie in pages.
     """
 
     dtype: torch.dtype
@@ -86,6 +87,7 @@ class Call:
     length: int
     masked: bool
     kernels: tuple[str, ...]
+    paged: bool = False
 
 
 CALLS = (
@@ -94,6 +96,9 @@ CALLS = (
     Call(torch.float32, 128, 4096, False, ("fine",)),
     Call(torch.float16, 64, 2048, False, ("fine",)),
     Call(torch.bfloat16, 256, 32768, True, ("fine",)),
+    Call(
+        torch.bfloat16, 128, 32768, False, ("fine", "pool_pages", "name_pages", "summarize"), True
+    ),
 )
 
 
@@ -116,7 +121,7 @@ class Launched:
 
 def launches(target: Target) -> list[Launched]:
     """What the launchers choose for a GPU, as `CALLS` says."""
-    from unisparse_flex.block_masks.kernels import launch, lists, score, select
+    from unisparse_flex.block_masks.kernels import launch, lists, pages, score, select
 
     found: dict[str, Launched] = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -130,7 +135,10 @@ def launches(target: Target) -> list[Launched]:
 
         patch.setattr(launch.Launch, "__call__", note)
         for call in CALLS:
-            compute(lists, call)
+            if call.paged:
+                compute_paged(lists, pages, call)
+            else:
+                compute(lists, call)
     return list(found.values())
 
 
@@ -152,6 +160,47 @@ def compute(lists: Any, call: Call) -> None:
         scale=0.1,
         intervals=tables(call.length, options) if call.masked else None,
         **options,
+    )
+
+
+def compute_paged(lists: Any, pages: Any, call: Call) -> None:
+    """The same for a sequence whose keys lie in pages, and what is made beside a selection."""
+
+    def empty(*shape: int, dtype: torch.dtype = call.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    blocks = call.length // 128
+    keys = empty(blocks, 8, 128, 2 * call.head_dim)[..., : call.head_dim]
+    means, table = empty(blocks, 8, 1, call.head_dim), empty(blocks, dtype=torch.int32)
+    geometry = BlockGeometry(q_len=call.length, kv_len=call.length, block_size=128, causal_offset=0)
+    pages.summarize(keys, means, empty(call.length, dtype=torch.int64))
+    found = lists.compute_lists_from_pages(
+        empty(1, 32, call.length, call.head_dim),
+        keys,
+        table,
+        means,
+        geometry=geometry,
+        c_q=16,
+        c_k=128,
+        c_h=1,
+        sampled_queries=4,
+        rule="top_k",
+        values=(20.0,),
+        forced_blocks=ForcedBlocks(sink_blocks=1, local_blocks=1, last_query_blocks=1),
+        scale=0.1,
+    )
+    pages.name_pages(
+        found,
+        table,
+        empty(32 * blocks, blocks, dtype=torch.int32),
+        empty(32 * blocks, dtype=torch.int32),
+        empty(1, dtype=torch.int64),
+        geometry=geometry,
+        page=128,
+        group=4,
+        heads=32,
+        steps=(8, 1),
+        first=0,
     )
 
 
@@ -203,7 +252,8 @@ def stack_of(compiled: Any, folder: Path) -> int:
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_kernels_fit(target: Target, tmp_path: Path) -> None:
     made = launches(target)
-    assert {launch.name for launch in made} == {"fine", "coarse", "pool", "select"}
+    names = {name for call in CALLS for name in call.kernels}
+    assert {launch.name for launch in made} == names
     if target.like:
         made = [launch for launch in made if launch.name in ("coarse", "fine")][:2]
     found: dict[str, tuple[int, int]] = {}
