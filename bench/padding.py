@@ -25,20 +25,19 @@ from unisparse_flex.evaluation import (
     LoadedModel,
     compute_kl,
     compute_log_probs,
-    draw_excerpt,
     load_smollm2,
-    load_text,
 )
 from unisparse_flex.reports import record_attention
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from . import markdown
+from .excerpts import encode_excerpt
 from .record import FOLDER, Record, numbers
 
 PADDINGS = (0, 33, 64, 127, 500)
 # Last tokens of a prompt, whose predictions are compared.
 JUDGED = 512
-CHARACTERS_PER_TOKEN = 8  # more than either text needs
+CHARACTERS_PER_TOKEN = 8  # as the committed file has it: the excerpt depends on it
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,9 +74,13 @@ def measure(
     """A row for each text, seed and padding."""
     for text in TEXT_NAMES:
         for seed in seeds:
-            characters = tokens * CHARACTERS_PER_TOKEN
-            excerpt = draw_excerpt(load_text(text), characters=characters, seed=seed)
-            ids = torch.tensor([loaded.tokenizer.encode(excerpt)[:tokens]], device=loaded.device)
+            ids = encode_excerpt(
+                loaded,
+                text,
+                tokens=tokens,
+                seed=seed,
+                characters_per_token=CHARACTERS_PER_TOKEN,
+            )
             restore(loaded.model)
             dense = read(loaded.model, ids, 0)
             optimize(loaded.model, DEFAULT_SELECTOR, min_length=0)

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from unisparse_flex.block_masks.installation import installed_version
 from unisparse_flex.evaluation import describe_device
 
 # Where the files that are kept lie.
@@ -119,11 +119,7 @@ class Record:
 def versions() -> dict[str, str | None]:
     """Versions of what the timings depend on; ``None`` for what is not installed."""
     found: dict[str, str | None] = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
+    found |= {name: installed_version(name) for name in PACKAGES}
     if torch.cuda.is_available():
         found["cuda"] = torch.version.cuda
         found["cudnn"] = str(torch.backends.cudnn.version())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -209,6 +210,22 @@ class RowMax(SelectionRule):
         return _or_highest(kept, scores, visible)
 
 
+class HasForcedBlocks(Protocol):
+    """What has the fields of `ForcedBlocks`."""
+
+    @property
+    def sink_blocks(self) -> int:
+        """See `ForcedBlocks`."""
+
+    @property
+    def local_blocks(self) -> int:
+        """See `ForcedBlocks`."""
+
+    @property
+    def last_query_blocks(self) -> int:
+        """See `ForcedBlocks`."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForcedBlocks:
     """Blocks that are kept whatever the scores say.
@@ -228,6 +245,15 @@ class ForcedBlocks:
         validate_int(self.sink_blocks, "sink_blocks", minimum=0)
         validate_int(self.local_blocks, "local_blocks", minimum=1)
         validate_int(self.last_query_blocks, "last_query_blocks", minimum=0)
+
+    @classmethod
+    def of(cls, settings: HasForcedBlocks) -> ForcedBlocks:
+        """Those that a selector, or the kernels' settings, have as fields of these names."""
+        return cls(
+            sink_blocks=settings.sink_blocks,
+            local_blocks=settings.local_blocks,
+            last_query_blocks=settings.last_query_blocks,
+        )
 
     def of_part(self, geometry: BlockGeometry) -> ForcedBlocks:
         """Those of a part of a call, for what does not know of the rows after it."""

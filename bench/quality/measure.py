@@ -36,12 +36,11 @@ from unisparse_flex.evaluation import (
     compute_log_probs,
     compute_perplexity,
     compute_recall_and_error,
-    draw_excerpt,
-    load_text,
 )
 from unisparse_flex.reports import record_attention
 
 from ..calls import without_copies
+from ..excerpts import encode_excerpt
 from ..record import FOLDER, Record, guarded
 from .answers import Exam
 from .models import MODELS, Subject, load
@@ -50,9 +49,6 @@ from .sweeps import SWEEPS
 from .trials import TRIALS
 
 Judge = Callable[[Selector], dict[str, Any]]
-
-# More than any of the texts needs for a token.
-CHARACTERS_PER_TOKEN = 6
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -191,16 +187,10 @@ class Reading:
         recall_layers: int,
     ) -> Reading:
         """Reads exactly ``tokens`` tokens of an excerpt that ``seed`` picks."""
-        loaded = subject.loaded
-        characters = tokens * CHARACTERS_PER_TOKEN
-        excerpt = draw_excerpt(load_text(text), characters=characters, seed=seed)
-        ids = loaded.tokenizer.encode(excerpt)[:tokens]
-        if len(ids) < tokens:
-            raise ValueError(f"--tokens must be at most {len(ids)} for {text}, got {tokens}")
-        input_ids = torch.tensor([ids], device=loaded.device)
+        input_ids = encode_excerpt(subject.loaded, text, tokens=tokens, seed=seed)
         # The last token predicts none of the text.
         places = spread(tokens - 1, judged) if spread_out else range(tokens - 1)[-judged:]
-        positions = torch.tensor(list(places), device=loaded.device)
+        positions = torch.tensor(list(places), device=input_ids.device)
         return cls(subject, clock, input_ids, positions, recall_layers)
 
     def judge(self, selector: Selector) -> dict[str, Any]:

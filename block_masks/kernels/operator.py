@@ -78,11 +78,7 @@ class KernelSettings(NamedTuple):
     @property
     def forced_blocks(self) -> ForcedBlocks:
         """Blocks kept in any case."""
-        return ForcedBlocks(
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
-            last_query_blocks=self.last_query_blocks,
-        )
+        return ForcedBlocks.of(self)
 
 
 @torch.compiler.assume_constant_result

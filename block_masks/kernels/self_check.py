@@ -22,6 +22,7 @@ from ..block_lists import BlockLists
 from ..block_selection import BlockSelection
 from ..geometry import BlockGeometry
 from ..granularity import Pooled, Sampled
+from ..installation import cache_folder
 from ..mask_summary import MaskSummary, summarize
 from ..masks import MaskProgram
 from ..scoring import compute_mean_scores, default_scale
@@ -183,8 +184,7 @@ def _remembered(device: int, compute: Compute) -> str:
 
 def _path() -> Path:
     """The file of what was found, in the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "unisparse_flex" / "self_check.json"
+    return cache_folder() / "self_check.json"
 
 
 def _kind(device: int) -> str:

@@ -277,6 +277,7 @@ class RenamesFields:
     renamed_fields: ClassVar[Mapping[str, str]]
 
     def __new__(cls, *_: Any, **values: Any) -> Self:
+        """Refuses the names of before."""
         for old in cls.renamed_fields.keys() & values.keys():
             raise TypeError(
                 f"{cls.__name__} has no {old} any more, got {values[old]!r}; it is called "
@@ -296,11 +297,7 @@ class ForcesBlocks:
     @property
     def forced_blocks(self) -> ForcedBlocks:
         """The blocks that are kept in any case."""
-        return ForcedBlocks(
-            sink_blocks=self.sink_blocks,
-            local_blocks=self.local_blocks,
-            last_query_blocks=self.last_query_blocks,
-        )
+        return ForcedBlocks.of(self)
 
     @property
     def guards(self) -> NoReturn:

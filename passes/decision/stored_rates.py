@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ...block_masks.installation import cache_folder, installed_version
 from .device_rates import DeviceRates, read_rates
 
 logger = logging.getLogger(__name__)
@@ -20,8 +19,7 @@ SOURCE = "measured here: unisparse-flex doctor --measure"
 
 def stored_path(device: str) -> Path:
     """Where the rates of a device are kept, by its key among rates."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "unisparse_flex" / "rates" / f"{device.replace(' ', '-')}.json"
+    return cache_folder() / "rates" / f"{device.replace(' ', '-')}.json"
 
 
 def store(rates: Sequence[DeviceRates], hardware: str) -> Path:
@@ -68,11 +66,4 @@ def load_stored(device: str, hardware: str) -> tuple[DeviceRates, ...]:
 
 
 def _versions() -> dict[str, str | None]:
-    return {name: _version(name) for name in PACKAGES}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    return {name: installed_version(name) for name in PACKAGES}

@@ -11,7 +11,7 @@ from ..progress import Progress
 from . import PROGRAM
 from .arguments import file_to_write, model_argument, nats_argument, share_argument, text_argument
 from .failures import failures, wrong_arguments
-from .options import MODEL_OPTIONS, json_option, quiet_option, with_options
+from .options import MODEL_OPTIONS, json_option, min_length_option, quiet_option, with_options
 from .output import print_json, say_written, write_text
 
 
@@ -60,12 +60,7 @@ Example:
         help="The file that optimize(model, selector=FILE) takes.",
     ),
     click.option("--per-head", is_flag=True, help="Give each head a threshold of its own."),
-    click.option(
-        "--min-length",
-        type=click.IntRange(min=0),
-        metavar="N",
-        help="As optimize will get it.  [default: the cost model decides]",
-    ),
+    min_length_option(),
     *MODEL_OPTIONS,
     json_option,
     quiet_option,

@@ -16,6 +16,7 @@ from .options import (
     create_subject,
     html_option,
     json_option,
+    min_length_option,
     quiet_option,
     with_options,
 )
@@ -42,12 +43,7 @@ Examples:
     ),
     *MODEL_OPTIONS,
     *SPARSE_OPTIONS,
-    click.option(
-        "--min-length",
-        type=click.IntRange(min=0),
-        metavar="N",
-        help="Fewest keys for which attention is sparse.  [default: the cost model decides]",
-    ),
+    min_length_option(),
     json_option,
     quiet_option,
 )

@@ -69,6 +69,25 @@ LAYER_OPTIONS = (
         help="Kernel on CUDA.",
     ),
 )
+
+
+def min_length_option(default: int | None = None) -> Callable[[Command], Command]:
+    """--min-length.
+
+    Args:
+        default: Of the command; ``None`` leaves it to the cost model.
+    """
+    by_model = "" if default is not None else "  [default: the cost model decides]"
+    return click.option(
+        "--min-length",
+        type=click.IntRange(min=0),
+        default=default,
+        show_default=default is not None,
+        metavar="N",
+        help=f"Fewest keys for which attention is sparse; 0 for every call that can be.{by_model}",
+    )
+
+
 html_option = click.option(
     "--html",
     type=click.Path(path_type=Path),
@@ -185,6 +204,7 @@ __all__ = [
     "Subject",
     "create_subject",
     "json_option",
+    "min_length_option",
     "quiet_option",
     "with_options",
 ]

@@ -19,6 +19,7 @@ from .options import (
     SPARSE_OPTIONS,
     create_subject,
     json_option,
+    min_length_option,
     quiet_option,
     with_options,
 )
@@ -89,14 +90,7 @@ Examples:
     ),
     *MODEL_OPTIONS,
     *SPARSE_OPTIONS,
-    click.option(
-        "--min-length",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
-        metavar="N",
-        help="Fewest keys for which attention is sparse; 0 shows every call that can be.",
-    ),
+    min_length_option(0),
     json_option,
     quiet_option,
 )

@@ -33,7 +33,7 @@ from .measuring import (
     split_outside_brackets,
     write_results,
 )
-from .options import with_options
+from .options import min_length_option, with_options
 from .output import wrap
 
 if TYPE_CHECKING:
@@ -202,14 +202,7 @@ Examples:
         metavar="N",
         help="Last positions that are judged, at most half of the prompt.",
     ),
-    click.option(
-        "--min-length",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
-        metavar="N",
-        help="Fewest keys for which attention is sparse; 0 judges every call that can be.",
-    ),
+    min_length_option(0),
     *PLACE_OPTIONS,
     *OUTPUT_OPTIONS,
 )

@@ -31,7 +31,7 @@ from .measuring import (
     split_outside_brackets,
     write_results,
 )
-from .options import with_options
+from .options import min_length_option, with_options
 from .output import wrap
 
 if TYPE_CHECKING:
@@ -119,12 +119,7 @@ Examples:
     repeats_option(
         "Timed calls of each way, of which the median counts.  [default: 5 on CUDA, 3 on the CPU]"
     ),
-    click.option(
-        "--min-length",
-        type=click.IntRange(min=0),
-        metavar="N",
-        help="Fewest keys for which attention is sparse.  [default: the cost model decides]",
-    ),
+    min_length_option(),
     *PLACE_OPTIONS,
     *OUTPUT_OPTIONS,
 )

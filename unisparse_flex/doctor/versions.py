@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
+from ..block_masks.installation import installed_version
 from .finding import Finding, Status
 
 LEAST_PYTHON = (3, 11)
@@ -16,14 +16,6 @@ OPTIONAL = {
     "matplotlib": ("", "pictures", "pip install 'unisparse-flex[viz]'"),
 }
 LEAST_TORCH = "2.11"
-
-
-def installed_version(package: str) -> str | None:
-    """The version of an installed distribution, or ``None``."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def check_python() -> Finding:

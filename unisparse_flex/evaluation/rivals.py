@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..block_masks.installation import installed_version
 from ..block_masks.validation import validate_block_size
 from ..selectors import DEFAULT_SELECTOR
 
@@ -322,9 +322,7 @@ def _find_function(rival: Rival) -> Any:
 
 
 def _find_version(rival: Rival) -> str | None:
-    try:
-        return version(rival.distribution)
-    except PackageNotFoundError:
-        module = sys.modules.get(rival.name)
-        found = getattr(module, "__version__", None)
-        return None if found is None else str(found)
+    found = installed_version(rival.distribution)
+    if found is None:
+        found = getattr(sys.modules.get(rival.name), "__version__", None)
+    return None if found is None else str(found)

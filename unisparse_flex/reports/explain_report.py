@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..block_masks.installation import installed_version
 from ..catching import original_module
 from ..passes import SparseConfig, observe_calls
 from ..passes.calls import SdpaCall
@@ -187,15 +187,12 @@ def report_model(
     )
 
 
-def find_versions() -> dict[str, str | None]:
+def find_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str | None]:
     """Versions of Python and of the packages that matter; ``None`` for what is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return versions
+    return {
+        "python": platform.python_version(),
+        **{package: installed_version(package) for package in packages},
+    }
 
 
 def _dtype(module: nn.Module) -> str:

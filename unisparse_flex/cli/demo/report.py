@@ -6,11 +6,11 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...evaluation import MODEL_NAME, ROW_STRIDE, TEXT_SOURCES
+from ...reports import find_versions
 from .options import DemoOptions
 from .results import DemoResult, Row
 
@@ -92,7 +92,7 @@ def to_json(result: DemoResult, options: DemoOptions, command: Sequence[str]) ->
     return {
         "schema": SCHEMA,
         "model": MODEL_NAME,
-        "versions": _versions(),
+        "versions": find_versions(PACKAGES),
         "device": {"name": result.device, "dtype": result.dtype, "machine": platform.machine()},
         "command": list(command),
         "options": knobs,
@@ -148,13 +148,3 @@ def _verdict(result: DemoResult) -> str:
 
 def _times(result: DemoResult) -> str:
     return "once each" if result.repeats == 1 else f"median of {result.repeats}"
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return versions
