@@ -19,6 +19,7 @@ from . import (
     padding,
     prefill,
     quality,
+    serve,
     video,
 )
 from .record import FOLDER
@@ -77,6 +78,7 @@ BENCHMARKS = (
         describe_together=quality.describe_together,
         draw=quality.draw,
     ),
+    Benchmark(name="serve", files="serve-*.json", describe=serve.describe),
     Benchmark(name="video", files="video-*.json", describe=video.describe),
     Benchmark(name="wide_logits", files="wide-logits-*.json"),
 )

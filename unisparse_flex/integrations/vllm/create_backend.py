@@ -20,6 +20,7 @@ from .reasons import Reason
 from .report import describe
 from .settings import options_of
 from .sparse_rows import SparseRows, attend_sparse, to_device, workspace_bytes
+from .warm_up import warm_up
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +84,7 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
             scheduler = vllm_config.scheduler_config
             self.budget = scheduler.max_num_batched_tokens
             self.threshold = scheduler.long_prefill_token_threshold or 0
+            self.longest = vllm_config.model_config.max_model_len
             self.dtype = vllm_config.model_config.dtype
             self.layers = {
                 name: layer
@@ -158,6 +160,12 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 dtype=self.dtype,
                 device=torch.device(self.device),
             )
+            if torch.device(self.device).type == "cuda":
+                warm_up(
+                    [(self.layers[name], state) for name, state in self.states.items()],
+                    self.budget,
+                    self.longest,
+                )
             return self.policy if sparse else None
 
         def _report(self) -> None:

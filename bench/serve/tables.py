@@ -1,0 +1,154 @@
+"""The tables of one file of `bench.serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from .. import markdown
+
+MILLISECONDS = markdown.milliseconds
+
+
+def describe(result: Mapping[str, Any], name: str) -> str:
+    """A table for every case that the file has."""
+    title = (
+        f"{name}: the shape of {result['model']}, {result['layers']} layers, {result['weights']} "
+        f"weights, {result['dtype']}, vLLM {result['vllm']}, parent {result['parent']}, "
+        f"{result['device']}"
+    )
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        rows.setdefault(row["case"], []).append(row)
+    parts = [table(rows[case]) for case, table in TABLES.items() if case in rows]
+    return markdown.page(*markdown.heading(title, result), *parts)
+
+
+def _gate(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns: dict[str, markdown.Format] = {
+        "all blocks kept: log-probabilities compared": "{}",
+        "largest difference": "{:.2g}",
+        "passed": "{}",
+    }
+    lines = [[row.get(n) for n in ("compared", "largest_difference", "passed")] for row in rows]
+    return markdown.table(columns, lines)
+
+
+def _first_token(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns: dict[str, markdown.Format] = {
+        "prompt": "{}",
+        "chunk": "{}",
+        "density": markdown.percent,
+        "first token, parent, ms": MILLISECONDS,
+        "sparse, ms": MILLISECONDS,
+        "parent / sparse": "{:.2f}",
+        "means of the pages, of the cache": markdown.percent,
+        "more at the peak, MiB": "{:.0f}",
+    }
+    return markdown.table(columns, map(_first_token_line, rows))
+
+
+def _first_token_line(row: Mapping[str, Any]) -> list[Any]:
+    peaks = [row.get(f"{side}_peak_bytes") for side in ("sparse", "parent")]
+    more = None if None in peaks else (peaks[0] - peaks[1]) / 2**20
+    return [
+        row["prompt"],
+        row["chunk"],
+        row.get("density"),
+        _median(row, "parent_ms"),
+        _median(row, "sparse_ms"),
+        row.get("ratio"),
+        row["means_bytes"] / row["cache_bytes"] if row.get("cache_bytes") else None,
+        more,
+    ]
+
+
+def _lengths(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns: dict[str, markdown.Format] = {
+        "different lengths": "{}",
+        "kernels compiled while warming up": "{}",
+        "compiled afterwards": "{}",
+        "first / second request, median": "{:.2f}",
+        "worst": "{:.2f}",
+    }
+    lines = []
+    for row in rows:
+        ratios = row.get("first_over_second", [])
+        lines.append(
+            [
+                len(row["lengths"]),
+                sum(row.get("compiled_while_warming_up", {}).values()),
+                sum(row.get("compiled_afterwards", {}).values()),
+                median(ratios) if ratios else None,
+                max(ratios, default=None),
+            ]
+        )
+    return markdown.table(columns, lines)
+
+
+def _batch(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns: dict[str, markdown.Format] = {
+        "prompts": "{}",
+        "at once": "{}",
+        "sparse rows": "{}",
+        "tokens/s, parent": "{:.0f}",
+        "plug-in": "{:.0f}",
+        "ratio": "{:.3f}",
+        "between tokens, parent, ms": MILLISECONDS,
+        "plug-in, ms": MILLISECONDS,
+        "latency ratio": "{:.3f}",
+    }
+    lines = [
+        [
+            row["prompt"],
+            row["requests"],
+            row.get("sparse_rows"),
+            _median(row, "parent_tokens_per_second"),
+            _median(row, "sparse_tokens_per_second"),
+            row.get("tokens_per_second_ratio"),
+            _median(row, "parent_latency_ms"),
+            _median(row, "sparse_latency_ms"),
+            row.get("latency_ms_ratio"),
+        ]
+        for row in rows
+    ]
+    return markdown.table(columns, lines)
+
+
+def _beside(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns: dict[str, markdown.Format] = {
+        "prompt beside": "{}",
+        "chunk": "{}",
+        "between tokens, parent, ms": MILLISECONDS,
+        "sparse, ms": MILLISECONDS,
+        "ratio": "{:.2f}",
+        "longest, parent, ms": MILLISECONDS,
+        "longest, sparse, ms": MILLISECONDS,
+    }
+    lines = [
+        [
+            row["prompt"],
+            row["chunk"],
+            _median(row, "parent_beside_ms"),
+            _median(row, "sparse_beside_ms"),
+            row.get("median_ratio"),
+            max(row.get("parent_beside_ms", []), default=None),
+            max(row.get("sparse_beside_ms", []), default=None),
+        ]
+        for row in rows
+    ]
+    return markdown.table(columns, lines)
+
+
+def _median(row: Mapping[str, Any], name: str) -> float | None:
+    return median(row[name]) if row.get(name) else None
+
+
+TABLES = {
+    "gate": _gate,
+    "first-token": _first_token,
+    "lengths": _lengths,
+    "batch": _batch,
+    "beside": _beside,
+}
