@@ -10,7 +10,6 @@ os.environ.update(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,10 +25,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def counted() -> Iterator[None]:
+def counted() -> None:
     """Counts of one test alone."""
     reset_counts()
-    yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
