@@ -7,6 +7,8 @@ from importlib import import_module
 # "module" or "module:attribute.attribute"; a test compares them with the sources.
 PRIVATE_NAMES = (
     "torch._dynamo.eval_frame:_TorchDynamoContext",
+    "torch._dynamo.source:AttrSource",
+    "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx",
     "torch._dynamo.utils:counters",
     "torch._dynamo.variables.torch_function:TorchFunctionModeStackVariable",
     "torch._inductor.compile_fx:compile_fx",
@@ -14,6 +16,7 @@ PRIVATE_NAMES = (
     "torch._inductor:config",
     "torch.fx:_symbolic_trace.is_fx_symbolic_tracing",
     "torch.utils:_pytree.tree_map",
+    "torch.utils._python_dispatch:_disable_current_modes",
     "torch:Tensor._make_wrapper_subclass",
     "torch._inductor:config._config",
     "torch.nn:Module._compiled_call_impl",
@@ -25,6 +28,8 @@ PRIVATE_NAMES = (
     "torch:_C._dispatch_has_backend_fallback",
     "torch:_C._dispatch_tls_is_dispatch_key_included",
     "torch:_C._dispatch_tls_set_dispatch_key_included",
+    "torch:_C.DisableTorchFunction",
+    "torch:_C._functorch.is_functorch_wrapped_tensor",
     "torch:_C._functorch.peek_interpreter_stack",
     "torch:_C._get_function_stack_at",
     "torch:_C._len_torch_dispatch_stack",
@@ -32,6 +37,9 @@ PRIVATE_NAMES = (
     "torch:_C._nn.scaled_dot_product_attention",
     "torch:_C._parse_dispatch_key",
     "torch:_dynamo.OptimizedModule",
+    "torch:_guards.CompileContext.current_compile_id",
+    "torch:_guards.Guard",
+    "torch:_guards.TracingContext.get",
     "torch:_guards.TracingContext.try_get",
     "torch:_nested_tensor_from_mask_left_aligned",
     "torch:_ops.HigherOrderOperator",
@@ -40,7 +48,7 @@ PRIVATE_NAMES = (
     "torch:_transformer_encoder_layer_fwd",
 )
 # Attributes that only instances have.
-INSTANCE_ATTRIBUTES = ("_base", "_orig_mod")
+INSTANCE_ATTRIBUTES = ("_base", "_orig_mod", "_version")
 WORKING_TORCH = "2.11 to 2.14"
 
 

@@ -1,6 +1,6 @@
 """Masks as programs, formulas of a query's and a key's position; and as tensors of pairs."""
 
-from .contents import MaskContents, read_mask
+from .contents import MaskContents, is_alike_along, mask_table, read_mask
 from .evaluation import number_of
 from .expr import (
     FALSE,
@@ -70,9 +70,11 @@ __all__ = [
     "format_mask",
     "has_intervals",
     "hull_of",
+    "is_alike_along",
     "is_known",
     "map_parts",
     "mask_4d",
+    "mask_table",
     "nearest_valid",
     "negate",
     "number_of",

@@ -1,6 +1,6 @@
 """What a mask tensor says, read from its entries: most are causality, padding, windows, documents.
 
-Symbols: Bm the mask's batch (1 or B), Sq/Skv tokens.
+Symbols: Bm the mask's batch (1 or B), Sq/Skv tokens, H heads.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ class MaskContents:
         text: What else the mask says; empty for nothing. ``n0`` stands for `number`.
         tensors: What ``t0, t1, ...`` stand for.
         number: An integer that differs from one chunk of a prompt to the next.
+        in_window: Whether row ``r`` sees no keys up to ``r + number``.
+        tables: What each of ``tensors`` is, as `mask_table` names it.
     """
 
     causal_offset: int | None
     text: str
     tensors: tuple[Tensor, ...]
     number: int = 0
+    in_window: bool = False
+    tables: tuple[str, ...] = ()
 
 
 def read_mask(attn_mask: Tensor, *, q_len: int, kv_len: int) -> MaskContents | None:
@@ -50,7 +54,7 @@ def read_mask(attn_mask: Tensor, *, q_len: int, kv_len: int) -> MaskContents | N
         no row sees a key, or some row sees keys in pieces between which lies a key of other rows.
     """
     mask = mask_4d(attn_mask)
-    if mask.shape[1] != 1 and mask.stride(1) != 0:
+    if not is_alike_along(mask, 1):
         return None
     mask = mask[:, 0].expand(-1, -1, kv_len)
     mask = mask[:1] if mask.stride(0) == 0 else mask
@@ -59,6 +63,54 @@ def read_mask(attn_mask: Tensor, *, q_len: int, kv_len: int) -> MaskContents | N
     # One row that stands for all says what keys are valid, and nothing of positions.
     spread = rows if mask.shape[1] == q_len else rows.repeated(q_len)
     return _describe(spread, q_len, kv_len)
+
+
+def is_alike_along(mask: Tensor, along: int) -> bool:
+    """Whether a mask [..., Sq, Skv] is the same at every place of one of its first dimensions.
+
+    Waits for the device unless the dimension is one of size 1, or expanded.
+    """
+    if mask.shape[along] == 1 or mask.stride(along) == 0:
+        return True
+    if mask.shape[along] == 0:
+        return False
+    parts = mask.movedim(along, 0)
+    rest = [part for part in range(1, parts.dim() - 2) if parts.stride(part) == 0]
+    for part in rest:
+        parts = parts.narrow(part, 0, 1)
+    # One place after the other: nothing larger than a part is made.
+    return bool(torch.stack([(part == parts[0]).all() for part in parts[1:]]).all())
+
+
+def mask_table(
+    seen: Tensor, name: str, *, causal_offset: int | None = None, number: int | None = None
+) -> Tensor:
+    """One of the tensors of `MaskContents`, from the mask: of a mask that may be traced.
+
+    Args:
+        seen: bool [..., Sq, Skv], the pairs.
+        name: ``"last"`` or ``"first"``, the last or first key that a row sees, -1 or Skv where it
+            sees none; ``"sees"``, rows that see some; ``"valid"``, keys that no row is kept from
+            by what hides single keys.
+        causal_offset: That of the contents.
+        number: Likewise, of a window; ``None`` without one.
+
+    Returns:
+        int64 [..., Sq] for the ends of rows, bool [..., Sq] for rows, bool [..., Skv] for keys.
+    """
+    q_len, kv_len = seen.shape[-2:]
+    key = torch.arange(kv_len, device=seen.device)
+    match name:
+        case "last":
+            return torch.where(seen, key, -1).amax(-1)
+        case "first":
+            return torch.where(seen, key, kv_len).amin(-1)
+        case "sees":
+            return seen.any(-1)
+    valid = seen.any(-2)
+    if causal_offset is not None:
+        valid = valid | (key > q_len - 1 + causal_offset)
+    return valid if number is None else valid | (key <= number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,24 +241,26 @@ def _describe(rows: _Rows, q_len: int, kv_len: int) -> MaskContents | None:
     formula = _Formula(batch)
     number = 0
     if not (is_causal or holds["ends_at_highest"]):
-        formula.add("kv <= {}", torch.where(sees, rows.last, -1), "q")
+        formula.add("last", "kv <= {}", torch.where(sees, rows.last, -1))
     if in_window:
         number = found_offset - found_width
         # A chunk's window begins elsewhere than the one before it.
         formula.parts.append(f"q < kv + {-number}" if found_offset == 0 else "q + n0 < kv")
     elif not holds["begins_at_lowest"]:
-        formula.add("{} <= kv", torch.where(sees, rows.first, kv_len), "q")
+        formula.add("first", "{} <= kv", torch.where(sees, rows.first, kv_len))
     # Rows that see nothing have ends that say so, where a tensor holds their ends.
     if holds[f"shows_too_much{case}"] and not formula.tensors:
-        formula.add("{}", sees, "q")
+        formula.add("sees", "{}", sees)
     if not holds[f"all_valid{case}"]:
         valid = {"": rows.valid, "_if_causal": valid, "_in_window": valid_in_window}[case]
-        formula.add("{}", valid, "kv")
+        formula.add("valid", "{}", valid, along="kv")
     return MaskContents(
         causal_offset=found_offset if is_causal else None,
         text=" & ".join(f"({part})" for part in formula.parts),
         tensors=tuple(formula.tensors),
         number=number,
+        in_window=in_window,
+        tables=tuple(formula.tables),
     )
 
 
@@ -216,10 +270,12 @@ class _Formula:
     def __init__(self, batch: int) -> None:
         self.parts: list[str] = []
         self.tensors: list[Tensor] = []
+        self.tables: list[str] = []
         self._varies = batch > 1
 
-    def add(self, part: str, tensor: Tensor, along: str) -> None:
+    def add(self, table: str, part: str, tensor: Tensor, along: str = "q") -> None:
         """Adds a part with an entry of ``tensor`` [Bm, S], at its place among rows or keys."""
+        self.tables.append(table)
         index = f"[b, {along}]" if self._varies else f"[{along}]"
         self.parts.append(part.format(f"t{len(self.tensors)}{index}"))
         self.tensors.append((tensor if self._varies else tensor[0]).contiguous())

@@ -30,7 +30,7 @@ def describe_mask(expr: Bool) -> str:
     for part in parts:
         names[_describe(part, bounds)] = None
     # In one order, whatever the order of a model's own conjunction.
-    last = ("causal by position",)
+    last = ("causal by position", "window by position")
     return ", ".join(sorted(names, key=lambda name: (name != "causal", name in last)))
 
 
@@ -50,9 +50,9 @@ def _describe(part: Bool, offsets: list[Affine]) -> str:
     if isinstance(part, Compare) and part.op == "==":
         return _describe_equality(part)
     if isinstance(part, Compare) and all(
-        isinstance(atom, Load) for atom, _ in part.difference.terms
+        isinstance(atom, Load) or atom == KV for atom, _ in part.difference.terms
     ):
-        return "causal by position"
+        return "window by position" if part.difference.factor(KV) < 0 else "causal by position"
     if isinstance(part, Or):
         causal = [p for p in part.parts if offset_bound(p, KV, Q) is not None]
         if causal and all("q" not in coordinates(p) for p in part.parts if p not in causal):

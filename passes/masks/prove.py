@@ -6,6 +6,7 @@ out as a formula whose tensors are per query or per key, the mask of pairs is no
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from typing import Any
 
@@ -31,8 +32,10 @@ from ...block_masks.masks import (
     upper_bound,
     variable,
 )
-from ..calls import mutated_origins, operation, origins, recorded, recorded_value
+from ..calls import SdpaCall, mutated_origins, operation, origins, recorded, recorded_value
 from . import shape_readers, truth_readers, value_readers  # noqa: F401  (the readers register)
+from .computed import Computed
+from .given import GivenTensors
 from .kinds import describe_mask
 from .proved_mask import ProvedMask
 from .readers import HANDLERS, Lifter
@@ -50,11 +53,17 @@ class Unproved(StrEnum):
     UNRECORDED = "no shapes are recorded"
     UNTRACED = "what computes it cannot be traced"
     PAIRS = "it depends on query and key together in a way that is not understood"
+    CHANGES = "a tensor that holds it said something else each time the graph was compiled"
+    UNCOUNTED = "a tensor that holds it was made in inference mode, where no changes are counted"
     HEADS = "it differs between heads"
     BIAS = "it adds a bias to the logits"
     MUTATED = "a tensor that it is made of is changed in place"
     NUMBERS = "its integers may be too large for a kernel's arithmetic"
     LONG = "its formula is too long"
+
+
+# Where the entries of tensors may say what the graph does not.
+READABLE = (Unproved.PAIRS, Unproved.HEADS, Unproved.BIAS)
 
 
 class MaskCache:
@@ -63,6 +72,8 @@ class MaskCache:
     def __init__(self) -> None:
         self._lifted: dict[tuple[Any, ...], ProvedMask | Unproved] = {}
         self._read: dict[fx.Node, None] = {}
+        self._given: dict[tuple[Any, ...], GivenTensors] = {}
+        self._inserted: dict[Computed, fx.Node] = {}
 
     def lift(self, node: fx.Node, shape: tuple[Any, ...] | None) -> ProvedMask | Unproved:
         """See `lift_mask`."""
@@ -73,7 +84,48 @@ class MaskCache:
             lifter = Lifter(node)
             self._lifted[key] = lift_mask(node, shape, lifter)
             self._read.update(dict.fromkeys(lifter.visited))
+            if self._lifted[key] in READABLE:
+                self._read_given(node, shape, key, lifter.visited)
         return self._lifted[key]
+
+    def use(self, mask: ProvedMask, call: SdpaCall) -> SdpaCall:
+        """The call, bound to ``mask``, as a graph can hold it; guards what the proof relies on."""
+        self.guard(mask)
+        if not call.mask_tensors:
+            return call
+        return replace(call, mask_tensors=[self._insert(t) for t in call.mask_tensors])
+
+    def guard(self, mask: ProvedMask) -> None:
+        """Has the graph run only while tensors that it is given say what the proof relies on."""
+        for key, lifted in self._lifted.items():
+            if lifted is mask and key in self._given:
+                self._given[key].guard()
+
+    def _insert(self, tensor: Any) -> Any:
+        if not isinstance(tensor, Computed):
+            return tensor
+        if tensor not in self._inserted:
+            self._inserted[tensor] = tensor.insert()
+        return self._inserted[tensor]
+
+    def _read_given(
+        self, node: fx.Node, shape: tuple[Any, ...], key: tuple[Any, ...], nodes: list[fx.Node]
+    ) -> None:
+        """Proves the mask from the entries of tensors that the graph is given, if it can."""
+        for certain in (True, False):
+            given = GivenTensors(nodes, certain=certain)
+            if not given:
+                continue
+            lifted = lift_mask(node, shape, Lifter(node, given))
+            if isinstance(lifted, ProvedMask):
+                self._lifted[key], self._given[key] = lifted, given
+                return
+            if given.changes_often:
+                lifted = Unproved.CHANGES
+            elif given.uncounted:
+                lifted = Unproved.UNCOUNTED
+            if given.used or given.changes_often or given.uncounted:
+                self._lifted[key] = lifted
 
     def erase_unused(self) -> None:
         """Erases what computed the masks and has no other use."""
@@ -107,6 +159,8 @@ def lift_mask(
     if not mutated_origins(node.graph.nodes).isdisjoint(
         origin for visited in lifter.visited for origin in origins(visited)
     ):
+        return Unproved.MUTATED
+    if lifter.given is not None and lifter.given.is_changed(node.graph):
         return Unproved.MUTATED
     names = COORDINATES[len(COORDINATES) - mask.dim() :]
     ours = {Coordinate(f"d{i}"): variable(Coordinate(name)) for i, name in enumerate(names)}

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ...block_masks.masks import TRUE, Affine, Coordinate, Symbol, variable
 from ..calls import operation, recorded, recorded_value
+from .given import GivenTensors
 from .values import (
     Choice,
     NotUnderstood,
@@ -38,12 +39,18 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
 class Lifter:
     """The values of a mask's node and of what it is computed from.
 
+    Args:
+        root: The mask's node.
+        given: Inputs of the graph whose entries are read; by default none.
+
     Attributes:
         visited: The nodes that were read.
+        given: Likewise.
     """
 
-    def __init__(self, root: fx.Node) -> None:
+    def __init__(self, root: fx.Node, given: GivenTensors | None = None) -> None:
         self.visited = _read_nodes(root)
+        self.given = given
         self._values: dict[fx.Node, Value] = {}
         self._levels: dict[fx.Node, frozenset[Any]] = {}
         self._symbols: dict[Any, fx.Node] = {}
@@ -90,7 +97,7 @@ class Lifter:
         if tensor is None:
             return self._read_scalar(node)
         handler = HANDLERS.get(operation(node))
-        value = None
+        value = None if self.given is None else self.given.value_of(node)
         if handler is not None:
             try:
                 value = handler(self, node)

@@ -10,8 +10,9 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from ...block_masks.masks import Affine, Atom, Coordinate, Symbol
 from ..calls import operation, recorded, recorded_value
+from .computed import Computed, position_from_start
 from .readers import Lifter, handles, tensor_of
-from .values import NotUnderstood, aligned, dim, is_one, substitute
+from .values import NotUnderstood, aligned, dim, is_one, opaque, substitute
 
 
 @handles("expand", "expand_as", "broadcast_to")
@@ -183,14 +184,32 @@ def _indexed(lifter: Lifter, node: fx.Node, items: list[Any]) -> Any:
             target += 1
         elif position in advanced:
             index = tensor_of(item)
-            value = aligned(lifter.read(item), index.shape, rank)
+            value = aligned(_positions(lifter, item, shape[source]), index.shape, rank)
             value = substitute(value, {Coordinate(f"d{i}"): dim(i + place) for i in range(rank)})
         else:
             value = _from_start(lifter.number(item), shape[source])
-        _require_position(value)
+        if position not in advanced:
+            _require_position(value)
         mapping[Coordinate(f"d{source}")] = value
         source += 1
     return substitute(lifter.read(node.args[0]), mapping)
+
+
+def _positions(lifter: Lifter, index: Any, size: Any) -> Any:
+    """The value of a tensor of indices, of which those from the end are counted from the start."""
+    value = lifter.read(index)
+    try:
+        _require_position(value)
+    except NotUnderstood:
+        if lifter.given is None or not isinstance(size, int):
+            raise
+        tensor = tensor_of(index)
+        made = Computed(
+            index, position_from_start, (size,), {"example_value": torch.empty_like(tensor)}
+        )
+        entries = opaque(made, tensor)
+        return entries
+    return value
 
 
 def _sliced(lifter: Lifter, item: slice, at: Affine, size: Any) -> Affine:

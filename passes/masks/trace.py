@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from .computed import Computed
 from .prove import Unproved, lift_mask
 from .proved_mask import ProvedMask
 
@@ -59,7 +60,9 @@ def _with_values(proved: ProvedMask, traced: fx.GraphModule, numbers: Sequence[i
     )
     interpreter = fx.Interpreter(traced)
 
-    def value(node: fx.Node) -> Any:
+    def value(node: Any) -> Any:
+        if isinstance(node, Computed):
+            return node.function(value(node.source), *node.arguments)
         if node not in values:
             for source in node.all_input_nodes:
                 value(source)

@@ -259,8 +259,8 @@ def _run(node: fx.Node, samples: list[Any]) -> float:
     return float(target(*samples, **kwargs))
 
 
-def opaque(node: fx.Node, tensor: Tensor) -> Value:
-    """The entries of a tensor that nothing else is known about."""
+def opaque(node: Any, tensor: Tensor) -> Value:
+    """The entries of a tensor that nothing else is known about; of a node or a `Computed`."""
     index = tuple(Affine() if is_one(size) else dim(i) for i, size in enumerate(tensor.shape))
     if tensor.dtype is torch.bool:
         return Truth(Load(node, index))

@@ -200,20 +200,14 @@ def _rewrite_node(
         _write_call(node, call, config, lower=lower)
         report.rewritten.append(name)
         return
-    # Whether it is slower is asked once the mask is known: a formula has faster kernels.
-    reason = _refuse_node(call, replace(config, min_length=config.min_length or 0))
-    proved: ProvedMask | Unproved | None = None
-    if reason is None and isinstance(call.attn_mask, fx.Node) and not call.causal:
-        shape = _shape(call)
-        proved = masks.lift(call.attn_mask, shape)
-        if shape is not None and isinstance(proved, ProvedMask):
-            call = proved.bind(call, q_len=shape[2], kv_len=shape[3])
-    if reason is None and config.min_length is None:
-        reason = _refuse_node(call, config)
+    call, proved, reason = _settle(call, config, masks)
+    is_flagged = reason is not None and lower and _is_flagged(call, config, proved)
+    if isinstance(proved, ProvedMask) and (reason is None or is_flagged):
+        call = masks.use(proved, call)
     if reason is not None:
         report.left[name] = reason
         logger.debug("%s stays dense: %s", name, reason)
-        if lower and not config.strict and isinstance(proved, ProvedMask) and _needs_no_mask(call):
+        if is_flagged:
             # PyTorch's fastest kernels take no mask tensor, but this flag.
             node.target, node.args = TORCH_SDPA, call.positional()
             node.kwargs = {"scale": call.scale, "enable_gqa": call.enable_gqa}
@@ -242,6 +236,45 @@ def _rewrite_node(
     if name in report.ungrouped:
         erase_unused(repeated)
     report.rewritten.append(name)
+
+
+def _settle(
+    call: SdpaCall, config: SparseConfig, masks: MaskCache
+) -> tuple[SdpaCall, ProvedMask | Unproved | None, DenseReason | None]:
+    """The call under what its mask is proved to be, that, and why it stays dense if it does."""
+    # Whether it is slower is asked once the mask is known: a formula has faster kernels.
+    reason = _refuse_node(call, replace(config, min_length=config.min_length or 0))
+    proved: ProvedMask | Unproved | None = None
+    if reason is None and isinstance(call.attn_mask, fx.Node) and not call.causal:
+        shape = _shape(call)
+        proved = masks.lift(call.attn_mask, shape)
+        if shape is not None and isinstance(proved, ProvedMask):
+            call = proved.bind(call, q_len=shape[2], kv_len=shape[3])
+    if reason is None and config.min_length is None:
+        reason = _refuse_node(call, config)
+    return call, proved, reason
+
+
+def guard_given(graph: fx.Graph) -> None:
+    """Guards what the masks of markers rely on of the tensors that ``graph`` is given.
+
+    `rewrite_sdpa` does so too: this is for graphs that a cache may have in its stead.
+    """
+    masks = MaskCache()
+    for node in graph.nodes:
+        call, config = _bind(node, None) or (None, None)
+        if call is None or config is None or config.context is not None or config.dense:
+            continue
+        if not isinstance(call.attn_mask, fx.Node) or _decides_at_run(call):
+            continue
+        call, proved, reason = _settle(call, config, masks)
+        if isinstance(proved, ProvedMask) and (reason is None or _is_flagged(call, config, proved)):
+            masks.guard(proved)
+
+
+def _is_flagged(call: SdpaCall, config: SparseConfig, proved: ProvedMask | Unproved | None) -> bool:
+    """Whether a call that stays dense is better off with SDPA's flag than with its mask."""
+    return not config.strict and isinstance(proved, ProvedMask) and _needs_no_mask(call)
 
 
 def _needs_no_mask(call: SdpaCall) -> bool:

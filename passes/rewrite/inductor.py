@@ -16,7 +16,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from ... import block_masks
 from ...block_masks.selectors import Selector
 from ..calls import SDPA_TARGETS
-from .graph import rewrite_sdpa
+from ..masks import given_identity
+from .graph import guard_given, rewrite_sdpa
 
 CONFIG_KEY = "pre_grad_custom_pass"
 
@@ -34,7 +35,8 @@ class SparseAttentionPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Identity in Inductor's cache keys; ``None``, no caching, where a source is unknown."""
-        return _identity()
+        identity = _identity()
+        return None if identity is None else (*identity, *given_identity(guard_given))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseAttentionPass:
         return self
@@ -56,7 +58,7 @@ class ChainedPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Identity in Inductor's cache keys; ``None``, no caching, where the first has none."""
-        first, ours = getattr(self.first, "uuid", lambda: None)(), _identity()
+        first, ours = getattr(self.first, "uuid", lambda: None)(), SparseAttentionPass().uuid()
         return None if first is None or ours is None else (first, ours)
 
 

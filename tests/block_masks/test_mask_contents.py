@@ -155,8 +155,14 @@ def test_other_masks_are_left_alone(mask: Tensor) -> None:
     assert read_mask(mask, q_len=mask.shape[-2], kv_len=mask.shape[-1]) is None
 
 
-def test_heads_that_share_a_mask_by_their_stride_are_read() -> None:
-    mask = causal(8, 8).expand(2, 4, 8, 8)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("copied", [False, True])
+def test_heads_that_share_a_mask_are_read(batch: int, copied: bool) -> None:
+    mask = causal(8, 8).expand(batch, 4, 8, 8)
+    mask = mask.clone() if copied else mask
     found = read_mask(mask, q_len=8, kv_len=8)
     assert found is not None
     assert (found.causal_offset, found.text) == (0, "")
+    if copied:
+        mask[-1, 3, 2, 1] = False
+        assert read_mask(mask, q_len=8, kv_len=8) is None

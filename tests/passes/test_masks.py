@@ -149,7 +149,7 @@ PROVED: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
         lambda q, k, i: columns(k) * 2**60 <= rows(q) * 2**60,
     ),
     "wraps": (
-        "other",
+        "window by position",
         lambda q, k, i: columns(k)[(columns(k) - 3)[:, None]] <= columns(k),
     ),
     "rows unlike": ("other", lambda q, k, i: (rows(q) + columns(k)) <= 60),
