@@ -170,7 +170,15 @@ def test_fields_that_mean_the_same_are_spelled_alike() -> None:
         "FlashPrefill": {"alpha"},
         "DenseSpan": {"selector", "tokens", "rows", "keys"},
     }
-    shipped = [UniSparse, XAttention, FlexPrefill, MInference, FlashPrefill, StreamingLLM, Oracle]
+    shipped: list[Any] = [
+        UniSparse,
+        XAttention,
+        FlexPrefill,
+        MInference,
+        FlashPrefill,
+        StreamingLLM,
+        Oracle,
+    ]
     for cls in (*shipped, DenseSpan):
         fields = set(cls.__dataclass_fields__) - {"block_size"}
         assert fields - own.get(cls.__name__, set()) <= MEANINGS

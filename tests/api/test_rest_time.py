@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unisparse_flex import explain, optimize
 from unisparse_flex.passes.decision.call_forecast import CallForecast
-from unisparse_flex.reports import AttentionRecord, Explanation, rest_time
+from unisparse_flex.reports import AttentionRecord, Explanation
 
 from .models import SELECTOR, WIDTH, Attention, create, embeddings, split_heads
 
@@ -48,7 +48,7 @@ class Layer(nn.Module):
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found = [0.0]
-    monkeypatch.setattr(rest_time.time, "perf_counter", lambda: found[0])
+    monkeypatch.setattr("unisparse_flex.reports.rest_time.time.perf_counter", lambda: found[0])
     return found
 
 

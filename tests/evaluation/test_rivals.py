@@ -50,10 +50,8 @@ def qkv() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, scale: float, **mask: Any) -> Tensor:
-    causal = {} if mask else {"is_causal": True}
-    return F.scaled_dot_product_attention(
-        query, key, value, scale=scale, enable_gqa=True, **mask, **causal
-    )
+    kinds: dict[str, Any] = mask or {"is_causal": True}
+    return F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True, **kinds)
 
 
 @pytest.mark.parametrize("scale", [DIM**-0.5, 0.3])
@@ -73,7 +71,7 @@ def test_flashinfer_attends_to_the_default_selectors_blocks(packages: Path, scal
     expected = dense(query, key, value, scale, attn_mask=pairs)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="one prompt, got a batch of 2"):
-        load_rival("flashinfer").call(*(t.expand(2, -1, -1, -1) for t in qkv()), scale)
+        load_rival("flashinfer").call(query.expand(2, -1, -1, -1), key, value, scale)
 
 
 @pytest.mark.parametrize(("vertical", "slash"), [(3, 5), (40, 7), (10**4, 10**4)])

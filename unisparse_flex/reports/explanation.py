@@ -249,7 +249,7 @@ def track_layer(stack: ExitStack, module: nn.Module, name: str, path: list[str])
 
 
 def _validate_module(model: object) -> nn.Module:
-    module: object = original_module(model)  # type: ignore[arg-type]
+    module: object = original_module(model)
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, optimized or not, got {_type_name(module)}; of a "
