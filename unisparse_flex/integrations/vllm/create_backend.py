@@ -216,6 +216,7 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.unisparse: LayerState | None = None
+            self.reserved = _reserved_bytes(self)
 
         def do_kv_cache_update(
             self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -251,8 +252,9 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
             split = getattr(attn_metadata, "unisparse", None)
             state = self.unisparse
             scales = (output_scale, output_block_scale)
-            if attn_metadata is None and state is not None:
-                self._reserve(query, state)
+            if attn_metadata is None and query.device.type == "cuda":
+                # The engine measures its peak: a sparse batch's memory is to be part of it.
+                torch.empty(self.reserved, dtype=torch.uint8, device=query.device)
             reason = None
             if split is not None and state is not None:
                 reason = state.reason
@@ -288,26 +290,6 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 if not isinstance(at, slice):
                     output[at] = part
             return output
-
-        def _reserve(self, query: Tensor, state: LayerState) -> None:
-            """Takes the memory of a sparse batch, for the engine's measurement of its peak."""
-            if query.device.type != "cuda" or state.selector is None:
-                return
-            needed = workspace_bytes(
-                query.shape[0],
-                options_length(),
-                self.num_heads,
-                self.head_size,
-                query.element_size(),
-                state.selector.block_size,
-            )
-            torch.empty(needed, dtype=torch.uint8, device=query.device)
-
-    def options_length() -> int:
-        from vllm.config import get_current_vllm_config_or_none
-
-        config = get_current_vllm_config_or_none()
-        return int(config.model_config.max_model_len) if config is not None else 131072
 
     class Backend(parent):  # type: ignore[misc, valid-type]
         """The parent with sparse prefill."""
@@ -345,6 +327,28 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
         return options_of(config).selector.block_size
 
     return Backend
+
+
+def _reserved_bytes(impl: Any) -> int:
+    """Memory of a sparse batch and of the means of all pages, at most."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    if config is None or not torch.cuda.is_available():
+        return 0
+    size = options_of(config).selector.block_size
+    model, cache = config.model_config, config.cache_config
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    # Keys are half of a cache; composite keys of a block one in so many.
+    means = int(total * cache.gpu_memory_utilization) // (2 * size)
+    return means + workspace_bytes(
+        config.scheduler_config.max_num_batched_tokens,
+        model.max_model_len,
+        impl.num_heads,
+        impl.head_size,
+        model.dtype.itemsize,
+        size,
+    )
 
 
 def _refuse_batch(common: Any, prefix: int) -> Reason | None:

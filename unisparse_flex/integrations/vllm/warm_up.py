@@ -45,6 +45,8 @@ def warm_up(layers: Iterable[tuple[Any, LayerState]], budget: int, longest: int)
             continue
         seen.add(key)
         impl, pages = layer.impl, state.view.pages
+        # A graph may be captured with this kernel in it: compiled now, on no page.
+        state.written(torch.full((1,), -1, dtype=torch.int64, device=pages.device))
         kept = counting.kept_on(pages.device)
         before = kept.clone(), counting.visible_blocks, counting.sparse_calls
         for queries, length in row_lengths(budget, longest, state.selector.block_size):
