@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import PROGRAM
-from .arguments import device_argument, file_to_write, model_argument
+from .arguments import file_to_write, model_argument
 from .choices import TEXT_NAMES
 from .failures import failures
-from .options import LAYER_OPTIONS, html_option, json_option, quiet_option
+from .options import LAYER_OPTIONS, LOAD_OPTIONS, html_option, json_option, quiet_option
 from .output import print_json, say_written, write_text
 
 if TYPE_CHECKING:
@@ -104,21 +104,7 @@ lengths_option = click.option(
     callback=lengths_argument,
     help=f"Prompt lengths in tokens.  [default: {DEFAULT_LENGTH}, or the model's context if less]",
 )
-PLACE_OPTIONS = (
-    click.option(
-        "--allow-download",
-        is_flag=True,
-        is_eager=True,
-        help="Let MODEL be a name on the Hugging Face hub, downloaded if need be.",
-    ),
-    click.option(
-        "--device",
-        metavar="DEVICE",
-        callback=device_argument,
-        help="cpu, cuda or cuda:N.  [default: GPU if any]",
-    ),
-    *LAYER_OPTIONS,
-)
+PLACE_OPTIONS = (*LOAD_OPTIONS, *LAYER_OPTIONS)
 OUTPUT_OPTIONS = (
     json_option,
     click.option(

@@ -33,7 +33,7 @@ json_option = click.option(
 quiet_option = click.option(
     "--quiet", "-q", is_flag=True, help="Show no progress on standard error."
 )
-MODEL_OPTIONS = (
+LOAD_OPTIONS = (
     click.option(
         "--allow-download",
         is_flag=True,
@@ -46,6 +46,9 @@ MODEL_OPTIONS = (
         callback=device_argument,
         help="cpu, cuda or cuda:N.  [default: GPU if any]",
     ),
+)
+MODEL_OPTIONS = (
+    *LOAD_OPTIONS,
     click.option(
         "--tokens",
         type=click.IntRange(min=1),
@@ -95,15 +98,16 @@ html_option = click.option(
     callback=file_to_write,
     help="Also write one page of HTML that needs nothing else.",
 )
+text_option = click.option(
+    "--text",
+    default="code",
+    show_default=True,
+    metavar="FILE",
+    callback=text_argument,
+    help="What the model reads: a UTF-8 file, or prose, code or topics (installed texts).",
+)
 SPARSE_OPTIONS = (
-    click.option(
-        "--text",
-        default="code",
-        show_default=True,
-        metavar="FILE",
-        callback=text_argument,
-        help="What the model reads: a UTF-8 file, or prose, code or topics (installed texts).",
-    ),
+    text_option,
     click.option(
         "--selector",
         default="default",

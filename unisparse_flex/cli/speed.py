@@ -10,7 +10,6 @@ import click
 
 from ..progress import Progress
 from . import PROGRAM
-from .arguments import text_argument
 from .failures import failures
 from .measuring import (
     COLUMNS,
@@ -31,7 +30,7 @@ from .measuring import (
     split_outside_brackets,
     write_results,
 )
-from .options import min_length_option, with_options
+from .options import min_length_option, text_option, with_options
 from .output import wrap
 
 if TYPE_CHECKING:
@@ -82,14 +81,7 @@ Examples:
 )
 @model_argument_of_command
 @with_options(
-    click.option(
-        "--text",
-        default="code",
-        show_default=True,
-        metavar="FILE",
-        callback=text_argument,
-        help="What the model reads: a UTF-8 file, or prose, code or topics (installed texts).",
-    ),
+    text_option,
     lengths_option,
     click.option(
         "--quality",
