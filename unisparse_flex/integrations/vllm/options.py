@@ -23,9 +23,8 @@ class Options:
 
     Attributes:
         selector: Which blocks are kept: a selector's text, ``"UniSparse(top_p=0.95)"``, or a
-            quality in words.
-        quality: ``"fast"``, ``"balanced"``, ``"high"`` or a number instead of ``selector``, as
-            `optimize` takes it.
+            quality in words. Beside it ``quality`` is a name too: ``"fast"``, ``"balanced"``,
+            ``"high"`` or a number instead of a selector, as `optimize` takes it.
         calibration: Path of a calibration's file instead of either: layers have selectors of
             their own, and those that it does not name stay dense.
         min_length: Fewest keys for which a prefill row is sparse; by default a cost model decides
@@ -37,7 +36,6 @@ class Options:
     """
 
     selector: Selector = DEFAULT_SELECTOR
-    quality: str | float | None = None
     calibration: Calibration | None = None
     min_length: int | None = None
     dense_layers: tuple[int, ...] = ()
@@ -79,7 +77,7 @@ class Options:
                 f"additional_config['{KEY}'] must be a mapping of settings, got {given!r}; use "
                 "{} for the defaults"
             )
-        known = [field.name for field in fields(cls)]
+        known = sorted([*(field.name for field in fields(cls)), "quality"])
         unknown = sorted(set(map(str, given)) - set(known))
         if unknown:
             raise ValueError(
@@ -95,7 +93,7 @@ class Options:
             )
         if values.get("calibration") is not None:
             values["calibration"] = _load(values["calibration"])
-        values["selector"] = _choose(values.get("selector"), values.get("quality"))
+        values["selector"] = _choose(values.get("selector"), values.pop("quality", None))
         layers = values.get("dense_layers", ())
         if not isinstance(layers, (list, tuple)):
             raise TypeError(f"dense_layers must be a list of integers, got {layers!r}")

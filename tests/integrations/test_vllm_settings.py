@@ -1,0 +1,372 @@
+"""The vLLM plug-in without vLLM: settings, refusals, the split of a batch, counts and report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from unisparse_flex import Calibration, Selector, UniSparse
+from unisparse_flex.integrations.vllm import TESTED, Options, Reason
+from unisparse_flex.integrations.vllm.cache_view import (
+    CacheView,
+    has_dtype,
+    view_packed,
+    view_transposed,
+)
+from unisparse_flex.integrations.vllm.counters import Counting
+from unisparse_flex.integrations.vllm.kernels import FlashKernel
+from unisparse_flex.integrations.vllm.layer_state import LayerState
+from unisparse_flex.integrations.vllm.layers import (
+    excluded_layers,
+    refuse_engine,
+    refuse_layer,
+    setting_of,
+    validate_calibration,
+)
+from unisparse_flex.integrations.vllm.planning import Plan, plan_rows
+from unisparse_flex.integrations.vllm.policy import Policy
+from unisparse_flex.integrations.vllm.report import describe
+from unisparse_flex.integrations.vllm.versions import validate_version
+from unisparse_flex.integrations.vllm.warm_up import row_lengths
+from unisparse_flex.selectors import StreamingLLM
+
+NAME = "model.layers.{}.self_attn.attn"
+
+
+def impl(**changes: Any) -> Any:
+    """vLLM's implementation of a plain layer, as far as it is asked."""
+    plain: dict[str, Any] = {
+        "attn_type": "decoder",
+        "kv_sharing_target_layer_name": None,
+        "sliding_window": (-1, -1),
+        "alibi_slopes": None,
+        "logits_soft_cap": 0,
+        "sinks": None,
+        "kv_cache_dtype": "auto",
+        "num_heads": 8,
+        "num_kv_heads": 2,
+    }
+    return SimpleNamespace(**{**plain, **changes})
+
+
+def calibration(layers: Mapping[str, Selector] = MappingProxyType({})) -> Calibration:
+    return Calibration(
+        layers={"model.layers.0.self_attn": "dense", **layers},
+        quality="recall",
+        target=0.9,
+        reached=0.9,
+        density=0.5,
+        model="LlamaForCausalLM",
+        unisparse_flex="0.1.0",
+        torch="2.11.0",
+    )
+
+
+class TestOptions:
+    def test_nothing_given_is_the_default(self) -> None:
+        assert Options.read({}) == Options()
+        assert Options().selector == UniSparse()
+
+    def test_names_are_those_of_the_library(self, tmp_path: Path) -> None:
+        path = tmp_path / "calibration.json"
+        calibration().save(path)
+        found = Options.read(
+            {
+                "calibration": str(path),
+                "min_length": 4096,
+                "dense_layers": [0, -1],
+                "parent": "TRITON_ATTN",
+            }
+        )
+        assert found.calibration == calibration()
+        assert (found.min_length, found.dense_layers, found.parent) == (
+            4096,
+            (0, -1),
+            "TRITON_ATTN",
+        )
+        assert Options.read({"selector": "UniSparse(top_k=7)"}).selector == UniSparse(top_k=7)
+        assert Options.read({"selector": "fast"}) == Options.read({"quality": "fast"})
+
+    @pytest.mark.parametrize(
+        ("given", "error", "message"),
+        [
+            (3, TypeError, "must be a mapping"),
+            ({"top_k": 3}, ValueError, r"must have names of .*got \['top_k'\]"),
+            ({"selector": 3}, TypeError, "selector's text or a quality"),
+            ({"selector": "rm()"}, ValueError, "selector must be one of"),
+            ({"selector": "UniSparse(top_p=2.0)"}, ValueError, r"top_p must be in \(0, 1\]"),
+            ({"quality": "best"}, ValueError, "quality must be one of"),
+            ({"quality": "fast", "selector": "high"}, ValueError, "must not be given together"),
+            ({"min_length": -1}, ValueError, "min_length"),
+            ({"dense_layers": 3}, TypeError, "dense_layers must be a list"),
+            ({"dense_layers": ["a"]}, TypeError, "dense_layers must be integers"),
+            ({"parent": "FLASHINFER"}, ValueError, "parent must be one of"),
+            ({"untested_version": "yes"}, TypeError, "must be true or false"),
+            ({"log_seconds": 0}, ValueError, "log_seconds must be a number above 0"),
+            ({"calibration": "/nowhere.json"}, OSError, "nowhere"),
+            ({"calibration": 3}, TypeError, "path of a file"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, given: Any, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            Options.read(given)
+
+
+class TestVersions:
+    @pytest.mark.parametrize("version", [*TESTED, "0.32.0+cpu"])
+    def test_those_that_were_tested_pass(self, version: str) -> None:
+        validate_version(version, untested_version=False)
+
+    def test_another_is_refused_with_a_way_out(self) -> None:
+        with pytest.raises(RuntimeError, match=r"0\.26\.0, 0\.32\.0, got 0\.99\.0.*untested_ver"):
+            validate_version("0.99.0", untested_version=False)
+        validate_version("0.99.0", untested_version=True)
+
+
+class TestLayers:
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({}, None),
+            ({"sliding_window": None}, None),
+            ({"sliding_window": -1}, None),
+            ({"sliding_window": (127, 0)}, Reason.SLIDING_WINDOW),
+            ({"chunk_lookback": 1}, Reason.SLIDING_WINDOW),
+            ({"attn_type": "encoder_only"}, Reason.NOT_DECODER),
+            ({"kv_sharing_target_layer_name": "other"}, Reason.SHARED_CACHE),
+            ({"alibi_slopes": torch.ones(8)}, Reason.ALIBI),
+            ({"logits_soft_cap": 30.0}, Reason.SOFT_CAP),
+            ({"sinks": torch.ones(8)}, Reason.SINKS),
+            ({"kv_cache_dtype": "fp8"}, Reason.QUANTIZED_CACHE),
+            ({"num_heads": 6}, Reason.HEADS),
+        ],
+    )
+    def test_what_is_not_plain_is_refused(
+        self, changes: dict[str, Any], reason: Reason | None
+    ) -> None:
+        assert refuse_layer(impl(**changes), UniSparse(c_h=2)) is reason
+
+    @pytest.mark.parametrize(
+        ("sizes", "transfer", "reason"),
+        [
+            ({}, None, None),
+            ({"decode_context_parallel_size": 2}, None, Reason.CONTEXT_PARALLEL),
+            ({"prefill_context_parallel_size": 2}, None, Reason.CONTEXT_PARALLEL),
+            ({"tensor_parallel_size": 4, "pipeline_parallel_size": 2}, None, None),
+            ({}, object(), Reason.KV_TRANSFER),
+        ],
+    )
+    def test_engines_are_refused_where_caches_are_shared(
+        self, sizes: dict[str, int], transfer: object, reason: Reason | None
+    ) -> None:
+        config = SimpleNamespace(
+            parallel_config=SimpleNamespace(**sizes), kv_transfer_config=transfer
+        )
+        assert refuse_engine(config) is reason
+
+    def test_dense_layers_count_from_either_end(self) -> None:
+        assert excluded_layers(Options(dense_layers=(0, -1)), 8) == {0, 7}
+        with pytest.raises(ValueError, match=r"dense_layers must be in \[-8, 8\)"):
+            excluded_layers(Options(dense_layers=(8,)), 8)
+
+    def test_each_layer_of_a_calibration_has_its_own_setting(self) -> None:
+        own = UniSparse(top_k=5)
+        options = Options(calibration=calibration({"model.layers.1.self_attn": own}))
+        settings = [setting_of(NAME.format(i), i, options, frozenset({3})) for i in range(4)]
+        assert settings == [Reason.CALIBRATED, own, Reason.CALIBRATED, Reason.EXCLUDED]
+        # Of a model that is part of another, or that was calibrated without its head.
+        whole = setting_of("language_model." + NAME.format(1), 1, options, frozenset())
+        assert whole == setting_of("layers.1.self_attn.attn", 1, options, frozenset()) == own
+
+    def test_a_calibration_of_another_model_is_refused(self) -> None:
+        options = Options(calibration=calibration())
+        validate_calibration(options, [NAME.format(0), NAME.format(1)])
+        validate_calibration(Options(), ["blocks.0.attention"])
+        with pytest.raises(ValueError, match="calibration must name layers of the model"):
+            validate_calibration(options, ["blocks.0.attention"])
+
+
+def plan(*rows: tuple[int, int], prefilling: list[bool] | None = None, **options: Any) -> Plan:
+    """A batch of rows of so many queries and keys."""
+    starts = [0]
+    for queries, _ in rows:
+        starts.append(starts[-1] + queries)
+    given: dict[str, Any] = {"min_queries": 128, "decide": lambda q, k: None, "budget": 10**6}
+    return plan_rows(starts, [keys for _, keys in rows], prefilling, **{**given, **options})
+
+
+class TestPlanning:
+    def test_prefill_rows_are_split_from_all_others(self) -> None:
+        found = plan(
+            (1, 900), (500, 500), (4, 80), (0, 0), (200, 4000), (128, 128),
+            prefilling=[False, True, False, False, True, False],
+            decide=lambda queries, keys: Reason.SHORT if keys < 1000 else None,
+        )  # fmt: skip
+        [sparse] = found.sparse
+        assert (sparse.index, sparse.start, sparse.stop, sparse.length) == (4, 505, 705, 4000)
+        assert [row.index for row in found.rest] == [0, 1, 2, 5]
+        assert found.reasons == Counter({Reason.DECODE: 2, Reason.SHORT: 1, Reason.VERIFICATION: 1})
+
+    @pytest.mark.parametrize(
+        ("rows", "options", "cut"),
+        [
+            ([(512, 512)], {"budget": 512}, [True]),
+            ([(512, 512)], {"budget": 513}, [False]),
+            ([(1, 90), (511, 900)], {"budget": 512}, [True]),
+            ([(256, 256), (256, 256)], {"budget": 512}, [False, False]),
+            ([(256, 256), (200, 300)], {"threshold": 256}, [True, False]),
+        ],
+    )
+    def test_a_row_is_cut_where_the_scheduler_ran_out_of_tokens(
+        self, rows: list[tuple[int, int]], options: dict[str, int], cut: list[bool]
+    ) -> None:
+        assert [row.is_cut for row in plan(*rows, **options).sparse] == cut
+
+    def test_min_length_or_the_cost_model_decides(self) -> None:
+        values: dict[str, Any] = {
+            "selectors": Policy.count([UniSparse(), UniSparse(), UniSparse(top_k=4)]),
+            "q_heads": 32,
+            "kv_heads": 8,
+            "head_dim": 128,
+            "dtype": torch.bfloat16,
+            "device": torch.device("cpu"),
+        }
+        stated = Policy(min_length=1000, **values)
+        assert stated.decide(500, 999) is Reason.SHORT
+        assert stated.decide(500, 1000) is None
+        assert stated.selectors == ((UniSparse(), 2), (UniSparse(top_k=4), 1))
+        assert stated.min_queries == 128
+        asked = Policy(min_length=None, **values)
+        assert asked.decide(128, 128) is Reason.SLOWER
+        assert asked.decide(8192, 200_000) is None
+
+
+class TestViews:
+    @pytest.mark.parametrize("heads_inside", [False, True])
+    @pytest.mark.parametrize("heads", [1, 2])
+    def test_pages_of_one_head_are_numbered_as_the_steps_say(
+        self, heads: int, heads_inside: bool
+    ) -> None:
+        shape = (5, 16, heads, 8) if heads_inside else (5, heads, 16, 8)
+        cache = torch.randn(shape)
+        cache = cache.transpose(1, 2) if heads_inside else cache
+        view = view_packed(cache)
+        assert isinstance(view, CacheView)
+        for page in range(5):
+            for head in range(heads):
+                number = page * view.steps[0] + head * view.steps[1]
+                assert torch.equal(view.key[number, :, 0], cache[page, head, :, :4])
+                assert torch.equal(view.value[number, :, 0], cache[page, head, :, 4:])
+        assert view.key.data_ptr() == view.pages.data_ptr() == cache.data_ptr()
+
+    def test_other_layouts_are_refused(self) -> None:
+        cache = torch.randn(5, 2, 16, 8)
+        assert view_packed(cache.mT) is Reason.LAYOUT
+        assert view_packed(cache[..., 0]) is Reason.LAYOUT
+        assert view_packed(torch.randn(5, 2, 16, 12)[..., :7]) is Reason.LAYOUT
+        assert view_transposed(cache.transpose(1, 2)) is Reason.LAYOUT
+
+    def test_caches_of_other_dtypes_are_refused(self) -> None:
+        cache = torch.zeros(1, dtype=torch.float16)
+        assert has_dtype(cache, torch.float16)
+        assert not has_dtype(cache, torch.bfloat16)
+        assert not has_dtype(cache.view(torch.uint8), torch.uint8)
+
+
+class TestLayerState:
+    def bind(self, cache: torch.Tensor, selector: UniSparse, dtype: Any = None) -> LayerState:
+        state = LayerState.create("a", impl(), FlashKernel(), selector)
+        state.bind(None, cache, dtype or cache.dtype)
+        return state
+
+    def test_a_cache_is_met_once(self) -> None:
+        cache = torch.randn(4, 2, 64, 32)
+        state = LayerState.create("a", impl(), FlashKernel(), UniSparse())
+        state.bind(None, torch.empty(0), cache.dtype)
+        assert not state.is_bound
+        state.bind(None, cache, cache.dtype)
+        means = state.means
+        assert means is not None
+        assert means.shape == (4, 2, 1, 16)
+        state.bind(None, cache, cache.dtype)
+        assert state.means is means
+        state.bind(None, torch.randn(6, 2, 64, 32), cache.dtype)
+        assert state.means is not means
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "reason"),
+        [
+            ((4, 2, 256, 32), torch.float32, Reason.PAGE_SIZE),
+            ((4, 2, 64, 32), torch.bfloat16, Reason.DTYPE),
+            ((4, 2, 64), torch.float32, Reason.LAYOUT),
+        ],
+    )
+    def test_what_cannot_be_read_is_refused(
+        self, shape: tuple[int, ...], dtype: torch.dtype, reason: Reason
+    ) -> None:
+        state = self.bind(torch.randn(shape), UniSparse(), dtype)
+        assert (state.reason, state.selector, state.is_bound) == (reason, None, True)
+        state.written(torch.tensor([0]))
+
+    def test_a_refused_layer_needs_no_cache(self) -> None:
+        state = LayerState.create("a", impl(sinks=torch.ones(8)), FlashKernel(), UniSparse())
+        assert (state.reason, state.is_bound) == (Reason.SINKS, True)
+        assert LayerState.create("a", impl(), FlashKernel(), Reason.EXCLUDED).is_bound
+
+
+class TestReport:
+    def states(self) -> list[LayerState]:
+        sparse = [
+            LayerState.create(str(i), impl(), FlashKernel(), selector)
+            for i, selector in enumerate((UniSparse(top_k=4), StreamingLLM()))
+        ]
+        for state in sparse:
+            state.bind(None, torch.randn(4, 2, 64, 32), torch.float32)
+        windowed = impl(sliding_window=(5, 0))
+        return [*sparse, LayerState.create("2", windowed, FlashKernel(), UniSparse())]
+
+    def test_it_says_what_runs_and_what_does_not_and_why(self) -> None:
+        text = describe(self.states(), Options(), "FLASH_ATTN", None)
+        assert "prefill of 2 of 3 layers sparse over FLASH_ATTN" in text
+        assert "1 layers stay with FLASH_ATTN: sliding window" in text
+        assert "1 layers: UniSparse(top_k=4)" in text
+        assert "cost model" in text
+        assert "pages of 64 keys" in text
+        assert "1.56% of the keys" in text
+        assert "StreamingLLM reads keys that lie in one piece" in text
+        assert "at least 512 keys" in describe(self.states(), Options(min_length=512), "A", None)
+
+    def test_an_engine_that_runs_nothing_sparse_says_why(self) -> None:
+        text = describe(self.states(), Options(), "FLASH_ATTN", Reason.KV_TRANSFER)
+        assert text == f"unisparse: everything stays with FLASH_ATTN: {Reason.KV_TRANSFER}"
+
+
+def test_the_log_says_how_much_ran_sparse() -> None:
+    counting = Counting()
+    assert counting.next_line(0.001) is None
+    counting.sparse_rows, counting.sparse_tokens, counting.visible_blocks = 2, 900, 40
+    counting.dense_rows[Reason.SHORT] = 3
+    counting.kept_on(torch.device("cpu")).add_(10)
+    line = counting.next_line(0.001)
+    assert line is not None
+    assert "2 prefill rows of 900 tokens sparse, 10 of 40 blocks read (25.0%)" in line
+    assert "3 SHORT" in line
+    assert counting.next_line(0.001) is None
+    counting.reset()
+    counts = counting.read()
+    assert (counts.sparse_rows, counts.kept_blocks, counts.dense_rows) == (0, 0, {})
+    assert counts.density == 0
+
+
+def test_rows_of_the_warm_up_reach_the_longest_request() -> None:
+    assert row_lengths(8192, 131072, 128) == [
+        (128, 32768), (128, 65536), (128, 131072),
+        (8192, 32768), (8192, 65536), (8192, 131072),
+    ]  # fmt: skip
+    assert row_lengths(8192, 2000, 128) == [(128, 2000), (2000, 2000)]
