@@ -70,7 +70,9 @@ def implement(run: Callable[[SdpaCall, SparseConfig], Tensor]) -> None:
     def forward(*args: Any) -> Tensor:
         call, config = _bind(args)
         with torch.no_grad():
-            return _lay_out(run(call.map_tensors(torch.Tensor.detach), config))
+            # The mask as it is: what was read of it is known by the tensor.
+            detached = replace(call.map_tensors(torch.Tensor.detach), attn_mask=call.attn_mask)
+            return _lay_out(run(detached, config))
 
     def backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         call, config = _bind(args)

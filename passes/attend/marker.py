@@ -252,8 +252,9 @@ def _say_uncompiled() -> None:
 
 def _run_now(call: SdpaCall, config: SparseConfig) -> Tensor:
     """What `sdpa_at_run` does: as an eager call, and compiled wherever a kernel is."""
-    if refuse(call, config) is None and flex_lowers(call):
-        return run_compiled(call, config)
+    known, prepared = read_call(call, config) or (call, [])
+    if refuse(known, config) is None and flex_lowers(known):
+        return run_compiled(known, config, prepared)
     return _compute(call, config)
 
 

@@ -225,3 +225,27 @@ def test_other_calls_keep_their_tensor(reads: Reads, kind: str) -> None:
     assert found[0].equal(expected[0])
     # Nothing is read of a call that is dense whatever its mask says.
     assert bool(reads.masks) == (kind in ("a bias", "pieces"))
+
+
+def test_a_call_that_decides_when_it_runs_reads_its_mask(reads: Reads, runs: Runs) -> None:  # noqa: F811
+    class Shared(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> list[Tensor]:
+            return [F.scaled_dot_product_attention(query, key, value, mask) for _ in range(2)]
+
+    torch._dynamo.reset()
+    model = optimize(Shared(), SELECTOR, min_length=0)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for length in (LENGTH, LENGTH + 10):
+        tensors = qkv(length, heads=(2, 2), batch=2, head_dim=16)
+        mask = padded(0, 33)(length, length)
+        for tensor in tensors:
+            torch._dynamo.mark_dynamic(tensor, 2, min=32, max=512)
+        for dimension in (2, 3):
+            torch._dynamo.mark_dynamic(mask, dimension, min=32, max=512)
+        reads.masks, reads.texts = 0, []
+        with torch.no_grad():
+            found = run(*tensors, mask)
+        assert reads.masks == 1
+        assert set(reads.texts) == {"(kv <= q) & (t0[b, kv])"}
+        for output, expected in zip(found, model(*tensors, mask), strict=True):
+            torch.testing.assert_close(output, expected)
