@@ -59,7 +59,7 @@ def dial_table() -> str:
     for name, title in QUALITY.items():
         result = load(name)
         for text in TEXTS:
-            columns[f"{title} of {text}"] = "{}"
+            columns[f"{title.replace(' tokens', '')}, {text}"] = "{}"
             points = quality_points(result, OURS, text)
             for word, threshold in QUALITIES.items():
                 cells[word].append(_point_of(points, threshold))
@@ -74,7 +74,7 @@ def claims_table() -> str:
 
 def speed_table() -> str:
     """Times of attention and of whole models on GPUs, each line with what it was measured on."""
-    heads = ("measured", "tokens", "weights, blocks kept", "over dense")
+    heads = ("measured, H100", "tokens", "weights: kept", "over dense")
     return _with_files(heads, [*_attention_rows(), *_model_rows()])
 
 
@@ -122,8 +122,8 @@ def _accuracy() -> list[str]:
         "at least 99% of full attention's accuracy",
         f"{ratio:.0%} on {len(parts)} needle tasks ({min(parts):.0%} to {max(parts):.0%} by task), "
         f"perplexity {min(ratios):.3f} to {max(ratios):.3f} times dense's",
-        f"SmolLM2-135M at 8192 tokens, {row['samples']} samples a task; prose and code, also "
-        "Gemma 3 270M at 32768; real weights, free densities",
+        f"SmolLM2-135M at 8192, {row['samples']} samples a task; perplexity also Gemma 3 270M at "
+        "32768; real",
         ", ".join(map(_file, (TASKS, *QUALITY))),
     ]
 
@@ -153,10 +153,10 @@ def _speed_claims() -> Iterator[list[str]]:
     kept, best = [row[2] for row in real], [row[3] for row in real]
     yield [
         "attention up to 2.61x as fast as FlashAttention",
-        f"{min(flash):.2f}x to {max(flash):.2f}x over PyTorch's FlashAttention, "
+        f"{min(flash):.2f}x to {max(flash):.2f}x over PyTorch's FlashAttention 2, "
         f"{min(best):.2f}x to {max(best):.2f}x over the fastest dense kernel",
-        f"three layers of SmolLM2-135M at {real[0][1]} tokens, H100; real weights and prompt, "
-        f"free density ({min(kept):.0%} to {max(kept):.0%})",
+        f"three layers of SmolLM2-135M at {real[0][1]}, H100; real, {min(kept):.0%} to "
+        f"{max(kept):.0%} kept",
         _file("attention-cuda-sm90-shapes.json"),
     ]
     forced = {density: _speedups(result, density)[LENGTHS[1]] for density in (0.1, 0.3)}
@@ -164,7 +164,7 @@ def _speed_claims() -> Iterator[list[str]]:
         "",
         " and ".join(f"{x:.2f}x at {density:.0%}" for density, x in forced.items())
         + " over the fastest dense kernel",
-        f"Llama-3.1-8B's heads at {LENGTHS[1]} tokens, H100; random inputs, forced density",
+        f"Llama-3.1-8B's heads at {LENGTHS[1]}, H100; random, forced",
         _file("attention-cuda-sm90.json"),
     ]
 
@@ -172,15 +172,16 @@ def _speed_claims() -> Iterator[list[str]]:
 def _rivals() -> Iterator[list[str]]:
     claim = "more accurate at less cost than XAttention, FlexPrefill and MInference"
     for name, title in QUALITY.items():
-        parts = []
-        for rival in RIVALS:
-            ratios = _ratios(load(name), rival)
-            if ratios:
-                parts.append(f"{NAMES[rival]} {min(ratios):.2f} to {max(ratios):.2f}")
+        found = {rival: _ratios(load(name), rival) for rival in RIVALS}
+        parts = [
+            f"{NAMES[rival]} {min(ratios):.2f} to {max(ratios):.2f}"
+            for rival, ratios in found.items()
+            if ratios
+        ]
         yield [
             claim,
-            f"of the density of others at equal KL: {', '.join(parts)}",
-            f"{title}, prose and code; real weights, free densities",
+            f"blocks kept over theirs, at equal KL: {', '.join(parts)}",
+            f"{title.replace(' tokens', '')}; real",
             _file(name),
         ]
         claim = ""
@@ -202,27 +203,18 @@ def _attention_rows() -> Iterator[list[str]]:
     result = load_speed()
     real = real_speedups(result)
     yield [
-        "attention, SmolLM2-135M, layers 3, 15 and 27, H100",
+        "attention, SmolLM2-135M's layers 3, 15, 27",
         str(real[0][1]),
-        f"real, free: {', '.join(f'{kept:.0%}' for *_, kept, _ in real)}",
+        f"real: {', '.join(f'{kept:.0%}' for *_, kept, _ in real)}",
         ", ".join(f"{speedup:.2f}x" for *_, speedup in real),
         _file("attention-cuda-sm90-shapes.json"),
     ]
-    free = {
-        row["tokens"]: row["density_measured"]
-        for row in sparse_rows(result, RANDOM, SETTINGS)
-        if row["density"] is None
-    }
-    for density in (0.1, 0.3, None):
+    for density in (0.1, 0.3):
         speedups = _speedups(result, density)
-        if density is None:
-            kept = f"free: {', '.join(f'{free[length]:.0%}' for length in LENGTHS)}"
-        else:
-            kept = f"forced: {density:.0%}"
         yield [
-            "attention, Llama-3.1-8B's heads, H100",
+            "attention, Llama-3.1-8B's heads",
             ", ".join(map(str, LENGTHS)),
-            f"random, {kept}",
+            f"random, forced: {density:.0%}",
             ", ".join(f"{speedups[length]:.2f}x" for length in LENGTHS),
             _file("attention-cuda-sm90.json"),
         ]
@@ -236,7 +228,7 @@ def _speedups(result: dict[str, Any], density: float | None) -> dict[int, float]
 def _model_rows() -> Iterator[list[str]]:
     rows = [row for row in load(PREFILL)["rows"] if row["variant"] == "sparse"]
     yield [
-        "first token, Llama-3.1-8B's shape, compiled, H100",
+        "first token, Llama-3.1-8B's shape",
         ", ".join(str(row["tokens"]) for row in rows),
         "random, forced: 10%",
         ", ".join(f"{row['speedup']:.2f}x" for row in rows),
@@ -246,7 +238,7 @@ def _model_rows() -> Iterator[list[str]]:
     times = {(row["mode"], row["variant"]): row for row in cases}
     free = times["eager", "default"]
     yield [
-        "first token, four layers of it, uncompiled, H200",
+        "the same, 4 layers, uncompiled, H200",
         str(free["tokens"]),
         f"random, free: {free['density']:.0%}",
         f"{times['eager', 'dense']['ms'] / free['ms']:.2f}x",
@@ -255,8 +247,7 @@ def _model_rows() -> Iterator[list[str]]:
     model = [row for row in load(FOUR)["rows"] if row["part"] == "context_model" and "ms" in row]
     seconds = {row["variant"]: row["ms"] / 1e3 for row in model}
     yield [
-        f"first token, Llama-3.1-8B's shape, four H200: {seconds['sparse']:.0f} s, not "
-        f"{seconds['dense']:.0f} s",
+        f"the same, four H200: {seconds['sparse']:.0f} s, not {seconds['dense']:.0f} s",
         str(model[0]["tokens"]),
         "random, forced: 10%",
         f"{seconds['dense'] / seconds['sparse']:.2f}x",
