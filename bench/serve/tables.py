@@ -50,8 +50,8 @@ def _first_token(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _first_token_line(row: Mapping[str, Any]) -> list[Any]:
-    peaks = [row.get(f"{side}_peak_bytes") for side in ("sparse", "parent")]
-    more = None if None in peaks else (peaks[0] - peaks[1]) / 2**20
+    ours, theirs = (row.get(f"{side}_peak_bytes") for side in ("sparse", "parent"))
+    more = None if ours is None or theirs is None else (ours - theirs) / 2**20
     return [
         row["prompt"],
         row["chunk"],

@@ -63,7 +63,7 @@ class PagedKeys:
             place = means.shape[1] + start // group
             sums[:, place] = last[:, start : start + group].sum(1)
         sums = sums.unflatten(1, (groups, -1)).sum(2)
-        start = torch.arange(groups, device=sums.device) * c_k
-        counts = (self.length - start).clamp(0, c_k).to(accumulate)
+        first = torch.arange(groups, device=sums.device) * c_k
+        counts = (self.length - first).clamp(0, c_k).to(accumulate)
         tokens = mark_not_finite(sums / counts.clamp_min(1)[None, :, None])
         return CompositeKeys(tokens=tokens[None], counts=counts[None])

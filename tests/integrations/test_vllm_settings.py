@@ -224,7 +224,7 @@ class TestPlanning:
         ],
     )
     def test_a_row_is_cut_where_the_scheduler_ran_out_of_tokens(
-        self, rows: list[tuple[int, int]], options: dict[str, int], cut: list[bool]
+        self, rows: list[tuple[int, int]], options: dict[str, Any], cut: list[bool]
     ) -> None:
         assert [row.is_cut for row in plan(*rows, **options).sparse] == cut
 

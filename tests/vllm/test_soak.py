@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from unisparse_flex.block_masks.pages import PagedKeys
+from unisparse_flex.block_masks.pages import PagedKeys, select_from_pages
 from unisparse_flex.integrations.vllm import read_counts, sparse_rows
 
 from .engine import prompt_of, serving
@@ -41,13 +41,12 @@ def test_means_stay_fresh_and_memory_flat(
     from vllm import SamplingParams
 
     checked = 0
-    select = sparse_rows.select_from_pages
 
     def check(selector: Any, query: Any, keys: PagedKeys, **options: Any) -> Any:
         nonlocal checked
         assert_means_are_fresh(keys)
         checked += keys.length // keys.page
-        return select(selector, query, keys, **options)
+        return select_from_pages(selector, query, keys, **options)
 
     monkeypatch.setattr(sparse_rows, "select_from_pages", check)
     generator = random.Random(0)

@@ -291,7 +291,7 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                     output[at] = part
             return output
 
-    class Backend(parent):  # type: ignore[misc, valid-type]
+    class Backend(parent):
         """The parent with sparse prefill."""
 
         @staticmethod
