@@ -20,6 +20,7 @@ from . import (
     prefill,
     quality,
     serve,
+    uncompiled,
     video,
 )
 from .record import FOLDER
@@ -79,6 +80,7 @@ BENCHMARKS = (
         draw=quality.draw,
     ),
     Benchmark(name="serve", files="serve-*.json", describe=serve.describe),
+    Benchmark(name="uncompiled", files="uncompiled-*.json", describe=uncompiled.describe),
     Benchmark(name="video", files="video-*.json", describe=video.describe),
     Benchmark(name="wide_logits", files="wide-logits-*.json"),
 )

@@ -27,7 +27,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Where the tables of each benchmark's files are.
 APPENDICES = {
     "quality": ("quality", "padding"),
-    "performance": ("attention", "cost_decision", "masked", "other_gpus", "prefill"),
+    "performance": ("attention", "cost_decision", "masked", "other_gpus", "prefill", "uncompiled"),
     "video": ("video",),
     "distributed": ("distributed", "communication"),
 }
