@@ -118,9 +118,8 @@ def test_the_kernels_of_gpus_attend_to_the_kept_blocks(
     one = torch.ones(1, device="cuda")
     layer = SimpleNamespace(impl=impl, _k_scale=one, _v_scale=one)
     kernel: Any = kernels.FlashKernel() if name == "flash" else kernels.TritonKernel()
-    # Pages that nobody wrote hold NaN; so does the end of the last one, which kernels may read.
-    packed = cache.packed.nan_to_num_() if name == "flash" else cache.packed
-    view = kernel.view(layer, packed)
+    # As vLLM's, a cache holds zeros where nobody wrote: kernels read to the end of a page.
+    view = kernel.view(layer, cache.packed.nan_to_num_())
     assert isinstance(view, CacheView)
     query = random(1, HEADS, queries, HEAD_DIM, seed=3, like=like)
     row = Row(index=0, start=3, stop=3 + queries, length=length)

@@ -340,7 +340,7 @@ def _reserved_bytes(impl: Any) -> int:
     model, cache = config.model_config, config.cache_config
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     # Keys are half of a cache; composite keys of a block one in so many.
-    means = int(total * cache.gpu_memory_utilization) // (2 * size)
+    means = int(total * getattr(cache, "gpu_memory_utilization", 1.0)) // (2 * size)
     return means + workspace_bytes(
         config.scheduler_config.max_num_batched_tokens,
         model.max_model_len,
