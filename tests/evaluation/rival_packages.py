@@ -81,6 +81,8 @@ def flex_prefill_attention(
     "xattn/src/Xattention.py": """
 from dense_inside import dense
 
+print("imported")
+
 
 def Xattention_prefill(
     query_states,
@@ -99,6 +101,7 @@ def Xattention_prefill(
 ):
     batch_size, num_heads, k_len, head_dim = key_states.shape
     assert block_size == 128 and batch_size == 1 and causal and stride in (4, 8, 16)
+    print("approximated prefilling Computation: 1.0")
     return dense(query_states, key_states, value_states, head_dim**-0.5)
 """,
     "flash_prefill/__init__.py": """

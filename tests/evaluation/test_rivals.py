@@ -172,6 +172,16 @@ def test_the_operator(packages: Path) -> None:
     assert set(found.values()) == {"SUCCESS"}
 
 
+def test_what_a_package_prints_is_kept_from_standard_output(
+    packages: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rival_attention._loaded["xattn"] = load_rival("xattn")
+    torch.ops.unisparse_evaluation.rival(*qkv(), 0.3, "xattn")
+    assert capsys.readouterr().out == ""
+    load_rival("xattn").call(*qkv(), 0.3)
+    assert capsys.readouterr().out.startswith("approximated")
+
+
 def test_an_output_in_another_layout_is_refused(packages: Path) -> None:
     rival = load_rival("xattn")
     rival_attention._loaded["xattn"] = replace(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..optimization import optimize, restore
-from ..reports import AttentionRecord, record_attention
+from ..reports import AttentionRecord, chosen_densities, record_attention
 from ..selectors import Selector
 from .answers import TOGETHER, Sample, score_samples
 from .measure import compute_kl, compute_log_probs, compute_perplexity
@@ -85,8 +85,10 @@ class QualityRow:
         tokens: Length of the prompt.
         text: What the text is called.
         setting: What the setting is called.
-        density: Kept over visible blocks, mean over the sparse calls.
+        density: Kept over visible blocks, mean over the sparse calls that choose.
         sparse_calls: Attention calls that ran sparse.
+        windows: Of those, calls that keep a whole sliding window; the density is of the others,
+            where there are some.
         calls: Attention calls in all.
         judged: How many of the last positions are judged.
         kl: Mean KL(dense || sparse) of their next-token distributions, in nats.
@@ -100,6 +102,7 @@ class QualityRow:
     setting: str
     density: float
     sparse_calls: int
+    windows: int = 0
     calls: int
     judged: int
     kl: float
@@ -196,12 +199,14 @@ def judge_texts(
             ):
                 sparse = _read(loaded.model, prompt.input_ids, count)
             kept = _densities(records)
+            sparse_calls = [record for record in records if record.density is not None]
             yield QualityRow(
                 tokens=prompt.tokens,
                 text=prompt.text,
                 setting=name,
                 density=sum(kept) / len(kept),
-                sparse_calls=len(kept),
+                sparse_calls=len(sparse_calls),
+                windows=sum(record.window for record in sparse_calls),
                 calls=len(records),
                 judged=count,
                 kl=compute_kl(dense, sparse),
@@ -296,12 +301,12 @@ def score_tasks(
 
 
 def _densities(records: Collection[AttentionRecord]) -> list[float]:
-    """The densities of the sparse calls.
+    """The densities of the sparse calls that choose blocks.
 
     Raises:
         ValueError: There are none; the reasons are in the text.
     """
-    kept = [record.density for record in records if record.density is not None]
+    kept = chosen_densities(records)
     if not kept:
         reasons = sorted({str(record.reason) for record in records})
         raise ValueError(
@@ -312,7 +317,8 @@ def _densities(records: Collection[AttentionRecord]) -> list[float]:
     return kept
 
 
-@torch.inference_mode()
+# Not in inference mode: there nothing tells whether a mask that was read has changed.
+@torch.no_grad()
 def _read(model: Any, input_ids: Tensor, judged: int) -> Tensor:
     """Log-probabilities [P, V] of the last ``judged`` tokens of the prompt."""
     accepted = inspect.signature(model.forward).parameters

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rivals import LoadedRival
+from .rivals import LoadedRival, quiet
 
 IMPLEMENTATION = "unisparse_rival"
 # transformers matches parts of the names of its own implementations.
@@ -23,7 +23,8 @@ _loaded: dict[str, LoadedRival] = {}
 def _rival(query: Tensor, key: Tensor, value: Tensor, scale: float, name: str) -> Tensor:
     """A rival's causal attention: [B, Hq, S, Dv]. One operator, so that layers compile around."""
     rival = _loaded[name]
-    out = rival.call(query, key, value, scale).to(query.dtype).contiguous()
+    with quiet():
+        out = rival.call(query, key, value, scale).to(query.dtype).contiguous()
     if out.shape != (*query.shape[:3], value.shape[3]):
         raise ValueError(
             f"{name} must return [B, H, S, D] {(*query.shape[:3], value.shape[3])}, got "

@@ -7,9 +7,11 @@ S tokens, D head_dim.
 from __future__ import annotations
 
 import inspect
+import io
 import math
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -68,6 +70,11 @@ class LoadedRival:
     version: str | None
     settings: Mapping[str, Any]
     call: Call
+
+
+def quiet() -> AbstractContextManager[Any]:
+    """Keeps what packages print from standard output, which is for results."""
+    return redirect_stdout(io.StringIO())
 
 
 def default_scaled(query: Tensor, scale: float) -> Tensor:
@@ -243,7 +250,7 @@ RIVALS = {
             settings={"stride": 16, "threshold": 0.9, "norm": 1, "use_triton": True},
             adapt=_xattn,
             note="one threshold for all heads, not the thresholds by head that it has for "
-            "Llama-3.1-8B",
+            "Llama-3.1-8B; every call prints what it keeps and waits for the GPU to say so",
         ),
         Rival(
             name="flash_prefill",
@@ -293,7 +300,8 @@ def load_rival(name: str) -> LoadedRival:
         ImportError: It is not there, or has not the function.
     """
     rival = RIVALS[name]
-    function = _find_function(rival)
+    with quiet():
+        function = _find_function(rival)
     own = inspect.signature(function).parameters if rival.defaults else {}
     left = {n: own[n].default for n in rival.defaults if n in own}
     return LoadedRival(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..clock import in_turn, timed
 from ..optimization import optimize
-from ..reports import record_attention
+from ..reports import chosen_densities, record_attention
 from ..selectors import Selector
 from .measure import compute_kl, compute_log_probs
 from .model import LoadedModel
@@ -41,9 +41,11 @@ class SpeedRow:
             ``None`` where the run failed.
         times_ms: Of each repeat, warm.
         first_call_seconds: The first of the two calls before them, compilation included.
-        density: Kept over visible blocks, mean over the sparse calls; ``None`` without any.
+        density: Kept over visible blocks, mean over the calls that choose; ``None`` without any.
         sparse_calls: Attention calls that run sparse, or by the other work.
         calls: Attention calls in all.
+        windows: Of the sparse calls, those that keep a whole sliding window; the density is of the
+            others, where there are some.
         kl_last_token: KL of the next-token distribution after the prompt to that of the first
             dense run, in nats; ``None`` where there is none to compare.
         same_token: Whether the likeliest token is the same.
@@ -62,6 +64,7 @@ class SpeedRow:
     density: float | None = None
     sparse_calls: int = 0
     calls: int = 0
+    windows: int = 0
     kl_last_token: float | None = None
     same_token: bool | None = None
     output_error: float | None = None
@@ -230,8 +233,10 @@ def _begin(
         )
         with record_attention(model) as records:
             model(prompt.input_ids, **inputs)
-        kept = [record.density for record in records if record.density is not None]
-        contender.found["calls"], contender.found["sparse_calls"] = len(records), len(kept)
+        sparse = [record for record in records if record.density is not None]
+        kept = chosen_densities(sparse)
+        contender.found["calls"], contender.found["sparse_calls"] = len(records), len(sparse)
+        contender.found["windows"] = sum(record.window for record in sparse)
         contender.found["density"] = sum(kept) / len(kept) if kept else None
     if contender.run != "dense eager":
         by_layer = compile_scope == "layers" or isinstance(attention, LoadedRival)
