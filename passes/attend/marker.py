@@ -190,12 +190,12 @@ def _compute(
         # Only the output's shape is asked for: what is decided here would be a guard of the graph.
         return call.run_dense()
     given = call
-    if not tracing and (read := read_call(call, config)) is not None:
+    observer = None if tracing else _observer.get()
+    if not tracing and (read := read_call(call, config, observed=observer is not None)) is not None:
         call, prepared = read
     if tracing and not config.dense and has_stated_range(call, unknown=lower is None):
         return sdpa_at_run(apply_autocast(call), config)
     reason = refuse(call, config)
-    observer = None if tracing else _observer.get()
     if reason is not None:
         if observer is not None:
             observer(call, config, None, reason)

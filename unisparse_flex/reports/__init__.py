@@ -1,6 +1,6 @@
 """What `explain` says, with more around it: as text, as JSON and as one page of HTML."""
 
-from .attention_record import AttentionRecord
+from .attention_record import AttentionRecord, chosen_densities
 from .explain_report import ExplainReport, ReportedCall, find_versions, report_model
 from .explanation import Explanation, explain, record_attention, track_layer
 from .figures import (
@@ -20,6 +20,7 @@ __all__ = [
     "Explanation",
     "LayerBlocks",
     "ReportedCall",
+    "chosen_densities",
     "collect_blocks",
     "draw_block_maps",
     "draw_densities",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..passes import DenseReason
@@ -21,6 +22,7 @@ class AttentionRecord:
         decision: ``"sparse"`` or ``"dense"``.
         reason: Why it stays dense; ``None`` where it runs sparse.
         density: Kept over visible blocks in [0, 1]; ``None`` where it stays dense.
+        window: Whether it keeps all of a sliding window of so few blocks, without a choice.
         unjudged: Query blocks, counted in every head, that keep all they see because they hold or
             see a NaN or an infinity.
         plain_selection: Why PyTorch code selects its blocks instead of GPU kernels; ``None`` where
@@ -39,6 +41,7 @@ class AttentionRecord:
     decision: str
     reason: DenseReason | None = None
     density: float | None = None
+    window: bool = False
     unjudged: int = 0
     plain_selection: str | None = None
     own_kernel: str | None = None
@@ -48,3 +51,10 @@ class AttentionRecord:
     def may_differ_compiled(self) -> bool:
         """Whether proving what the mask is could change the decision or the density."""
         return self.masked and self.reason in (None, DenseReason.SLOWER, DenseReason.NO_KERNEL)
+
+
+def chosen_densities(records: Collection[AttentionRecord]) -> list[float]:
+    """The densities of the sparse calls that choose blocks; of all sparse calls where none does."""
+    sparse = [record for record in records if record.density is not None]
+    choosing = [record for record in sparse if not record.window] or sparse
+    return [record.density for record in choosing if record.density is not None]

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..block_masks import BlockSelection, valid_blocks
 from ..catching import original_module
 from ..passes import DenseReason, SparseConfig, observe_calls
-from ..passes.attend import MULTIHEAD_TARGETS, logit_scale, refuse_multihead
+from ..passes.attend import MULTIHEAD_TARGETS, keeps_window, logit_scale, refuse_multihead
 from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
 from ..passes.decision import flash_obstacle, forecast_call
 from .attention_record import AttentionRecord
@@ -295,6 +295,7 @@ def _record(
         decision="dense" if selection is None else "sparse",
         reason=reason,
         density=density,
+        window=selection is not None and keeps_window(selection.geometry),
         unjudged=0 if selection is None else _count_unjudged(call, selection),
         plain_selection=plain,
         own_kernel=own,

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..passes import DenseReason
-from .attention_record import AttentionRecord
+from .attention_record import AttentionRecord, chosen_densities
 
 NO_CALL = "no attention call was seen: the model computes attention itself or with its own kernels"
 # By the reason that most calls stay dense for.
@@ -37,9 +37,12 @@ def verdict(calls: Sequence[AttentionRecord], rest_ms: float | None = None) -> s
         which = f"; {count} of them" if others else ""
         all_calls = f"all {len(calls)} calls stay" if len(calls) > 1 else "the only call stays"
         return f"{all_calls} dense{which}: {reason or 'no reason is recorded'}"
-    kept = [call.density for call in sparse if call.density is not None]
+    kept = chosen_densities(sparse)
     share = f", {sum(kept) / len(kept):.0%} of blocks" if kept else ""
-    parts = [f"{len(sparse)} of {len(calls)} calls sparse{share}"]
+    windows = sum(call.window for call in sparse)
+    verb = "keeps" if windows == 1 else "keep"
+    whole_windows = f" ({windows} {verb} a whole window)" if windows else ""
+    parts = [f"{len(sparse)} of {len(calls)} calls sparse{whole_windows}{share}"]
     dense_ms, decided_ms = predicted_ms(calls)
     if decided_ms:
         parts[0] += f", attention predicted {dense_ms / decided_ms:.3g}x as fast"
