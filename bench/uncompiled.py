@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unisparse_flex import optimize, restore
 from unisparse_flex.clock import in_turn
-from unisparse_flex.evaluation import MODEL_NAME, LoadedModel, load_smollm2
+from unisparse_flex.evaluation import MODEL_NAME, LoadedModel, TextName, load_smollm2
 from unisparse_flex.passes import observe_calls
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
@@ -31,7 +31,7 @@ from .excerpts import encode_excerpt
 from .record import FOLDER, Record, numbers
 
 LENGTHS = (1024, 2048, 4096)
-TEXT = "prose"
+TEXT: TextName = "prose"
 REPEATS = 1
 
 
