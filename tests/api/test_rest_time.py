@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,3 +121,5 @@ def test_the_verdict_says_what_the_whole_prefill_gains() -> None:
     assert Explanation((faster, record(None)), rest_ms=10.0).prefill_ms is None
     assert "prefill" not in Explanation((faster, record(None)), rest_ms=10.0).verdict
     assert Explanation((), rest_ms=10.0).prefill_ms is None
+    # Decoding is no prefill.
+    assert Explanation((replace(faster, q_len=1),), rest_ms=10.0).prefill_ms is None

@@ -83,8 +83,8 @@ class Explanation:
     def prefill_ms(self) -> tuple[float, float] | None:
         """Milliseconds of the whole forward pass with every call dense, and as decided.
 
-        `predicted_ms` and `rest_ms`; ``None`` where the rest is unknown or a call has no
-        prediction.
+        `predicted_ms` and `rest_ms`; ``None`` where the rest is unknown, a call has no prediction,
+        or it was a step of decoding.
         """
         return prefill_ms(self.calls, self.rest_ms)
 

@@ -111,6 +111,9 @@ def prefill_ms(
     """See `Explanation.prefill_ms`."""
     if not calls or rest_ms is None or any(call.prediction is None for call in calls):
         return None
+    if max(call.q_len for call in calls) == 1:
+        # A step of decoding.
+        return None
     dense, decided = predicted_ms(calls)
     return dense + rest_ms, decided + rest_ms
 
