@@ -29,7 +29,7 @@ KEYS = {
     *("command", "settings", "selectors", "rows", "means", "tasks", "verdict", "notes"),
 }
 ROW_KEYS = {
-    *("tokens", "text", "setting", "density", "sparse_calls", "calls", "judged", "kl"),
+    *("tokens", "text", "setting", "density", "sparse_calls", "windows", "calls", "judged", "kl"),
     *("perplexity", "dense_perplexity", "perplexity_ratio", "top1_agreement"),
 }
 SMALL = "UniSparse(block_size=32, c_q=8, c_k=8, top_p=0.3)"
