@@ -228,7 +228,62 @@ def _joined(parts: Iterable[Bool], kind: Any, neutral: Bool, absorbing: Bool) ->
     flat = _without_implied(flat, kind)
     if not flat:
         return neutral
-    return next(iter(flat)) if len(flat) == 1 else kind(tuple(flat))
+    if len(flat) == 1:
+        return next(iter(flat))
+    closed = _closed(flat, kind)
+    if closed is None:
+        return absorbing
+    return kind(tuple(flat)) if closed == flat else _joined(closed, kind, neutral, absorbing)
+
+
+def _closed(parts: dict[Bool, None], kind: Any) -> dict[Bool, None] | None:
+    """Parts without what others decide: ``a & (~a | b)`` is ``a & b``, ``a | (a & b)`` is ``a``.
+
+    ``None`` where two of them decide the whole: ``q < kv`` and ``kv <= q``.
+    """
+    simple = [part for part in parts if not isinstance(part, (And, Or))]
+    for i, part in enumerate(simple):
+        if any(_decide(part, other, kind) for other in simple[i + 1 :]):
+            return None
+    closed: dict[Bool, None] = {}
+    for part in parts:
+        if not isinstance(part, (And, Or)):
+            closed[part] = None
+            continue
+        if any(_follows(part_, inner, kind) for inner in part.parts for part_ in simple):
+            continue
+        left = [i for i in part.parts if not any(_decide(other, i, kind) for other in simple)]
+        closed[any_of(left) if kind is And else all_of(left)] = None
+    return closed
+
+
+def _decide(one: Bool, other: Bool, kind: Any) -> bool:
+    """Whether a conjunction of two never holds, or a disjunction of them always."""
+    if negate_atom(one) == other:
+        return True
+    first, second = _bound(one), _bound(other)
+    if first is None or second is None or first[0] != {(a, -f) for a, f in second[0]}:
+        return False
+    total = first[1] + second[1]
+    return total > 0 if kind is And else total <= 1
+
+
+def _follows(one: Bool, other: Bool, kind: Any) -> bool:
+    """Whether ``one`` implies ``other``, in a conjunction; in a disjunction the converse."""
+    if one == other:
+        return True
+    first, second = _bound(one), _bound(other)
+    if first is None or second is None or first[0] != second[0]:
+        return False
+    return first[1] >= second[1] if kind is And else first[1] <= second[1]
+
+
+def _bound(part: Bool) -> tuple[frozenset[tuple[Atom, int]], int] | None:
+    """The terms and the constant of a sum that a part says is not positive."""
+    if not isinstance(part, Compare) or part.op == "==":
+        return None
+    difference = part.difference
+    return frozenset(difference.terms), difference.const
 
 
 def _without_implied(parts: dict[Bool, None], kind: Any) -> dict[Bool, None]:

@@ -1,6 +1,6 @@
 """What an attention call is: its arguments, its settings, its place in a graph."""
 
-from .aliases import is_changed_between, mutated_origins, origins
+from .aliases import FRESH, is_changed_between, mutated_origins, origins, writers
 from .config import BACKENDS, SparseConfig, decode_selector
 from .nodes import operation, recorded, recorded_value
 from .own_functions import own_function
@@ -20,6 +20,7 @@ from .tracing import is_tracing
 
 __all__ = [
     "BACKENDS",
+    "FRESH",
     "PER_HEAD",
     "POSITIONAL",
     "SDPA_TARGETS",
@@ -45,4 +46,5 @@ __all__ = [
     "shard_selector",
     "shards_tokens",
     "splits_group",
+    "writers",
 ]

@@ -28,6 +28,9 @@ def origins(node: fx.Node) -> Iterator[fx.Node]:
     while pending:
         current = pending.pop()
         inputs = current.all_input_nodes
+        if _is_in_place(current):
+            # Returns what it changed.
+            inputs = _nodes(current.args[0])
         if not inputs or operation(current) in FRESH:
             yield current
             continue
@@ -40,6 +43,11 @@ def origins(node: fx.Node) -> Iterator[fx.Node]:
 def mutated_origins(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """The memory that some of the nodes write to."""
     return {origin for node in nodes for written in _written(node) for origin in origins(written)}
+
+
+def writers(nodes: Iterable[fx.Node], origin: fx.Node) -> list[fx.Node]:
+    """Those of the nodes that may write to the memory of ``origin``."""
+    return [n for n in nodes if any(origin in origins(written) for written in _written(n))]
 
 
 def is_changed_between(node: fx.Node, first: fx.Node, last: fx.Node) -> bool:
@@ -66,12 +74,16 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
     if overloads:
         return
     yield from _nodes(node.kwargs.get("out"))
-    name = operation(node)
-    if isinstance(target, torch._ops.HigherOrderOperator) and "mutation" in name:
+    if isinstance(target, torch._ops.HigherOrderOperator) and "mutation" in operation(node):
         yield from node.all_input_nodes
-    in_place = name.endswith("_") or name in IN_PLACE_OPERATORS or node.kwargs.get("inplace")
-    if in_place and node.args:
+    if _is_in_place(node) or (node.kwargs.get("inplace") and node.args):
         yield from _nodes(node.args[0])
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    """Whether a node changes its first argument, by its name."""
+    name = operation(node)
+    return bool(node.args) and (name.endswith("_") or name in IN_PLACE_OPERATORS)
 
 
 def _nodes(argument: Any) -> list[fx.Node]:

@@ -6,6 +6,7 @@ out as a formula whose tensors are per query or per key, the mask of pairs is no
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from enum import StrEnum
 from typing import Any
@@ -72,6 +73,7 @@ class MaskCache:
     def __init__(self) -> None:
         self._lifted: dict[tuple[Any, ...], ProvedMask | Unproved] = {}
         self._read: dict[fx.Node, None] = {}
+        self._changed: dict[fx.Node, list[fx.Node]] = {}
         self._given: dict[tuple[Any, ...], GivenTensors] = {}
         self._inserted: dict[Computed, fx.Node] = {}
 
@@ -84,6 +86,7 @@ class MaskCache:
             lifter = Lifter(node)
             self._lifted[key] = lift_mask(node, shape, lifter)
             self._read.update(dict.fromkeys(lifter.visited))
+            self._changed.update(lifter.changed)
             if self._lifted[key] in READABLE:
                 self._read_given(node, shape, key, lifter.visited)
         return self._lifted[key]
@@ -129,8 +132,17 @@ class MaskCache:
 
     def erase_unused(self) -> None:
         """Erases what computed the masks and has no other use."""
-        for node in sorted(self._read, reverse=True):
-            if not node.users and operation(node) in HANDLERS:
+        self._erase(self._read)
+        for target, changes in self._changed.items():
+            known = {target, *changes}
+            if all(user in known for node in known for user in node.users):
+                for node in reversed(changes):
+                    node.graph.erase_node(node)
+                self._erase([node for node in self._read if node not in changes])
+
+    def _erase(self, nodes: Iterable[fx.Node]) -> None:
+        for node in sorted(nodes, reverse=True):
+            if not node.users and not node._erased and operation(node) in HANDLERS:
                 node.graph.erase_node(node)
 
 
@@ -156,9 +168,8 @@ def lift_mask(
         value = _visible(value, mask.dtype)
     if value is None or isinstance(value, (Affine, Absolute)):
         return Unproved.BIAS if mask.dtype.is_floating_point else Unproved.PAIRS
-    if not mutated_origins(node.graph.nodes).isdisjoint(
-        origin for visited in lifter.visited for origin in origins(visited)
-    ):
+    mutated = mutated_origins(node.graph.nodes) - lifter.changed.keys()
+    if not mutated.isdisjoint(o for visited in lifter.visited for o in origins(visited)):
         return Unproved.MUTATED
     if lifter.given is not None and lifter.given.is_changed(node.graph):
         return Unproved.MUTATED

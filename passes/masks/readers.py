@@ -11,12 +11,14 @@ from torch import Tensor, fx
 from ...block_masks.masks import TRUE, Affine, Coordinate, Symbol, variable
 from ..calls import operation, recorded, recorded_value
 from .given import GivenTensors
+from .in_place import changes_in_place, operation_in_place
 from .values import (
     Choice,
     NotUnderstood,
     Value,
     aligned,
     apply_to_choices,
+    in_dtype,
     is_one,
     opaque,
     substitute,
@@ -46,17 +48,25 @@ class Lifter:
     Attributes:
         visited: The nodes that were read.
         given: Likewise.
+        changed: New tensors, and what changes them in place; their values are those after it.
     """
 
     def __init__(self, root: fx.Node, given: GivenTensors | None = None) -> None:
-        self.visited = _read_nodes(root)
+        self.visited, self.changed = _read_nodes(root)
         self.given = given
+        self._target = {n: target for target, found in self.changed.items() for n in found}
         self._values: dict[fx.Node, Value] = {}
         self._levels: dict[fx.Node, frozenset[Any]] = {}
         self._symbols: dict[Any, fx.Node] = {}
         for node in self.visited:
             self._levels[node] = self._open_levels(node)
-            self._values[node] = self._read(node)
+            target = self._target.get(node)
+            if target is None:
+                self._values[node] = self._read(node)
+            elif target in self.changed:
+                self._change(node, target)
+            else:
+                self._values[node] = None
 
     def value_of(self, node: fx.Node) -> Value:
         """What a node computes; ``None`` where that is not known."""
@@ -92,6 +102,24 @@ class Lifter:
         tensor = recorded(argument)
         return aligned(self.read(argument), () if tensor is None else tensor.shape, rank)
 
+    def _change(self, node: fx.Node, target: fx.Node) -> None:
+        """Reads a change in place, after which its target and what it was called have one value."""
+        handler = HANDLERS.get(operation_in_place(node))
+        value = None if handler is None else self._handled(handler, node)
+        if isinstance(value, Choice):
+            value = in_dtype(value, tensor_of(node).dtype)
+        if value is None:
+            del self.changed[target]
+        for known in (target, *(n for n, of in self._target.items() if of is target)):
+            self._values[known] = value
+
+    def _handled(self, handler: Handler, node: fx.Node) -> Value:
+        try:
+            value: Value = handler(self, node)
+        except (NotUnderstood, LookupError, TypeError, ValueError, RuntimeError):
+            return None
+        return value
+
     def _read(self, node: fx.Node) -> Value:
         tensor = recorded(node)
         if tensor is None:
@@ -99,10 +127,7 @@ class Lifter:
         handler = HANDLERS.get(operation(node))
         value = None if self.given is None else self.given.value_of(node)
         if handler is not None:
-            try:
-                value = handler(self, node)
-            except (NotUnderstood, LookupError, TypeError, ValueError, RuntimeError):
-                value = None
+            value = self._handled(handler, node)
         if value is None:
             # Inside torch.vmap a node has no value of its own to read entries from.
             return None if self._levels[node] else opaque(node, tensor)
@@ -136,18 +161,25 @@ class Lifter:
         return levels
 
 
-def _read_nodes(root: fx.Node) -> list[fx.Node]:
-    """``root`` and what it is computed from by operations that have a reader, in graph order."""
+def _read_nodes(root: fx.Node) -> tuple[list[fx.Node], dict[fx.Node, list[fx.Node]]]:
+    """``root`` and what it is computed from by operations that have a reader, in graph order.
+
+    With what changes some of them in place.
+    """
     found, pending = {root}, [root]
+    changed: dict[fx.Node, list[fx.Node]] = {}
     while pending:
         node = pending.pop()
-        if operation(node) not in HANDLERS and recorded(node) is not None:
-            continue
-        for source in node.all_input_nodes:
+        changes = changes_in_place(node)
+        if changes:
+            changed[node] = changes
+        is_read = operation(node) in HANDLERS or operation_in_place(node) in HANDLERS
+        sources = node.all_input_nodes if is_read or recorded(node) is None else []
+        for source in (*sources, *changes):
             if source not in found:
                 found.add(source)
                 pending.append(source)
-    return [node for node in root.graph.nodes if node in found]
+    return [node for node in root.graph.nodes if node in found], changed
 
 
 def tensor_of(node: Any) -> Tensor:

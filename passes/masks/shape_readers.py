@@ -82,9 +82,28 @@ def _repeat(lifter: Lifter, node: fx.Node) -> Any:
     return lifter.broadcast(node.args[0], tensor_of(node).dim())
 
 
+@handles("meshgrid")
+def _meshgrid(lifter: Lifter, node: fx.Node) -> Any:
+    """Has no value of its own: see `_getitem`."""
+    raise NotUnderstood
+
+
+def _of_meshgrid(lifter: Lifter, grid: fx.Node, place: Any) -> Any:
+    sources: Any = grid.args if recorded(grid.args[0]) is not None else grid.args[0]
+    axes = list(range(len(sources)))
+    if grid.kwargs.get("indexing", "ij") == "xy" and len(axes) > 1:
+        axes[:2] = 1, 0
+    if any(tensor_of(source).dim() != 1 for source in sources):
+        raise NotUnderstood
+    return substitute(lifter.read(sources[place]), {Coordinate("d0"): dim(axes[place])})
+
+
 @handles("getitem")
 def _getitem(lifter: Lifter, node: fx.Node) -> Any:
+    source: Any = node.args[0]
     items = node.args[1]
+    if operation(source) == "meshgrid":
+        return _of_meshgrid(lifter, source, items)
     return _indexed(lifter, node, list(items) if isinstance(items, (tuple, list)) else [items])
 
 

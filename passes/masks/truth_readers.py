@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ...block_masks.masks import Affine, Bool, all_of, any_of, at_most, equal, negate
-from ..calls import operation
+from .in_place import operation_of
 from .readers import Lifter, elementwise, handles, operands, tensor_of
 from .values import Absolute, Choice, NotUnderstood, as_affine, as_bool, checked
 
@@ -17,28 +17,28 @@ from .values import Absolute, Choice, NotUnderstood, as_affine, as_bool, checked
 def _compare(lifter: Lifter, node: fx.Node) -> Any:
     try:
         left, right = operands(lifter, node)
-        return _comparison(operation(node), left, right)
+        return _comparison(operation_of(node), left, right)
     except NotUnderstood:
         return as_bool(elementwise(lifter, node))
 
 
 @handles("and", "bitwise_and", "logical_and", "or", "bitwise_or", "logical_or")
 def _join(lifter: Lifter, node: fx.Node) -> Any:
-    _require_bool(node, *node.args[:2], logical="logical" in operation(node))
+    _require_bool(node, *node.args[:2], logical="logical" in operation_of(node))
     parts = [as_bool(operand) for operand in operands(lifter, node)]
-    return all_of(parts) if "and" in operation(node) else any_of(parts)
+    return all_of(parts) if "and" in operation_of(node) else any_of(parts)
 
 
 @handles("xor", "bitwise_xor", "logical_xor")
 def _xor(lifter: Lifter, node: fx.Node) -> Any:
-    _require_bool(node, *node.args[:2], logical="logical" in operation(node))
+    _require_bool(node, *node.args[:2], logical="logical" in operation_of(node))
     left, right = (as_bool(operand) for operand in operands(lifter, node))
     return _differ(left, right)
 
 
 @handles("not", "invert", "bitwise_not", "logical_not")
 def _not(lifter: Lifter, node: fx.Node) -> Any:
-    _require_bool(node, node.args[0], logical="logical" in operation(node))
+    _require_bool(node, node.args[0], logical="logical" in operation_of(node))
     return negate(as_bool(lifter.read(node.args[0])))
 
 
@@ -69,6 +69,9 @@ def _comparison(name: str, left: Any, right: Any) -> Bool:
 
 def _compare_absolute(name: str, left: Any, right: Any) -> Bool:
     """``|x| <= y`` as ``x <= y and -x <= y``; ``|x| >= y`` as its opposite."""
+    if name == "eq" and Affine() in (left, right):
+        (inside,) = (side.of for side in (left, right) if isinstance(side, Absolute))
+        return equal(inside, Affine())
     if name == "eq" or (isinstance(left, Absolute) and isinstance(right, Absolute)):
         raise NotUnderstood
     if isinstance(right, Absolute):

@@ -19,7 +19,7 @@ from ...block_masks.masks import (
     floor_div,
     negate,
 )
-from ..calls import operation
+from .in_place import operation_of
 from .readers import Lifter, elementwise, handles, operands, tensor_of
 from .values import (
     Absolute,
@@ -32,6 +32,8 @@ from .values import (
     checked,
     dim,
     has_entries,
+    in_dtype,
+    is_empty,
     is_one,
     substitute,
     where,
@@ -62,9 +64,19 @@ def _zeros(lifter: Lifter, node: fx.Node) -> Any:
     return _constant(node, 0)
 
 
+@handles("zero")
+def _zero(lifter: Lifter, node: fx.Node) -> Any:
+    return _constant(node, 0)
+
+
+@handles("fill")
+def _fill(lifter: Lifter, node: fx.Node) -> Any:
+    return _constant(node, node.args[1])
+
+
 @handles("full", "full_like", "new_full")
 def _full(lifter: Lifter, node: fx.Node) -> Any:
-    position = 2 if operation(node) == "new_full" else 1
+    position = 2 if operation_of(node) == "new_full" else 1
     return _constant(node, lifter.argument(node, position, "fill_value"))
 
 
@@ -105,11 +117,56 @@ def _arithmetic(lifter: Lifter, node: fx.Node) -> Any:
     if tensor_of(node).dtype is torch.bool:
         # A product of truths is their conjunction, a sum their disjunction.
         parts = [as_bool(operand) for operand in operands(lifter, node)]
-        return {"mul": all_of, "add": any_of}[operation(node)](parts)
+        return {"mul": all_of, "add": any_of}[operation_of(node)](parts)
     try:
         return _integer_arithmetic(lifter, node)
     except NotUnderstood:
         return elementwise(lifter, node)
+
+
+@handles("log", "exp", "sign", "clamp", "clip", "clamp_min", "clamp_max", "nan_to_num")
+def _elementwise(lifter: Lifter, node: fx.Node) -> Any:
+    return elementwise(lifter, node)
+
+
+@handles("cat", "concat", "concatenate", "hstack", "vstack")
+def _cat(lifter: Lifter, node: fx.Node) -> Any:
+    """Parts side by side; those after the first count from where they begin."""
+    rank, dtype = tensor_of(node).dim(), tensor_of(node).dtype
+    sources: Any = node.args[0]
+    if any(tensor_of(source).dim() != rank for source in sources):
+        raise NotUnderstood
+    named = {"hstack": min(1, rank - 1), "vstack": 0}.get(operation_of(node))
+    along = lifter.argument(node, 1, "dim", 0) % rank if named is None else named
+    parts = [source for source in sources if not is_empty(tensor_of(source).shape[along])]
+    result: Any = None
+    start = sum(_length(source, along) for source in parts)
+    for source in reversed(parts):
+        if tensor_of(source).dtype is not dtype:
+            raise NotUnderstood
+        start -= _length(source, along)
+        # Of a part of size 1 nothing tells the coordinate along which it is repeated.
+        value = lifter.read(source)
+        value = substitute(value, {Coordinate(f"d{along}"): dim(along) - start} if start else {})
+        if result is None:
+            result = value
+            continue
+        inside = at_most(dim(along) + 1, Affine(const=start + _length(source, along)))
+        result = _either(inside, value, result, dtype)
+    return result
+
+
+def _length(source: Any, along: int) -> int:
+    size = tensor_of(source).shape[along]
+    if not isinstance(size, int):
+        raise NotUnderstood
+    return size
+
+
+def _either(inside: Bool, first: Any, second: Any, dtype: torch.dtype) -> Any:
+    if dtype is not torch.bool:
+        return where(inside, first, second)
+    return any_of((all_of((inside, as_bool(first))), all_of((negate(inside), as_bool(second)))))
 
 
 @handles("neg", "abs")
@@ -117,12 +174,12 @@ def _unary(lifter: Lifter, node: fx.Node) -> Any:
     value = lifter.read(node.args[0])
     if not isinstance(value, Affine) or tensor_of(node).dtype not in INTEGERS:
         return elementwise(lifter, node)
-    return checked(-value) if operation(node) == "neg" else Absolute(checked(value))
+    return checked(-value) if operation_of(node) == "neg" else Absolute(checked(value))
 
 
 @handles("floordiv", "floor_divide", "div")
 def _floor_divide(lifter: Lifter, node: fx.Node) -> Any:
-    floors = operation(node) != "div" or node.kwargs.get("rounding_mode") == "floor"
+    floors = operation_of(node) != "div" or node.kwargs.get("rounding_mode") == "floor"
     divisor = node.args[1]
     if not floors or not isinstance(divisor, int) or divisor < 1 or divisor > 2**30:
         raise NotUnderstood
@@ -133,7 +190,7 @@ def _floor_divide(lifter: Lifter, node: fx.Node) -> Any:
 
 @handles("where", "masked_fill")
 def _where(lifter: Lifter, node: fx.Node) -> Any:
-    if operation(node) == "masked_fill":
+    if operation_of(node) == "masked_fill":
         second, condition, first = node.args
     elif node.op == "call_method":
         first, condition, second = node.args
@@ -143,9 +200,8 @@ def _where(lifter: Lifter, node: fx.Node) -> Any:
     tested = as_bool(lifter.broadcast(condition, rank))
     chosen = [lifter.broadcast(part, rank) for part in (first, second)]
     if dtype is torch.bool:
-        inside, outside = (as_bool(part) for part in chosen)
-        return any_of((all_of((tested, inside)), all_of((negate(tested), outside))))
-    return _in_dtype(where(tested, *chosen), dtype)
+        return _either(tested, *chosen, dtype)
+    return in_dtype(where(tested, *chosen), dtype)
 
 
 @handles("tril", "triu")
@@ -153,7 +209,7 @@ def _triangle(lifter: Lifter, node: fx.Node) -> Any:
     rank = tensor_of(node).dim()
     diagonal = lifter.number(lifter.argument(node, 1, "diagonal", 0))
     beyond = dim(rank - 1) - dim(rank - 2) - diagonal
-    lower = operation(node) == "tril"
+    lower = operation_of(node) == "tril"
     kept = at_most(beyond, Affine()) if lower else at_most(-beyond, Affine())
     value = lifter.read(node.args[0])
     if tensor_of(node).dtype is torch.bool:
@@ -200,7 +256,7 @@ def _integer_arithmetic(lifter: Lifter, node: fx.Node) -> Affine:
     if tensor_of(node).dtype not in INTEGERS or "alpha" in node.kwargs:
         raise NotUnderstood
     left, right = (checked(as_affine(operand)) for operand in operands(lifter, node))
-    match operation(node):
+    match operation_of(node):
         case "add":
             return checked(left + right)
         case "sub":
@@ -219,13 +275,4 @@ def _constant(node: fx.Node, number: Any) -> Any:
     dtype = tensor_of(node).dtype
     if dtype is torch.bool:
         return Constant(bool(number))
-    return _in_dtype(Choice({number: TRUE}), dtype)
-
-
-def _in_dtype(value: Choice, dtype: torch.dtype) -> Choice:
-    """The values as ``dtype`` holds them."""
-    regions: dict[float, Bool] = {}
-    for number, region in value.regions.items():
-        held = float(torch.tensor(number, dtype=dtype))
-        regions[held] = any_of((regions.get(held, Constant(False)), region))
-    return Choice(regions)
+    return in_dtype(Choice({number: TRUE}), dtype)

@@ -120,6 +120,11 @@ def is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
+def is_empty(size: Any) -> bool:
+    """Whether a dimension is known to have size 0."""
+    return isinstance(size, int) and size == 0
+
+
 def aligned(value: Value, shape: Sequence[Any], rank: int) -> Any:
     """A value of a tensor of ``shape`` as it is broadcast to ``rank`` dimensions."""
     if value is None:
@@ -220,6 +225,15 @@ def where(condition: Bool, first: Value, second: Value) -> Choice:
     return choose(kept + [(n, all_of((other, r))) for n, r in as_choice(second).regions.items()])
 
 
+def in_dtype(value: Choice, dtype: torch.dtype) -> Choice:
+    """The values as ``dtype`` holds them."""
+    regions: dict[float, Bool] = {}
+    for number, region in value.regions.items():
+        held = float(torch.tensor(number, dtype=dtype))
+        regions[held] = any_of((regions.get(held, Constant(False)), region))
+    return Choice(regions)
+
+
 def apply_to_choices(
     node: fx.Node, operands: Sequence[Any], tensors: Sequence[Tensor | None]
 ) -> Choice:
@@ -254,6 +268,8 @@ def _run(node: fx.Node, samples: list[Any]) -> float:
     if any(isinstance(argument, fx.Node) for argument in kwargs.values()):
         raise NotUnderstood
     kwargs.pop("device", None)
+    # Combinations share them, and the operation may be one in place.
+    samples = [s.clone() if isinstance(s, Tensor) else s for s in samples]
     if node.op == "call_method":
         target = getattr(samples.pop(0), target)
     return float(target(*samples, **kwargs))

@@ -137,10 +137,19 @@ def test_causality_and_the_rest_are_the_mask(mask: Mask) -> None:
         ("(q <= kv + 39) | (q < kv)", "q <= kv + 39"),
         ("(kv <= q) & (kv <= q + 3) & (t0[b, kv])", "(kv <= q) & (t0[b, kv])"),
         ("(kv <= q) | (kv <= q + 3) | (kv <= q + n0)", "(kv <= q + 3) | (kv <= q + n0)"),
-        ("(kv <= q) | (q <= kv)", "(kv <= q) | (q <= kv)"),
+        ("(kv <= q) | (q <= kv)", "True"),
+        ("(kv <= q) | (q < kv)", "True"),
+        ("(kv <= q) | (q + 2 <= kv)", "(kv <= q) | (q + 2 <= kv)"),
+        ("(kv <= q) & (q < kv)", "False"),
+        ("(kv <= q) & (q <= kv)", "(kv <= q) & (q <= kv)"),
+        ("(kv <= q) & ((q < kv) | (t0[b, kv]))", "(kv <= q) & (t0[b, kv])"),
+        ("(kv <= q) & ((kv <= q + 3) | (t0[b, kv]))", "kv <= q"),
+        ("(kv <= q) | ((kv <= q - 3) & (t0[b, kv]))", "kv <= q"),
+        ("(kv <= q) | ((q < kv) & (t0[b, kv]))", "(kv <= q) | (t0[b, kv])"),
+        ("(t0[b, kv]) & (~(t0[b, kv]) | (kv <= q))", "(t0[b, kv]) & (kv <= q)"),
     ],
 )
-def test_a_comparison_that_another_implies_is_dropped(text: str, expected: str) -> None:
+def test_what_other_parts_of_a_mask_decide_is_dropped(text: str, expected: str) -> None:
     assert format_mask(parse_mask(text)) == expected
 
 

@@ -40,6 +40,21 @@ def causal(query: Tensor, key: Tensor) -> Tensor:
     return columns(key) <= rows(query)
 
 
+def pairs() -> Tensor:
+    return torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+
+
+def causal_bias() -> Tensor:
+    return torch.full((LENGTH, LENGTH), torch.finfo(torch.float32).min).triu(1)[None, None]
+
+
+def _changed(query: Tensor, key: Tensor, ids: Tensor) -> Tensor:
+    mask = causal(query, key).expand(2, 1, -1, -1).clone()
+    mask &= (ids > 0)[:, None, None]
+    mask.logical_or_(columns(key) < 0)
+    return mask
+
+
 def vmapped(mask: Callable[..., Tensor], *sizes: int) -> Tensor:
     for dims in [
         (None,) * 3 + (0,),
@@ -152,6 +167,77 @@ PROVED: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor], Tensor]]] = {
         "window by position",
         lambda q, k, i: columns(k)[(columns(k) - 3)[:, None]] <= columns(k),
     ),
+    "memory in front": (
+        "prefix",
+        lambda q, k, i: torch.hstack(
+            [torch.ones(LENGTH, 9).bool(), torch.ones(LENGTH, LENGTH - 9).bool().tril(-9)]
+        ),
+    ),
+    "nothing in front": (
+        "causal",
+        lambda q, k, i: torch.hstack(
+            [torch.zeros(LENGTH, 0), torch.full((LENGTH, LENGTH), -torch.inf).triu(1)]
+        ),
+    ),
+    "one above the other": (
+        "other",
+        lambda q, k, i: torch.vstack([pairs()[:9], pairs().tril()[9:30], pairs().tril(-3)[30:]]),
+    ),
+    "grid of positions": (
+        "causal",
+        lambda q, k, i: torch.ge(*torch.meshgrid(arange(LENGTH), arange(LENGTH), indexing="ij")),
+    ),
+    "grid of positions, xy": (
+        "causal",
+        lambda q, k, i: torch.le(*torch.meshgrid([arange(LENGTH), arange(LENGTH)], indexing="xy")),
+    ),
+    "logarithm": (
+        "causal, sliding window 20",
+        lambda q, k, i: torch.log(torch.triu(torch.tril(torch.ones(LENGTH, LENGTH)), -19)),
+    ),
+    "clamped": (
+        "causal, key padding",
+        lambda q, k, i: torch.clamp(
+            torch.full((LENGTH, LENGTH), torch.finfo(torch.float32).min).triu(1)
+            + (1.0 - (i > 0)[:, None, None].float()) * torch.finfo(q.dtype).min,
+            min=torch.finfo(q.dtype).min,
+        ),
+    ),
+    "filled where causal and padded": (
+        "causal, key padding",
+        lambda q, k, i: causal_bias().masked_fill(
+            (causal_bias() == 0) & (i[:, None, None] == 0), torch.finfo(q.dtype).min
+        ),
+    ),
+    "chunks by distance": (
+        "causal, chunks of 16",
+        lambda q, k, i: (((columns(k) // 16 - rows(q) // 16).abs()) == 0) & causal(q, k),
+    ),
+    "exclusive or of triangles": (
+        "causal, sliding window 20",
+        lambda q, k, i: torch.bitwise_xor(causal(q, k), torch.tril(causal(q, k), -20)),
+    ),
+    "made in place": ("causal", lambda q, k, i: ones(q, k).tril_()[None]),
+    "filled in place": (
+        "causal, key padding",
+        lambda q, k, i: (
+            torch.zeros(2, 1, LENGTH, LENGTH)
+            .masked_fill_(causal(q, k).logical_not(), -torch.inf)
+            .masked_fill_((i == 0)[:, None, None], -torch.inf)[:, :1]
+        ),
+    ),
+    "changed in place twice": ("causal, key padding", lambda q, k, i: _changed(q, k, i)[:, :1]),
+    "zeroed, and added to": (
+        "causal",
+        lambda q, k, i: (
+            torch.empty(LENGTH, LENGTH)
+            .zero_()
+            .add_(causal(q, k))
+            .sub_(1)
+            .mul_(1e38)
+            .mul_(1e38)[None]
+        ),
+    ),
     "rows unlike": ("other", lambda q, k, i: (rows(q) + columns(k)) <= 60),
 }
 
@@ -241,8 +327,12 @@ MUTATED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "entry": lambda q, k, i: _set(causal(q, k), (0, 1)),
     "view": lambda q, k, i: _fill(causal(q, k), lambda mask: mask[None].select(1, 3)),
     "padding": lambda q, k, i: _fill(i, lambda ids: ids[:, :4])[:, None, None] > 0,
-    "method": lambda q, k, i: ones(q, k).tril_(),
-    "operator": lambda q, k, i: _iand(causal(q, k), (i > 0)[0]),
+    "operator on a view": lambda q, k, i: _iand(causal(q, k), (i > 0)[0]),
+    "read before": lambda q, k, i: _read_before(causal(q, k), (i > 0)[0]),
+    "viewed before": lambda q, k, i: _viewed_before(ones(q, k)),
+    "by what is not understood": lambda q, k, i: causal(q, k).bernoulli_(0.5)[None],
+    "by what is understood, then not": lambda q, k, i: causal(q, k).tril_(3).bernoulli_(0.5)[None],
+    "of integers": lambda q, k, i: _of_integers(i),
     "out": lambda q, k, i: torch.logical_not(causal(q, k), out=torch.empty(LENGTH, LENGTH).bool()),
 }
 
@@ -258,8 +348,27 @@ def _fill(tensor: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _iand(mask: Tensor, other: Tensor) -> Tensor:
-    mask &= other
+    part = mask[..., :7]
+    part &= other[..., :7]
     return mask
+
+
+def _of_integers(ids: Tensor) -> Tensor:
+    ids = ids.clone()
+    ids &= 2
+    return ids[:, None, None] > 0
+
+
+def _read_before(mask: Tensor, other: Tensor) -> Tensor:
+    before = mask.float()
+    mask &= other
+    return (before > 0) | mask
+
+
+def _viewed_before(mask: Tensor) -> Tensor:
+    view = mask[None]
+    mask.tril_()
+    return view
 
 
 @pytest.mark.parametrize("name", list(MUTATED))
