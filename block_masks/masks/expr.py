@@ -242,15 +242,15 @@ def _closed(parts: dict[Bool, None], kind: Any) -> dict[Bool, None] | None:
     ``None`` where two of them decide the whole: ``q < kv`` and ``kv <= q``.
     """
     simple = [part for part in parts if not isinstance(part, (And, Or))]
-    for i, part in enumerate(simple):
-        if any(_decide(part, other, kind) for other in simple[i + 1 :]):
+    for i, one in enumerate(simple):
+        if any(_decide(one, other, kind) for other in simple[i + 1 :]):
             return None
     closed: dict[Bool, None] = {}
     for part in parts:
         if not isinstance(part, (And, Or)):
             closed[part] = None
             continue
-        if any(_follows(part_, inner, kind) for inner in part.parts for part_ in simple):
+        if any(_follows(other, inner, kind) for inner in part.parts for other in simple):
             continue
         left = [i for i in part.parts if not any(_decide(other, i, kind) for other in simple)]
         closed[any_of(left) if kind is And else all_of(left)] = None

@@ -200,7 +200,7 @@ def _where(lifter: Lifter, node: fx.Node) -> Any:
     tested = as_bool(lifter.broadcast(condition, rank))
     chosen = [lifter.broadcast(part, rank) for part in (first, second)]
     if dtype is torch.bool:
-        return _either(tested, *chosen, dtype)
+        return _either(tested, chosen[0], chosen[1], dtype)
     return in_dtype(where(tested, *chosen), dtype)
 
 

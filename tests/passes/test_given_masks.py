@@ -330,6 +330,10 @@ def test_lengths_that_differ_share_a_graph(mask: Tensor) -> None:
 class StaticCache(nn.Module):
     """Rows of a mask are looked up by position, keys lie in a cache of a fixed length."""
 
+    causal_mask: Tensor
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, mask: Tensor = CAUSAL) -> None:
         super().__init__()
         self.register_buffer("causal_mask", mask.clone(), persistent=False)
@@ -517,7 +521,8 @@ def test_a_graph_that_a_cache_has_is_guarded_like_one_that_is_compiled(
             with torch.no_grad():
                 output = run(*inputs)
             mask = mask[:128, :128]
-            expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask)
+            query, key, value = inputs
+            expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
         hits = counters["aot_autograd"]["autograd_cache_hit"]
         assert (hits > 0) is (change is not None)
