@@ -173,9 +173,16 @@ def can_be_read(tensor: Any) -> bool:
     )
 
 
-def is_captured(tensor: Tensor) -> bool:
-    """Whether what is done to a tensor now goes into a CUDA graph."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def is_warmed_up(tensor: Tensor) -> bool:
+    """Whether what is done to a tensor now may go into a CUDA graph that a user captures.
+
+    Whoever replays a graph writes its next arguments into the memory of those that it was captured
+    with. Graphs are captured, and warmed up for it, on streams other than the default one.
+    """
+    if not tensor.is_cuda:
+        return False
+    current = torch.cuda.current_stream(tensor.device)
+    return current != torch.cuda.default_stream(tensor.device)
 
 
 def entries_of(tensor: Tensor) -> Entries | None:
@@ -187,7 +194,7 @@ def entries_of(tensor: Tensor) -> Entries | None:
     known = _known.get(id(tensor))
     if known is not None and known.owner() is tensor and known.place == place:
         return known.entries
-    if is_captured(tensor):
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     with _reading():
         entries = read_entries(tensor.detach())

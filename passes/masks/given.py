@@ -31,7 +31,7 @@ from ...block_masks.masks import (
 )
 from ..calls import mutated_origins, recorded
 from .computed import Computed, table_of_pairs
-from .entries import Entries, PairEntries, PositionEntries, can_be_read, entries_of, is_captured
+from .entries import Entries, PairEntries, PositionEntries, can_be_read, entries_of, is_warmed_up
 from .values import Choice, Value, dim, is_one
 
 # What a tensor may say in the graphs of one function before it stays a tensor there.
@@ -124,7 +124,7 @@ class GivenTensors:
         if node not in self._tensors:
             return None
         entries = entries_of(self._tensors[node])
-        if entries is None or (_is_argument(node) and is_captured(self._tensors[node])):
+        if entries is None or (_is_argument(node) and is_warmed_up(self._tensors[node])):
             return None
         if not self._history(node).has_room(entries):
             self._history(node).add(entries)
@@ -234,8 +234,7 @@ def _match_entries(
     def matches(tensor: Any) -> bool:
         if history.is_given_up() or not can_be_read(tensor):
             return False
-        if is_argument and is_captured(tensor):
-            # Who replays a graph writes its next arguments into the memory of these.
+        if is_argument and is_warmed_up(tensor):
             return False
         # Made for others: a step of decoding is not to be read.
         if any(size == 1 for size in tensor.shape[-2:]):
