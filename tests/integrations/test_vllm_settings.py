@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import tomllib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -12,7 +15,14 @@ import pytest
 import torch
 
 from unisparse_flex import Calibration, Selector, UniSparse
-from unisparse_flex.integrations.vllm import TESTED, Options, Reason
+from unisparse_flex.integrations.vllm import (
+    ENTRY_POINT,
+    GROUP,
+    TESTED,
+    Options,
+    Reason,
+    registration,
+)
 from unisparse_flex.integrations.vllm.cache_view import (
     CacheView,
     has_dtype,
@@ -24,17 +34,19 @@ from unisparse_flex.integrations.vllm.kernels import FlashKernel
 from unisparse_flex.integrations.vllm.layer_state import LayerState
 from unisparse_flex.integrations.vllm.layers import (
     excluded_layers,
+    local_setting,
     refuse_engine,
     refuse_layer,
     setting_of,
     validate_calibration,
 )
-from unisparse_flex.integrations.vllm.planning import Plan, plan_rows
+from unisparse_flex.integrations.vllm.planning import Plan, plan_rows, refuse_batch
 from unisparse_flex.integrations.vllm.policy import Policy
 from unisparse_flex.integrations.vllm.report import describe
 from unisparse_flex.integrations.vllm.versions import validate_version
 from unisparse_flex.integrations.vllm.warm_up import row_lengths
-from unisparse_flex.selectors import StreamingLLM
+from unisparse_flex.passes.calls import HeadShard
+from unisparse_flex.selectors import DenseSpan, StreamingLLM
 
 NAME = "model.layers.{}.self_attn.attn"
 
@@ -152,6 +164,10 @@ class TestLayers:
     ) -> None:
         assert refuse_layer(impl(**changes), UniSparse(c_h=2)) is reason
 
+    def test_selectors_of_whole_prompts_are_refused(self) -> None:
+        span = DenseSpan(selector=UniSparse(), tokens="0:64")
+        assert refuse_layer(impl(), span) is Reason.SELECTOR
+
     @pytest.mark.parametrize(
         ("sizes", "transfer", "reason"),
         [
@@ -169,6 +185,33 @@ class TestLayers:
             parallel_config=SimpleNamespace(**sizes), kv_transfer_config=transfer
         )
         assert refuse_engine(config) is reason
+
+    @pytest.mark.parametrize("count", [1, 2, 4])
+    def test_a_rank_has_the_numbers_of_its_own_heads(self, count: int) -> None:
+        thresholds = tuple(i / 100 for i in range(8))
+        whole = UniSparse(head_thresholds=thresholds)
+        found: list[float] = []
+        for rank in range(count):
+            setting = local_setting(whole, HeadShard(index=rank, count=count), 8 // count)
+            assert isinstance(setting, UniSparse)
+            assert setting.head_thresholds is not None
+            found += setting.head_thresholds
+        assert tuple(found) == thresholds
+        shard = HeadShard(index=count - 1, count=count)
+        assert local_setting(UniSparse(), shard, 8 // count) == UniSparse()
+        assert local_setting(Reason.EXCLUDED, shard, 8 // count) is Reason.EXCLUDED
+
+    def test_numbers_for_other_heads_than_the_models_are_refused(self) -> None:
+        whole = UniSparse(head_thresholds=(0.1,) * 6)
+        with pytest.raises(ValueError, match="each of 8 query heads, got 6"):
+            local_setting(whole, HeadShard(index=1, count=2), 4)
+
+    def test_groups_of_composite_heads_are_counted_on_the_rank(self) -> None:
+        # Key heads fewer than ranks are repeated: a rank's group is smaller than the model's.
+        selector = UniSparse(c_h=4)
+        assert refuse_layer(impl(num_heads=8, num_kv_heads=2), selector) is None
+        assert refuse_layer(impl(num_heads=4, num_kv_heads=1), selector) is None
+        assert refuse_layer(impl(num_heads=2, num_kv_heads=1), selector) is Reason.HEADS
 
     def test_dense_layers_count_from_either_end(self) -> None:
         assert excluded_layers(Options(dense_layers=(0, -1)), 8) == {0, 7}
@@ -202,6 +245,29 @@ def plan(*rows: tuple[int, int], prefilling: list[bool] | None = None, **options
 
 
 class TestPlanning:
+    @pytest.mark.parametrize(
+        ("changes", "prefix", "reason"),
+        [
+            ({}, 0, None),
+            ({}, 64, Reason.CASCADE),
+            ({"causal": False}, 0, Reason.NOT_CAUSAL),
+            ({"causal": torch.tensor([True])}, 0, Reason.NOT_CAUSAL),
+            ({"mm_req_doc_ranges": {0: [(3, 9)]}}, 0, Reason.PREFIX_IMAGES),
+            ({"rswa_prefix_lens": torch.tensor([5])}, 0, Reason.PREFIX_IMAGES),
+            ({"seq_lens_cpu_upper_bound": None}, 0, Reason.SPLIT_BATCH),
+        ],
+    )
+    def test_batches_that_are_not_plain_are_refused(
+        self, changes: dict[str, Any], prefix: int, reason: Reason | None
+    ) -> None:
+        plain: dict[str, Any] = {
+            "causal": True,
+            "mm_req_doc_ranges": None,
+            "rswa_prefix_lens": None,
+            "seq_lens_cpu_upper_bound": torch.tensor([300]),
+        }
+        assert refuse_batch(SimpleNamespace(**{**plain, **changes}), prefix) is reason
+
     def test_prefill_rows_are_split_from_all_others(self) -> None:
         found = plan(
             (1, 900), (500, 500), (4, 80), (0, 0), (200, 4000), (128, 128),
@@ -227,6 +293,26 @@ class TestPlanning:
         self, rows: list[tuple[int, int]], options: dict[str, Any], cut: list[bool]
     ) -> None:
         assert [row.is_cut for row in plan(*rows, **options).sparse] == cut
+
+    @pytest.mark.parametrize("ranks", [2, 4])
+    def test_a_rank_decides_by_the_heads_that_it_has(self, ranks: int) -> None:
+        whole = Policy(
+            selectors=Policy.count([UniSparse()]),
+            min_length=None,
+            q_heads=32,
+            kv_heads=8,
+            head_dim=128,
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+        )
+        rank = replace(whole, q_heads=32 // ranks, kv_heads=8 // ranks)
+        lengths = [1024 * n for n in (1, 2, 4, 8, 16, 32, 64)]
+        decided = [[policy.decide(n, n) for n in lengths] for policy in (whole, rank)]
+        for reasons in decided:
+            assert reasons[0] is Reason.SLOWER
+            assert reasons[-1] is None
+        # Fewer heads gain nothing earlier.
+        assert decided[1].count(None) <= decided[0].count(None)
 
     def test_min_length_or_the_cost_model_decides(self) -> None:
         values: dict[str, Any] = {
@@ -370,3 +456,19 @@ def test_rows_of_the_warm_up_reach_the_longest_request() -> None:
         (8192, 32768), (8192, 65536), (8192, 131072),
     ]  # fmt: skip
     assert row_lengths(8192, 2000, 128) == [(128, 2000), (2000, 2000)]
+
+
+def test_the_plug_in_is_registered_by_the_names_that_it_says() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    points = project["project"]["entry-points"][GROUP]
+    [(name, path)] = points.items()
+    module, function = path.split(":")
+    assert name == ENTRY_POINT
+    assert getattr(importlib.import_module(module), function) is registration.register
+
+
+def test_refusals_are_told_from_settings_and_lengths() -> None:
+    choices = [reason for reason in Reason if not reason.is_refusal]
+    assert {Reason.SHORT, Reason.EXCLUDED, Reason.DECODE} <= set(choices)
+    assert Reason.SINKS.is_refusal
+    assert Reason.CASCADE.is_refusal

@@ -19,6 +19,7 @@ from .compile_check import check_compiled_call
 from .finding import Finding, Status
 from .torch_names import check_private_names
 from .versions import check_optional_packages, check_python, check_torch
+from .vllm_plugin import check_vllm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +64,7 @@ def examine(
         check_python(),
         check_torch(),
         *check_optional_packages(on_cuda=device.type == "cuda"),
+        check_vllm(),
         check_private_names(),
         check_device(device),
         *measured,

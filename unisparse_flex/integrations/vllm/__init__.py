@@ -6,17 +6,21 @@ see `Options`.
 """
 
 from .counters import Counts, read_counts, reset_counts
-from .options import KEY, Options
+from .options import KEY, PARENTS, Options
 from .reasons import Reason
-from .registration import register
-from .versions import TESTED
+from .registration import ENTRY_POINT, GROUP, register
+from .versions import TESTED, is_tested
 
 __all__ = [
+    "ENTRY_POINT",
+    "GROUP",
     "KEY",
+    "PARENTS",
     "TESTED",
     "Counts",
     "Options",
     "Reason",
+    "is_tested",
     "read_counts",
     "register",
     "reset_counts",

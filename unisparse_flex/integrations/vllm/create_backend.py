@@ -9,12 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...passes.calls import HeadShard
 from .counters import counting
 from .kernels import ParentKernel
 from .layer_state import LayerState
-from .layers import excluded_layers, refuse_engine, setting_of, validate_calibration
+from .layers import (
+    excluded_layers,
+    local_setting,
+    refuse_engine,
+    setting_of,
+    validate_calibration,
+)
 from .options import KEY, Options
-from .planning import Row, plan_rows
+from .planning import Row, plan_rows, refuse_batch
 from .policy import Policy
 from .reasons import Reason
 from .report import describe
@@ -96,8 +103,13 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
             self.is_reported = False
 
         def _create_states(self, vllm_config: Any) -> dict[str, LayerState]:
+            from vllm.distributed import get_tensor_model_parallel_rank
             from vllm.model_executor.models.utils import extract_layer_index
 
+            shard = HeadShard(
+                index=get_tensor_model_parallel_rank(),
+                count=vllm_config.parallel_config.tensor_parallel_size,
+            )
             count = vllm_config.model_config.hf_text_config.num_hidden_layers
             excluded = excluded_layers(self.options, count)
             validate_calibration(self.options, list(self.layers))
@@ -110,6 +122,7 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 except (AssertionError, ValueError):
                     index = None
                 setting = self.refused or setting_of(name, index, self.options, excluded)
+                setting = local_setting(setting, shard, layer.impl.num_heads)
                 layer.impl.unisparse = LayerState.create(name, layer.impl, kernel, setting)
             return {name: layer.impl.unisparse for name, layer in self.layers.items()}
 
@@ -179,7 +192,7 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
         ) -> tuple[tuple[Row, ...], tuple[Row, ...]] | None:
             count = common.num_reqs
             starts = common.query_start_loc_cpu[: count + 1].tolist()
-            reason = _refuse_batch(common, prefix)
+            reason = refuse_batch(common, prefix)
             if reason is not None:
                 long = [b - a >= policy.min_queries for a, b in pairwise(starts)]
                 counting.dense_rows[reason] += sum(long)
@@ -349,19 +362,6 @@ def _reserved_bytes(impl: Any) -> int:
         model.dtype.itemsize,
         size,
     )
-
-
-def _refuse_batch(common: Any, prefix: int) -> Reason | None:
-    """Why no row of a batch runs sparse."""
-    if prefix > 0:
-        return Reason.CASCADE
-    if common.causal is not True:
-        return Reason.NOT_CAUSAL
-    if common.mm_req_doc_ranges is not None or common.rswa_prefix_lens is not None:
-        return Reason.PREFIX_IMAGES
-    if common.seq_lens_cpu_upper_bound is None:
-        return Reason.SPLIT_BATCH
-    return None
 
 
 def _tokens_of(rows: tuple[Row, ...], device: torch.device) -> slice | Tensor | None:

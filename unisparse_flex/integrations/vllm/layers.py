@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...block_masks import Selector, UniSparse
+from ...passes.calls import PER_HEAD, HeadShard, shard_selector
 from .options import Options
 from .reasons import Reason
 
@@ -47,6 +48,30 @@ def setting_of(
         if module == known or module.endswith("." + known) or known.endswith("." + module):
             return setting if isinstance(setting, Selector) else Reason.CALIBRATED
     return Reason.CALIBRATED
+
+
+def local_setting(setting: Selector | Reason, shard: HeadShard, q_heads: int) -> Selector | Reason:
+    """A layer's setting for the query heads that a rank holds.
+
+    Args:
+        setting: That of all heads.
+        shard: Which of the tensor parallel ranks this is.
+        q_heads: Query heads of the layer on it.
+
+    Raises:
+        ValueError: The selector has numbers for more heads than the layer, or fewer.
+    """
+    if isinstance(setting, Reason):
+        return setting
+    found = shard_selector(setting, shard)
+    for name in PER_HEAD:
+        numbers = getattr(found, name, None)
+        if numbers is not None and len(numbers) != q_heads:
+            raise ValueError(
+                f"{name} must have a number for each of {q_heads * shard.count} query heads, got "
+                f"{len(numbers) * shard.count}; calibrate this model anew"
+            )
+    return found
 
 
 def validate_calibration(options: Options, names: Sequence[str]) -> None:
@@ -100,6 +125,9 @@ def refuse_layer(impl: Any, selector: Selector) -> Reason | None:
         return Reason.SINKS
     if impl.kv_cache_dtype not in FLOATING_CACHES:
         return Reason.QUANTIZED_CACHE
+    # Chunks have fewer queries than keys.
+    if not selector.supports(causal=True, masked=False, self_attention=False):
+        return Reason.SELECTOR
     if isinstance(selector, UniSparse) and impl.num_heads // impl.num_kv_heads % selector.c_h:
         return Reason.HEADS
     return None

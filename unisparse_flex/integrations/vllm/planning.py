@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from .reasons import Reason
 
@@ -49,6 +50,24 @@ class Plan:
     sparse: tuple[Row, ...]
     rest: tuple[Row, ...]
     reasons: Counter[Reason] = field(default_factory=Counter)
+
+
+def refuse_batch(common: Any, prefix: int) -> Reason | None:
+    """Why no row of a batch runs sparse; ``None`` where some may.
+
+    Args:
+        common: vLLM's ``CommonAttentionMetadata``.
+        prefix: Keys at their beginning that all requests share, computed once for all of them.
+    """
+    if prefix > 0:
+        return Reason.CASCADE
+    if common.causal is not True:
+        return Reason.NOT_CAUSAL
+    if common.mm_req_doc_ranges is not None or common.rswa_prefix_lens is not None:
+        return Reason.PREFIX_IMAGES
+    if common.seq_lens_cpu_upper_bound is None:
+        return Reason.SPLIT_BATCH
+    return None
 
 
 def plan_rows(

@@ -24,6 +24,7 @@ class Reason(StrEnum):
     SHARED_CACHE = "layer that reads another layer's cache"
     DTYPE = "queries and cache differ in dtype, or are not 16- or 32-bit floating"
     HEADS = "c_h does not divide the query heads of a key head"
+    SELECTOR = "selector that is not defined for a part of a prompt"
     PAGE_SIZE = "block_size of the selector is no multiple of a page; set --block-size to it"
     LAYOUT = "a layout of the cache that cannot be read by pages of one head"
     # A row of a batch.
@@ -37,3 +38,19 @@ class Reason(StrEnum):
     SPLIT_BATCH = "a batch whose lengths are not known on the host"
     # A call.
     QUANTIZED_OUTPUT = "fused quantisation of the output"
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether it holds whatever the settings and the lengths are."""
+        return self not in _CHOICES
+
+
+# What the settings say, and rows that are too short to gain.
+_CHOICES = {
+    Reason.NO_SETTINGS,
+    Reason.EXCLUDED,
+    Reason.CALIBRATED,
+    Reason.DECODE,
+    Reason.SHORT,
+    Reason.SLOWER,
+}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 
+# Where vLLM looks for plug-ins, and this one's name there, as in pyproject.toml.
+GROUP = "vllm.general_plugins"
+ENTRY_POINT = "unisparse"
 PATH = "unisparse_flex.integrations.vllm.backend.Backend"
 
 
