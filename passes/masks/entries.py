@@ -185,12 +185,17 @@ def is_warmed_up(tensor: Tensor) -> bool:
     return current != torch.cuda.default_stream(tensor.device)
 
 
+def changes_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What differs after a tensor's entries were changed in place, or others put in its place."""
+    return tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
 def entries_of(tensor: Tensor) -> Entries | None:
     """`read_entries` of a tensor that `can_be_read`, once for each version of it.
 
     ``None`` also while a CUDA graph is captured, when nothing can be read anew.
     """
-    place = (tensor._version, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+    place = changes_of(tensor)
     known = _known.get(id(tensor))
     if known is not None and known.owner() is tensor and known.place == place:
         return known.entries

@@ -31,11 +31,21 @@ from ...block_masks.masks import (
 )
 from ..calls import mutated_origins, recorded
 from .computed import Computed, table_of_pairs
-from .entries import Entries, PairEntries, PositionEntries, can_be_read, entries_of, is_warmed_up
+from .entries import (
+    Entries,
+    PairEntries,
+    PositionEntries,
+    can_be_read,
+    changes_of,
+    entries_of,
+    is_warmed_up,
+)
 from .values import Choice, Value, dim, is_one
 
 # What a tensor may say in the graphs of one function before it stays a tensor there.
 MOST = 4
+# Tensors that a guard remembers: one for each layer that shares the graph.
+MOST_PASSED = 256
 
 
 class _History:
@@ -230,17 +240,24 @@ def _match_entries(
     builder: Any, guard: Any, *, entries: Entries, history: _History, is_argument: bool
 ) -> None:
     """Makes Dynamo's guard; ``history`` is that of the function."""
+    # By the id of a tensor that matched, the tensor and what would tell that it was changed.
+    passed: dict[int, tuple[Any, ...]] = {}
 
     def matches(tensor: Any) -> bool:
-        if history.is_given_up() or not can_be_read(tensor):
+        if history.is_given_up():
             return False
-        if is_argument and is_warmed_up(tensor):
-            return False
-        # Made for others: a step of decoding is not to be read.
-        if any(size == 1 for size in tensor.shape[-2:]):
+        known = passed.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[1:] == changes_of(tensor):
+            return not (is_argument and is_warmed_up(tensor))
+        if not _may_match(tensor, is_argument):
             return False
         found = entries_of(tensor)
-        return found is not None and entries.covers(found)
+        if found is None or not entries.covers(found):
+            return False
+        if len(passed) >= MOST_PASSED:
+            passed.clear()
+        passed[id(tensor)] = weakref.ref(tensor), *changes_of(tensor)
+        return True
 
     source = guard.originating_source
     from torch._dynamo.source import AttrSource
@@ -251,6 +268,14 @@ def _match_entries(
     manager = builder.get_guard_manager(guard)
     parts = [f"the entries of {source.name} say what the graph was compiled for"]
     manager.add_lambda_guard(matches, parts, guard.user_stack)
+
+
+def _may_match(tensor: Any, is_argument: bool) -> bool:
+    """Whether it is worth reading what a call is given."""
+    if not can_be_read(tensor) or (is_argument and is_warmed_up(tensor)):
+        return False
+    # Graphs are made for others: a step of decoding is not to be read.
+    return not any(size == 1 for size in tensor.shape[-2:])
 
 
 def _value(node: fx.Node, entries: Entries) -> Value:
