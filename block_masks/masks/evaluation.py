@@ -74,9 +74,9 @@ class Evaluation:
         tensor = self.tensors[int(load.source[1:])]
         if not load.index:
             return tensor
-        # Computed from a position: kernels written in CuTe take no plain number as an index.
-        zero = self.position["q"] * 0
-        return tensor[tuple(self.integer(i) if i.terms else zero + i.const for i in load.index)]
+        zero = torch.zeros_like(self.position["q"])
+        index = tuple(zero if not i.terms and not i.const else self.integer(i) for i in load.index)
+        return tensor[index]
 
 
 def number_of(value: Affine, numbers: Sequence[int]) -> int:

@@ -15,6 +15,7 @@ from .refusals import needs_grad
 # Blackwell it has 256 queries.
 FLASH_BLOCK, FLASH_LARGEST_HEAD_DIM, FLASH_HEAD_DIM_STEP = 128, 128, 16
 FLASH_CAPABILITY = 9
+_LOAD = re.compile(r"\bt\d+\[([^\]]*)\]")
 
 
 def flex_backend(call: SdpaCall, block_size: int, backend: str) -> str:
@@ -71,8 +72,11 @@ def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
         )
     if "//" in call.mask:
         return "it is used under masks without chunks"
-    if "[]" in call.mask:
-        return "it is used under masks that read tensors of one dimension or more, got a scalar"
+    if _reads_fixed_entries(call.mask):
+        return (
+            "it is used under masks that read tensors at rows, keys and batch elements, got a "
+            "number as an index, which CuTe code cannot hold"
+        )
     if any(map(is_symbolic, (call.causal_offset(), *(call.mask_numbers or ())))):
         # It would be a captured number computed from lengths, which CuTe code cannot hold.
         return "it needs a causal offset that is known when it is compiled, got one of the lengths"
@@ -83,7 +87,13 @@ def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
 
 def reads_tensors(mask: str) -> bool:
     """Whether a mask, as `SdpaCall.mask` writes it, reads entries of tensors."""
-    return re.search(r"\bt\d+\[", mask) is not None
+    return _LOAD.search(mask) is not None
+
+
+def _reads_fixed_entries(mask: str) -> bool:
+    """Whether an index of what a mask reads is a number, or there is none."""
+    indices = [index for load in _LOAD.findall(mask) for index in load.split(",")]
+    return any(re.fullmatch(r"\s*-?\d*\s*", index) for index in indices)
 
 
 def supports_head_dim(head_dim: int) -> bool:

@@ -164,16 +164,22 @@ def test_flash_attends_under_masks_that_read_tensors(
         return output + attention(query, key, value, mask(ids * 1), **options)
 
     run_it = torch.compile(run, fullgraph=True, dynamic=False) if compiled else run
+    # Of a batch of one, and of a dimension of one, the graph reads entry 0.
+    refused = compiled and (batch == 1 or mask is with_images)
     for length in (3000, 4096):
         tensors = on_cuda(length, dtype=BF16, head_dim=128, batch=batch)
         ids = torch.arange(length, device="cuda") // 700
         ids = (ids - torch.arange(batch, device="cuda")[:, None]).clamp(min=0)
         with torch.no_grad():
             expected = run_it(*tensors, ids, "triton").double()
+            if refused:
+                with pytest.raises(Exception, match="got a number as an index"):
+                    run_it(*tensors, ids, "flash")
+                continue
             monkeypatch.setattr(flex_backend, "flash_obstacle", spy)
             assert rmse(run_it(*tensors, ids, "flash"), expected) < 2.0**-7
             monkeypatch.undo()
-    assert set(chosen) == {None}
+    assert refused or set(chosen) == {None}
 
 
 def test_flash_by_name_says_why_it_cannot() -> None:

@@ -60,7 +60,7 @@ def test_auto_takes_flash_where_it_can_run(hopper: None) -> None:
     for mask in (
         "(kv <= q) & (q < kv + 300)",
         "(kv <= q) & (t0[b, kv])",
-        "(kv <= q + 5) & (t0[b, q + 5] == t0[b, kv]) & (t1[b, 0] <= kv)",
+        "(kv <= q + 5) & (t0[b, q + 5] == t0[b, kv]) & (t1[b] <= kv)",
     ):
         assert flash_obstacle(masked(mask=mask, mask_tensors=[0, 0]), 128) is None
 
@@ -72,7 +72,8 @@ OBSTACLES = [
     (call(head_dim=72, value_dim=72), 128, "got 72 and 72"),
     (call(value_dim=64), 128, "got 128 and 64"),
     (masked(attn_mask=0), 128, "may free before"),
-    (masked(mask="(kv <= q) & (t0[])", mask_tensors=[0]), 128, "got a scalar"),
+    (masked(mask="(kv <= q) | (kv < t0[b, 0])", mask_tensors=[0]), 128, "got a number"),
+    (masked(mask="(kv <= q) & (t0[])", mask_tensors=[0]), 128, "got a number"),
     (masked(mask="(kv <= q) & (q // 64 == kv // 64)"), 128, "without chunks"),
 ]
 
