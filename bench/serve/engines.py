@@ -170,11 +170,16 @@ def serve(server: Server) -> Iterator[Any]:
         torch.cuda.empty_cache()
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.platforms import current_platform
 
     from unisparse_flex.integrations.vllm import register, reset_counts
 
     # Where the checkout is not installed, vLLM finds no entry point.
     register()
+    # The memory pool of CUDA graphs went with the engine before: each has one of its own.
+    for cls in type(current_platform).__mro__:
+        if "_global_graph_pool" in vars(cls):
+            setattr(cls, "_global_graph_pool", None)  # noqa: B010
     engine: Any = LLM(**server.options())
     engine.apply_model(draw_weights)
     reset_counts()
