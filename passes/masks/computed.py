@@ -19,7 +19,7 @@ class Computed:
     Attributes:
         source: The node.
         function: Takes the node's tensor and ``arguments``.
-        arguments: Plain values.
+        arguments: Plain values, and other nodes.
         meta: What `recorded` reads of a node.
     """
 
@@ -29,9 +29,10 @@ class Computed:
     meta: dict[str, Tensor] = field(compare=False, repr=False)
 
     def insert(self) -> fx.Node:
-        """A node that computes it, right behind its source."""
+        """A node that computes it, right behind what it is computed from."""
         graph = self.source.graph
-        after = self.source
+        given = (each for each in self.arguments if isinstance(each, fx.Node))
+        after = max((self.source, *given))
         if after.op == "placeholder":
             # In front of them all would be an input of the graph.
             after = graph.find_nodes(op="placeholder")[-1]
@@ -39,6 +40,22 @@ class Computed:
             node = graph.call_function(self.function, (self.source, *self.arguments))
         node.meta.update(self.meta)
         return node
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is one of rows or of keys."""
+        return self.function is table_of_pairs
+
+    def at(self, index: fx.Node, value: Tensor) -> Computed:
+        """Of a table, the entries at the rows or keys that a node [T] names.
+
+        Args:
+            index: The node.
+            value: What is recorded for it.
+        """
+        table = self.meta["example_value"]
+        found = table.new_empty((*table.shape[:-1], *value.shape))
+        return Computed(self.source, table_at, (index, *self.arguments), {"example_value": found})
 
 
 def position_from_start(index: Tensor, size: int) -> Tensor:
@@ -67,3 +84,8 @@ def table_of_pairs(
     kept = tuple(slice(None) if i == along else 0 for i in range(pairs.dim() - 2))
     seen = pairs[kept] == shown
     return mask_table(seen, name, causal_offset=causal_offset, number=number)
+
+
+def table_at(pairs: Tensor, index: Tensor, *arguments: Any) -> Tensor:
+    """`table_of_pairs`, looked up at indices [T]; those below 0 count from the end."""
+    return table_of_pairs(pairs, *arguments)[..., index]

@@ -82,7 +82,8 @@ class _Trace:
 
 
 _traces: weakref.WeakKeyDictionary[Any, _Trace] = weakref.WeakKeyDictionary()
-_histories: dict[tuple[Any, ...], _History] = {}
+# Guards hold them.
+_histories: weakref.WeakValueDictionary[tuple[Any, ...], _History] = weakref.WeakValueDictionary()
 
 
 def _output_in_force() -> Any:
@@ -177,10 +178,12 @@ class GivenTensors:
         if name not in trace.histories:
             compiling = torch._guards.CompileContext.current_compile_id()
             key = (self._output.root_tx.f_code, getattr(compiling, "frame_id", None), name)
-            if key not in _histories or getattr(compiling, "frame_compile_id", None) == 0:
-                # The first graph of a function, or of one whose graphs were forgotten.
-                _histories[key] = _History()
-            trace.histories[name] = _histories[key]
+            # The first graph of a function, or of one whose graphs were forgotten.
+            is_first = getattr(compiling, "frame_compile_id", None) == 0
+            history = _histories.get(key)
+            if history is None or is_first:
+                history = _histories[key] = _History()
+            trace.histories[name] = history
         return trace.histories[name]
 
 

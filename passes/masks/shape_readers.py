@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
-from ...block_masks.masks import Affine, Atom, Coordinate, Symbol
+from ...block_masks.masks import Affine, Atom, Coordinate, Load, Symbol, variable
 from ..calls import operation, recorded, recorded_value
 from .computed import Computed, position_from_start
 from .readers import Lifter, handles, tensor_of
-from .values import NotUnderstood, aligned, dim, is_one, opaque, substitute
+from .values import NotUnderstood, aligned, dim, is_one, map_value, opaque, substitute
 
 
 @handles("expand", "expand_as", "broadcast_to")
@@ -211,7 +212,29 @@ def _indexed(lifter: Lifter, node: fx.Node, items: list[Any]) -> Any:
             _require_position(value)
         mapping[Coordinate(f"d{source}")] = value
         source += 1
-    return substitute(lifter.read(node.args[0]), mapping)
+    value, looked_up = _tables_looked_up(lifter.read(node.args[0]), mapping)
+    return substitute(value, mapping | looked_up)
+
+
+def _tables_looked_up(value: Any, mapping: Mapping[Atom, Affine]) -> tuple[Any, dict[Atom, Affine]]:
+    """A value whose tables are read at the entries of an index, and what stands for its places."""
+    places: dict[Atom, Affine] = {}
+
+    def replace(atom: Atom) -> Affine | None:
+        if not isinstance(atom, Load) or not getattr(atom.source, "is_table", False):
+            return None
+        (last,) = (term for term, _ in atom.index[-1].terms) if atom.index[-1].terms else (None,)
+        entry = mapping.get(last) if last is not None else None
+        (found,) = (term for term, _ in entry.terms) if entry and len(entry.terms) == 1 else (None,)
+        if not isinstance(found, Load) or entry != variable(found) or len(found.index) != 1:
+            return None
+        index = found.source.source if isinstance(found.source, Computed) else found.source
+        place = Coordinate(f"at {last}")
+        places[place] = found.index[0]
+        made = atom.source.at(index, tensor_of(index))
+        return variable(Load(made, (*atom.index[:-1], variable(place))))
+
+    return map_value(value, replace), places
 
 
 def _positions(lifter: Lifter, index: Any, size: Any) -> Any:

@@ -70,7 +70,7 @@ def substitute(value: Value, mapping: Mapping[Atom, Affine]) -> Any:
     Raises:
         NotUnderstood: An entry would be read at a position that may be negative, and so wrap.
     """
-    replaced = _map(value, mapping.get)
+    replaced = map_value(value, mapping.get)
     for atom in value_atoms(replaced):
         if isinstance(atom, Load) and not all(is_position(index) for index in atom.index):
             raise NotUnderstood
@@ -83,7 +83,8 @@ def is_position(value: Affine) -> bool:
     return plain and len(value.terms) <= 1 and value.const >= 0
 
 
-def _map(value: Value, replace: Callable[[Atom], Affine | None]) -> Value:
+def map_value(value: Value, replace: Callable[[Atom], Affine | None]) -> Value:
+    """A value with atoms replaced, see `replace_in`."""
     match value:
         case Affine():
             return replace_in(value, replace)
