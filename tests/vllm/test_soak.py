@@ -90,5 +90,5 @@ def test_means_stay_fresh_and_memory_flat(
     assert read_counts().sparse_rows > total / 3
     assert metrics["vllm:num_preemptions"] > 0
     assert metrics["vllm:prefix_cache_hits"] > 0
-    # Requests in flight hold a few each.
+    # Requests in flight hold a few each. The process itself grows with vLLM alone too.
     assert tensors[1] - tensors[0] < 100

@@ -142,12 +142,13 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 self._report()
                 return metadata
             policy = self._bind()
-            if policy is None or common.max_query_len < policy.min_queries:
-                return metadata
-            found = self._plan(policy, common, common_prefix_len)
+            # Of the batches before this one: their blocks are counted by now.
             line = counting.next_line(self.options.log_seconds)
             if line is not None:
                 logger.info(line)
+            if policy is None or common.max_query_len < policy.min_queries:
+                return metadata
+            found = self._plan(policy, common, common_prefix_len)
             if found:
                 metadata.unisparse = self._split(common, *found)
             return metadata
