@@ -132,18 +132,24 @@ class MaskCache:
 
     def erase_unused(self) -> None:
         """Erases what computed the masks and has no other use."""
-        self._erase(self._read)
+        left = _erased_unused(self._read)
         for target, changes in self._changed.items():
             known = {target, *changes}
             if all(user in known for node in known for user in node.users):
                 for node in reversed(changes):
                     node.graph.erase_node(node)
-                self._erase([node for node in self._read if node not in changes])
+                left = _erased_unused([node for node in left if node not in changes])
 
-    def _erase(self, nodes: Iterable[fx.Node]) -> None:
-        for node in sorted(nodes, reverse=True):
-            if not node.users and not node._erased and operation(node) in HANDLERS:
-                node.graph.erase_node(node)
+
+def _erased_unused(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """Erases those of the nodes that have a reader and no use; what is left."""
+    left = []
+    for node in sorted(nodes, reverse=True):
+        if not node.users and operation(node) in HANDLERS:
+            node.graph.erase_node(node)
+        else:
+            left.append(node)
+    return left
 
 
 def lift_mask(
