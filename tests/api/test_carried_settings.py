@@ -390,10 +390,10 @@ class AfterProduct(Attend):
 def test_kernels_of_a_layer_compiled_by_itself_run_without_the_mode(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = nn.Sequential(AfterProduct())
-    expected = sparse(model[0].project(Q))
-    optimize(model, FEW, min_length=0)
-    model[0].compile()
+    layer = AfterProduct()
+    expected = sparse(layer.project(Q))
+    model = optimize(nn.Sequential(layer), FEW, min_length=0)
+    layer.compile()
     torch.testing.assert_close(model(Q), expected)
 
     caught = []

@@ -26,7 +26,7 @@ WRITTEN = [*(DOCS / page for page in PAGES), ROOT / "README.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Where the tables of each benchmark's files are.
 APPENDICES = {
-    "quality": ("quality", "padding"),
+    "quality": ("quality", "padding", "commands"),
     "performance": ("attention", "cost_decision", "masked", "other_gpus", "prefill", "uncompiled"),
     "video": ("video",),
     "distributed": ("distributed", "communication"),
