@@ -28,8 +28,8 @@ def origins(node: fx.Node) -> Iterator[fx.Node]:
     while pending:
         current = pending.pop()
         inputs = current.all_input_nodes
-        if _is_in_place(current):
-            # Returns what it changed.
+        if _is_in_place(current) and operation(current) != "set_":
+            # Returns what it changed; only that one takes another tensor's memory.
             inputs = _nodes(current.args[0])
         if not inputs or operation(current) in FRESH:
             yield current
