@@ -270,6 +270,36 @@ def test_layers_with_buffers_of_their_own_share_a_graph() -> None:
     assert said == ["causal", "causal, sliding window 30"]
 
 
+def test_layers_that_are_compiled_one_by_one_read_a_mask_once_a_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads = 0
+
+    def count(tensor: Tensor) -> Any:
+        nonlocal reads
+        reads += 1
+        return read_entries(tensor)
+
+    monkeypatch.setattr("unisparse_flex.passes.masks.entries.read_entries", count)
+    layers, reports = [Handed() for _ in range(3)], []
+
+    def backend(gm: fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        reports.append(rewrite_sdpa(gm, EVERYTHING))
+        return gm.forward
+
+    for layer in layers:
+        layer.compile(backend=backend, fullgraph=True)
+    for starts in ((3, 50), (20, 1)):
+        mask = padded(*starts)
+        for layer in layers:
+            with torch.no_grad():
+                layer(*tokens(LENGTH), mask)
+        assert reads == 1
+        reads = 0
+    said = [list(report.masks.values()) for report in reports]
+    assert said == [["causal, window by position"]]
+
+
 def test_a_buffer_that_keeps_changing_stays_a_tensor() -> None:
     module = Kept(CAUSAL)
     compiled = Compiled(module)
