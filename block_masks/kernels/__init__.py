@@ -12,13 +12,17 @@ from .operator import (
     supports_keys,
     supports_pages,
 )
+from .self_check import gpu_kind, known_failure, remembered
 
 __all__ = [
     "MEASURED",
+    "gpu_kind",
+    "known_failure",
     "name_pages",
     "obstacle",
     "pool_keys",
     "prepare_mask",
+    "remembered",
     "select_lists",
     "select_lists_from_pages",
     "summarize_pages",

@@ -49,7 +49,7 @@ def failure_of(device: int, compute: Compute) -> str:
     """
     # Modes of tracing are a thread's own.
     with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(_remembered, device, compute).result()
+        return thread.submit(_selection_failure, device, compute).result()
 
 
 def find_failure(device: torch.device, compute: Compute) -> str:
@@ -154,32 +154,54 @@ def _difference(
     return ""
 
 
-def _remembered(device: int, compute: Compute) -> str:
-    path, kind = _path(), _kind(device)
-    known: object = None
-    with suppress(OSError, ValueError):
-        known = json.loads(path.read_text())
-    if not isinstance(known, dict):
-        known = {}
-    if isinstance(known.get(kind), str):
-        found: str = known[kind]
-    else:
+def _selection_failure(device: int, compute: Compute) -> str:
+    def find() -> str:
         with torch.cuda.device(device), torch.no_grad():
-            found = find_failure(torch.device("cuda", device), compute)
+            return find_failure(torch.device("cuda", device), compute)
+
+    return remembered(
+        gpu_kind(device),
+        find,
+        consequence="the selection kernels fail on this GPU, plain PyTorch selects instead",
+    )
+
+
+def remembered(kind: str, find: Callable[[], str], *, consequence: str) -> str:
+    """What is wrong with something, or empty; found once and kept on disk.
+
+    Args:
+        kind: What the outcome depends on, see `gpu_kind`.
+        find: Finds it.
+        consequence: What a warning says in front of it.
+    """
+    found = known_failure(kind)
+    if found is None:
+        found = find()
         # A home that cannot be written to: found out again by the next process.
         with suppress(OSError):
+            path = _path()
             path.parent.mkdir(parents=True, exist_ok=True)
             written = path.with_suffix(f".{os.getpid()}")
-            written.write_text(json.dumps(known | {kind: found}, indent=1))
+            written.write_text(json.dumps(_read() | {kind: found}, indent=1))
             written.replace(path)
     if found:
-        logger.warning(
-            "the selection kernels fail on this GPU, plain PyTorch selects instead: %s; please "
-            "report this line: %s",
-            found,
-            kind,
-        )
+        logger.warning("%s: %s; please report this line: %s", consequence, found, kind)
     return found
+
+
+def known_failure(kind: str) -> str | None:
+    """What `remembered` found of a kind, on this machine; ``None`` where it was not asked yet."""
+    found = _read().get(kind)
+    return found if isinstance(found, str) else None
+
+
+def _read() -> dict[str, object]:
+    """The file, or nothing where it is broken."""
+    with suppress(OSError, ValueError):
+        known = json.loads(_path().read_text())
+        if isinstance(known, dict):
+            return known
+    return {}
 
 
 def _path() -> Path:
@@ -187,8 +209,8 @@ def _path() -> Path:
     return cache_folder() / "self_check.json"
 
 
-def _kind(device: int) -> str:
-    """What the outcome depends on."""
+def gpu_kind(device: int) -> str:
+    """A GPU with all that the results of kernels depend on."""
     sources = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     kernels = hashlib.sha256(sources).hexdigest()[:12]
     return (

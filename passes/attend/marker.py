@@ -33,6 +33,7 @@ from ..calls import (
 from ..decision import DenseReason, flex_backend, flex_lowers, needs_grad, refuse, refuse_sharding
 from .alignment import align
 from .decided_at_run import has_stated_range, implement, sdpa_at_run
+from .first_output import proved
 from .mask_contents import read_call
 from .region import compiled_in_loop, compiled_inline, compiled_once
 from .shared_tokens import context_sdpa
@@ -211,7 +212,7 @@ def _compute(
         # being recorded nothing is known.
         flex_backend(call, config.selector.block_size, config.backend)
     if observer is None and not tracing and _runs_compiled(call):
-        return run_compiled(call, config, prepared)
+        return proved(run_compiled(call, config, prepared), call, config)
     aligned = align(call, config, traced=tracing, prepared=prepared)
     if aligned is not None:
         return aligned.restore(_run_sparse(aligned, config, lower, observer))

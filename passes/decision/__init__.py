@@ -1,5 +1,6 @@
 """Dense or sparse, by which kernel, and why: safety, then cost."""
 
+from .attention_proof import attention_failure, needs_proof, prove_attention
 from .call_forecast import CallForecast, forecast_call
 from .cost_forecast import (
     CallShape,
@@ -33,6 +34,7 @@ __all__ = [
     "DenseReason",
     "DeviceFacts",
     "DeviceRates",
+    "attention_failure",
     "break_even_length",
     "break_even_length_at",
     "call_shape",
@@ -51,6 +53,8 @@ __all__ = [
     "is_speed",
     "keep_rates",
     "needs_grad",
+    "needs_proof",
+    "prove_attention",
     "reads_tensors",
     "refuse",
     "refuse_sharding",

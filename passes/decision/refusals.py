@@ -19,6 +19,7 @@ from ..calls import (
     shards_tokens,
     splits_group,
 )
+from .attention_proof import attention_failure, needs_proof
 from .cost_forecast import break_even_length, call_shape, forecast
 
 # Hopper's flex backward tiles queries and keys by 128: sparse blocks must be multiples of it.
@@ -45,6 +46,7 @@ class DenseReason(StrEnum):
     MASK_GRADIENT = "attn_mask needs a gradient"
     CAUSAL_ROWS_WITHOUT_KEYS = "causal_lower_right with more queries than keys"
     KERNEL = "FlexAttention's CUDA kernel takes float16, bfloat16 or float32 and head_dim >= 16"
+    KERNEL_FAILS = "FlexAttention's kernel was found wrong on this GPU (unisparse-flex doctor)"
     BACKWARD_BLOCK = "training on CUDA needs a block_size that is a multiple of 128"
     SHARDED_TOKENS = (
         "DTensors sharded along the tokens: use unisparse_flex.distributed.ContextParallel"
@@ -211,6 +213,9 @@ def _refuse_kernel(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
         return DenseReason.KERNEL
     if needs_grad(call) and config.selector.block_size % BACKWARD_BLOCK_MULTIPLE:
         return DenseReason.BACKWARD_BLOCK
+    query = call.query
+    if needs_proof(query.device) and attention_failure(query.device, query.dtype):
+        return DenseReason.KERNEL_FAILS
     return None
 
 

@@ -110,7 +110,7 @@ def checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         return made[-1]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(self_check, "_kind", lambda _: KIND)
+    monkeypatch.setattr(self_check, "gpu_kind", lambda _: KIND)
     monkeypatch.setattr(self_check, "find_failure", find)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     return made
@@ -147,7 +147,7 @@ def test_it_is_no_part_of_a_graph_that_is_traced(
         return ""
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(self_check, "_kind", lambda _: KIND)
+    monkeypatch.setattr(self_check, "gpu_kind", lambda _: KIND)
     monkeypatch.setattr(self_check, "find_failure", find)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     with torch._subclasses.FakeTensorMode():
