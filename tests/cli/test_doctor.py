@@ -305,8 +305,8 @@ def test_the_private_names_are_those_of_the_sources():
     assert {each for each in unused if each.rpartition(".")[2] not in attributes} == set()
 
 
-# Of named tuples and of transformers.
-OF_OTHERS = {"_replace", "_global_mapping", "_supports_sdpa"}
+# Of named tuples, of transformers and of vLLM.
+OF_OTHERS = {"_replace", "_global_mapping", "_supports_sdpa", "_k_scale", "_v_scale"}
 
 
 def foreign_attributes():

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unisparse_flex import UniSparse, attention, explain, optimize
+from unisparse_flex.block_masks import kernels
 from unisparse_flex.block_masks.kernels import self_check
 from unisparse_flex.passes.attend import first_output, marker
 from unisparse_flex.passes.attend.sparse_attention import attend_masked, select
@@ -64,7 +65,7 @@ def on_unknown_gpu(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(self_check, "gpu_kind", lambda _: KIND)
-    monkeypatch.setattr(attention_proof.kernels, "gpu_kind", lambda _: KIND)
+    monkeypatch.setattr(kernels, "gpu_kind", lambda _: KIND)
     monkeypatch.setattr(attention_proof, "_index", lambda device: 0)
     monkeypatch.setattr(attention_proof, "_found", {})
     for module in (first_output, refusals):

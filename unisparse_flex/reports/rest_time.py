@@ -94,8 +94,8 @@ class RestClock:
             if frame.attends:
                 above.attends = True
                 above.spans += frame.spans
-                own = module._parameters.values()
-                self._untimed |= {id(p): p for p in own if p is not None and p.dim() > 1}
+                own = module.parameters(recurse=False)
+                self._untimed |= {id(p): p for p in own if p.dim() > 1}
             else:
                 above.spans.append(_Span(kind, frame.start, self._mark()))
 
