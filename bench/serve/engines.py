@@ -114,8 +114,10 @@ class Server:
         longest: Most tokens of a request.
         settings: The plug-in's; ``None`` for the parent alone.
         parent: The parent's name; ``None`` on the CPU, which has one.
+        dtype: Of weights and cache.
         graphs: Whether decoding runs in CUDA graphs.
         requests: Most requests in a batch.
+        random_weights: Whether weights are drawn; else those beside the configuration are read.
     """
 
     model: Path
@@ -123,14 +125,18 @@ class Server:
     longest: int
     settings: dict[str, Any] | None
     parent: str | None
+    dtype: str
     graphs: bool = False
     requests: int = 32
+    random_weights: bool = True
 
     def options(self) -> dict[str, Any]:
         """What ``vllm.LLM`` is given."""
         given: dict[str, Any] = {
             "model": str(self.model),
-            "load_format": "dummy",
+            # vLLM's own choice is 16 bits.
+            "dtype": self.dtype,
+            "load_format": "dummy" if self.random_weights else "auto",
             "skip_tokenizer_init": True,
             "enable_prefix_caching": False,
             "max_model_len": self.longest,
@@ -181,7 +187,8 @@ def serve(server: Server) -> Iterator[Any]:
         if "_global_graph_pool" in vars(cls):
             setattr(cls, "_global_graph_pool", None)  # noqa: B010
     engine: Any = LLM(**server.options())
-    engine.apply_model(draw_weights)
+    if server.random_weights:
+        engine.apply_model(draw_weights)
     reset_counts()
     try:
         yield engine
@@ -262,3 +269,23 @@ class Client:
         while self.engine.has_unfinished_requests():
             finished += [output for output in self.engine.step() if output.finished]
         return finished
+
+
+def vllm_version() -> str:
+    """Of the engine that is measured."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def counts_row() -> dict[str, Any]:
+    """What ran sparse since the engine started or was last asked."""
+    from unisparse_flex.integrations.vllm import read_counts, reset_counts
+
+    counts = read_counts()
+    reset_counts()
+    return {
+        "sparse_rows": counts.sparse_rows,
+        "density": round(counts.density, 4),
+        "dense_rows": {reason.name: count for reason, count in counts.dense_rows.items()},
+    }

@@ -20,7 +20,7 @@ import torch
 
 from ..record import FOLDER, Record, guarded, numbers
 from .compilations import counting_compilations
-from .engines import LLAMA, TINY, Client, Server, Shape, serve
+from .engines import LLAMA, TINY, Client, Server, Shape, counts_row, serve, vllm_version
 
 CASES = ("gate", "first-token", "lengths", "batch", "beside")
 # Of a causal prompt's blocks, at every length.
@@ -66,6 +66,7 @@ class Bench:
             longest=self.prompt + 256,
             settings=settings,
             parent=self.parent,
+            dtype=self.shape.dtype,
             **more,
         )
 
@@ -149,26 +150,6 @@ def create_bench(device: str, folder: Path, options: argparse.Namespace) -> Benc
         answer=128 if on_gpu else 8,
         lengths=20 if on_gpu else 4,
     )
-
-
-def vllm_version() -> str:
-    """Of the engine that is measured."""
-    import vllm
-
-    return str(vllm.__version__)
-
-
-def counts_row() -> dict[str, Any]:
-    """What ran sparse since the engine started or was last asked."""
-    from unisparse_flex.integrations.vllm import read_counts, reset_counts
-
-    counts = read_counts()
-    reset_counts()
-    return {
-        "sparse_rows": counts.sparse_rows,
-        "density": round(counts.density, 4),
-        "dense_rows": {reason.name: count for reason, count in counts.dense_rows.items()},
-    }
 
 
 def measure_gate(bench: Bench) -> Iterator[dict[str, Any]]:

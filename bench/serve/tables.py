@@ -13,8 +13,9 @@ MILLISECONDS = markdown.milliseconds
 
 def describe(result: Mapping[str, Any], name: str) -> str:
     """A table for every case that the file has."""
+    shape = "" if result["weights"] == "real" else "the shape of "
     title = (
-        f"{name}: the shape of {result['model']}, {result['layers']} layers, {result['weights']} "
+        f"{name}: {shape}{result['model']}, {result['layers']} layers, {result['weights']} "
         f"weights, {result['dtype']}, vLLM {result['vllm']}, parent {result['parent']}, "
         f"{result['device']}"
     )
@@ -141,6 +142,26 @@ def _beside(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown.table(columns, lines)
 
 
+def _needle(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns: dict[str, markdown.Format] = {
+        "text": "{}",
+        "needle at": "{:.0%}",
+        "prompt": "{}",
+        "chunk": "{}",
+        "density": markdown.percent,
+        "found, parent": _yes_no,
+        "sparse": _yes_no,
+        "same answer": _yes_no,
+    }
+    names = ("text", "depth", "prompt", "chunk", "density")
+    found = ("parent_found", "sparse_found", "same_tokens")
+    return markdown.table(columns, [[row.get(name) for name in (*names, *found)] for row in rows])
+
+
+def _yes_no(is_so: bool) -> str:
+    return "yes" if is_so else "no"
+
+
 def _median(row: Mapping[str, Any], name: str) -> float | None:
     return median(row[name]) if row.get(name) else None
 
@@ -151,4 +172,5 @@ TABLES = {
     "lengths": _lengths,
     "batch": _batch,
     "beside": _beside,
+    "needle": _needle,
 }

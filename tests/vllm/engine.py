@@ -89,7 +89,9 @@ def prompt_of(length: int, seed: int) -> list[int]:
     return [generator.randrange(3, VOCABULARY) for _ in range(length)]
 
 
-def ask(engine: Any, prompts: Sequence[Sequence[int]], tokens: int = 4) -> list[Answer]:
+def ask(
+    engine: Any, prompts: Sequence[Sequence[int]], tokens: int = 4, adapter: Any = None
+) -> list[Answer]:
     """What the engine continues prompts with, greedily."""
     from vllm import SamplingParams
 
@@ -98,7 +100,7 @@ def ask(engine: Any, prompts: Sequence[Sequence[int]], tokens: int = 4) -> list[
     )
     given: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
     answers = []
-    for output in engine.generate(given, wanted, use_tqdm=False):
+    for output in engine.generate(given, wanted, use_tqdm=False, lora_request=adapter):
         [best] = output.outputs
         logprobs = [{t: p.logprob for t, p in step.items()} for step in best.logprobs or []]
         answers.append(Answer(tokens=list(best.token_ids), logprobs=logprobs))
