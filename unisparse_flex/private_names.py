@@ -8,7 +8,7 @@ from importlib import import_module
 PRIVATE_NAMES = (
     "torch._dynamo.eval_frame:_TorchDynamoContext",
     "torch._dynamo.source:AttrSource",
-    "torch._dynamo.symbolic_convert:InstructionTranslator.current_tx",
+    "torch._dynamo.symbolic_convert:InstructionTranslator",
     "torch._dynamo.utils:counters",
     "torch._dynamo.variables.torch_function:TorchFunctionModeStackVariable",
     "torch._inductor.compile_fx:compile_fx",

@@ -8,7 +8,6 @@ other once, and has the graph compiled anew where the entries say something else
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -88,11 +87,13 @@ _histories: weakref.WeakValueDictionary[tuple[Any, ...], _History] = weakref.Wea
 
 def _output_in_force() -> Any:
     """Dynamo's `OutputGraph`, whose graph is being compiled; ``None`` outside of Dynamo."""
-    module = sys.modules.get("torch._dynamo.symbolic_convert")
-    if module is None or torch._guards.TracingContext.try_get() is None:
+    if torch._guards.TracingContext.try_get() is None:
         return None
+    # Importing Dynamo takes a second.
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
     try:
-        output = module.InstructionTranslator.current_tx().output
+        output = InstructionTranslator.current_tx().output
     except AttributeError:
         return None
     # What outlives this process can hold no guard on what a tensor of it says.
