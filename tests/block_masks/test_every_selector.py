@@ -117,8 +117,7 @@ def test_a_key_that_is_not_finite_keeps_all_for_those_who_see_it(
 def test_constant_logits_keep_the_lowest_blocks(selector: Selector, kept: int) -> None:
     if isinstance(selector, FlashPrefill):
         pytest.skip("equal scores are all kept, see test_flash_prefill")
-    share = "threshold" if isinstance(selector, XAttention) else "top_p"
-    selector = replace(selector, **{share: kept / 8})
+    selector = replace(selector, top_p=kept / 8)
     keep = selector.select(torch.ones(2, 2, 3 * SIZE, 4), torch.ones(2, 1, 8 * SIZE, 4)).keep
     assert keep.equal((torch.arange(8) < kept).expand(2, 2, 3, 8))
 
