@@ -89,7 +89,7 @@ $(VENV)/.stamp-venv:
 $(VENV)-vllm/.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-vllm
 	@rm -f $@
-	$(VLLM_PIP) install --quiet $(VLLM_PACKAGES) pytest pytest-timeout hypothesis \
+	$(VLLM_PIP) install --quiet --no-compile $(VLLM_PACKAGES) pytest pytest-timeout hypothesis \
 	    2> $@.log || { cat $@.log >&2; sed -n $(NO_VLLM) $@.log > $@; [ -s $@ ] || { rm $@; exit 1; }; }
 	[ -s $@ ] || $(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	[ -s $@ ] || $(VLLM_PIP) install --quiet --no-deps --editable .

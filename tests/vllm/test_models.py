@@ -11,7 +11,7 @@ import torch
 
 from unisparse_flex.integrations.vllm import read_counts
 
-from .engine import ALL_BLOCKS, ask, differ_by, prompt_of, serving
+from .engine import ALL_BLOCKS, ask, differ_by, prompt_of, save_llama, serving
 
 RANK = 4
 
@@ -45,6 +45,47 @@ def test_adapters_answer_as_with_the_parent(llama: Path, tmp_path: Path) -> None
     assert differ_by(plain, expected) > 0.1
     with serving(llama, ALL_BLOCKS, **options, max_num_batched_tokens=640) as engine:
         found = ask(engine, prompts, adapter=adapter)
+    assert differ_by(found, expected) < 1e-4
+    assert read_counts().sparse_rows > 2
+
+
+def save_in_8_bits(folder: Path) -> Path:
+    """A Llama whose linear layers hold integers of 8 bits, a scale for each row."""
+    from safetensors.torch import load_file, save_file
+
+    save_llama(folder)
+    tensors = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        tensors[name] = weight
+        if name.endswith("proj.weight"):
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            tensors[name] = (weight / scale).round().to(torch.int8)
+            tensors[f"{name}_scale"] = scale
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    integers = {"num_bits": 8, "type": "int", "symmetric": True}
+    layers = {
+        "targets": ["Linear"],
+        "weights": {**integers, "strategy": "channel", "dynamic": False},
+        "input_activations": {**integers, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"all": layers},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_quantised_weights_answer_as_with_the_parent(tmp_path: Path) -> None:
+    model = save_in_8_bits(tmp_path)
+    prompts = [prompt_of(length, length) for length in (1000, 300, 50)]
+    with serving(model, None) as engine:
+        expected = ask(engine, prompts)
+    with serving(model, ALL_BLOCKS, max_num_batched_tokens=640) as engine:
+        found = ask(engine, prompts)
     assert differ_by(found, expected) < 1e-4
     assert read_counts().sparse_rows > 2
 
