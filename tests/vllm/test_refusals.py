@@ -16,8 +16,9 @@ from unisparse_flex.integrations.vllm.create_backend import create_backend
 from unisparse_flex.integrations.vllm.kernels import CpuKernel
 from unisparse_flex.integrations.vllm.layer_state import LayerState
 
-from .engine import ALL_BLOCKS, ask, differ_by, prompt_of, serving
+from .engine import ALL_BLOCKS, Answer, ask, differ_by, prompt_of, serving
 
+PROMPTS = [prompt_of(length, length) for length in (300, 50)]
 Change = Callable[[int, Any], tuple[int, Any]]
 BATCHES: dict[Reason, Change] = {
     Reason.CASCADE: lambda prefix, common: (128, common),
@@ -29,8 +30,14 @@ BATCHES: dict[Reason, Change] = {
 }
 
 
+@pytest.fixture(scope="module")
+def expected(llama: Path) -> list[Answer]:
+    with serving(llama, None) as engine:
+        return ask(engine, PROMPTS)
+
+
 def test_batches_that_are_not_plain_are_the_parents(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, expected: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from unisparse_flex.integrations.vllm.cpu import CpuBackend
 
@@ -44,16 +51,13 @@ def test_batches_that_are_not_plain_are_the_parents(
         return build(self, prefix, common, fast_build)
 
     monkeypatch.setattr(builder, "build", changed)
-    prompts = [prompt_of(length, length) for length in (300, 50)]
-    with serving(llama, None) as engine:
-        expected = ask(engine, prompts)
     with serving(llama, ALL_BLOCKS) as engine:
-        assert differ_by(ask(engine, prompts), expected) < 1e-4
+        assert differ_by(ask(engine, PROMPTS), expected) < 1e-4
         assert read_counts().sparse_rows == 1
         for reason in BATCHES:
             refused[:] = [reason]
             before = read_counts()
-            assert differ_by(ask(engine, prompts), expected) == 0
+            assert differ_by(ask(engine, PROMPTS), expected) == 0
             after = read_counts()
             assert after.sparse_rows == before.sparse_rows
             assert after.dense_rows[reason] == 1
@@ -98,12 +102,9 @@ def test_an_output_that_is_quantised_on_the_way_is_the_parents(block_scale: bool
     assert read_counts().dense_calls == {Reason.QUANTIZED_OUTPUT: 1}
 
 
-def test_layers_that_stay_dense_are_the_parents(llama: Path) -> None:
-    prompts = [prompt_of(length, length) for length in (700, 50)]
-    with serving(llama, None) as engine:
-        expected = ask(engine, prompts)
+def test_layers_that_stay_dense_are_the_parents(llama: Path, expected: list[Answer]) -> None:
     # As sparse as can be, were it not for dense_layers.
     settings = {"selector": "UniSparse(top_k=1)", "min_length": 0, "dense_layers": [0, 1]}
     with serving(llama, settings) as engine:
-        assert differ_by(ask(engine, prompts), expected) == 0
+        assert differ_by(ask(engine, PROMPTS), expected) == 0
     assert read_counts().sparse_rows == 0
