@@ -71,7 +71,7 @@ class Cell:
         sparse: Attention calls (of a compiled or exported model: nodes) that are sparse.
         dense: How many stay dense, for each reason.
         graphs: Graphs captured, 0 where nothing was traced.
-        windows: Sparse nodes whose sliding window is kept whole: nothing is left out.
+        windows: Sparse nodes or calls whose sliding window is kept whole: nothing is left out.
         masks: What the masks of sparse nodes were proved to be, and of how many.
         error: Relative error against the float64 oracle over the same blocks.
         plain_error: That of the same blocks computed plainly in float32.
@@ -159,6 +159,7 @@ def compute_cell(family: Family, mode_name: str) -> Cell:
         with record_attention(optimized) as records:
             mode.run(optimized, inputs)
         sparse = sum(record.decision == "sparse" for record in records)
+        windows = sum(record.window for record in records)
         reasons = dict(Counter(r.reason for r in records if r.reason is not None))
         output, calls = recorded(lambda: mode.run(optimized, inputs))
         full = mode.run(optimize(optimized, EVERYTHING, min_length=0), inputs)

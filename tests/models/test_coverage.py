@@ -25,7 +25,10 @@ def test_attention_is_right_over_its_blocks_and_with_all_of_them(family: str, mo
     cell = found(family, mode)
     assert cell.error <= 3 * cell.plain_error
     assert cell.full_error <= 3 * cell.plain_error
-    assert cell.sparse == cell.windows or cell.change > 5e-3
+    # With a layer whose window is whole, what is generated may read nothing that was left out.
+    generates = "generate" in mode or mode == "beam search"
+    is_exact = cell.sparse == cell.windows or (cell.windows and generates)
+    assert is_exact or cell.change > 5e-3
 
 
 @pytest.mark.timeout(600)
