@@ -86,18 +86,21 @@ def optimize(
         OSError: ``selector`` is a path that cannot be read.
     """
     validate_model(model)
+    if selector is not None and quality is not None:
+        got = repr(selector)
+        if isinstance(selector, Calibration):
+            got = "a Calibration (a calibration has a setting for each layer)"
+        raise ValueError(
+            f"selector and quality must not both be given, got {got} and {quality!r}; give "
+            "selector or quality, not both"
+        )
     await_first_forward(model)
-    if isinstance(selector, str) and selector in QUALITIES and quality is None:
+    if isinstance(selector, str) and selector in QUALITIES:
         selector, quality = None, selector
     if isinstance(selector, (str, PathLike)):
         selector = _load(selector)
     excluded = _excluded_prefixes(model, dense_layers)
     if isinstance(selector, Calibration):
-        if quality is not None:
-            raise ValueError(
-                f"selector and quality must not both be given, got a Calibration and {quality!r}; "
-                "a calibration has a setting for each layer"
-            )
         layers = dict(selector.layers)
         for name in layers:
             if _is_below(name, excluded):

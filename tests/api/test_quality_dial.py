@@ -82,6 +82,7 @@ def test_layers_of_a_calibration_take_a_word(tmp_path: Path) -> None:
         ({"quality": "best"}, ValueError, "one of 'fast', 'balanced', 'high', or a number"),
         ({"quality": None, "selector": "hihg"}, FileNotFoundError, "one of 'fast', 'balanced'"),
         ({"quality": "high", "selector": UniSparse()}, ValueError, "must not both be given"),
+        ({"quality": "fast", "selector": "high"}, ValueError, "give selector or quality, not both"),
         ({"dense_layers": 0}, TypeError, "dense_layers must be a collection of layer indices"),
         ({"dense_layers": "0"}, TypeError, "dense_layers must be a collection of layer indices"),
     ],
