@@ -22,6 +22,7 @@ from unisparse_flex.reports import (
 )
 from unisparse_flex.reports.explain_table import short_names, terminal_columns, three_digits
 from unisparse_flex.reports.explanation import MASK_NOTE
+from unisparse_flex.reports.wording import Wording
 
 from .capture import captured
 from .models import SELECTOR, WIDTH, Attention, Transformer, create, embeddings, split_heads
@@ -258,6 +259,13 @@ def test_the_verdict_names_the_layers_to_leave_dense(slow: list[int], advice: st
     explanation = Explanation(tuple(calls))
     assert explanation.verdict.endswith(f"x as fast; {advice}")
     assert explanation.next_step.startswith("torch.compile(model)")
+
+
+def test_on_the_command_line_advice_names_its_options() -> None:
+    slow = [0, 2, 3, 4]
+    calls = [sparse_call(i, 0.97 if i in slow else 0.2, 12 if i in slow else 4) for i in range(8)]
+    verdict = Explanation(tuple(calls), wording=Wording(command_line=True)).verdict
+    assert verdict.endswith("leave them dense (--dense-layers 0,2-4)")
 
 
 def test_a_layer_that_is_slower_in_one_of_two_stacks_is_not_named() -> None:

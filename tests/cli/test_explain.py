@@ -19,6 +19,7 @@ KEYS = {
 }
 CALL_KEYS = {
     *("layer", "module", "q_len", "kv_len", "heads", "masked", "decision", "reason", "density"),
+    "window",
     *("predicted", "measured", "unjudged", "plain_selection", "own_kernel"),
 }
 SPARSE = ("--selector", SELECTOR, "--min-length", "0")
@@ -66,6 +67,21 @@ def test_dense_calls_name_their_reason(run, model_folder):
     assert report["calls"][1]["reason"] == "the cost model predicts that dense is faster"
     predicted = report["summary"]["predicted"]
     assert predicted["dense_ms"] == predicted["decided_ms"]
+
+
+@pytest.mark.parametrize(("quality", "same"), [("fast", "fast"), ("1", "balanced")])
+def test_a_quality_is_a_setting_of_the_dial(run, model_folder, quality, same):
+    options = ("--tokens", "300", "--min-length", "0")
+    report = explained(run, model_folder, *options, "--quality", quality)
+    other = explained(run, model_folder, *options, "--selector", same)
+    assert report["settings"] == other["settings"]
+
+
+def test_layers_are_given_as_ranges_and_advice_gives_them_back(run, model_folder):
+    report = explained(run, model_folder, "--tokens", "300", "--dense-layers", "0-1")
+    assert report["settings"]["dense layers"] == "0, 1"
+    assert {call["reason"] for call in report["calls"]} == {"layer excluded by the settings"}
+    assert report["next"].startswith("leave layers out of --dense-layers")
 
 
 def without_timed(text: str) -> str:
@@ -136,7 +152,11 @@ def test_a_file_is_read_up_to_the_model_s_context(run, model_folder, tmp_path):
         (["--selector", "quality"], 2, "must be default, fast, balanced, high, paper, the file of"),
         (["--selector", "nowhere.json"], 2, "there is no file nowhere.json"),
         (["--dense-layers", "9"], 2, "dense_layers must index the model's layers"),
-        (["--dense-layers", "0,a"], 2, "layers must be whole numbers such as 0,1,-1, got 'a'"),
+        (["--dense-layers", "0,a"], 2, "such as 0,1,-1 or ranges such as 0-10, got 'a'"),
+        (["--dense-layers", "5-2"], 2, "must go from a layer up to a later one, got '5-2'"),
+        (["--quality", "best"], 2, "--quality must be of fast, balanced, high and numbers"),
+        (["--quality", "high", "--selector", "paper"], 2, "give --quality or --selector, not both"),
+        (["--selector", "paper", "--quality", "high"], 2, "give --quality or --selector, not both"),
         (["--device", "tpu"], 2, "--device must be cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )

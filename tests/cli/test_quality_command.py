@@ -9,7 +9,8 @@ import pytest
 
 from tests.cli.test_page import FETCHING_ATTRIBUTES, FETCHING_TAGS, Page
 from unisparse_flex.cli import models
-from unisparse_flex.cli.measuring import QUALITY_NAMES, split_outside_brackets
+from unisparse_flex.cli.choices import QUALITY_NAMES
+from unisparse_flex.cli.measuring import split_outside_brackets
 from unisparse_flex.cli.quality import (
     BASELINES,
     LONGBENCH_NAMES,

@@ -63,9 +63,11 @@ def test_ways_stand_side_by_side_with_density_and_divergence(run, model_folder, 
 
 
 def test_the_whole_model_is_compiled_where_that_is_asked_for(run, model_folder, uncompiled):
-    found = timed(run, model_folder, "--compile", "model")
+    found = timed(run, model_folder, "--compile", "model", "--tokens", "300")
     assert [type(module).__name__ for module in uncompiled] == ["LlamaForCausalLM"] * 2
     assert found["settings"]["compile"] == "model"
+    # Another name of --lengths.
+    assert found["settings"]["lengths"] == [300]
 
 
 def test_calls_that_stay_dense_are_said_to(run, model_folder, uncompiled):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from .choices import BUNDLED, SELECTOR_NAMES, TEXT_NAMES
+from .choices import BUNDLED, LEAST_QUALITY, QUALITY_NAMES, SELECTOR_NAMES, TEXT_NAMES
 from .failures import failures, require
 
 # Which a Hugging Face folder holds.
@@ -94,7 +96,10 @@ def check_text(name: str) -> None:
 
 def selector_argument(ctx: click.Context, _: click.Parameter, text: str) -> str:
     """A selector is a name, a file that is there, or looks like a call."""
-    if ctx.resilient_parsing or text in SELECTOR_NAMES or "(" in text:
+    if ctx.resilient_parsing:
+        return text
+    _refuse_two_settings(ctx, quality=ctx.params.get("quality"))
+    if text in SELECTOR_NAMES or "(" in text:
         return text
     if not text.endswith(".json"):
         raise click.BadParameter(f"it must be {SELECTORS}, got {text!r}")
@@ -103,13 +108,58 @@ def selector_argument(ctx: click.Context, _: click.Parameter, text: str) -> str:
     return text
 
 
+def _refuse_two_settings(ctx: click.Context, *, quality: str | None) -> None:
+    given = ctx.get_parameter_source("selector") is ParameterSource.COMMANDLINE
+    if given and quality is not None:
+        raise click.UsageError("give --quality or --selector, not both")
+
+
 def layers_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
-    """Layers are whole numbers with commas between them."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    for part in parts:
-        if not re.fullmatch(r"[+-]?\d{1,9}", part):
-            raise click.BadParameter(f"layers must be whole numbers such as 0,1,-1, got {part!r}")
-    return tuple(map(int, parts))
+    """Layers are whole numbers and ranges of them, both ends included, with commas between."""
+    layers: list[int] = []
+    for part in (part.strip() for part in text.split(",") if part.strip()):
+        found = re.fullmatch(r"([+-]?\d{1,6})(?:\s*-\s*(\d{1,6}))?", part)
+        if found is None:
+            raise click.BadParameter(
+                f"layers must be whole numbers such as 0,1,-1 or ranges such as 0-10, got {part!r}"
+            )
+        first, last = int(found[1]), int(found[2] or found[1])
+        if found[2] and not 0 <= first <= last:
+            raise click.BadParameter(
+                f"a range of layers must go from a layer up to a later one, got {part!r}; "
+                "give such as 0-10, and layers from the end one by one: -2,-1"
+            )
+        layers += range(first, last + 1)
+    return tuple(dict.fromkeys(layers))
+
+
+def setting_argument(ctx: click.Context, _: click.Parameter, value: str | None) -> str | None:
+    """One setting of the dial, as `--selector` takes it, or nothing."""
+    if value is None or ctx.resilient_parsing:
+        return value
+    _refuse_two_settings(ctx, quality=value)
+    check_quality(value)
+    return value
+
+
+def check_quality(name: str) -> None:
+    """Raises unless it is a setting of the dial.
+
+    Raises:
+        click.UsageError: It is neither one of the words nor a number that is taken.
+    """
+    if name not in QUALITY_NAMES and not _is_quality(name):
+        raise click.UsageError(
+            f"--quality must be of {', '.join(QUALITY_NAMES)} and numbers of at least "
+            f"{LEAST_QUALITY:g}, got {name!r}; 1 is balanced, larger ones keep more blocks"
+        )
+
+
+def _is_quality(text: str) -> bool:
+    try:
+        return LEAST_QUALITY <= float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def device_argument(_: click.Context, __: click.Parameter, text: str | None) -> str | None:

@@ -8,5 +8,8 @@ BUNDLED_CONTEXT = 8192
 TEXT_NAMES = ("prose", "code", "topics")
 # `passes.calls.BACKENDS`.
 BACKENDS = ("auto", "flash", "triton")
+# `selectors.selector_of_quality`.
+QUALITY_NAMES = ("fast", "balanced", "high")
+LEAST_QUALITY = 0.1
 # `cli.selectors.NAMED`.
 SELECTOR_NAMES = ("default", "fast", "balanced", "high", "paper")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import PROGRAM
-from .arguments import file_to_write, model_argument
+from .arguments import check_quality, file_to_write, model_argument
 from .choices import TEXT_NAMES
 from .failures import failures
 from .options import LAYER_OPTIONS, LOAD_OPTIONS, html_option, json_option, quiet_option
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from ..evaluation import LoadedModel, TextPrompt
     from ..selectors import Selector
 
-# `selectors.selector_of_quality`.
-QUALITY_NAMES = ("fast", "balanced", "high")
-LEAST_QUALITY = 0.1
 DEFAULT_LENGTH, LEAST_LENGTH = 4096, 256
 # More than any of the installed texts needs for a token.
 CHARACTERS_PER_TOKEN = 6
@@ -73,23 +69,12 @@ def quality_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[
     """Settings of the dial are names or numbers."""
     names = split_outside_brackets(text)
     for name in names:
-        if name not in QUALITY_NAMES and not _is_quality(name):
-            raise click.UsageError(
-                f"--quality must be of {', '.join(QUALITY_NAMES)} and numbers of at least "
-                f"{LEAST_QUALITY:g}, got {name!r}; 1 is balanced, larger ones keep more blocks"
-            )
+        check_quality(name)
     if not names:
         raise click.UsageError(
             f"--quality must name at least one setting, got {text!r}; give such as balanced,high"
         )
     return tuple(names)
-
-
-def _is_quality(text: str) -> bool:
-    try:
-        return LEAST_QUALITY <= float(text) < math.inf
-    except ValueError:
-        return False
 
 
 def repeats_option(help_text: str) -> Any:
@@ -99,6 +84,8 @@ def repeats_option(help_text: str) -> Any:
 
 lengths_option = click.option(
     "--lengths",
+    "--tokens",
+    "lengths",
     default="",
     metavar="N,...",
     callback=lengths_argument,
@@ -149,11 +136,9 @@ def refuse_beyond(lengths: Sequence[int], context: int | None) -> None:
 
 def create_dial(names: Sequence[str]) -> dict[str, Selector]:
     """The selectors of settings of the dial, by their names."""
-    from ..selectors import selector_of_quality
+    from .selectors import parse_quality
 
-    return {
-        name: selector_of_quality(name if name in QUALITY_NAMES else float(name)) for name in names
-    }
+    return {name: parse_quality(name) for name in names}
 
 
 def read_texts(names: Sequence[str], lengths: Sequence[int]) -> dict[str, str]:

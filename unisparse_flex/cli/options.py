@@ -15,6 +15,7 @@ from .arguments import (
     file_to_write,
     layers_argument,
     selector_argument,
+    setting_argument,
     text_argument,
 )
 from .choices import BACKENDS, SELECTOR_NAMES
@@ -59,10 +60,10 @@ MODEL_OPTIONS = (
 LAYER_OPTIONS = (
     click.option(
         "--dense-layers",
-        metavar="I,J,...",
+        metavar="I,J-K,...",
         default="",
         callback=layers_argument,
-        help="Layers that stay dense, negative ones from the end.",
+        help="Layers that stay dense, such as 0-10,20; negative ones from the end.",
     ),
     click.option(
         "--backend",
@@ -117,6 +118,12 @@ SPARSE_OPTIONS = (
         help=f"{', '.join(SELECTOR_NAMES)}, a calibration (*.json) or such as "
         "'UniSparse(top_p=0.95)'.",
     ),
+    click.option(
+        "--quality",
+        metavar="Q",
+        callback=setting_argument,
+        help="A setting of the dial instead: fast, balanced, high or a number.",
+    ),
     *LAYER_OPTIONS,
 )
 
@@ -165,6 +172,7 @@ def create_subject(
     tokens: int | None,
     text: str,
     selector: str,
+    quality: str | None,
     min_length: int | None,
     dense_layers: tuple[int, ...],
     backend: str,
@@ -173,9 +181,9 @@ def create_subject(
     from ..optimization import optimize
     from .models import load_model, stated_context
     from .prompts import check_tokens, create_input_ids
-    from .selectors import describe, parse_selector
+    from .selectors import describe, parse_quality, parse_selector
 
-    chosen = parse_selector(selector)
+    chosen = parse_selector(selector) if quality is None else parse_quality(quality)
     check_tokens(tokens, stated_context(model))
     progress.show(f"load {model}")
     loaded = load_model(model, allow_download=allow_download, device=device)

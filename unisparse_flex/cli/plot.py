@@ -145,7 +145,8 @@ def _plot_model(
             maps = draw_block_maps(
                 blocks, output / f"block-maps.{suffix}", title=f"Blocks kept: {title}", heads=heads
             )
-            series = DensitySeries.of(shorten(options["selector"], NAME_CHARACTERS), blocks)
+            setting = options["quality"] or options["selector"]
+            series = DensitySeries.of(shorten(setting, NAME_CHARACTERS), blocks)
             path = output / f"density-by-layer.{suffix}"
             return [*maps, draw_densities([series], path, title=f"Density by layer: {title}")]
 

@@ -31,6 +31,11 @@ def parse_selector(text: str) -> Selector | Calibration:
         return decode_selector(text)
 
 
+def parse_quality(name: str) -> Selector:
+    """Reads a setting of the dial: a word or a number."""
+    return selector_of_quality(name if name in QUALITIES else float(name))
+
+
 def describe(selector: Selector | Calibration, text: str) -> str:
     """A selector in words for reports."""
     if isinstance(selector, Selector):

@@ -18,6 +18,7 @@ from .attention_record import AttentionRecord
 from .explanation import Explanation, record_attention
 from .rest_time import RestClock
 from .timing import CallTime, time_call
+from .wording import Wording
 
 SCHEMA = 1
 PACKAGES = ("unisparse-flex", "torch", "triton", "transformers")
@@ -74,8 +75,9 @@ class ExplainReport:
 
     @property
     def explanation(self) -> Explanation:
-        """The calls as `explain` returns them."""
-        return Explanation(tuple(call.record for call in self.calls), self.rest_ms)
+        """The calls as `explain` returns them, with advice for the command line."""
+        records = tuple(call.record for call in self.calls)
+        return Explanation(records, self.rest_ms, Wording(command_line=True))
 
     @property
     def is_measured(self) -> bool:

@@ -21,7 +21,8 @@ from ..passes.decision import flash_obstacle, forecast_call
 from .attention_record import AttentionRecord
 from .explain_table import COLUMNS, format_table, terminal_columns, wrap
 from .rest_time import RestClock
-from .verdict import next_step, predicted_ms, prefill_ms, verdict
+from .verdict import PYTHON, next_step, predicted_ms, prefill_ms, verdict
+from .wording import Wording
 
 MASK_NOTE = (
     "where torch.compile proves what an attn_mask is, it keeps small windows whole: "
@@ -50,10 +51,12 @@ class Explanation:
         calls: One record per call.
         rest_ms: Milliseconds that this forward pass took outside attention, uncompiled; ``None``
             where that could not be told apart.
+        wording: How advice spells settings: as Python's arguments or as the command's options.
     """
 
     calls: tuple[AttentionRecord, ...]
     rest_ms: float | None = None
+    wording: Wording = PYTHON
 
     @property
     def sparse(self) -> tuple[AttentionRecord, ...]:
@@ -114,12 +117,12 @@ class Explanation:
 
         Layers that are predicted to be slower sparse than dense are named.
         """
-        return verdict(self.calls, self.rest_ms)
+        return verdict(self.calls, self.rest_ms, self.wording)
 
     @property
     def next_step(self) -> str:
         """What to do next."""
-        return next_step(self.calls)
+        return next_step(self.calls, self.wording)
 
     def table(self, columns: int = COLUMNS) -> str:
         """The calls as a table, the reasons of the dense ones below it.

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 
 from ..passes import DenseReason
 from .attention_record import AttentionRecord, chosen_densities
+from .wording import Wording, name_runs, runs_of
 
+PYTHON = Wording()
 NO_CALL = "no attention call was seen: the model computes attention itself or with its own kernels"
 # By the reason that most calls stay dense for.
 NEXT_STEPS = {
     DenseReason.NOT_OPTIMIZED: "model = unisparse_flex.optimize(model), then explain it again",
     DenseReason.SHORT: (
-        "lower min_length, or leave it out: then the cost model decides for each call"
+        "lower {min_length}, or leave it out: then the cost model decides for each call"
     ),
     DenseReason.FEW_QUERIES: (
         "explain a whole prompt: steps of a few queries, such as decoding, stay dense"
@@ -22,11 +24,17 @@ NEXT_STEPS = {
     DenseReason.NO_KERNEL: (
         "run unisparse-flex doctor, which says what kernels this machine has and why not others"
     ),
-    DenseReason.EXCLUDED: "leave layers out of dense_layers, or of those a calibration keeps dense",
+    DenseReason.EXCLUDED: (
+        "leave layers out of {dense_layers}, or of those a calibration keeps dense"
+    ),
 }
 
 
-def verdict(calls: Sequence[AttentionRecord], rest_ms: float | None = None) -> str:
+def verdict(
+    calls: Sequence[AttentionRecord],
+    rest_ms: float | None = None,
+    wording: Wording = PYTHON,
+) -> str:
     """See `Explanation.verdict`."""
     if not calls:
         return NO_CALL
@@ -56,14 +64,14 @@ def verdict(calls: Sequence[AttentionRecord], rest_ms: float | None = None) -> s
         verb = "keeps" if len(indices) == 1 else "keep"
         parts.append(
             f"{_name_layers(indices)} {verb} {sum(density) / len(density):.0%}: leave "
-            f"{'it' if len(indices) == 1 else 'them'} dense (dense_layers={_argument(indices)})"
+            f"{'it' if len(indices) == 1 else 'them'} dense ({wording.dense_layers(indices)})"
         )
     elif slower:
         parts.append(f"{len(slower)} of them predicted slower than dense: calibrate, or set top_k")
     return "; ".join(parts)
 
 
-def next_step(calls: Sequence[AttentionRecord]) -> str:
+def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> str:
     """See `Explanation.next_step`."""
     if not calls:
         return "load models of Hugging Face with attn_implementation='sdpa'; others must call SDPA"
@@ -71,31 +79,36 @@ def next_step(calls: Sequence[AttentionRecord]) -> str:
     slower = _slower(sparse)
     if sparse and len(slower) < len(sparse):
         return (
-            "torch.compile(model), if it is not compiled: the times are of that; quality='high' "
-            "keeps more blocks, quality='fast' fewer"
+            "torch.compile(model), if it is not compiled: the times are of that; "
+            f"{wording.quality('high')} keeps more blocks, {wording.quality('fast')} fewer"
         )
     known = [p.break_even for call in calls if (p := call.prediction) is not None and p.break_even]
     later = known and min(known) > max(call.kv_len for call in calls)
     if slower and all(_is_expected_faster(call) for call in slower):
         return (
-            "these calls keep more blocks than the selector is expected to: quality='fast' keeps "
-            "fewer; or leave them dense"
+            "these calls keep more blocks than the selector is expected to: "
+            f"{wording.quality('fast')} keeps fewer; or leave them dense"
         )
     if slower:
         longer = f", from {min(known)} keys on" if later else ""
         return (
-            "leave min_length out: then the cost model decides for each call, sparse where that is "
-            f"predicted faster{longer}"
+            f"leave {wording.name_of_min_length} out: then the cost model decides for each call, "
+            f"sparse where that is predicted faster{longer}"
         )
     reason = Counter(call.reason for call in calls).most_common(1)[0][0] or DenseReason.SLOWER
     if reason is DenseReason.SLOWER:
         if later:
             return (
                 f"a longer prompt: sparse is predicted faster from {min(known)} keys on; "
-                "min_length=0 makes calls sparse all the same"
+                f"{wording.min_length_0} makes calls sparse all the same"
             )
-        return "min_length=0 makes calls sparse all the same, to see what they would keep"
-    return NEXT_STEPS.get(reason, "the reasons above say what keeps calls dense")
+        return (
+            f"{wording.min_length_0} makes calls sparse all the same, to see what they would keep"
+        )
+    step = NEXT_STEPS.get(reason, "the reasons above say what keeps calls dense")
+    return step.format(
+        min_length=wording.name_of_min_length, dense_layers=wording.name_of_dense_layers
+    )
 
 
 def predicted_ms(calls: Sequence[AttentionRecord]) -> tuple[float, float]:
@@ -142,24 +155,5 @@ def _index(call: AttentionRecord) -> int | None:
     return int(found[1]) if found else None
 
 
-def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
-    """First and last of each run of indices that follow one another."""
-    runs: list[tuple[int, int]] = []
-    for index in indices:
-        if runs and index == runs[-1][1] + 1:
-            runs[-1] = runs[-1][0], index
-        else:
-            runs.append((index, index))
-    return runs
-
-
 def _name_layers(indices: Sequence[int]) -> str:
-    names = [f"{a}" if a == b else f"{a}-{b}" for a, b in _runs(indices)]
-    return f"layer{'' if len(indices) == 1 else 's'} {', '.join(names)}"
-
-
-def _argument(indices: Sequence[int]) -> str:
-    """The value of ``dense_layers`` as Python."""
-    if len(indices) > 4 and len(_runs(indices)) == 1:
-        return f"range({indices[0]}, {indices[-1] + 1})"
-    return repr(tuple(indices)).replace(" ", "")
+    return f"layer{'' if len(indices) == 1 else 's'} {name_runs(runs_of(indices), ', ')}"
