@@ -138,7 +138,8 @@ def test_a_mask_that_plain_pytorch_reads_costs_dense_attention_the_same(
     is_gpu(monkeypatch, None, (9, 0))
     plain = found_rates.find_rates(torch.device("cuda", 0), torch.bfloat16, plain=True).rates
     assert plain.is_plain
-    assert plain.masked_flop_rate == MEASURED_RATES.masked_flop_rate > 0
+    # Two runs on one kind of GPU.
+    assert plain.masked_flop_rate == pytest.approx(MEASURED_RATES.masked_flop_rate, rel=0.1)
     call = LLAMA._replace(q_len=32768, kv_len=32768, plain=True)
     free, masked = (
         forecast_at(call._replace(masked=flag), DEFAULT_SELECTOR, plain) for flag in (False, True)
