@@ -23,7 +23,7 @@ KEYS = {
 ROW_KEYS = {
     *("tokens", "run", "setting", "name", "ms", "times_ms", "first_call_seconds", "density"),
     *("sparse_calls", "windows", "calls", "kl_last_token", "same_token", "error", "speedup"),
-    *("output_error", "worst_output_error"),
+    *("output_error", "worst_output_error", "told_apart"),
 }
 
 
@@ -124,6 +124,7 @@ def test_a_verdict_says_slower_and_that_times_scatter():
         "kl_last_token": 0.0123,
         "ms": 10.0,
         "times_ms": [10.0, 10.0],
+        "told_apart": True,
         "output_error": None,
         "worst_output_error": None,
     }
@@ -139,6 +140,41 @@ def test_a_verdict_says_slower_and_that_times_scatter():
         "At 9 tokens xattn brings the first token 1.50 times as fast as the fastest dense run, its "
         "attention 4.2% off dense attention, at worst 31.0%, at a KL of 0.012 after the prompt."
     ]
+
+
+@pytest.mark.parametrize(
+    ("density", "sparse", "dense", "told_apart"),
+    [
+        (0.4, [8.0, 8.2, 8.1], [9.0, 9.3, 9.1], True),
+        (0.4, [8.0, 9.2, 8.1], [9.0, 9.3, 9.1], False),
+        (0.4, [10.0, 10.2, 10.1], [9.0, 9.3, 9.1], True),
+        (0.4, [8.0], [9.0], False),
+        (0.996, [8.0, 8.2, 8.1], [9.0, 9.3, 9.1], False),
+        (1.0, [10.0, 10.2, 10.1], [9.0, 9.3, 9.1], True),
+        (None, [8.0, 8.2, 8.1], [9.0, 9.3, 9.1], True),
+    ],
+)
+def test_no_gain_is_claimed_that_may_be_noise(density, sparse, dense, told_apart):
+    def row(setting, times, density):
+        return {
+            **{
+                "tokens": 9,
+                "setting": setting,
+                "times_ms": times,
+                "ms": sorted(times)[len(times) // 2],
+            },
+            **{"density": density, "sparse_calls": 2, "error": None, "kl_last_token": 0.01},
+            **{"output_error": None, "worst_output_error": None},
+        }
+
+    rows = [row(None, dense, None), row("fast", sparse, density)]
+    command.add_speedups(rows)
+    assert [each["told_apart"] for each in rows] == [None, told_apart]
+    if density is not None:
+        verdict = command.say_verdict(rows)[0]
+        assert (
+            "no difference to the fastest dense run that can be told" in verdict
+        ) is not told_apart
 
 
 def test_packages_of_other_work_are_named_where_they_are_missing():

@@ -44,11 +44,15 @@ REPEATS = {"cuda": 5, "cpu": 3}
 SCOPES = ("layers", "model")
 # Slowest over fastest of repeats, above which the machine was not idle.
 MOST_SCATTER = 1.5
+# Density from which no gain is claimed.
+NEARLY_ALL = 0.995
 NOTES = (
     "first token: from the prompt to the logits of its last token, without a cache; the ways take "
     "turns, after two calls each that warm up. first call: the first of them, compilation "
     "included; a warm compilation cache makes it short.",
-    "over dense: the fastest dense run's time over this one's. density: kept over visible blocks, "
+    "over dense: the fastest dense run's time over this one's, in brackets where that cannot be "
+    "told from noise: repeats of the two overlap, there is one of each, or a gain comes with at "
+    f"least {NEARLY_ALL:.1%} of the blocks. density: kept over visible blocks, "
     "mean over the sparse calls, but for those that keep a whole narrow window. KL: of the "
     "next-token distribution after the prompt to the first dense run's, one position only; "
     "unisparse-flex quality judges many.",
@@ -205,14 +209,32 @@ def speed(
 
 
 def add_speedups(rows: Sequence[dict[str, Any]]) -> None:
-    """Puts the fastest dense run's time over each row's own into the row."""
+    """Puts the fastest dense run's time over each row's own into the row, and if that says a thing.
+
+    ``told_apart`` is ``None`` of dense runs and where there is no ratio.
+    """
     for row in rows:
         dense = [
-            other["ms"]
+            other
             for other in rows
             if other["tokens"] == row["tokens"] and other["setting"] is None and other["ms"]
         ]
-        row["speedup"] = min(dense) / row["ms"] if dense and row["ms"] else None
+        fastest = min(dense, key=lambda other: float(other["ms"]), default=None)
+        row["speedup"] = fastest["ms"] / row["ms"] if fastest and row["ms"] else None
+        known = fastest is not None and row["speedup"] is not None and row["setting"] is not None
+        row["told_apart"] = _is_told_apart(row, fastest) if known and fastest else None
+
+
+def _is_told_apart(row: dict[str, Any], dense: dict[str, Any]) -> bool:
+    """Whether a run differs from a dense one by more than repeats of either differ."""
+    own, other = row["times_ms"], dense["times_ms"]
+    if min(len(own), len(other)) < 2:
+        return False
+    if row["speedup"] > 1.0:
+        # What keeps every block computes what dense attention does, and selects besides.
+        drops = row["density"] is None or row["density"] < NEARLY_ALL
+        return bool(row["sparse_calls"]) and drops and max(own) < min(other)
+    return min(own) > max(other)
 
 
 def find_rivals(names: Sequence[str]) -> tuple[list[dict[str, Any]], list[LoadedRival]]:
@@ -253,7 +275,7 @@ def say_verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
         elif row["output_error"] is not None:
             speed = f"takes {row['ms']:.0f} ms"
             if row["speedup"] is not None:
-                speed = f"{say_speed(row['speedup'])} the fastest dense run"
+                speed = _compare(row)
             sentences.append(
                 f"{start} {speed}, its attention {_off(row)}, at a KL of "
                 f"{say_kl(row['kl_last_token'])} after the prompt."
@@ -262,8 +284,7 @@ def say_verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
             sentences.append(f"{start} takes {row['ms']:.0f} ms; no dense run could be timed.")
         else:
             sentences.append(
-                f"{start} {say_speed(row['speedup'])} the fastest dense run, with "
-                f"{row['density']:.0%} of the blocks, at a KL of "
+                f"{start} {_compare(row)}, with {row['density']:.0%} of the blocks, at a KL of "
                 f"{say_kl(row['kl_last_token'])} after the prompt."
             )
     scatter = max(
@@ -284,6 +305,12 @@ def _off(row: dict[str, Any]) -> str:
     return f"{mean:.1%} off dense attention, at worst {worst:.1%}"
 
 
+def _compare(row: dict[str, Any]) -> str:
+    if not row["told_apart"]:
+        return "shows no difference to the fastest dense run that can be told from noise"
+    return f"{say_speed(row['speedup'])} the fastest dense run"
+
+
 def say_speed(speedup: float) -> str:
     """How a run compares with another, before the other's name."""
     if speedup >= 1.0:
@@ -302,11 +329,12 @@ def format_speed(values: dict[str, Any]) -> str:
         for row in values["rows"]:
             if row["tokens"] != tokens:
                 continue
+            noise = row["told_apart"] is False
             lines.append(
                 _cells(
                     row["name"],
                     _number(row["ms"], "{:.1f}"),
-                    _number(row["speedup"], "{:.2f}x"),
+                    _number(row["speedup"], "({:.2f}x)" if noise else "{:.2f}x"),
                     _number(row["density"], "{:.1%}"),
                     _number(row["kl_last_token"], "{:.4f}"),
                     _number(row["first_call_seconds"], "{:.1f} s"),

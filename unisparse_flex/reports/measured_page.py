@@ -184,7 +184,7 @@ def _speed_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         row["name"],
         format_ms(row["ms"]),
-        number("speedup", "{:.2f}×"),
+        number("speedup", "({:.2f}×)" if row.get("told_apart") is False else "{:.2f}×"),
         format_percent(row["density"]),
         number("kl_last_token", "{:.4f}"),
         number("output_error", "{:.1%}"),
