@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unisparse_flex import UniSparse, explain, optimize
-from unisparse_flex.passes import DenseReason, observe_calls
+from unisparse_flex.passes import DenseReason, SparseConfig, observe_calls
 from unisparse_flex.passes.decision.call_forecast import CallForecast
 from unisparse_flex.passes.decision.cost_forecast import CallShape, forecast
 from unisparse_flex.reports import (
@@ -23,6 +23,7 @@ from unisparse_flex.reports import (
 from unisparse_flex.reports.explain_table import short_names, terminal_columns, three_digits
 from unisparse_flex.reports.explanation import MASK_NOTE
 from unisparse_flex.reports.wording import Wording
+from unisparse_flex.selectors import selector_of_quality
 
 from .capture import captured
 from .models import SELECTOR, WIDTH, Attention, Transformer, create, embeddings, split_heads
@@ -285,14 +286,57 @@ def test_what_is_next_depends_on_why_nothing_is_gained() -> None:
     assert "from 4096 keys on" in Explanation((slower, never)).next_step
     assert "keys on" not in Explanation((never,)).next_step
     forced = Explanation((sparse_call(0, 0.9, 12, kv_len=1024),)).next_step
-    assert forced.startswith("leave min_length out")
+    assert forced.startswith("calls are sparse because of min_length: dense is predicted faster")
     assert forced.endswith("from 4096 keys on")
-    assert "quality='fast'" in Explanation((sparse_call(0, 0.9, 12),)).next_step
     plain = Explanation((replace(dense, reason=DenseReason.NOT_OPTIMIZED),))
     assert "unisparse_flex.optimize(model)" in plain.next_step
     assert plain.verdict == f"the only call stays dense: {DenseReason.NOT_OPTIMIZED}"
     for reason in DenseReason:
         assert Explanation((replace(dense, reason=reason),)).next_step
+
+
+def at(quality: str, call: AttentionRecord) -> AttentionRecord:
+    """The call with settings of the dial, decided by the cost model."""
+    selector = selector_of_quality(quality)
+    return replace(call, config=SparseConfig.of_model(selector, min_length=None))
+
+
+@pytest.mark.parametrize("density", [0.5, 0.95, 1.0])
+@pytest.mark.parametrize("milliseconds", [4.0, 12.0])
+def test_advice_never_names_a_setting_that_is_in_force(density: float, milliseconds: float) -> None:
+    call = sparse_call(0, density, milliseconds)
+    fast = Explanation((at("fast", call),)).next_step
+    assert "quality='balanced'" not in fast
+    assert "quality='high'" not in fast
+    if milliseconds < call.prediction.dense_ms:  # type: ignore[union-attr]
+        assert "quality" not in fast
+    else:
+        assert "dense" in fast
+        assert ("its attention is diffuse" in fast) is (density >= 0.9)
+        assert ("with random weights" in fast) is (density >= 0.9)
+    balanced = Explanation((at("balanced", call),)).next_step
+    assert "quality='fast' keeps fewer" in balanced
+    assert "more blocks" not in Explanation((at("high", sparse_call(0, 0.4, 4.0)),)).next_step
+
+
+def test_dense_at_high_is_said_to_be_exact_and_from_where_balanced_is_sparse() -> None:
+    model = optimize(create(Attention), quality="high")
+    explanation = explain(model, embeddings(512))
+    (call,) = explanation.calls
+    assert call.reason is DenseReason.SLOWER
+    balanced = explain(optimize(model, quality="balanced"), embeddings(512)).calls[0]
+    assert balanced.prediction is not None
+    assert call.sparser_from == balanced.prediction.break_even
+    assert "all attention is dense and the output exact" in explanation.next_step
+    assert (
+        f"quality='balanced' would be sparse from {call.sparser_from} keys on"
+        in replace(explanation, calls=(call,)).next_step
+    ) is (call.sparser_from is not None)
+    known = replace(call, sparser_from=7168)
+    assert "quality='balanced' would be sparse from 7168 keys on" in Explanation((known,)).next_step
+    assert explanation.next_step.endswith(
+        "min_length=0 makes calls sparse all the same, though predicted slower"
+    )
 
 
 def test_calls_that_no_sparse_kernel_takes_have_no_prediction() -> None:

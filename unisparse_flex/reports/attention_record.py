@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ..passes import DenseReason
+from ..passes import DenseReason, SparseConfig
 from ..passes.decision import CallForecast
 
 
@@ -31,6 +31,10 @@ class AttentionRecord:
             where that does or was not to be used, where there is no GPU, or where it stays dense.
         prediction: Milliseconds and break-even length by the cost model; ``None`` where it says
             nothing: no settings, or no block-sparse kernel for the call.
+        config: The settings of the call; ``None`` where it has none.
+        sparser_from: Of a call at ``"high"`` or ``"balanced"`` that stays dense because that is
+            predicted to be faster, the fewest keys from which it would be sparse at the next
+            quality that keeps fewer blocks; ``None`` of others, and where it never would.
     """
 
     layer: str
@@ -46,6 +50,8 @@ class AttentionRecord:
     plain_selection: str | None = None
     own_kernel: str | None = None
     prediction: CallForecast | None = None
+    config: SparseConfig | None = field(default=None, repr=False)
+    sparser_from: int | None = None
 
     @property
     def may_differ_compiled(self) -> bool:

@@ -43,6 +43,8 @@ class ReportedCall:
         values = asdict(self.record)
         values["reason"] = None if self.record.reason is None else str(self.record.reason)
         values["predicted"] = values.pop("prediction")
+        # What the settings of the report say already, and what the advice does.
+        del values["config"], values["sparser_from"]
         return values | {
             "module": self.module,
             "measured": None if self.time is None else asdict(self.time),

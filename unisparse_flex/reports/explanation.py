@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..block_masks import BlockSelection, valid_blocks
+from ..block_masks.selectors import selector_of_quality
 from ..catching import original_module
 from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import MULTIHEAD_TARGETS, keeps_window, logit_scale, refuse_multihead
 from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
 from ..passes.decision import flash_obstacle, forecast_call
+from .advice import SPARSER, next_step, quality_of
 from .attention_record import AttentionRecord
 from .explain_table import COLUMNS, format_table, terminal_columns, wrap
 from .rest_time import RestClock
-from .verdict import PYTHON, next_step, predicted_ms, prefill_ms, verdict
+from .verdict import PYTHON, predicted_ms, prefill_ms, verdict
 from .wording import Wording
 
 MASK_NOTE = (
@@ -303,7 +305,20 @@ def _record(
         plain_selection=plain,
         own_kernel=own,
         prediction=None if config is None else forecast_call(call, config.selector, density),
+        config=config,
+        sparser_from=_sparser_from(call, config, reason),
     )
+
+
+def _sparser_from(
+    call: SdpaCall, config: SparseConfig | None, reason: DenseReason | None
+) -> int | None:
+    """See `AttentionRecord.sparser_from`."""
+    if config is None or reason is not DenseReason.SLOWER:
+        return None
+    sparser = SPARSER.get(quality_of(config.selector))
+    found = None if sparser is None else forecast_call(call, selector_of_quality(sparser))
+    return None if found is None else found.break_even
 
 
 def _count_unjudged(call: SdpaCall, selection: BlockSelection) -> int:

@@ -1,4 +1,4 @@
-"""What `explain` makes of the calls in a sentence, and what it says to do next."""
+"""What `explain` makes of the calls in a sentence."""
 
 from __future__ import annotations
 
@@ -6,28 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from ..passes import DenseReason
 from .attention_record import AttentionRecord, chosen_densities
 from .wording import Wording, name_runs, runs_of
 
 PYTHON = Wording()
 NO_CALL = "no attention call was seen: the model computes attention itself or with its own kernels"
-# By the reason that most calls stay dense for.
-NEXT_STEPS = {
-    DenseReason.NOT_OPTIMIZED: "model = unisparse_flex.optimize(model), then explain it again",
-    DenseReason.SHORT: (
-        "lower {min_length}, or leave it out: then the cost model decides for each call"
-    ),
-    DenseReason.FEW_QUERIES: (
-        "explain a whole prompt: steps of a few queries, such as decoding, stay dense"
-    ),
-    DenseReason.NO_KERNEL: (
-        "run unisparse-flex doctor, which says what kernels this machine has and why not others"
-    ),
-    DenseReason.EXCLUDED: (
-        "leave layers out of {dense_layers}, or of those a calibration keeps dense"
-    ),
-}
 
 
 def verdict(
@@ -56,7 +39,7 @@ def verdict(
         parts[0] += f", attention predicted {dense_ms / decided_ms:.3g}x as fast"
         if (whole := prefill_ms(calls, rest_ms)) is not None:
             parts[0] += f", the whole prefill {whole[0] / whole[1]:.3g}x"
-    slower = _slower(sparse)
+    slower = slower_calls(sparse)
     if slower and len(slower) == len(sparse):
         parts.append("every sparse call is predicted slower than dense")
     elif indices := _slower_layers(sparse):
@@ -69,46 +52,6 @@ def verdict(
     elif slower:
         parts.append(f"{len(slower)} of them predicted slower than dense: calibrate, or set top_k")
     return "; ".join(parts)
-
-
-def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> str:
-    """See `Explanation.next_step`."""
-    if not calls:
-        return "load models of Hugging Face with attn_implementation='sdpa'; others must call SDPA"
-    sparse = [call for call in calls if call.decision == "sparse"]
-    slower = _slower(sparse)
-    if sparse and len(slower) < len(sparse):
-        return (
-            "torch.compile(model), if it is not compiled: the times are of that; "
-            f"{wording.quality('high')} keeps more blocks, {wording.quality('fast')} fewer"
-        )
-    known = [p.break_even for call in calls if (p := call.prediction) is not None and p.break_even]
-    later = known and min(known) > max(call.kv_len for call in calls)
-    if slower and all(_is_expected_faster(call) for call in slower):
-        return (
-            "these calls keep more blocks than the selector is expected to: "
-            f"{wording.quality('fast')} keeps fewer; or leave them dense"
-        )
-    if slower:
-        longer = f", from {min(known)} keys on" if later else ""
-        return (
-            f"leave {wording.name_of_min_length} out: then the cost model decides for each call, "
-            f"sparse where that is predicted faster{longer}"
-        )
-    reason = Counter(call.reason for call in calls).most_common(1)[0][0] or DenseReason.SLOWER
-    if reason is DenseReason.SLOWER:
-        if later:
-            return (
-                f"a longer prompt: sparse is predicted faster from {min(known)} keys on; "
-                f"{wording.min_length_0} makes calls sparse all the same"
-            )
-        return (
-            f"{wording.min_length_0} makes calls sparse all the same, to see what they would keep"
-        )
-    step = NEXT_STEPS.get(reason, "the reasons above say what keeps calls dense")
-    return step.format(
-        min_length=wording.name_of_min_length, dense_layers=wording.name_of_dense_layers
-    )
 
 
 def predicted_ms(calls: Sequence[AttentionRecord]) -> tuple[float, float]:
@@ -131,20 +74,14 @@ def prefill_ms(
     return dense + rest_ms, decided + rest_ms
 
 
-def _slower(sparse: Sequence[AttentionRecord]) -> list[AttentionRecord]:
+def slower_calls(sparse: Sequence[AttentionRecord]) -> list[AttentionRecord]:
     """The sparse calls that are predicted to be faster dense, at the density that they have."""
     return [c for c in sparse if (p := c.prediction) is not None and p.sparse_ms > p.dense_ms]
 
 
-def _is_expected_faster(call: AttentionRecord) -> bool:
-    """Whether the cost model alone, without `min_length`, would have made the call sparse."""
-    p = call.prediction
-    return p is not None and p.break_even is not None and p.break_even <= call.kv_len
-
-
 def _slower_layers(sparse: Sequence[AttentionRecord]) -> list[int]:
     """What to give as ``dense_layers``: indices of which every sparse call is slower."""
-    slower = _slower(sparse)
+    slower = slower_calls(sparse)
     faster = {_index(call) for call in sparse if call not in slower}
     return sorted({i for call in slower if (i := _index(call)) is not None} - faster)
 

@@ -1,0 +1,123 @@
+"""What `explain` says to do next, by what the calls do and the settings that they have."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ..block_masks.selectors import QUALITIES, Selector, selector_of_quality
+from ..passes import DenseReason
+from .attention_record import AttentionRecord, chosen_densities
+from .verdict import PYTHON, slower_calls
+from .wording import Wording
+
+# Each quality, and the next that keeps fewer blocks.
+SPARSER: dict[str | None, str] = {"high": "balanced", "balanced": "fast"}
+# Density from which attention is called diffuse.
+DIFFUSE = 0.9
+NO_CALL_STEP = "load models of Hugging Face with attn_implementation='sdpa'; others must call SDPA"
+COMPILED = "torch.compile(model), if it is not compiled: the times are of that"
+COMMANDS = (
+    "unisparse-flex speed MODEL times it compiled, unisparse-flex quality MODEL says what it "
+    "changes in what the model predicts"
+)
+# By the reason that most calls stay dense for.
+NEXT_STEPS = {
+    DenseReason.NOT_OPTIMIZED: "model = unisparse_flex.optimize(model), then explain it again",
+    DenseReason.SHORT: (
+        "lower {min_length}, or leave it out: then the cost model decides for each call"
+    ),
+    DenseReason.FEW_QUERIES: (
+        "explain a whole prompt: steps of a few queries, such as decoding, stay dense"
+    ),
+    DenseReason.NO_KERNEL: (
+        "run unisparse-flex doctor, which says what kernels this machine has and why not others"
+    ),
+    DenseReason.EXCLUDED: (
+        "leave layers out of {dense_layers}, or of those a calibration keeps dense"
+    ),
+}
+
+
+def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> str:
+    """See `Explanation.next_step`."""
+    if not calls:
+        return NO_CALL_STEP
+    sparse = [call for call in calls if call.decision == "sparse"]
+    slower = slower_calls(sparse)
+    if not sparse:
+        return _where_all_is_dense(calls, wording)
+    if len(slower) == len(sparse):
+        return _where_nothing_is_gained(slower, wording)
+    fewer = SPARSER.get(_quality_in_force(sparse))
+    step = COMMANDS if wording.command_line else COMPILED
+    return step if fewer is None else f"{step}; {wording.quality(fewer)} keeps fewer blocks"
+
+
+def quality_of(selector: Selector) -> str | None:
+    """The word of the dial that stands for a selector; ``None`` where none does."""
+    return next((name for name in QUALITIES if selector_of_quality(name) == selector), None)
+
+
+def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording) -> str:
+    """Of sparse calls, every one of them predicted to be slower than dense."""
+    quality, kept = _quality_in_force(calls), chosen_densities(calls)
+    share = sum(kept) / len(kept)
+    if share >= DIFFUSE and quality == "fast":
+        fast = wording.quality("fast")
+        return (
+            f"leave the model dense: its attention is diffuse, so that even {fast} keeps "
+            f"{share:.0%} of the blocks; with random weights it always is"
+        )
+    if all(_is_expected_faster(call) for call in calls):
+        start = "these calls keep more blocks than is expected of the selector"
+        if quality == "fast":
+            return f"{start}: leave them dense"
+        if quality in SPARSER:
+            return f"{start}: {wording.quality('fast')} keeps fewer; or leave them dense"
+        return f"{start}: give it a smaller budget, or leave them dense"
+    start = (
+        f"calls are sparse because of {wording.name_of_min_length}: dense is predicted faster at "
+        "this length"
+    )
+    return f"{start}, sparse from {later} keys on" if (later := _longer(calls)) else start
+
+
+def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> str:
+    reason = Counter(call.reason for call in calls).most_common(1)[0][0] or DenseReason.SLOWER
+    if reason is not DenseReason.SLOWER:
+        step = NEXT_STEPS.get(reason, "the reasons above say what keeps calls dense")
+        return step.format(
+            min_length=wording.name_of_min_length, dense_layers=wording.name_of_dense_layers
+        )
+    parts = []
+    if later := _longer(calls):
+        parts.append(f"a longer prompt: sparse is predicted faster from {later} keys on")
+    quality = _quality_in_force(calls)
+    if quality == "high":
+        parts.append("as it is, all attention is dense and the output exact")
+    sparser = [call.sparser_from for call in calls if call.sparser_from is not None]
+    if quality in SPARSER and sparser:
+        parts.append(
+            f"{wording.quality(SPARSER[quality])} would be sparse from {min(sparser)} keys on"
+        )
+    parts.append(f"{wording.min_length_0} makes calls sparse all the same, though predicted slower")
+    return "; ".join(parts)
+
+
+def _quality_in_force(calls: Sequence[AttentionRecord]) -> str | None:
+    """The word of the dial that all calls have; ``None`` where they have no such setting."""
+    words = {None if call.config is None else quality_of(call.config.selector) for call in calls}
+    return words.pop() if len(words) == 1 else None
+
+
+def _longer(calls: Sequence[AttentionRecord]) -> int | None:
+    """Fewest keys from which a call is predicted faster sparse; ``None`` where some are reached."""
+    known = [p.break_even for call in calls if (p := call.prediction) is not None and p.break_even]
+    return min(known) if known and min(known) > max(call.kv_len for call in calls) else None
+
+
+def _is_expected_faster(call: AttentionRecord) -> bool:
+    """Whether the cost model alone, without `min_length`, would have made the call sparse."""
+    p = call.prediction
+    return p is not None and p.break_even is not None and p.break_even <= call.kv_len
