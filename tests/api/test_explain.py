@@ -126,10 +126,10 @@ def test_the_table_holds_every_call_and_the_totals() -> None:
     explanation = explain(model, X)
     lines = explanation.table().splitlines()
     # The cost model's columns say so.
-    assert lines[0].split() == ["predicted", "ms", "break-"]
+    assert lines[0].split() == ["predicted", "ms", "sparse"]
     assert lines[0].index("predicted") < lines[1].index("sparse") + len("sparse")
     assert lines[1].split() == [
-        *("layer", "keys", "heads", "runs", "density", "dense", "sparse", "even", "why")
+        *("layer", "keys", "heads", "runs", "density", "dense", "sparse", "from", "why")
     ]
     assert set(lines[2]) == {"-", " "}
     density = f"{densities()[0]:.3f}"
@@ -145,7 +145,10 @@ def test_the_table_holds_every_call_and_the_totals() -> None:
     assert lines[4].split()[-1] == "[1]"
     assert lines[5] == f"[1] {DenseReason.EXCLUDED}"
     dense, decided = explanation.predicted_ms
-    assert lines[6] == (
+    notes = " ".join(" ".join(lines[6:]).split())
+    assert notes.startswith("sparse from: the fewest keys (tokens) from which such a call is")
+    lines = lines[lines.index(next(line for line in lines if line.startswith("predicted, att"))) :]
+    assert lines[0] == (
         f"predicted, attention only: {three_digits(decided)} ms as decided, "
         f"{three_digits(dense)} ms all dense"
     )
@@ -153,7 +156,7 @@ def test_the_table_holds_every_call_and_the_totals() -> None:
     whole, all_dense, rest = (
         three_digits(ms + explanation.rest_ms) for ms in (decided, dense, 0.0)
     )
-    assert " ".join(" ".join(lines[7:]).split()) == (
+    assert " ".join(" ".join(lines[1:]).split()) == (
         f"predicted, whole prefill: {whole} ms as decided, {all_dense} ms all dense; the rest of "
         f"the model took {rest} ms here, uncompiled"
     )

@@ -16,10 +16,14 @@ LEAST_NAME = 12
 CUT = "..."
 HEADER = (
     *("layer", "queries", "keys", "heads", "runs", "density"),
-    *("dense", "sparse", "even", "why"),
+    *("dense", "sparse", "from", "why"),
 )
 # Above two of them and one: what the cost model says is no measurement.
-PREDICTED, BREAK = "predicted ms", "break-"
+PREDICTED, SPARSE_FROM = "predicted ms", "sparse"
+FROM_NOTE = (
+    "sparse from: the fewest keys (tokens) from which such a call is predicted to be faster "
+    "sparse, at the density that is expected of the selector; the milliseconds are at the one found here"
+)
 LEFT = ("layer", "runs")
 
 
@@ -54,7 +58,7 @@ def format_table(
         rows = [[*row[:left_out], *row[left_out + 1 :]] for row in rows]
     else:
         header = list(HEADER)
-    least = [len(BREAK) if name == "even" else len(name) for name in header]
+    least = [len(SPARSE_FROM) if name == "from" else len(name) for name in header]
     widths = [max(size, *(len(row[i]) for row in rows)) for i, size in enumerate(least)]
     gap, names = _fit_names([row[0] for row in rows], columns - sum(widths[1:]), len(widths) - 1)
     rows = [[name, *row[1:]] for name, row in zip(names, rows, strict=True)]
@@ -63,7 +67,7 @@ def format_table(
     until_sparse = header.index("sparse") + 1
     predicted = sum(widths[:until_sparse]) + (until_sparse - 1) * len(gap)
     lines = [
-        f"{PREDICTED:>{predicted}}{gap}{BREAK:>{widths[header.index('even')]}}",
+        f"{PREDICTED:>{predicted}}{gap}{SPARSE_FROM:>{widths[header.index('from')]}}",
         _line(header, widths, left, gap),
         gap.join("-" * width for width in widths),
         *(_line(row, widths, left, gap) for row in rows),
@@ -73,6 +77,7 @@ def format_table(
         of = f" ({counts[reason]} calls)" if counts[reason] > 1 else ""
         lines.append(wrap(f"[{number}] {reason}{of}", columns, indent=4))
     if known := sum(call.prediction is not None for call in calls):
+        lines.append(wrap(FROM_NOTE, columns))
         dense, decided = map(three_digits, predicted_ms(calls))
         of = "" if known == len(calls) else f" for {known} calls"
         lines.append(

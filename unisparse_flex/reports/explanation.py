@@ -45,9 +45,9 @@ class Explanation:
     It prints as a verdict, a table and what to do next.
 
     Its milliseconds are predictions of the cost model, at the density that was measured where the
-    call runs sparse and at the one that the selector expects where it stays dense. Its break-even
-    is the fewest keys from which a call of that shape is predicted to be faster sparse, at the
-    density that the selector expects.
+    call runs sparse and at the one that the selector expects where it stays dense.
+    "sparse from" is the fewest keys from which a call of that shape is predicted to be faster
+    sparse, at the density that the selector expects.
 
     Attributes:
         calls: One record per call.
