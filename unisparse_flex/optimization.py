@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -188,18 +189,41 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
 def restore(model: ModelT) -> ModelT:
     """Undoes `optimize` in place; a model that was not optimized stays as it is.
 
+    A Hugging Face model that is set to a name of `integrations.register` stays so, with a warning:
+    ``model.set_attn_implementation("sdpa")`` makes it dense.
+
     Args:
         model: A model, or what `torch.compile` made of it (it recompiles at its next call).
 
     Returns:
         ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
     """
+    if not isinstance(original_module(model), nn.Module):
+        raise TypeError(
+            "model must be a torch.nn.Module, optimized or not, got "
+            f"{type(original_module(model)).__name__}; of a pipeline pass the module that was "
+            "optimized, such as pipeline.transformer or pipeline.model"
+        )
+    release_all(model)
+    if (name := _registered_name(model)) is not None:
+        warnings.warn(
+            f"restore undoes optimize, and this model is set to attn_implementation={name!r}, "
+            "which stays sparse; call model.set_attn_implementation('sdpa')",
+            stacklevel=2,
+        )
+    return model
+
+
+def release_all(model: nn.Module) -> None:
+    """Takes the settings from every module of the model."""
     module = original_module(model)
     if any(is_intercepted(m) for m in module.modules()):
         fuse_split_layers(module)
     for submodule in module.modules():
         release(submodule)
-    return model
 
 
 @contextmanager
@@ -257,7 +281,7 @@ def temporarily_optimize(
             context=context,
         )
     finally:
-        restore(model)
+        release_all(model)
         for module, config in before.items():
             intercept(module, config)
             split_fused_layers(module)
@@ -269,10 +293,14 @@ def is_optimized(model: nn.Module) -> bool:
     By `optimize`, or as a Hugging Face model that is set to a name of `integrations.register`.
     """
     module = original_module(model)
-    if is_intercepted(module):
-        return True
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    return isinstance(implementation, str) and implementation in registered_names
+    return is_intercepted(module) or _registered_name(model) is not None
+
+
+def _registered_name(model: nn.Module) -> str | None:
+    """The name of `integrations.register` that a Hugging Face model is set to, if any."""
+    config = getattr(original_module(model), "config", None)
+    name = getattr(config, "_attn_implementation", None)
+    return name if isinstance(name, str) and name in registered_names else None
 
 
 def validate_model(model: object) -> None:

@@ -157,6 +157,12 @@ def test_restoring_twice_or_for_nothing_changes_nothing() -> None:
     assert type(restore(create())) is Transformer
 
 
+@pytest.mark.parametrize("value", [object(), None, torch.nn.Linear])
+def test_what_is_no_module_cannot_be_restored(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, optimized or not"):
+        restore(value)
+
+
 def test_a_restored_model_can_be_optimized_again() -> None:
     model = optimize(restore(sparse_model()), FINE, min_length=0)
     assert_is_sparse(output(model), create(), FINE, X)

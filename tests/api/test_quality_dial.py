@@ -160,8 +160,13 @@ def test_a_model_of_a_registered_name_is_optimized() -> None:
     try:
         model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="named")
         assert is_optimized(model)
+        with pytest.warns(UserWarning, match=r"call model\.set_attn_implementation\('sdpa'\)"):
+            restore(model)
+        with temporarily_optimize(model):
+            pass
         model.set_attn_implementation("sdpa")
         assert not is_optimized(model)
+        assert restore(model) is model
     finally:
         integration.unregister("named")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..block_masks import Selector
 from ..calibration import DENSE, Calibration, Setting
-from ..optimization import optimize_layers, restore
+from ..optimization import optimize_layers, release_all
 from ..passes import observe_calls
 from ..progress import Progress
 from .allocation import Allocation, Frontier, Units, allocate
@@ -208,7 +208,7 @@ class Search:
                     total += _sum_kl(dense, _logits(run()))
                     positions += dense.shape[:-1].numel()
         finally:
-            restore(self.model)
+            release_all(self.model)
         return max(0.0, total / positions)  # rounding goes below zero
 
     def _result(

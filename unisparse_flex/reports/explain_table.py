@@ -22,7 +22,8 @@ HEADER = (
 PREDICTED, SPARSE_FROM = "predicted ms", "sparse"
 FROM_NOTE = (
     "sparse from: the fewest keys (tokens) from which such a call is predicted to be faster "
-    "sparse, at the density that is expected of the selector; the milliseconds are at the one found here"
+    "sparse, at the density that is expected of the selector; the milliseconds are at the one "
+    "found here"
 )
 LEFT = ("layer", "runs")
 
