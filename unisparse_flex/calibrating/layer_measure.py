@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..block_masks import Selector, UniSparse
-from ..optimization import layer_modules, optimize_layers, restore
+from ..optimization import layer_modules, optimize_layers, release_all
 from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import apply_autocast, call_geometry, select
 from ..passes.calls import SdpaCall
@@ -195,7 +195,7 @@ def measure_layers(
         layers[path[-1]].add(call, ladder, min_length)
 
     with ExitStack() as stack:
-        stack.callback(restore, model)
+        stack.callback(release_all, model)
         optimize_layers(model, {})
         for name, module in layer_modules(model).items():
             track_layer(stack, module, name, path)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..optimization import optimize, restore
+from ..optimization import optimize, release_all
 from ..reports import AttentionRecord, chosen_densities, record_attention
 from ..selectors import Selector
 from .answers import TOGETHER, Sample, score_samples
@@ -74,7 +74,7 @@ class Sparsity:
         try:
             yield
         finally:
-            restore(model)
+            release_all(model)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
