@@ -34,7 +34,7 @@ class DenseReason(StrEnum):
     DROPOUT = "dropout_p is not 0: no sparse kernel drops attention weights"
     NOT_4D = "query, key and value are not [batch, heads, tokens, head_dim]"
     NOT_DENSE = "query, key and value are not dense tensors: nested or sparse"
-    FEW_QUERIES = "few queries (decoding): dense is faster"
+    FEW_QUERIES = "few queries (decoding, or a prompt shorter than a block): dense is faster"
     SHORT = "fewer keys than min_length"
     SLOWER = "the cost model predicts that dense is faster"
     NO_KERNEL = "only masked SDPA could apply the blocks: never faster than dense"

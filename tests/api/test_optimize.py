@@ -215,7 +215,11 @@ def test_short_prompts_stay_dense_by_default() -> None:
 
 def test_fewer_queries_than_a_block_stay_dense() -> None:
     model = optimize(create(Attention), UniSparse(block_size=64), min_length=0)
-    assert [c.reason for c in explain(model, embeddings(63)).calls] == [DenseReason.FEW_QUERIES]
+    short = explain(model, embeddings(63))
+    assert [c.reason for c in short.calls] == [DenseReason.FEW_QUERIES]
+    assert short.next_step == (
+        "a longer prompt: one that is shorter than a block (64 tokens) stays dense"
+    )
     assert [c.reason for c in explain(model, embeddings(64)).calls] == [None]
 
 

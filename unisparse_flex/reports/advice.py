@@ -85,6 +85,11 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
 
 def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> str:
     reason = Counter(call.reason for call in calls).most_common(1)[0][0] or DenseReason.SLOWER
+    few = [call for call in calls if call.reason is DenseReason.FEW_QUERIES]
+    if reason is DenseReason.FEW_QUERIES and all(call.q_len == call.kv_len for call in few):
+        sizes = {call.config.selector.block_size for call in few if call.config is not None}
+        block = f" ({max(sizes)} tokens)" if sizes else ""
+        return f"a longer prompt: one that is shorter than a block{block} stays dense"
     if reason is not DenseReason.SLOWER:
         step = NEXT_STEPS.get(reason, "the reasons above say what keeps calls dense")
         return step.format(
