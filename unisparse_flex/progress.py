@@ -21,6 +21,8 @@ CUT = "..."
 class Progress:
     """One line that says what is being done and for how long, once that takes two seconds.
 
+    Beside the seconds of all steps stand those of the step itself, ``2 s of 14 s``.
+
     A terminal has the line overwritten, also while a step goes on, and cut to its width. Elsewhere,
     as in a file or a pipe, there is a new line every 15 seconds.
 
@@ -39,7 +41,7 @@ class Progress:
         self._ticker = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> Self:
-        self._start = self._next_line = time.monotonic()
+        self._start = self._next_line = self._step_start = time.monotonic()
         if self.shown:
             self._ticker.start()
         return self
@@ -52,11 +54,23 @@ class Progress:
         if self._unfinished:
             sys.stderr.write("\n")
 
-    def show(self, step: str) -> None:
-        """Says what comes next."""
+    def show(self, step: str, *, at_once: bool = False) -> None:
+        """Says what comes next.
+
+        Args:
+            step: What it is.
+            at_once: Without waiting for two seconds.
+        """
+        with self._lock:
+            now = self._step_start = time.monotonic()
+            self._step = step
+            self._show(now, at_once=at_once)
+
+    def _go_on(self, step: str) -> None:
+        """Says what is done now in the step that began before."""
         with self._lock:
             self._step = step
-            self._show()
+            self._show(time.monotonic())
 
     def advance(self, step: str) -> None:
         """Says which part comes next and counts it."""
@@ -76,12 +90,12 @@ class Progress:
         def advance() -> None:
             nonlocal done
             done += 1
-            self.show(f"{bar(done, total)} {name}" if total else name)
+            self._go_on(f"{bar(done, total)} {name}" if total else name)
 
         with self._lock:
-            self._start = time.monotonic()
+            self._start = self._step_start = time.monotonic()
             self._next_line = self._start + LINE_SECONDS
-        self.show(f"{bar(done, total)} {name}" if total else name)
+        self._go_on(f"{bar(done, total)} {name}" if total else name)
         yield advance
         with self._lock:
             self._step = ""
@@ -92,11 +106,10 @@ class Progress:
         while not self._over.wait(TICK_SECONDS):
             with self._lock:
                 if self._step:
-                    self._show()
+                    self._show(time.monotonic())
 
-    def _show(self) -> None:
-        now = time.monotonic()
-        if not self.shown or now - self._start < QUIET_SECONDS:
+    def _show(self, now: float, *, at_once: bool = False) -> None:
+        if not self.shown or (now - self._start < QUIET_SECONDS and not at_once):
             return
         if sys.stderr.isatty():
             self._write(self._step, now, end="")
@@ -105,7 +118,8 @@ class Progress:
 
     def _write(self, step: str, now: float, *, end: str) -> None:
         title = f"{self.title}: " if self.title else ""
-        what, seconds = f"{title}{step}", f", {now - self._start:.0f} s"
+        own, total = (f"{now - start:.0f} s" for start in (self._step_start, self._start))
+        what, seconds = f"{title}{step}", f", {total}" if own == total else f", {own} of {total}"
         if sys.stderr.isatty():
             # A line that wraps is not overwritten; some terminals wrap after the last column.
             what = "\r\x1b[K" + cut(what, terminal_columns() - 1 - len(seconds))

@@ -12,8 +12,9 @@ from typing import Any
 
 import click
 
+from ..progress import Progress
 from . import PROGRAM
-from .library import load_library
+from .library import is_library_loaded, load_library
 
 # Each in the module of its name, imported when it is asked for.
 COMMANDS = {
@@ -57,7 +58,12 @@ class _Commands(click.Group):
 def _with_library(callback: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(callback)
     def call(*args: Any, **kwargs: Any) -> Any:
-        load_library()
+        if not is_library_loaded():
+            subject = kwargs.get("model") or " ".join(kwargs.get("sources", ()))
+            with Progress(callback.__name__, shown=not kwargs.get("quiet")) as progress:
+                # The import takes many seconds where files are cold.
+                progress.show(f"load {subject or 'torch'}", at_once=True)
+                load_library()
         return callback(*args, **kwargs)
 
     return call

@@ -10,6 +10,11 @@ import click
 PACKAGE = __name__.partition(".")[0]
 
 
+def is_library_loaded() -> bool:
+    """Whether the package itself has run, and torch been imported."""
+    return "__version__" in vars(sys.modules[PACKAGE])
+
+
 def load_library() -> ModuleType:
     """Runs the package itself where ``unisparse_flex_command`` put that off, and returns it.
 
@@ -18,7 +23,7 @@ def load_library() -> ModuleType:
     """
     package = sys.modules[PACKAGE]
     spec = package.__spec__
-    if "__version__" not in vars(package) and spec is not None and spec.loader is not None:
+    if not is_library_loaded() and spec is not None and spec.loader is not None:
         try:
             spec.loader.exec_module(package)
         except ImportError as error:
