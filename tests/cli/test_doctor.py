@@ -53,7 +53,9 @@ def test_json_has_the_promised_keys(run, on_cpu):
 
 
 def test_text_holds_every_finding_of_the_json(run, on_cpu):
-    text = run("doctor", "--no-compile").out
+    ran = run("doctor", "--no-compile")
+    assert max(len(line) for line in ran.out.splitlines() if " " in line.strip()[20:]) <= 80
+    text = " ".join(ran.out.split())
     for name, finding in findings_of(run("doctor", "--no-compile", "--json")).items():
         assert name in text
         assert finding["detail"] in text

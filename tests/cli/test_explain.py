@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html import escape
 
 import pytest
@@ -172,6 +173,15 @@ def test_bytes_that_are_no_text_are_refused(run, model_folder, tmp_path):
     ran = run("explain", model_folder, "--text", path)
     assert ran.code == 1
     assert f"cannot read {path} as UTF-8" in ran.err
+
+
+def test_a_terminal_gets_errors_broken_between_words(run, model_folder, monkeypatch):
+    (whole,) = run("explain", model_folder, "--selector", "quality").err.splitlines()[-1:]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    lines = run("explain", model_folder, "--selector", "quality").err.splitlines()
+    assert len(whole) > 80
+    assert max(map(len, lines)) <= 80
+    assert " ".join(lines).endswith(whole)
 
 
 @pytest.mark.parametrize(

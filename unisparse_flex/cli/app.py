@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,9 +13,10 @@ from typing import Any
 
 import click
 
-from ..progress import Progress
+from ..progress import Progress, terminal_columns
 from . import PROGRAM
 from .library import is_library_loaded, load_library
+from .output import wrap
 
 # Each in the module of its name, imported when it is asked for.
 COMMANDS = {
@@ -104,12 +106,23 @@ def app() -> None:
     """
 
 
+def _show(error: click.ClickException) -> None:
+    """Writes an error to standard error; a terminal gets its long lines broken between words."""
+    if not sys.stderr.isatty():
+        error.show()
+        return
+    text = io.StringIO()
+    error.show(text)
+    for line in text.getvalue().splitlines():
+        click.echo(wrap(line, terminal_columns(), indent=0), err=True)
+
+
 def run(arguments: Sequence[str]) -> int:
     """Runs the command line and returns its exit code."""
     try:
         code = app.main(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        _show(error)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)

@@ -39,8 +39,8 @@ def text_columns() -> int:
 
 
 def wrap_beside(text: str, indent: int) -> str:
-    """Text to the right of something else; only a terminal needs its long lines broken."""
-    room = text_columns() - indent if sys.stdout.isatty() else len(text)
+    """Text to the right of something else, its long lines broken."""
+    room = text_columns() - indent
     lines = [part for line in text.splitlines() for part in wrap(line, room).splitlines()]
     return ("\n" + " " * indent).join(lines)
 
