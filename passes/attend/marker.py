@@ -245,10 +245,10 @@ def _run_sparse(
 def _say_uncompiled() -> None:
     """Logs once that an eager call costs more than a dense one."""
     logger.warning(
-        "sparse attention runs uncompiled: the same blocks, applied as a mask inside dense "
-        "attention, which is slower than dense attention alone (on a CPU a prefill of SmolLM2 "
-        "takes 1.5 to 1.9 times as long); torch.compile the model, or its forward where generate() "
-        "is called"
+        "sparse attention runs uncompiled: the same blocks, applied as a mask inside\n"
+        "  dense attention, which is slower than dense attention alone (on a CPU a\n"
+        "  prefill of SmolLM2 takes 1.5 to 1.9 times as long); torch.compile the model,\n"
+        "  or its forward where generate() is called"
     )
 
 

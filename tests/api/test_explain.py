@@ -342,6 +342,34 @@ def test_dense_at_high_is_said_to_be_exact_and_from_where_balanced_is_sparse() -
     )
 
 
+def test_layers_that_say_the_same_are_one_row() -> None:
+    dense = AttentionRecord(layer="", q_len=8, kv_len=8, heads="9/3", decision="dense")
+    reasons = [DenseReason.SHORT] * 3 + [DenseReason.EXCLUDED] + [DenseReason.SHORT] * 2
+    calls = [
+        replace(dense, layer=f"model.layers.{i}.self_attn", reason=reason)
+        for i, reason in enumerate(reasons)
+    ]
+    # No neighbours in one stack.
+    calls += [
+        replace(calls[-1], layer="model.layers.9.self_attn"),
+        replace(calls[-1], layer="h.10.a"),
+    ]
+    rows = Explanation(tuple(calls)).table().splitlines()[3:]
+    names = [row.split()[0] for row in rows if "9/3" in row]
+    assert names == [
+        *("model.layers.0-2.self_attn", "model.layers.3.self_attn"),
+        *("model.layers.4-5.self_attn", "model.layers.9.self_attn", "h.10.a"),
+    ]
+
+
+def test_after_a_long_table_the_verdict_is_said_again() -> None:
+    calls = [sparse_call(i, i / 40, 4.0) for i in range(30)]
+    for count, times in ((30, 2), (3, 1)):
+        explanation = Explanation(tuple(calls[:count]))
+        text = " ".join(str(explanation).split())
+        assert text.count(explanation.verdict) == times
+
+
 def test_calls_that_no_sparse_kernel_takes_have_no_prediction() -> None:
     double = optimize(create(layers=1).double(), SELECTOR)
     (call,) = explain(double, X.double()).calls

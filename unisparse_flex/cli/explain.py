@@ -80,15 +80,19 @@ def explain(
 
 def format_report(report: ExplainReport) -> str:
     """The report as text: a verdict, what was asked, the table, what was measured, what is next."""
+    from ..reports import MANY_LINES
+
     explanation, columns = report.explanation, text_columns()
     heading = f"{report.model}: {report.model_class}, {report.dtype} on {report.device}"
     settings = (f"{name}: {value}" for name, value in report.settings.items())
     lines = [explanation.verdict, "", heading, *settings]
+    table = explanation.table(columns).splitlines()
     if report.calls:
-        lines += ["", *explanation.table(columns).splitlines()]
+        lines += ["", *table]
     if report.measured_ms is not None:
         lines += ["", *_measured_table(report)]
-    lines += [*explanation.notes(), f"next: {explanation.next_step}"]
+    again = [explanation.verdict] if len(table) > MANY_LINES else []
+    lines += [*explanation.notes(), *again, f"next: {explanation.next_step}"]
     return "\n".join(wrap(line, columns) for line in lines)
 
 

@@ -2,6 +2,7 @@
 
 from .attention_record import AttentionRecord, chosen_densities
 from .explain_report import ExplainReport, ReportedCall, find_versions, report_model
+from .explain_table import MANY_LINES
 from .explanation import Explanation, explain, record_attention, track_layer
 from .figures import (
     DensitySeries,
@@ -14,6 +15,7 @@ from .measured_page import render_quality, render_speed
 from .page import render_page
 
 __all__ = [
+    "MANY_LINES",
     "AttentionRecord",
     "DensitySeries",
     "ExplainReport",

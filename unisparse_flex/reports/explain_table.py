@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections import Counter
@@ -26,6 +27,10 @@ FROM_NOTE = (
     "found here"
 )
 LEFT = ("layer", "runs")
+# The place of a layer in its stack.
+INDEX = re.compile(r"(?<![^.])(\d+)(?![^.])")
+# Lines of a table that leave the verdict before it out of sight.
+MANY_LINES = 16
 
 
 def terminal_columns() -> int:
@@ -52,7 +57,7 @@ def format_table(
     if not calls:
         return []
     reasons = list(dict.fromkeys(str(call.reason) for call in calls if call.reason is not None))
-    rows = [_cells(call, reasons) for call in calls]
+    rows = collapse([_cells(call, reasons) for call in calls])
     if all(call.q_len == call.kv_len for call in calls):
         left_out = HEADER.index("queries")
         header = [*HEADER[:left_out], *HEADER[left_out + 1 :]]
@@ -97,6 +102,34 @@ def format_table(
             )
         )
     return lines
+
+
+def collapse(rows: Sequence[list[str]]) -> list[list[str]]:
+    """One row for each run of layers that say the same, such as ``model.layers.0-29.self_attn``.
+
+    Args:
+        rows: Cells, the layer's name first; layers of a run follow one another in their stack.
+    """
+    found: list[list[str]] = []
+    # First and last index of the run in the last row.
+    first = last = -1
+    start = ""
+    for name, *cells in rows:
+        parts = INDEX.split(name, maxsplit=1)
+        index = int(parts[1]) if len(parts) == 3 else -1
+        pattern = "\0".join(parts[::2])
+        if (
+            found
+            and index >= 0
+            and (index, pattern) == (last + 1, start)
+            and cells == found[-1][1:]
+        ):
+            last = index
+            found[-1][0] = f"{parts[0]}{first}-{last}{parts[2]}"
+            continue
+        found.append([name, *cells])
+        first, last, start = index, index, pattern
+    return found
 
 
 def short_names(names: Sequence[str], width: int) -> list[str] | None:

@@ -21,7 +21,7 @@ from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
 from ..passes.decision import flash_obstacle, forecast_call
 from .advice import SPARSER, next_step, quality_of
 from .attention_record import AttentionRecord
-from .explain_table import COLUMNS, format_table, terminal_columns, wrap
+from .explain_table import COLUMNS, MANY_LINES, format_table, terminal_columns, wrap
 from .rest_time import RestClock
 from .verdict import PYTHON, predicted_ms, prefill_ms, verdict
 from .wording import Wording
@@ -42,7 +42,7 @@ KERNEL_NOTE = (
 class Explanation:
     """The attention calls of one forward pass, in order.
 
-    It prints as a verdict, a table and what to do next.
+    It prints as a verdict, a table and what to do next, after a long table with the verdict again.
 
     Its milliseconds are predictions of the cost model, at the density that was measured where the
     call runs sparse and at the one that the selector expects where it stays dense.
@@ -136,9 +136,11 @@ class Explanation:
 
     def __str__(self) -> str:
         columns = terminal_columns()
-        parts = [self.verdict, *self.notes(), f"next: {self.next_step}"]
+        table = self.table(columns)
+        again = [self.verdict] if table.count("\n") >= MANY_LINES else []
+        parts = [self.verdict, *self.notes(), *again, f"next: {self.next_step}"]
         first, *rest = (wrap(part, columns) for part in parts)
-        return "\n".join([first, "", self.table(columns), *rest] if self.calls else [first, *rest])
+        return "\n".join([first, "", table, *rest] if self.calls else [first, *rest])
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
