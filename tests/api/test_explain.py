@@ -342,6 +342,24 @@ def test_dense_at_high_is_said_to_be_exact_and_from_where_balanced_is_sparse() -
     )
 
 
+@pytest.mark.parametrize(
+    ("sparse_ms", "rest_ms", "said"),
+    [
+        (10.04, None, "no gain predicted"),
+        (9.97, 100.0, "no gain predicted"),
+        (15.5, None, "attention predicted 1.55 times as long"),
+        (4.0, None, "attention predicted 2.5x as fast"),
+        (4.0, 2.0, "attention predicted 2.5x as fast, the whole prefill 2x as fast"),
+        (9.0, 1e4, "attention predicted 1.11x as fast, the whole prefill no gain"),
+    ],
+)
+def test_the_verdict_claims_no_gain_that_is_none(
+    sparse_ms: float, rest_ms: float | None, said: str
+) -> None:
+    text = Explanation((sparse_call(0, 0.9, sparse_ms),), rest_ms).verdict
+    assert text.split("; ")[0] == f"1 of 1 calls sparse, 90% of blocks, {said}"
+
+
 def test_layers_that_say_the_same_are_one_row() -> None:
     dense = AttentionRecord(layer="", q_len=8, kv_len=8, heads="9/3", decision="dense")
     reasons = [DenseReason.SHORT] * 3 + [DenseReason.EXCLUDED] + [DenseReason.SHORT] * 2

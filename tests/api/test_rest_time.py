@@ -115,7 +115,7 @@ def test_the_verdict_says_what_the_whole_prefill_gains() -> None:
     explanation = Explanation((faster, faster), rest_ms=10.0)
     assert explanation.verdict == (
         "2 of 2 calls sparse, 30% of blocks, attention predicted 2.5x as fast, the whole prefill "
-        "1.67x"
+        "1.67x as fast"
     )
     # Of one call nothing is known, so of the whole neither.
     assert Explanation((faster, record(None)), rest_ms=10.0).prefill_ms is None

@@ -10,6 +10,9 @@ from .attention_record import AttentionRecord, chosen_densities
 from .wording import Wording, name_runs, runs_of
 
 PYTHON = Wording()
+NO_GAIN = "no gain"
+# Of a ratio of times: less is nothing.
+LEAST_GAIN = 0.01
 NO_CALL = "no attention call was seen: the model computes attention itself or with its own kernels"
 
 
@@ -36,9 +39,14 @@ def verdict(
     parts = [f"{len(sparse)} of {len(calls)} calls sparse{whole_windows}{share}"]
     dense_ms, decided_ms = predicted_ms(calls)
     if decided_ms:
-        parts[0] += f", attention predicted {dense_ms / decided_ms:.3g}x as fast"
-        if (whole := prefill_ms(calls, rest_ms)) is not None:
-            parts[0] += f", the whole prefill {whole[0] / whole[1]:.3g}x"
+        gain = _say_gain(dense_ms / decided_ms)
+        whole = prefill_ms(calls, rest_ms)
+        of_whole = None if whole is None else _say_gain(whole[0] / whole[1])
+        if gain == NO_GAIN and of_whole in (None, NO_GAIN):
+            parts[0] += f", {NO_GAIN} predicted"
+        else:
+            parts[0] += f", attention predicted {gain}"
+            parts[0] += "" if of_whole is None else f", the whole prefill {of_whole}"
     slower = slower_calls(sparse)
     if slower and len(slower) == len(sparse):
         parts.append("every sparse call is predicted slower than dense")
@@ -72,6 +80,13 @@ def prefill_ms(
         return None
     dense, decided = predicted_ms(calls)
     return dense + rest_ms, decided + rest_ms
+
+
+def _say_gain(ratio: float) -> str:
+    """Dense time over that as decided, in words."""
+    if abs(ratio - 1.0) < LEAST_GAIN:
+        return NO_GAIN
+    return f"{ratio:.3g}x as fast" if ratio > 1.0 else f"{1 / ratio:.3g} times as long"
 
 
 def slower_calls(sparse: Sequence[AttentionRecord]) -> list[AttentionRecord]:
