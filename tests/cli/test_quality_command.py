@@ -193,7 +193,7 @@ def test_tasks_are_scored_dense_and_sparse(run, model_folder, essay, monkeypatch
             ["--output", "pyproject.toml/x.json"],
             "cannot write pyproject.toml/x.json: pyproject.toml",
         ),
-        (["--dense-layers", "a"], "layers must be whole numbers such as 0,1,-1, got 'a'"),
+        (["--dense-layers", "a"], "such as 0,1,-1 or ranges such as 0-10, got 'a'"),
         (["--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )
