@@ -36,9 +36,10 @@ def check_first_forward(model: object, *, seen: bool) -> None:
     implementation = getattr(config, "_attn_implementation", None)
     found = f" (attn_implementation={implementation!r})" if isinstance(implementation, str) else ""
     logger.warning(
-        "nothing of %s%s is sparse: its forward called neither F.scaled_dot_product_attention nor "
-        "nn.MultiheadAttention; of a Hugging Face model set attn_implementation='sdpa', in code of "
-        "your own call one of them or unisparse_flex.attention",
+        "nothing of %s%s is sparse: its forward called neither\n"
+        "  F.scaled_dot_product_attention nor nn.MultiheadAttention; of a Hugging Face\n"
+        "  model set attn_implementation='sdpa', in code of your own call one of them or\n"
+        "  unisparse_flex.attention",
         type(model).__name__,
         found,
     )
