@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 Observer = Callable[[SdpaCall, SparseConfig, "BlockSelection | None", "DenseReason | None"], None]
 Lowering = Callable[[SdpaCall, SparseConfig], Tensor]
 _observer: ContextVar[Observer | None] = ContextVar("unisparse_observer", default=None)
+_as_compiled: ContextVar[bool] = ContextVar("unisparse_as_compiled", default=False)
 _compiling = threading.local()
 
 _library = torch.library.Library("unisparse", "DEF")
@@ -123,12 +124,17 @@ def lowered_sdpa(
 
 
 @contextmanager
-def observe_calls(observer: Observer) -> Iterator[None]:
+def observe_calls(observer: Observer, *, as_compiled: bool = False) -> Iterator[None]:
     """Calls ``observer(call, config, selection, reason)`` for every marker run eagerly inside.
 
     The observer sees real tensors; ``selection`` is ``None`` where the call stays dense, and
     ``reason`` then says why. A call with padding on the left is seen as it is computed, its rows
     turned (`AlignedCall`). Observers outside see the same calls, before it.
+
+    Args:
+        observer: See above.
+        as_compiled: Reads mask tensors on every device and for every selector, so that calls are
+            what a compiled model makes of them; without, nothing but the observer's time changes.
     """
     outer = _observer.get()
 
@@ -143,9 +149,11 @@ def observe_calls(observer: Observer) -> Iterator[None]:
         observer(call, config, selection, reason)
 
     token = _observer.set(both)
+    reads = _as_compiled.set(as_compiled or _as_compiled.get())
     try:
         yield
     finally:
+        _as_compiled.reset(reads)
         _observer.reset(token)
 
 
@@ -192,7 +200,7 @@ def _compute(
         return call.run_dense()
     given = call
     observer = None if tracing else _observer.get()
-    if not tracing and (read := read_call(call, config, observed=observer is not None)) is not None:
+    if not tracing and (read := read_call(call, config, everywhere=_as_compiled.get())) is not None:
         call, prepared = read
     if tracing and not config.dense and has_stated_range(call, unknown=lower is None):
         return sdpa_at_run(apply_autocast(call), config)

@@ -47,7 +47,7 @@ _lock = threading.Lock()
 
 
 def read_call(
-    call: SdpaCall, config: SparseConfig, *, observed: bool = False
+    call: SdpaCall, config: SparseConfig, *, everywhere: bool = False
 ) -> tuple[SdpaCall, list[Tensor]] | None:
     """An eager call with a formula in place of its mask tensor, and what was made of the mask.
 
@@ -58,8 +58,8 @@ def read_call(
     Args:
         call: A call of real tensors.
         config: Its settings.
-        observed: Whether somebody judges the call: then it is what a compiled graph proves, on
-            every device and for every selector.
+        everywhere: Whether it is read on every device and for every selector, as a compiled graph
+            proves it; otherwise only where kernels read the formula.
 
     Returns:
         The call, and what `prepare_mask` makes of it; ``None`` for one that is to run as it
@@ -67,7 +67,9 @@ def read_call(
         says, while a CUDA graph is captured, or under a mask that no formula says.
     """
     mask = call.attn_mask
-    if type(mask) is not Tensor or not (observed or mask.device.type == DEVICE):
+    if type(mask) is not Tensor or not (everywhere or mask.device.type == DEVICE):
+        return None
+    if not call.query.numel():
         return None
     # Few queries or a short prompt are dense whatever the mask says, and cost nothing more.
     if refuse(_as_if_read(call), config) is not None:
@@ -75,7 +77,7 @@ def read_call(
     by_length = replace(config, min_length=config.min_length or 0)
     if refuse(call, by_length) is not None:
         return None
-    if not observed and _obstacle(call, config) is not None:
+    if not everywhere and _obstacle(call, config) is not None:
         return None
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return None

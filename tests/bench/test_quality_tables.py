@@ -269,7 +269,8 @@ def test_settings_are_told_apart_by_what_differs() -> None:
 def test_the_page_of_quality_holds_what_the_files_say() -> None:
     page = (ROOT / "docs/evidence/quality-tables.md").read_text()
     named = re.findall(r"<!-- tables of (\S+) -->", page)
-    files = [*FOLDER.glob("quality-*.json"), *FOLDER.glob("padding-*.json")]
+    patterns = ("quality-*.json", "padding-*.json", "command-*.json")
+    files = [path for pattern in patterns for path in FOLDER.glob(pattern)]
     assert sorted(named) == sorted(path.name for path in files)
     assert fill(page) == page
 

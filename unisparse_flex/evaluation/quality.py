@@ -195,7 +195,7 @@ def judge_texts(
             show(f"{where}, {name}")
             with (
                 sparsity.applied(loaded.model, selector),
-                record_attention(loaded.model) as records,
+                record_attention(loaded.model, as_compiled=True) as records,
             ):
                 sparse = _read(loaded.model, prompt.input_ids, count)
             kept = _densities(records)
@@ -293,7 +293,7 @@ def score_tasks(
             show(f"{where}, {setting}")
             with (
                 sparsity.applied(loaded.model, selector),
-                record_attention(loaded.model) as records,
+                record_attention(loaded.model, as_compiled=True) as records,
             ):
                 found = score_samples(loaded, drawn, score=score, together=together)
             kept = _densities(records)

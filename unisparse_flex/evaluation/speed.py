@@ -231,7 +231,7 @@ def _begin(
             dense_layers=sparsity.dense_layers,
             backend=sparsity.backend,
         )
-        with record_attention(model) as records:
+        with record_attention(model, as_compiled=True) as records:
             model(prompt.input_ids, **inputs)
         sparse = [record for record in records if record.density is not None]
         kept = chosen_densities(sparse)

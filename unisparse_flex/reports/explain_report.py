@@ -165,7 +165,7 @@ def report_model(
     module = original_module(model)
     times: dict[int, CallTime] = {}
     clock = RestClock(module)
-    with record_attention(module, clock=clock) as records:
+    with record_attention(module, clock=clock, as_compiled=True) as records:
 
         def observe(call: SdpaCall, config: SparseConfig, *_: Any) -> None:
             # The record of this call is already there: observers outside come first.

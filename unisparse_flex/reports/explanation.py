@@ -163,20 +163,21 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         TypeError: ``model`` is no module.
     """
     clock = RestClock(_validate_module(model))
-    with record_attention(model, clock=clock) as calls, torch.no_grad():
+    with record_attention(model, clock=clock, as_compiled=True) as calls, torch.no_grad():
         original_module(model)(*args, **kwargs)
     return Explanation(tuple(calls), clock.milliseconds)
 
 
 @contextmanager
 def record_attention(
-    model: nn.Module, *, clock: RestClock | None = None
+    model: nn.Module, *, clock: RestClock | None = None, as_compiled: bool = False
 ) -> Iterator[list[AttentionRecord]]:
     """Records the attention calls that ``model`` makes inside, running uncompiled.
 
     Args:
         model: The model that will be called.
         clock: Times what is not attention.
+        as_compiled: See `observe_calls`.
 
     Yields:
         A list that grows by one record per call.
@@ -207,7 +208,7 @@ def record_attention(
         for name, submodule in module.named_modules():
             track_layer(stack, submodule, name or type(submodule).__name__, path)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(observe_calls(record))
+        stack.enter_context(observe_calls(record, as_compiled=as_compiled))
         stack.enter_context(_LeftAlone(record, add, path))
         yield calls
 

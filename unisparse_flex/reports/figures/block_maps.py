@@ -66,7 +66,7 @@ def collect_blocks(
         One for each call, in their order.
     """
     found: dict[int, LayerBlocks] = {}
-    with record_attention(model) as records:
+    with record_attention(model, as_compiled=True) as records:
 
         def observe(
             call: SdpaCall, config: SparseConfig, selection: BlockSelection | None, *_: Any
