@@ -12,11 +12,13 @@ from ...block_masks import kernels
 _found: dict[tuple[int, torch.dtype], str] = {}
 
 
+@cache
 def needs_proof(device: torch.device) -> bool:
-    """Whether nobody measured this kind of GPU."""
+    """Whether nobody measured this kind of GPU; every call on one asks."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
-    return _is_unknown(_index(device))
+    measured = torch.cuda.get_device_capability(device) in kernels.MEASURED
+    return torch.version.hip is not None or not measured
 
 
 def attention_failure(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -52,12 +54,6 @@ def prove_attention(device: torch.device, dtype: torch.dtype, find: Callable[[],
 
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
-
-
-@cache
-def _is_unknown(index: int) -> bool:
-    measured = torch.cuda.get_device_capability(index) in kernels.MEASURED
-    return torch.version.hip is not None or not measured
 
 
 def _kind(index: int, dtype: torch.dtype) -> str:
