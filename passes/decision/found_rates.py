@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def _find_rates(name: str, index: int, dtype: torch.dtype, threads: int) -> Foun
     for known in (stored, RATES):
         for rates in known:
             if (rates.device, rates.dtype) == (name, wanted):
-                return FoundRates(rates=_with_masked(rates).on_threads(threads))
+                return FoundRates(rates=rates.on_threads(threads))
     estimated = _estimates(name, index)
     nearest = min((*stored, *estimated, *RATES), key=lambda rates: _distance(rates, name, dtype))
     if any(nearest is rates for rates in estimated):
@@ -69,21 +69,7 @@ def _find_rates(name: str, index: int, dtype: torch.dtype, threads: int) -> Foun
             note += f", of {nearest.dtype}"
     else:
         note = f"no rates for {wanted} on {name}, using {nearest.dtype} on {nearest.device}"
-    return FoundRates(rates=_with_masked(nearest).on_threads(threads), note=note)
-
-
-def _with_masked(rates: DeviceRates) -> DeviceRates:
-    """Rates with those of dense attention under a mask: the same whoever selects."""
-    if rates.masked_flop_rate or not rates.device.endswith(PLAIN):
-        return rates
-    for other in RATES:
-        if (other.device + PLAIN, other.dtype) == (rates.device, rates.dtype):
-            return replace(
-                rates,
-                masked_flop_rate=other.masked_flop_rate,
-                masked_exp_rate=other.masked_exp_rate,
-            )
-    return rates
+    return FoundRates(rates=nearest.on_threads(threads), note=note)
 
 
 def keep_rates(rates: DeviceRates, hardware: str) -> Path:
@@ -121,8 +107,7 @@ def estimates(facts: DeviceFacts, *, plain: bool = False) -> list[DeviceRates]:
         MEASURED.items(), key=lambda item: abs(item[1].capability[0] - facts.capability[0])
     )
     wanted = name + PLAIN if plain else name
-    of_measured = (_with_masked(rates) for rates in RATES if rates.device == wanted)
-    return [estimate(rates, measured, facts) for rates in of_measured]
+    return [estimate(rates, measured, facts) for rates in RATES if rates.device == wanted]
 
 
 def _distance(rates: DeviceRates, name: str, dtype: torch.dtype) -> tuple[bool, bool, bool, int]:
