@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from unisparse_flex import UniSparse, attention
 from unisparse_flex.block_masks import BlockGeometry, BlockSelection, causal_mask_mod, default_scale
-from unisparse_flex.block_masks.kernels import select_lists
+from unisparse_flex.block_masks.kernels import select_lists, settings_of
 from unisparse_flex.passes.decision import supports_head_dim
 
 from .stages import SELECTOR, Heads, create_inputs, dense
@@ -187,13 +187,8 @@ class Case:
         lists = select_lists(
             query,
             key,
+            settings_of(selector),
             geometry=self.geometry,
-            c_q=selector.c_q,
-            c_k=selector.c_k,
-            c_h=selector.c_h,
-            sampled_queries=selector.sampled_queries,
-            rule=selector.rule,
-            forced_blocks=selector.forced_blocks,
             scale=default_scale(query.shape[3]),
         )
         return lists.tensors()

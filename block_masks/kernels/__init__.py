@@ -13,9 +13,11 @@ from .operator import (
     supports_pages,
 )
 from .self_check import gpu_kind, known_failure, remembered
+from .settings import KernelSettings, settings_of
 
 __all__ = [
     "MEASURED",
+    "KernelSettings",
     "gpu_kind",
     "known_failure",
     "name_pages",
@@ -25,6 +27,7 @@ __all__ = [
     "remembered",
     "select_lists",
     "select_lists_from_pages",
+    "settings_of",
     "summarize_pages",
     "supports_keys",
     "supports_pages",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
 from ..key_intervals import IntervalTables
-from ..selection import ForcedBlocks
 from .pages import pool_pages
 from .pool import pool
 from .recording import empty
 from .score import held_blocks, score, supports_descriptor
 from .scratch import Rows, power_of_two, reach_of
 from .select import select
+from .settings import KernelSettings
 
 # Scratch that scores may take at a time; more is computed in turns.
 SCRATCH_BYTES = 128 * 2**20
@@ -47,15 +47,9 @@ def pool_keys(key: Tensor, *, group: int, block_size: int, blocks: int) -> Tenso
 def compute_lists(
     query: Tensor,
     key: Tensor,
+    settings: KernelSettings,
     *,
     geometry: BlockGeometry,
-    c_q: int,
-    c_k: int,
-    c_h: int,
-    sampled_queries: int,
-    rule: str,
-    values: Sequence[float],
-    forced_blocks: ForcedBlocks,
     scale: float,
     are_composites: bool = False,
     intervals: IntervalTables | None = None,
@@ -65,14 +59,8 @@ def compute_lists(
     Args:
         query: [B, Hq, Sq, D] on the GPU: float16, bfloat16 or float32.
         key: [B, Hkv, Skv, D].
+        settings: How blocks are scored, and which are kept.
         geometry: The block grid.
-        c_q: Query rows per composite query; 0 for no composite scores.
-        c_k: Keys per composite key.
-        c_h: Consecutive query heads per composite head.
-        sampled_queries: Rows of a block that meet every key; 0 for none.
-        rule: Which blocks are kept, see `select`.
-        values: Its numbers.
-        forced_blocks: Blocks kept in any case.
         scale: Factor on the logits, above 0.
         are_composites: Whether ``key`` holds what `pool_keys` made of the keys of all blocks;
             nothing can be sampled then.
@@ -85,17 +73,16 @@ def compute_lists(
     kv_heads = key.shape[1]
     if not (are_composites or supports_descriptor(key)):
         key = key.contiguous()
-    size = geometry.block_size
+    size, c_k = settings.block_size, settings.c_k
     q_blocks, kv_blocks = geometry.num_q_blocks, geometry.num_kv_blocks
-    step = size // sampled_queries if sampled_queries else 0
     composites, samples = pool(
         query,
         kv_heads=kv_heads,
         blocks=q_blocks,
         block_size=size,
-        merged=c_h,
-        group=c_q,
-        step=step,
+        merged=settings.c_h,
+        group=settings.c_q,
+        step=settings.sample_step,
         valid=None if intervals is None else intervals.row_valid.view(torch.uint8),
     )
     composite_keys = None
@@ -125,14 +112,8 @@ def compute_lists(
         samples,
         composite_keys,
         key,
+        settings,
         geometry=geometry,
-        c_q=c_q,
-        c_k=c_k,
-        c_h=c_h,
-        sampled_queries=sampled_queries,
-        rule=rule,
-        values=values,
-        forced_blocks=forced_blocks,
         scale=scale,
         intervals=intervals,
     )
@@ -143,15 +124,9 @@ def compute_lists_from_pages(
     pages: Tensor,
     table: Tensor,
     means: Tensor,
+    settings: KernelSettings,
     *,
     geometry: BlockGeometry,
-    c_q: int,
-    c_k: int,
-    c_h: int,
-    sampled_queries: int,
-    rule: str,
-    values: Sequence[float],
-    forced_blocks: ForcedBlocks,
     scale: float,
 ) -> BlockLists:
     """`compute_lists` for the keys of one sequence in the pages of a cache.
@@ -161,30 +136,24 @@ def compute_lists_from_pages(
         pages: [all pages, Hkv, P, D], a view of the cache that `supports_pages` accepts.
         table: int32 [n], the sequence's pages in order.
         means: [all pages, Hkv, groups, D], see `pages.summarize`.
+        settings: See `compute_lists`, as what follows.
         geometry: The block grid.
-        c_q: See `compute_lists`, as what follows.
-        c_k: Keys per composite key.
-        c_h: Query heads per composite head.
-        sampled_queries: Rows of a block that meet every key.
-        rule: Which blocks are kept.
-        values: Its numbers.
-        forced_blocks: Blocks kept in any case.
         scale: Factor on the logits.
 
     Returns:
         The block lists; blocks are counted along the sequence, not by page.
     """
     kv_heads = pages.shape[1]
-    size = geometry.block_size
+    size, c_k = settings.block_size, settings.c_k
     q_blocks, kv_blocks = geometry.num_q_blocks, geometry.num_kv_blocks
     composites, samples = pool(
         query,
         kv_heads=kv_heads,
         blocks=q_blocks,
         block_size=size,
-        merged=c_h,
-        group=c_q,
-        step=size // sampled_queries if sampled_queries else 0,
+        merged=settings.c_h,
+        group=settings.c_q,
+        step=settings.sample_step,
     )
     held = held_blocks(pages, size // c_k) if c_k > 1 else 1
     groups = -(-kv_blocks // held) * held * (size // c_k)
@@ -200,14 +169,8 @@ def compute_lists_from_pages(
         samples,
         composite_keys,
         pages,
+        settings,
         geometry=geometry,
-        c_q=c_q,
-        c_k=c_k,
-        c_h=c_h,
-        sampled_queries=sampled_queries,
-        rule=rule,
-        values=values,
-        forced_blocks=forced_blocks,
         scale=scale,
         table=table,
     )
@@ -219,25 +182,19 @@ def _fill(
     samples: Rows | None,
     composite_keys: Tensor | None,
     key: Tensor,
+    settings: KernelSettings,
     *,
     geometry: BlockGeometry,
-    c_q: int,
-    c_k: int,
-    c_h: int,
-    sampled_queries: int,
-    rule: str,
-    values: Sequence[float],
-    forced_blocks: ForcedBlocks,
     scale: float,
     intervals: IntervalTables | None = None,
     table: Tensor | None = None,
 ) -> BlockLists:
     """Scores what was pooled and picked, and selects, in turns."""
-    size = geometry.block_size
+    size, c_q, c_k = settings.block_size, settings.c_q, settings.c_k
     batch, q_heads = lists.kv_num_blocks.shape[:2]
     kv_heads = key.shape[1]
-    composite_heads = q_heads // kv_heads // c_h
-    rows = composite_heads * max(size // c_q if c_q else 0, sampled_queries)
+    composite_heads = q_heads // kv_heads // settings.c_h
+    rows = composite_heads * max(size // c_q if c_q else 0, settings.sampled_queries)
     row_bytes = rows * (4 if key.dtype == torch.float32 else 2)
     total = batch * kv_heads
     for part in turns(geometry, row_bytes):
@@ -265,11 +222,8 @@ def _fill(
                 coarse,
                 fine,
                 lists,
-                rule=rule,
-                values=values,
-                forced_blocks=forced_blocks,
+                settings,
                 composite_heads=composite_heads,
-                merged=c_h,
                 least_power=1 if table is None else LEAST_POWER,
                 **turn,
             )

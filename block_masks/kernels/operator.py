@@ -6,11 +6,10 @@ kernels can take turns over heads and rows within bounded scratch.
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +20,9 @@ from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
 from ..key_intervals import BLOCK_FIELDS, ROW_FIELDS, IntervalTables, interval_tables
 from ..masks import MaskProgram, has_intervals
-from ..selection import ForcedBlocks, SelectionRule, Threshold, TopK, TopP, TopPOrThreshold
 from .recording import Recordings
 from .self_check import failure_of
+from .settings import KernelSettings, decode_settings, encode_settings
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -46,53 +45,6 @@ _library.define(
     "SymInt kv_len, SymInt? causal_offset, int block_size, int c_q, int c_k, "
     "int sampled_queries, int sink_blocks, int last_query_blocks, Device device) -> Tensor[]"
 )
-
-
-class KernelSettings(NamedTuple):
-    """What does not change from call to call; the operator takes it as text, in one argument.
-
-    Attributes:
-        block_size: Tokens per block.
-        c_q: Query rows per composite query; 0 for no composite scores.
-        c_k: Keys per composite key.
-        c_h: Consecutive query heads per composite head.
-        sampled_queries: Rows of a block that meet every key; 0 for none.
-        rule: Which blocks are kept, see `select`.
-        values: Its numbers.
-        sink_blocks: See `ForcedBlocks`.
-        local_blocks: See `ForcedBlocks`.
-        last_query_blocks: See `ForcedBlocks`.
-    """
-
-    block_size: int
-    c_q: int
-    c_k: int
-    c_h: int
-    sampled_queries: int
-    rule: str
-    values: tuple[float, ...]
-    sink_blocks: int
-    local_blocks: int
-    last_query_blocks: int
-
-    @property
-    def forced_blocks(self) -> ForcedBlocks:
-        """Blocks kept in any case."""
-        return ForcedBlocks.of(self)
-
-
-@torch.compiler.assume_constant_result
-def encode_settings(*settings: Any) -> str:
-    """The fields of `KernelSettings`, in their order, as text; a constant of any graph."""
-    # A symbolic count is fixed by being written.
-    return json.dumps(KernelSettings(*settings), default=int)
-
-
-@lru_cache(maxsize=256)
-def decode_settings(text: str) -> KernelSettings:
-    """What `encode_settings` was given."""
-    settings = KernelSettings(*json.loads(text))
-    return settings._replace(values=tuple(settings.values))
 
 
 def obstacle(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) -> str | None:
@@ -124,14 +76,9 @@ def obstacle(query: Tensor, key: Tensor, geometry: BlockGeometry, scale: float) 
 def select_lists(
     query: Tensor,
     key: Tensor,
+    settings: KernelSettings,
     *,
     geometry: BlockGeometry,
-    c_q: int,
-    c_k: int,
-    c_h: int,
-    sampled_queries: int,
-    rule: SelectionRule,
-    forced_blocks: ForcedBlocks,
     scale: float,
     are_composites: bool = False,
 ) -> BlockLists:
@@ -140,49 +87,24 @@ def select_lists(
     Args:
         query: [B, Hq, Sq, D].
         key: [B, Hkv, Skv, D], or composite keys.
+        settings: How blocks are scored, and which are kept.
         geometry: The block grid.
-        c_q: Query rows per composite query.
-        c_k: Keys per composite key.
-        c_h: Query heads per composite head.
-        sampled_queries: Rows of a block that meet every key; 0 for none.
-        rule: `TopP`, `TopK`, `Threshold` or `TopPOrThreshold`.
-        forced_blocks: Blocks kept in any case.
         scale: Factor on the logits, above 0.
         are_composites: Whether ``key`` holds what `pool_keys` made of the keys.
 
     Returns:
         Block lists of B batches and Hq heads.
     """
-    name, values = spell(rule)
-    if geometry.is_part:
-        forced_blocks = forced_blocks.of_part(geometry)
+    settings = settings.of_part(geometry)
     intervals = None
     if geometry.mask is not None:
         intervals = list(geometry.mask.prepared) or prepare_mask(
-            geometry,
-            query.shape[0],
-            query.device,
-            c_q=c_q,
-            c_k=c_k,
-            sampled_queries=sampled_queries,
-            forced_blocks=forced_blocks,
+            settings, geometry, query.shape[0], query.device
         )
-    settings = encode_settings(
-        geometry.block_size,
-        c_q,
-        c_k,
-        c_h,
-        sampled_queries,
-        name,
-        values,
-        forced_blocks.sink_blocks,
-        forced_blocks.local_blocks,
-        forced_blocks.last_query_blocks,
-    )
     kv_len = geometry.kv_len if are_composites else None
-    offset = geometry.causal_offset
+    offset, text = geometry.causal_offset, encode_settings(*settings)
     return BlockLists(
-        *torch.ops.unisparse.select_blocks(query, key, scale, settings, offset, kv_len, intervals)
+        *torch.ops.unisparse.select_blocks(query, key, scale, text, offset, kv_len, intervals)
     )
 
 
@@ -191,14 +113,9 @@ def select_lists_from_pages(
     pages: Tensor,
     table: Tensor,
     means: Tensor,
+    settings: KernelSettings,
     *,
     geometry: BlockGeometry,
-    c_q: int,
-    c_k: int,
-    c_h: int,
-    sampled_queries: int,
-    rule: SelectionRule,
-    forced_blocks: ForcedBlocks,
     scale: float,
 ) -> BlockLists:
     """`select_lists` for the keys of one sequence in the pages of a cache; eager only.
@@ -208,36 +125,20 @@ def select_lists_from_pages(
         pages: [all pages, Hkv, P, D], for which `supports_pages` holds.
         table: int32 [n], the sequence's pages in order.
         means: See `pages.create_means`.
+        settings: How blocks are scored, and which are kept.
         geometry: The block grid, without a mask.
-        c_q: See `select_lists`, as what follows.
-        c_k: Keys per composite key.
-        c_h: Query heads per composite head.
-        sampled_queries: Rows of a block that meet every key.
-        rule: Which blocks are kept.
-        forced_blocks: Blocks kept in any case.
         scale: Factor on the logits, above 0.
     """
     from .lists import compute_lists_from_pages
 
-    name, values = spell(rule)
-    if geometry.is_part:
-        forced_blocks = forced_blocks.of_part(geometry)
-    settings: dict[str, Any] = {
-        "geometry": geometry,
-        "c_q": c_q,
-        "c_k": c_k,
-        "c_h": c_h,
-        "sampled_queries": sampled_queries,
-        "rule": name,
-        "values": values,
-        "forced_blocks": forced_blocks,
-        "scale": scale,
-    }
+    settings = settings.of_part(geometry)
 
     def compute() -> tuple[Tensor, ...]:
-        return compute_lists_from_pages(query, pages, table, means, **settings).tensors()
+        return compute_lists_from_pages(
+            query, pages, table, means, settings, geometry=geometry, scale=scale
+        ).tensors()
 
-    kind = ("pages", *(tuple(v) if isinstance(v, list) else v for v in settings.values()))
+    kind = ("pages", settings, geometry, scale)
     with on_device(query.device):
         return BlockLists(*_recordings.run(kind, (query, pages, table, means), compute))
 
@@ -266,14 +167,7 @@ def name_pages(lists: BlockLists, table: Tensor, *tensors: Tensor, **settings: A
 
 
 def prepare_mask(
-    geometry: BlockGeometry,
-    batch: int,
-    device: torch.device,
-    *,
-    c_q: int,
-    c_k: int,
-    sampled_queries: int,
-    forced_blocks: ForcedBlocks,
+    settings: KernelSettings, geometry: BlockGeometry, batch: int, device: torch.device
 ) -> list[Tensor]:
     """The tables of `key_intervals.interval_tables` for a geometry whose mask is of intervals."""
     mask = geometry.mask
@@ -287,11 +181,11 @@ def prepare_mask(
         kv_len=geometry.kv_len,
         causal_offset=geometry.causal_offset,
         block_size=geometry.block_size,
-        c_q=c_q,
-        c_k=c_k,
-        sampled_queries=sampled_queries,
-        sink_blocks=forced_blocks.sink_blocks,
-        last_query_blocks=forced_blocks.last_query_blocks,
+        c_q=settings.c_q,
+        c_k=settings.c_k,
+        sampled_queries=settings.sampled_queries,
+        sink_blocks=settings.sink_blocks,
+        last_query_blocks=settings.last_query_blocks,
         device=device,
     )
     return tables
@@ -324,26 +218,6 @@ def keys_obstacle(key: Tensor) -> str | None:
     if key.dtype not in DTYPES:
         return "they take float16, bfloat16 and float32"
     return None if key.shape[3] <= MAX_HEAD_DIM else f"they take a head_dim up to {MAX_HEAD_DIM}"
-
-
-def spell(rule: SelectionRule) -> tuple[str, list[float]]:
-    """A rule as the operator takes it: its name and its numbers.
-
-    Raises:
-        TypeError: The kernels have no such rule.
-    """
-    if isinstance(rule, TopP):
-        return "top_p", [rule.top_p]
-    if isinstance(rule, TopK):
-        return "top_k", [float(rule.top_k)]
-    if isinstance(rule, Threshold):
-        return "threshold", [rule.threshold, 0.0, float(rule.threshold_blocks or 0)]
-    if isinstance(rule, TopPOrThreshold):
-        blocks = float(rule.threshold_blocks or 0)
-        return "top_p_or_threshold", [rule.top_p, rule.threshold, blocks]
-    raise TypeError(
-        "rule must be TopP, TopK, Threshold or TopPOrThreshold, got " + type(rule).__name__
-    )
 
 
 @torch.compiler.assume_constant_result
@@ -384,19 +258,13 @@ def _run(
         return compute_lists(
             query,
             key,
+            given,
             geometry=BlockGeometry(
                 q_len=query.shape[2],
                 kv_len=key.shape[2] if kv_len is None else kv_len,
                 block_size=given.block_size,
                 causal_offset=causal_offset,
             ),
-            c_q=given.c_q,
-            c_k=given.c_k,
-            c_h=given.c_h,
-            sampled_queries=given.sampled_queries,
-            rule=given.rule,
-            values=given.values,
-            forced_blocks=given.forced_blocks,
             scale=scale,
             are_composites=kv_len is not None,
             intervals=None if intervals is None else IntervalTables(*intervals),

@@ -5,8 +5,6 @@ Symbols: R rows of a query block and head, Nq/Nk query and key blocks, P = Nk as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -14,10 +12,10 @@ import triton.language as tl
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
 from ..key_intervals import IntervalTables
-from ..selection import ForcedBlocks
 from .gpu import Gpu, gpu_of
 from .launch import Launch
 from .scratch import Masses, batch_stride, power_of_two, reach_of
+from .settings import KernelSettings
 
 
 @triton.jit
@@ -375,15 +373,12 @@ def select(
     coarse: Masses | None,
     fine: Masses | None,
     lists: BlockLists,
+    settings: KernelSettings,
     *,
     geometry: BlockGeometry,
-    rule: str,
-    values: Sequence[float],
-    forced_blocks: ForcedBlocks,
     heads: slice,
     q_blocks: slice,
     composite_heads: int,
-    merged: int,
     intervals: IntervalTables | None = None,
     least_power: int = 1,
 ) -> None:
@@ -393,15 +388,11 @@ def select(
         coarse: Masses of composite queries; ``None`` for none.
         fine: Masses of picked queries; the scores of both are averaged.
         lists: Block lists of all heads and query blocks.
+        settings: Which blocks are kept.
         geometry: The block grid.
-        rule: ``top_p``, ``top_k``, ``threshold`` or ``top_p_or_threshold``.
-        values: Its number; the threshold of ``top_p_or_threshold``, else 0; the blocks of a row for
-            which a threshold is stated, 0 for all rows alike. Trailing zeros may be left out.
-        forced_blocks: Blocks kept in any case.
         heads: Which of the B * Hkv key heads.
         q_blocks: Which query blocks.
         composite_heads: Composite heads that share a key head.
-        merged: Query heads to a composite head.
         intervals: What the geometry's mask hides, where it has one.
         least_power: Key blocks that a program has room for at least, a power of two: fewer
             lengths are compiled for.
@@ -421,7 +412,7 @@ def select(
     if intervals is not None:
         found = intervals
         tables = [found.rows, found.blocks, found.key_blocks, found.composites, found.samples]
-    kv_heads = lists.kv_num_blocks.shape[1] // (composite_heads * merged)
+    kv_heads = lists.kv_num_blocks.shape[1] // (composite_heads * settings.c_h)
     _launch(
         (composite_heads, count, heads.stop - heads.start),
         *(tensor for m, _ in parts for tensor in (m.blocks, m.totals)),
@@ -438,16 +429,16 @@ def select(
         geometry.q_len,
         geometry.kv_len,
         geometry.causal_offset or 0,
-        *(float(number) for number in (*values, 0.0, 0.0)[:3]),
-        forced_blocks.sink_blocks,
-        forced_blocks.local_blocks,
-        forced_blocks.last_query_blocks,
-        RULE=rule,
+        *(float(number) for number in (*settings.values, 0.0, 0.0)[:3]),
+        settings.sink_blocks,
+        settings.local_blocks,
+        settings.last_query_blocks,
+        RULE=settings.rule,
         # All bits of a score, or as many as make a difference.
-        STEPS=31 if exact or rule == "top_k" else 15,
+        STEPS=31 if exact or settings.rule == "top_k" else 15,
         BLOCK=geometry.block_size,
         HEADS=composite_heads,
-        MERGED=merged,
+        MERGED=settings.c_h,
         COARSE=rows[0],
         COARSE_CHUNK=chunks[0],
         COARSE_SPLITS=parts[0][0].totals.shape[2],

@@ -26,7 +26,8 @@ from ..installation import cache_folder
 from ..mask_summary import MaskSummary, summarize
 from ..masks import MaskProgram
 from ..scoring import compute_mean_scores, default_scale
-from ..selection import ForcedBlocks, Threshold, select_blocks
+from ..selection import Threshold, select_blocks
+from .settings import KernelSettings, spell
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ HEADS, KEY_HEADS, LENGTH, HEAD_DIM = 4, 2, 1000, 128
 THRESHOLDS = (0.02, 0.06, 0.15)
 # Relative error of a score that may decide: five times what bfloat16 was seen to make.
 SLACK = 0.05
-FORCED = ForcedBlocks(sink_blocks=1, local_blocks=1, last_query_blocks=0)
 
 
 def failure_of(device: int, compute: Compute) -> str:
@@ -76,13 +76,8 @@ def find_failure(device: torch.device, compute: Compute) -> str:
                 lists = compute(
                     query,
                     key,
+                    _settings(threshold),
                     geometry=geometry,
-                    c_q=C_Q,
-                    c_k=C_K,
-                    c_h=1,
-                    sampled_queries=SAMPLED,
-                    rule=Threshold(threshold=threshold),
-                    forced_blocks=FORCED,
                     scale=default_scale(HEAD_DIM),
                 )
             except Exception as error:
@@ -110,6 +105,12 @@ def _draw(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     return tokens(HEADS), tokens(KEY_HEADS)
 
 
+def _settings(threshold: float) -> KernelSettings:
+    """One sink and the diagonal, and what a threshold keeps."""
+    rule = spell(Threshold(threshold=threshold))
+    return KernelSettings(BLOCK, C_Q, C_K, 1, SAMPLED, *rule, 1, 1, 0)
+
+
 def _geometry(padding: int, device: torch.device) -> BlockGeometry:
     """Two rows of a batch, causal, one of them padded on the left."""
     mask = None
@@ -132,7 +133,7 @@ def _difference(
         select_blocks(
             scores,
             rule=Threshold(threshold=threshold * factor),
-            forced_blocks=FORCED,
+            forced_blocks=_settings(threshold).forced_blocks,
             geometry=geometry,
             mask=mask,
         )[0]

@@ -70,13 +70,8 @@ def select_from_pages(
                 keys.pages,
                 keys.table,
                 keys.means,
+                kernels.settings_of(selector),
                 geometry=geometry,
-                c_q=selector.c_q,
-                c_k=selector.c_k,
-                c_h=selector.c_h,
-                sampled_queries=selector.sampled_queries,
-                rule=selector.rule,
-                forced_blocks=selector.forced_blocks,
                 scale=scale,
             )
         if query.device.type != "cuda":

@@ -285,13 +285,7 @@ class UniSparse(ForcesBlocks, Selector):
         if obstacle is not None:
             return []
         return kernels.prepare_mask(
-            geometry,
-            query.shape[0],
-            query.device,
-            c_q=self.c_q,
-            c_k=self.c_k,
-            sampled_queries=self.sampled_queries,
-            forced_blocks=self.forced_blocks,
+            kernels.settings_of(self), geometry, query.shape[0], query.device
         )
 
     @property
@@ -310,13 +304,8 @@ class UniSparse(ForcesBlocks, Selector):
         lists = kernels.select_lists(
             query,
             key,
+            kernels.settings_of(self),
             geometry=geometry,
-            c_q=self.c_q,
-            c_k=self.c_k,
-            c_h=self.c_h,
-            sampled_queries=self.sampled_queries,
-            rule=self.rule,
-            forced_blocks=self.forced_blocks,
             scale=scale,
             are_composites=are_composites,
         )

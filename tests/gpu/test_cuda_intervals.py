@@ -67,13 +67,8 @@ def test_the_operator_selects_by_what_pairs_are_visible(name: str, dtype: torch.
         lists = kernels.select_lists(
             query,
             key,
+            kernels.settings_of(selector),
             geometry=geometry,
-            c_q=selector.c_q,
-            c_k=selector.c_k,
-            c_h=selector.c_h,
-            sampled_queries=selector.sampled_queries,
-            rule=selector.rule,
-            forced_blocks=selector.forced_blocks,
             scale=default_scale(query.shape[3]),
         )
         assert_selects(masked, lists, query, key)

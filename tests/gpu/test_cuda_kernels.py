@@ -16,16 +16,16 @@ from tests.kernels.calls import (
     assert_selects,
     assert_well_formed,
     fixed_call,
-    settings_of,
     tolerance_of,
     widen,
 )
 from unisparse_flex.block_masks import Sampled
 from unisparse_flex.block_masks.block_lists import BlockLists
-from unisparse_flex.block_masks.kernels import operator
+from unisparse_flex.block_masks.kernels import operator, settings_of
 from unisparse_flex.block_masks.kernels.gpu import Gpu
 from unisparse_flex.block_masks.kernels.recording import Recordings
 from unisparse_flex.block_masks.kernels.self_check import find_failure
+from unisparse_flex.block_masks.kernels.settings import encode_settings
 from unisparse_flex.block_masks.scoring import compute_sampled_scores, default_scale
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -75,7 +75,8 @@ def tokens_of(call: KernelCall) -> tuple[Tensor, Tensor]:
 def arguments(call: KernelCall) -> dict[str, Any]:
     """The operator's keyword arguments."""
     scale = default_scale(call.head_dim)
-    return {"scale": scale, "settings": settings_of(call), "causal_offset": call.offset}
+    settings = encode_settings(*settings_of(call.selector))
+    return {"scale": scale, "settings": settings, "causal_offset": call.offset}
 
 
 def run(call: KernelCall, query: Tensor, key: Tensor) -> BlockLists:

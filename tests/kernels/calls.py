@@ -19,7 +19,7 @@ from unisparse_flex.block_masks import BlockSelection, UniSparse, compute_block_
 from unisparse_flex.block_masks import kernels as selection_kernels
 from unisparse_flex.block_masks.block_lists import BlockLists
 from unisparse_flex.block_masks.granularity import Sampled
-from unisparse_flex.block_masks.kernels import operator
+from unisparse_flex.block_masks.kernels import settings_of
 from unisparse_flex.block_masks.key_intervals import IntervalTables
 from unisparse_flex.block_masks.mask_summary import MaskSummary
 from unisparse_flex.block_masks.scoring import compute_sampled_scores, default_scale
@@ -97,38 +97,14 @@ def run(
     intervals: IntervalTables | None = None,
 ) -> BlockLists:
     """The kernels' lists, interpreted."""
-    selector = call.selector
-    name, values = operator.spell(selector.rule)
     return kernels.lists.compute_lists(
         query,
         key,
+        settings_of(call.selector),
         geometry=call.geometry,
-        c_q=selector.c_q,
-        c_k=selector.c_k,
-        c_h=selector.c_h,
-        sampled_queries=selector.sampled_queries,
-        rule=name,
-        values=values,
-        forced_blocks=selector.forced_blocks,
         scale=default_scale(query.shape[3]) if scale is None else scale,
         are_composites=are_composites,
         intervals=intervals,
-    )
-
-
-def settings_of(call: KernelCall) -> str:
-    """What does not change from call to call, as the operator takes it."""
-    selector = call.selector
-    return operator.encode_settings(
-        selector.block_size,
-        selector.c_q,
-        selector.c_k,
-        selector.c_h,
-        selector.sampled_queries,
-        *operator.spell(selector.rule),
-        selector.sink_blocks,
-        selector.local_blocks,
-        selector.last_query_blocks,
     )
 
 

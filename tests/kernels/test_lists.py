@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from unisparse_flex.block_masks.kernels import settings_of
 from unisparse_flex.block_masks.kernels.gpu import Gpu
 
 from .calls import (
@@ -205,20 +206,14 @@ def test_one_block_is_kept(
 
 
 def test_queries_far_behind_the_last_key_see_them_all(kernels: Kernels) -> None:
-    call = fixed_call(40, 33, top_k=1)
+    call = fixed_call(40, 33, top_p=1.0, sampled_queries=2)
     geometry = replace(call.geometry, causal_offset=0)
     query, key = call.query_key()
     lists = kernels.lists.compute_lists(
         query,
         key,
+        settings_of(call.selector),
         geometry=geometry,
-        c_q=4,
-        c_k=4,
-        c_h=1,
-        sampled_queries=2,
-        rule="top_p",
-        values=[1.0],
-        forced_blocks=call.selector.forced_blocks,
         scale=0.25,
     )
     assert lists.kept().equal(geometry.visible_blocks(CPU).expand(1, 2, 3, 3))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.block_masks.paged import Cache, fill_cache
 from unisparse_flex.block_masks.block_lists import BlockLists
-from unisparse_flex.block_masks.kernels import operator
+from unisparse_flex.block_masks.kernels import settings_of
 from unisparse_flex.block_masks.pages import PageTables, create_means, name_pages
 
 from .calls import KernelCall, fixed_call, run
@@ -22,21 +22,13 @@ def cache_of(call: KernelCall, key: Tensor, page: int, **options: Any) -> Cache:
 
 
 def run_paged(kernels: Kernels, call: KernelCall, query: Tensor, cache: Cache) -> BlockLists:
-    selector = call.selector
-    name, values = operator.spell(selector.rule)
     return kernels.lists.compute_lists_from_pages(
         query,
         cache.keys.pages,
         cache.keys.table,
         cache.keys.means,
+        settings_of(call.selector),
         geometry=call.geometry,
-        c_q=selector.c_q,
-        c_k=selector.c_k,
-        c_h=selector.c_h,
-        sampled_queries=selector.sampled_queries,
-        rule=name,
-        values=values,
-        forced_blocks=selector.forced_blocks,
         scale=0.25,
     )
 

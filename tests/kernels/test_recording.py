@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unisparse_flex.block_masks.block_lists import BlockLists
-from unisparse_flex.block_masks.kernels import operator
+from unisparse_flex.block_masks.kernels import operator, settings_of
 from unisparse_flex.block_masks.kernels.recording import (
     PLACE,
     Launched,
@@ -26,8 +26,9 @@ from unisparse_flex.block_masks.kernels.recording import (
     empty,
     recorder_in_force,
 )
+from unisparse_flex.block_masks.kernels.settings import encode_settings
 
-from .calls import KernelCall, assert_same_lists, fixed_call, kernel_calls, run, settings_of
+from .calls import KernelCall, assert_same_lists, fixed_call, kernel_calls, run
 from .interpreter import Kernels
 from .test_intervals import masked_calls
 
@@ -46,7 +47,12 @@ def select(
     offset = call.geometry.causal_offset
     return BlockLists(
         *operator._run(
-            query, key, call.head_dim**-0.5, settings_of(call), offset, intervals=intervals
+            query,
+            key,
+            call.head_dim**-0.5,
+            encode_settings(*settings_of(call.selector)),
+            offset,
+            intervals=intervals,
         )
     )
 

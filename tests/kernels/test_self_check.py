@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from unisparse_flex.block_masks.block_lists import BlockLists
-from unisparse_flex.block_masks.kernels import operator, self_check
+from unisparse_flex.block_masks.kernels import KernelSettings, self_check
 from unisparse_flex.block_masks.key_intervals import interval_tables
 
 from .interpreter import Kernels
@@ -27,26 +27,26 @@ KIND = "some GPU"
 def interpreted_lists(kernels: Kernels) -> Callable[..., BlockLists]:
     """`operator.select_lists` by interpreted kernels; what is changed in ``fault`` goes wrong."""
 
-    def select(query: Any, key: Any, *, fault: dict[str, Any], rule: Any, **given: Any) -> Any:
+    def select(
+        query: Any, key: Any, settings: KernelSettings, *, fault: dict[str, Any], **given: Any
+    ) -> Any:
         geometry = given["geometry"]
-        name, values = operator.spell(rule)
         intervals = None
         if geometry.mask is not None and "mask" not in fault:
             intervals = interval_tables(
                 geometry,
                 CPU,
-                c_q=given["c_q"],
-                c_k=given["c_k"],
-                sampled_queries=given["sampled_queries"],
-                sink_blocks=given["forced_blocks"].sink_blocks,
-                last_query_blocks=given["forced_blocks"].last_query_blocks,
+                c_q=settings.c_q,
+                c_k=settings.c_k,
+                sampled_queries=settings.sampled_queries,
+                sink_blocks=settings.sink_blocks,
+                last_query_blocks=settings.last_query_blocks,
             )
         changed = {name: value for name, value in fault.items() if name in given}
         return kernels.lists.compute_lists(
             query,
             key,
-            rule=name,
-            values=values,
+            settings,
             intervals=intervals,
             **given | changed | {"geometry": dataclasses.replace(geometry, mask=None)},
         )

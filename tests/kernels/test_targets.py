@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from unisparse_flex.block_masks import BlockGeometry
-from unisparse_flex.block_masks.kernels import gpu, operator
+from unisparse_flex.block_masks import BlockGeometry, UniSparse
+from unisparse_flex.block_masks.kernels import gpu, operator, settings_of
 from unisparse_flex.block_masks.key_intervals import IntervalTables, interval_tables
 from unisparse_flex.block_masks.masks import MaskProgram
-from unisparse_flex.block_masks.selection import ForcedBlocks
 
 triton: Any = pytest.importorskip("triton")
 compiler: Any = pytest.importorskip("triton.backends.compiler")
@@ -146,20 +145,16 @@ def compute(lists: Any, call: Call) -> None:
     """The default selector's kernels on tensors without memory."""
     shape = (1, 32, call.length, call.head_dim)
     query = torch.empty(shape, dtype=call.dtype, device="meta")
-    forced = ForcedBlocks(sink_blocks=1, local_blocks=1, last_query_blocks=1)
     options: dict[str, Any] = {"c_q": 16, "c_k": 64, "sampled_queries": 4}
+    selector = UniSparse(top_p=0.9, threshold=0.01, threshold_blocks=64, **options)
     geometry = BlockGeometry(q_len=call.length, kv_len=call.length, block_size=128, causal_offset=0)
     lists.compute_lists(
         query,
         query[:, :8].contiguous(),
+        settings_of(selector),
         geometry=geometry,
-        c_h=1,
-        rule="top_p_or_threshold",
-        values=(0.9, 0.01, 64.0),
-        forced_blocks=forced,
         scale=0.1,
         intervals=tables(call.length, options) if call.masked else None,
-        **options,
     )
 
 
@@ -179,14 +174,8 @@ def compute_paged(lists: Any, pages: Any, call: Call) -> None:
         keys,
         table,
         means,
+        settings_of(UniSparse(top_k=20)),
         geometry=geometry,
-        c_q=16,
-        c_k=128,
-        c_h=1,
-        sampled_queries=4,
-        rule="top_k",
-        values=(20.0,),
-        forced_blocks=ForcedBlocks(sink_blocks=1, local_blocks=1, last_query_blocks=1),
         scale=0.1,
     )
     pages.name_pages(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.api.models import qkv
 from unisparse_flex import UniSparse
-from unisparse_flex.block_masks.kernels import operator as kernels
+from unisparse_flex.block_masks.kernels import settings_of
+from unisparse_flex.block_masks.kernels.settings import encode_settings
 from unisparse_flex.passes import SparseConfig
 from unisparse_flex.passes.attend.shared_tokens import register_context
 from unisparse_flex.passes.calls.sdpa import SdpaCall
@@ -179,8 +180,8 @@ def test_the_tables_of_a_mask_of_intervals(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_selection_by_kernels(dtype: torch.dtype, causal_offset: int | None) -> None:
     query, key, _ = (t.to("cuda", dtype) for t in qkv(300, 400, head_dim=64))
-    rule, values = kernels.spell(UniSparse(top_p=0.9).rule)
-    settings = kernels.encode_settings(64, 8, 8, 1, 4, rule, values, 1, 1, 1)
+    selector = UniSparse(block_size=64, c_q=8, c_k=8, top_p=0.9)
+    settings = encode_settings(*settings_of(selector))
     found = torch.library.opcheck(
         torch.ops.unisparse.select_blocks.default,
         (query, key, 0.125, settings, causal_offset),
