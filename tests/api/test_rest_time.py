@@ -66,6 +66,17 @@ def test_layers_of_a_stack_count_as_the_median_of_them(now: list[float]) -> None
     assert explain(model, X).rest_ms == 1e3 * (4 * 1 + 4 * 2 * 2)
 
 
+def test_what_is_called_once_counts_without_what_its_first_call_waits_for(now: list[float]) -> None:
+    class Head(Takes):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            self.seconds = 3
+            return x
+
+    model = nn.Sequential(nn.LayerNorm(WIDTH), Layer(now, 1, 2), Head(now, 100)).eval()
+    assert explain(model, X).rest_ms == 1e3 * (1 + 2 * 2 + 3)
+
+
 def test_nothing_is_left_to_time_in_a_model_that_is_attention(now: list[float]) -> None:
     class Only(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

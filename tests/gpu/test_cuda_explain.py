@@ -28,7 +28,8 @@ class Stack(nn.Module):
 
 
 def test_the_rest_takes_what_the_gpu_takes() -> None:
-    model = optimize(Stack().to("cuda", torch.bfloat16), UniSparse(top_k=2), min_length=0)
+    stack = Stack().eval().to("cuda", torch.bfloat16)
+    model = optimize(stack, UniSparse(top_k=2), min_length=0)
     x = embeddings(1024).to("cuda", torch.bfloat16)
     wide = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16)
 
