@@ -23,6 +23,7 @@ PRIVATE_NAMES = (
     "torch.nn:Module._compiled_call_impl",
     "torch:ops.aten.add.Tensor._schema",
     "torch._subclasses.fake_tensor:is_fake",
+    "torch._C._dynamo.guards:_empty_strided_cuda",
     "torch:_C.DispatchKey",
     "torch:_C._SetExcludeDispatchKeyGuard",
     "torch:_C._disabled_torch_function_impl",

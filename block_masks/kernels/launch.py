@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import triton
 from torch import Tensor
 
-from .recording import Launched, recorder_in_force
+from .recording import STREAM, Recorder, recorder_in_force
 
 # Integers beyond these are of another type to Triton.
 WIDE = 2**31
@@ -48,16 +49,25 @@ class Launch:
             compiled[grid](*arguments, *[constants[name] for name in self._constants])
         recorder = recorder_in_force()
         if recorder is not None:
-            recorder.launched(self._repeated(grid, compiled, constants), arguments)
+            self._record(recorder, grid, compiled, arguments, constants)
 
-    def _repeated(
-        self, grid: tuple[int, int, int], compiled: Any, constants: dict[str, Any]
-    ) -> Launched:
-        """The launch, of arguments for which it was compiled."""
+    def _record(
+        self,
+        recorder: Recorder,
+        grid: tuple[int, int, int],
+        compiled: Any,
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+    ) -> None:
+        """Notes the launch, of arguments for which it was compiled."""
         if compiled is None:
-            return Launched(partial(self._kernel[grid], **constants), by_address=False)
-        launch, values = compiled[grid], [constants[name] for name in self._constants]
-        return Launched(lambda *arguments: launch(*arguments, *values), by_address=True)
+            recorder.launched(partial(self._kernel[grid], **constants), arguments)
+            return
+        # What ``compiled[grid]`` calls, which asks for hooks and the stream at every launch.
+        own = (compiled.function, compiled.packed_metadata, None, None, None)
+        values = (constants[name] for name in self._constants)
+        every = (*grid, STREAM, *own, *arguments, *values)
+        recorder.launched(compiled.run, every, stream_unless_hooked)
 
     def _key(self, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
         """What Triton compiles anew for."""
@@ -72,3 +82,14 @@ class Launch:
             elif not isinstance(argument, float):
                 key += argument.base.dtype, *argument.block_shape
         return tuple(key)
+
+
+def stream_unless_hooked(device: int) -> int | None:
+    """A device's current stream; ``None`` where somebody wants to know of every launch."""
+    runtime = triton.knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        # A chain of hooks, which is there without any.
+        if getattr(hook, "calls", hook):
+            return None
+    stream: int = triton.runtime.driver.active.get_current_stream(device)
+    return stream

@@ -10,13 +10,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from math import prod
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import _empty_strided_cuda
 
 _local = threading.local()
 # Where a tensor may begin: more than kernels ask of addresses.
@@ -37,17 +38,13 @@ class _Tensor:
         return -(-prod(self.shape) * self.dtype.itemsize // PLACE) * PLACE
 
 
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """A launch, to be done again.
+class Stream:
+    """Stands among arguments of a launch for the stream that it goes to."""
 
-    Attributes:
-        run: Takes a kernel's arguments.
-        by_address: Whether these are addresses of tensors; an interpreter wants tensors.
-    """
 
-    run: Callable[..., object]
-    by_address: bool
+STREAM = Stream()
+# The current stream of a device; ``None`` where launches are not to be repeated.
+StreamOf = Callable[[int], int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +52,19 @@ class _Step:
     """A launch with what it reads and writes.
 
     Attributes:
-        launched: The launch.
-        arguments: The kernel's.
-        tensors: Which of them are tensors.
-        descriptors: Which of them are descriptors of tensors.
+        run: Launches, given all arguments.
+        arguments: `STREAM`, `_Tensor`, descriptors whose base is one, or what never changes.
     """
 
-    launched: Launched
+    run: Callable[..., object]
     arguments: list[Any]
-    tensors: list[tuple[int, _Tensor]]
-    descriptors: list[tuple[int, _Tensor]]
+
+    def tensors(self) -> Iterator[_Tensor]:
+        """What it reads and writes."""
+        for argument in self.arguments:
+            found = getattr(argument, "base", argument)
+            if isinstance(found, _Tensor):
+                yield found
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,59 +81,68 @@ class _Address:
 class Recording:
     """The launches of one kind of call, without any tensor.
 
-    What is allocated and not returned shares one piece of memory, the scratch.
+    What is allocated and not returned shares one piece of memory, the scratch. Arguments are picked
+    from one list: the stream, tensors in their places, descriptors, and what never changes.
 
     Attributes:
         device: Where it runs.
-        launches: In order.
-        places: Of tensors by number: which of inputs, outputs and scratch, and the first byte.
-        outputs: What it returns.
-        scratch: Bytes.
+        stream_of: Where launches take addresses and a stream; ``None`` where they take tensors.
+        outputs: Shape, strides and dtype of what it returns, and of the scratch behind that.
+        returned: How many of these it returns.
+        places: Of tensors: which of inputs and ``outputs``, the first byte, and what lies there.
+        descriptors: Descriptors without a base, and which of ``places`` that is.
+        constants: What never changes.
+        launches: How each launches, and picks its arguments.
     """
 
     device: torch.device
-    launches: tuple[_Step, ...]
-    places: dict[int, tuple[int, int]]
-    outputs: tuple[_Tensor, ...]
-    scratch: int
+    stream_of: StreamOf | None
+    outputs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+    returned: int
+    places: tuple[tuple[int, int, _Tensor], ...]
+    descriptors: tuple[tuple[Any, int], ...]
+    constants: tuple[Any, ...]
+    launches: tuple[tuple[Callable[..., object], Callable[[list[Any]], tuple[Any, ...]]], ...]
 
-    def repeat(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Does the same with other tensors of that kind."""
-        device = self.device
-        outputs = [torch.empty(o.shape, dtype=o.dtype, device=device) for o in self.outputs]
-        bases = [*inputs, *outputs]
-        if self.scratch:
-            bases.append(torch.empty(self.scratch, dtype=torch.uint8, device=device))
-        addresses = [base.data_ptr() for base in bases]
-        places = self.places
-        for step in self.launches:
-            arguments = step.arguments.copy()
-            if step.launched.by_address:
-                for place, tensor in step.tensors:
-                    base, offset = places[tensor.number]
-                    arguments[place] = addresses[base] + offset
-                for place, tensor in step.descriptors:
-                    # Its shape and strides are those of before, and were judged then.
-                    base, offset = places[tensor.number]
-                    arguments[place] = copy(arguments[place])
-                    arguments[place].base = _Address(addresses[base] + offset)
-            else:
-                for place, tensor in step.tensors:
-                    arguments[place] = self._read(tensor, bases)
-                for place, tensor in step.descriptors:
-                    arguments[place] = copy(arguments[place])
-                    arguments[place].base = self._read(tensor, bases)
-            step.launched.run(*arguments)
-        return outputs
+    def repeat(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+        """Does the same with other tensors of that kind; ``None`` where that is not to be done."""
+        stream_of, device = self.stream_of, self.device
+        if device.type == "cuda":
+            made = [_empty_strided_cuda(*output) for output in self.outputs]
+        else:
+            made = [torch.empty_strided(s, t, dtype=d, device=device) for s, t, d in self.outputs]
+        bases = [*inputs, *made]
+        if stream_of is None:
+            values: list[Any] = [None, *(self._read(bases, *place) for place in self.places)]
+            values += [_on(found, values[1 + place]) for found, place in self.descriptors]
+        else:
+            stream = stream_of(device.index)
+            if stream is None:
+                return None
+            starts = [base.data_ptr() for base in bases]
+            values = [stream, *(starts[base] + first for base, first, _ in self.places)]
+            # Its shape and strides are those of before, and were judged then.
+            values += [_on(found, _Address(values[1 + at])) for found, at in self.descriptors]
+        values += self.constants
+        for run, pick in self.launches:
+            run(*pick(values))
+        return made[: self.returned]
 
-    def _read(self, tensor: _Tensor, bases: Sequence[Tensor]) -> Tensor:
+    def _read(self, bases: Sequence[Tensor], number: int, first: int, tensor: _Tensor) -> Tensor:
         """A tensor in its place."""
-        number, offset = self.places[tensor.number]
         base = bases[number]
-        if number < len(bases) - bool(self.scratch):
+        if number < len(bases) - len(self.outputs) + self.returned:
             return base.view(tensor.dtype)
         size = prod(tensor.shape) * tensor.dtype.itemsize
-        return base[offset : offset + size].view(tensor.dtype).view(tensor.shape)
+        return base[first : first + size].view(tensor.dtype).view(tensor.shape)
+
+
+def _on(descriptor: Any, base: Any) -> Any:
+    """A descriptor of another tensor; `copy` takes five times as long."""
+    made = object.__new__(type(descriptor))
+    made.__dict__.update(descriptor.__dict__)
+    made.base = base
+    return made
 
 
 class Recorder:
@@ -147,6 +156,7 @@ class Recorder:
         some = [(tensor.data_ptr(), n) for n, tensor in enumerate(inputs) if tensor.numel()]
         self._numbers = dict(some)
         self._count = len(inputs)
+        self._stream_of: StreamOf | None = None
         # Two inputs in one place, or something that is neither input nor allocated here.
         self._is_lost = len(self._numbers) < len(some)
 
@@ -156,18 +166,28 @@ class Recorder:
         self._steps.append(self._tensor(tensor))
         self._count += 1
 
-    def launched(self, launched: Launched, arguments: Sequence[Any]) -> None:
-        """Notes a launch of these arguments."""
-        kept, tensors, descriptors = list(arguments), [], []
-        for place, argument in enumerate(arguments):
-            if isinstance(argument, Tensor):
-                tensors.append((place, self._tensor(argument)))
-                kept[place] = None
-            elif hasattr(argument, "base"):
-                descriptors.append((place, self._tensor(argument.base)))
-                kept[place] = copy(argument)
-                kept[place].base = None
-        self._steps.append(_Step(launched, kept, tensors, descriptors))
+    def launched(
+        self,
+        run: Callable[..., object],
+        arguments: Sequence[Any],
+        stream_of: StreamOf | None = None,
+    ) -> None:
+        """Notes a launch.
+
+        Args:
+            run: Does it again.
+            arguments: All that ``run`` takes, with `STREAM` where the stream stands.
+            stream_of: The current stream, where ``run`` takes one, and tensors as addresses.
+        """
+        self._stream_of = stream_of
+        self._steps.append(_Step(run, [self._noted(argument) for argument in arguments]))
+
+    def _noted(self, argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            return self._tensor(argument)
+        if isinstance(getattr(argument, "base", None), Tensor):
+            return _on(argument, self._tensor(argument.base))
+        return argument
 
     def _tensor(self, tensor: Tensor) -> _Tensor:
         if not tensor.numel():
@@ -186,16 +206,49 @@ class Recorder:
         places = {number: (number, 0) for number in range(self._inputs)}
         places |= {number: (self._inputs + i, 0) for i, number in enumerate(numbers)}
         scratch = self._share_scratch(places, self._inputs + len(returned))
-        launches = tuple(step for step in self._steps if isinstance(step, _Step))
-        return Recording(self._device, launches, places, returned, scratch)
+        made = [(t.shape, _strides(t.shape), t.dtype) for t in returned]
+        if scratch:
+            made.append(((scratch,), (1,), torch.uint8))
+        launches = [step for step in self._steps if isinstance(step, _Step)]
+        tensors = list(dict.fromkeys(tensor for step in launches for tensor in step.tensors()))
+        given = [a for step in launches for a in step.arguments if not isinstance(a, _Tensor)]
+        descriptors = [a for a in given if isinstance(getattr(a, "base", None), _Tensor)]
+        described = {id(a) for a in descriptors}
+        constants = [a for a in given if a is not STREAM and id(a) not in described]
+        # Where arguments stand in the list that `repeat` makes.
+        at_tensors = {tensor: 1 + i for i, tensor in enumerate(tensors)}
+        behind = 1 + len(tensors)
+        at = {id(STREAM): 0} | {id(a): behind + i for i, a in enumerate(descriptors)}
+        behind += len(descriptors)
+        at |= {id(a): behind + i for i, a in enumerate(constants)}
+        return Recording(
+            device=self._device,
+            stream_of=self._stream_of,
+            outputs=tuple(made),
+            returned=len(returned),
+            places=tuple((*places[tensor.number], tensor) for tensor in tensors),
+            descriptors=tuple((_on(a, None), at_tensors[a.base] - 1) for a in descriptors),
+            constants=tuple(constants),
+            launches=tuple(
+                (
+                    step.run,
+                    _picker(
+                        [
+                            at_tensors[a] if isinstance(a, _Tensor) else at[id(a)]
+                            for a in step.arguments
+                        ]
+                    ),
+                )
+                for step in launches
+            ),
+        )
 
     def _share_scratch(self, places: dict[int, tuple[int, int]], base: int) -> int:
         """Adds the places of what is not returned, behind what is in use beside it; the bytes."""
         last_used: dict[int, int] = {}
         for at, step in enumerate(self._steps):
             if isinstance(step, _Step):
-                used = (tensor.number for _, tensor in step.tensors + step.descriptors)
-                last_used |= dict.fromkeys(used, at)
+                last_used |= dict.fromkeys((tensor.number for tensor in step.tensors()), at)
         total = 0
         # First byte, the byte behind, and the last step that reads it.
         in_use: list[tuple[int, int, int]] = []
@@ -212,6 +265,16 @@ class Recorder:
             in_use.append((start, start + step.bytes, last_used.get(step.number, at)))
             total = max(total, start + step.bytes)
         return total
+
+
+def _picker(places: Sequence[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    """Picks what stands in these places of a list."""
+    return itemgetter(*places) if len(places) > 1 else lambda values: (values[places[0]],)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a contiguous tensor."""
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def recorder_in_force() -> Recorder | None:
@@ -268,8 +331,9 @@ class Recordings:
             found = self._found.get(key)
             if found is not None:
                 self._found.move_to_end(key)
-        if found is not None:
-            return found.repeat(inputs)
+        repeated = None if found is None else found.repeat(inputs)
+        if repeated is not None:
+            return repeated
         with recording(inputs) as recorder:
             outputs = compute()
         made = recorder.finish(outputs)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from unisparse_flex.block_masks.kernels.launch import WIDE, Launch
+from unisparse_flex.block_masks.kernels.recording import Recordings, empty
+
+triton: Any = pytest.importorskip("triton")
+TensorDescriptor: Any = pytest.importorskip("triton.tools.tensor_descriptor").TensorDescriptor
 
 
 class Kernel:
@@ -117,3 +123,68 @@ def test_a_kernel_that_compiles_to_nothing_is_bound_every_time() -> None:
         launch(kernel)
         launch(kernel)
     assert len(fake.bound) == 2
+
+
+class RunKernel(CompiledKernel):
+    """One that can be launched without its hooks."""
+
+    function, packed_metadata = 11, (4, 1, 0)
+
+    def run(self, *arguments: Any) -> None:
+        self.launched.append(arguments)
+
+
+class RunKernels(Kernel):
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *arguments, **constants: RunKernel(self.launched)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver whose stream is 5 on every device."""
+    active = SimpleNamespace(get_current_stream=lambda _: 5)
+    monkeypatch.setattr(triton.runtime.driver, "_active", active)
+
+
+def repeated(kernel: Launch, first: Tensor, second: Tensor) -> list[Tensor]:
+    """What a call returns that was recorded with other tensors."""
+    recordings = Recordings()
+
+    def compute(given: Tensor) -> list[Tensor]:
+        made = [empty(given, (3,)), empty(given, (64,), torch.int32)]
+        descriptor = TensorDescriptor(given, given.shape, given.stride(), [64])
+        kernel((3, 2, 1), made[1], 7, descriptor, 0.5, SIZE=8)
+        kernel((1, 1, 1), made[1], 8, made[0], 0.5, SIZE=8)
+        return made[:1]
+
+    recordings.run("kind", [first], partial(compute, first))
+    return list(recordings.run("kind", [second], partial(compute, second)))
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_repeated_launch_is_given_its_own_addresses_and_the_stream() -> None:
+    fake = RunKernels()
+    first, second = torch.zeros(64), torch.ones(64)
+    (output,) = repeated(Launch(fake), first, second)
+    own = (11, (4, 1, 0), None, None, None)
+    assert output.shape == (3,)
+    one, other = fake.launched[-2:]
+    assert one[:4] == (3, 2, 1, 5)
+    assert other[:4] == (1, 1, 1, 5)
+    assert one[4:9] == other[4:9] == own
+    scratch, number, descriptor, factor, size = one[9:]
+    assert (number, factor, size) == (7, 0.5, 8)
+    assert descriptor.base.data_ptr() == second.data_ptr()
+    assert (descriptor.shape, descriptor.block_shape) == (first.shape, [64])
+    assert other[9:] == (scratch, 8, output.data_ptr(), 0.5, 8)
+    assert scratch not in (0, second.data_ptr(), output.data_ptr())
+
+
+@pytest.mark.usefixtures("driver")
+def test_launches_that_somebody_watches_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = RunKernels()
+    hooks = SimpleNamespace(calls=[print])
+    monkeypatch.setattr(triton.knobs.runtime, "launch_exit_hook", hooks)
+    repeated(Launch(fake), torch.zeros(64), torch.ones(64))
+    # Of the second call, by what calls the hooks.
+    assert [grid for grid, _ in fake.launched] == [(3, 2, 1), (1, 1, 1)]
