@@ -1,0 +1,1 @@
+"""Density and KL against the cost of choosing blocks, for orders of keys and estimates."""

@@ -1,0 +1,162 @@
+"""Choices by their names: an order of keys, an estimate of masses, a mean over rows.
+
+    ORDER[@SEGMENT[+LAG]]/ESTIMATE[^POWER]
+
+``weight@1024/r32`` sorts keys within segments of 1024 and scores by 32 exact rows of a block. With
+``+1`` a row's own segment and the one before stay in natural order. An estimate is a sum of terms
+that are averaged: ``rN`` exact rows, ``pN`` means of N queries against block means, ``mNxM`` and
+``vNxM`` N rows against M composites of a block, by their mean, or mean and variance, ``kNxM`` N
+rows against M sampled keys. ``>rN:F`` after it scores N exact rows where the first estimate
+reaches the threshold divided by F. ``^2`` takes the root mean square over rows. ``~N`` takes the
+scores of every N-th layer for those after it too, heads matched as well as can be.
+
+Costs are in rows: a row of every block against every key, with what else scoring does for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from . import estimates, orders
+from .parts import BLOCK, Part
+
+Term = Callable[[Part], Tensor]
+# Rows of a natural order are scored so many at a time.
+ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrderKind:
+    """An order and what finding it costs.
+
+    Attributes:
+        order: How it is found.
+        rows: Exact rows, two passes over keys for each (peak and sum, then columns).
+        key_passes: How often keys are read beside that.
+    """
+
+    order: orders.Order
+    rows: float = 0.0
+    key_passes: float = 0.0
+
+
+def _halvings() -> float:
+    """Passes over keys in halving a segment of 1024 into blocks: three times, twice each."""
+    return 6.0
+
+
+ORDERS: dict[str, OrderKind | None] = {
+    "none": None,
+    "weight": OrderKind(order=orders.by_weight(4), rows=8),
+    "weight1": OrderKind(order=orders.by_weight(1), rows=2),
+    "weight16": OrderKind(order=orders.by_weight(16), rows=32),
+    "highest": OrderKind(order=orders.by_weight(4, highest=True), rows=8),
+    "heavy128": OrderKind(order=orders.heavy_first(4, 128), rows=8),
+    "heavy256": OrderKind(order=orders.heavy_first(4, 256), rows=8),
+    "heavy512": OrderKind(order=orders.heavy_first(4, 512), rows=8),
+    "content": OrderKind(order=orders.by_content(), key_passes=_halvings()),
+    "use": OrderKind(order=orders.by_use(4), rows=8, key_passes=_halvings()),
+    "use1": OrderKind(order=orders.by_use(1), rows=2, key_passes=_halvings()),
+    "heavy1-content": OrderKind(
+        order=orders.heavy_then_content(4, 1), rows=8, key_passes=_halvings()
+    ),
+    "heavy2-content": OrderKind(
+        order=orders.heavy_then_content(4, 2), rows=8, key_passes=_halvings()
+    ),
+    "heavy1-use": OrderKind(
+        order=orders.heavy_then_content(4, 1, use=True), rows=8, key_passes=_halvings()
+    ),
+    "content2-weight": OrderKind(order=orders.content_then_weight(4, 2), rows=8, key_passes=2),
+    "content4-weight": OrderKind(order=orders.content_then_weight(4, 4), rows=8, key_passes=4),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """How blocks are chosen, but for the threshold.
+
+    Attributes:
+        name: As it was written.
+        order: The order of keys; ``None`` for the natural one.
+        natural_in_blocks: Whether keys of a sorted block are in natural order inside it.
+        segment: Keys that are sorted together, or rows that are scored at once.
+        lag: Segments before a row's own that stay in natural order for it.
+        terms: What is averaged.
+        rows: What scoring costs, in rows, without refinement.
+        power: Of the mean over rows.
+        refined_rows: Exact rows where it is in doubt, 0 for none.
+        factor: How far below the threshold a block may be and still be refined.
+        anchor: Every such layer scores for those after it too.
+    """
+
+    name: str
+    order: OrderKind | None
+    natural_in_blocks: bool
+    segment: int
+    lag: int
+    terms: tuple[Term, ...]
+    rows: float
+    power: int
+    refined_rows: int
+    factor: float
+    anchor: int
+
+    @classmethod
+    def parse(cls, name: str) -> Choice:
+        """A choice by its name.
+
+        Raises:
+            ValueError: No name of a choice.
+        """
+        match = re.fullmatch(
+            r"([\w-]+?)(,n)?(?:@(\d+)(?:\+(\d+))?)?/"
+            r"([\w+]+?)(?:>r(\d+):([\d.]+))?(?:\^(\d))?(?:~(\d+))?",
+            name,
+        )
+        if match is None or match[1] not in ORDERS:
+            raise ValueError(f"choice must be ORDER@SEGMENT/ESTIMATE, got {name!r}")
+        terms, rows = zip(*map(_term, match[5].split("+")), strict=True)
+        return cls(
+            name=name,
+            order=ORDERS[match[1]],
+            natural_in_blocks=match[2] is not None,
+            segment=int(match[3] or ROWS_AT_ONCE),
+            lag=int(match[4] or 0),
+            terms=terms,
+            rows=sum(rows),
+            refined_rows=int(match[6] or 0),
+            factor=float(match[7] or 1),
+            power=int(match[8] or 1),
+            anchor=int(match[9] or 1),
+        )
+
+    def score(self, part: Part, least: Tensor) -> tuple[Tensor, float]:
+        """Scores [Hkv, G, Nq, Nk], and their cost in rows; ``least`` is the threshold."""
+        masses = [term(part) for term in self.terms]
+        if not self.refined_rows:
+            return estimates.combine(masses, self.power), self.rows
+        first = estimates.combine(masses)
+        refined, share = estimates.refine(part, first, self.refined_rows, least / self.factor)
+        found = estimates.combine([refined], self.power)
+        return found, self.rows + share * self.refined_rows
+
+
+def _term(text: str) -> tuple[Term, float]:
+    match = re.fullmatch(r"([rpmvk])(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise ValueError(f"a term must be rN, pN, mNxM, vNxM or kNxM, got {text!r}")
+    kind, count, many = match[1], int(match[2]), int(match[3] or 1)
+    if kind == "r":
+        return partial(estimates.exact_rows, count=count), count
+    if kind == "p":
+        return partial(estimates.pooled, rows=count), 1 / count
+    if kind == "k":
+        return partial(estimates.sampled_keys, count=many, rows=count), many * count / BLOCK
+    variance = kind == "v"
+    term = partial(estimates.moments, rows=count, size=BLOCK // many, variance=variance)
+    return term, count * many * (2 if variance else 1) / BLOCK

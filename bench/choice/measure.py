@@ -1,0 +1,143 @@
+"""Density and KL against what choosing costs, for many choices on a real model.
+
+python -m bench.choice --weights FILE.gguf [--model smollm2] [--tokens 8192] [--texts prose,code]
+    [--choices NAME,... | --choices-file FILE] [--thresholds 0.006,...] [--ids FILE]
+python -m bench.choice --weights FILE.gguf --texts prose,code --encode FILE
+
+Attention of every layer without a sliding window reads the chosen blocks and no others; the next
+layer sees what comes of it. `bench/choice/choices.py` says how a choice is called. KL is that of
+the last tokens' predictions to the dense model's, in nats; density is what all those layers kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unisparse_flex.doctor import default_device
+from unisparse_flex.evaluation import (
+    LoadedModel,
+    compute_kl,
+    compute_log_probs,
+    compute_perplexity,
+)
+
+from ..excerpts import encode_excerpt
+from ..record import FOLDER, Record, guarded, numbers
+from .choices import Choice
+from .reading import Chooser, load
+
+DEFAULT = "none/r4+p16"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.choice", description=__doc__)
+    parser.add_argument("--model", default="smollm2", help="as results call it")
+    parser.add_argument("--weights", type=Path, required=True, help="a GGUF file")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--judged", type=int, default=1024, help="last tokens that are judged")
+    parser.add_argument("--texts", default="topics,code,prose")
+    parser.add_argument("--seed", type=int, default=0, help="of the excerpts")
+    parser.add_argument("--choices", default=DEFAULT)
+    parser.add_argument("--choices-file", type=Path, help="more of them, one a line")
+    parser.add_argument("--thresholds", type=numbers(float), default=(0.006, 0.003, 0.012))
+    parser.add_argument("--ids", type=Path, help="tokens of the texts, as --encode wrote them")
+    parser.add_argument("--encode", type=Path, help="writes the tokens of the texts, no more")
+    parser.add_argument("--max-seconds", type=float, default=3000.0)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(arguments)
+    texts, device = options.texts.split(","), default_device()
+    if options.encode:
+        found = {name: _encode(options, name) for name in texts}
+        torch.save({name: ids.cpu() for name, ids in found.items()}, options.encode)
+        return
+    lines = options.choices.split(",") if options.choices_file is None else []
+    if options.choices_file is not None:
+        lines += options.choices_file.read_text().split("\n")
+    try:
+        choices = [Choice.parse(line.strip()) for line in lines if line.strip()]
+    except ValueError as error:
+        parser.error(str(error))
+
+    chooser = Chooser()
+    model = load(options.weights, chooser, device)
+    stored = torch.load(options.ids) if options.ids else {}
+    record = Record.create(
+        "bench.choice",
+        device.type,
+        options.output or FOLDER / f"choice-{options.model}-{options.tokens}.json",
+        options.max_seconds,
+        model=options.model,
+        tokens=options.tokens,
+        judged=options.judged,
+        heads=model.config.num_attention_heads,
+        kv_heads=model.config.num_key_value_heads,
+        head_dim=model.config.head_dim,
+    )
+    with record.stopping():
+        readings = {}
+        for text in texts:
+            ids = stored[text] if stored else _encode(options, text)
+            ids = ids[:, : options.tokens].to(device)
+            readings[text] = Reading(model, chooser, ids, options.judged)
+        for threshold in options.thresholds:
+            for choice in choices:
+                for text, reading in readings.items():
+                    if record.stop_if_over():
+                        return
+                    row = {"choice": choice.name, "threshold": threshold, "text": text}
+                    judge = partial(reading.judge, choice, threshold)
+                    record.add(row | (guarded(row, "judge", judge) or {}))
+
+
+class Reading:
+    """A text as the dense model reads it, and how well a choice reads it."""
+
+    def __init__(self, model: Any, chooser: Chooser, ids: Tensor, judged: int) -> None:
+        self.model, self.chooser, self.ids = model, chooser, ids
+        last = ids.shape[1] - 1
+        self.positions = torch.arange(last - judged, last, device=ids.device)
+        self.targets = ids[0, self.positions + 1]
+        self.dense = self._read()
+        self.perplexity = compute_perplexity(self.dense, self.targets)
+
+    @torch.inference_mode()
+    def _read(self) -> Tensor:
+        """Log-probabilities [judged, V] of the tokens after ``positions``."""
+        output = self.model(self.ids, use_cache=False, logits_to_keep=self.positions)
+        return compute_log_probs(output.logits[0])
+
+    def judge(self, choice: Choice, threshold: float) -> dict[str, Any]:
+        """Density, KL and perplexity ratio, and what scoring cost in rows."""
+        start = time.perf_counter()
+        with self.chooser.set(choice, threshold):
+            found = self._read()
+            densities = [float(density) for density in self.chooser.densities]
+            rows = self.chooser.rows
+        kl = compute_kl(self.dense, found)
+        return {
+            "density": sum(densities) / len(densities),
+            "kl": kl if math.isfinite(kl) else None,
+            "perplexity_ratio": compute_perplexity(found, self.targets) / self.perplexity,
+            "score_rows": sum(rows) / len(rows),
+            "densities": [round(density, 4) for density in densities],
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+
+
+def _encode(options: Any, text: Any) -> Tensor:
+    from transformers import AutoTokenizer
+
+    weights, device = options.weights, torch.device("cpu")
+    tokenizer = AutoTokenizer.from_pretrained(
+        weights.parent, gguf_file=weights.name, local_files_only=True
+    )
+    loaded = LoadedModel(model=None, tokenizer=tokenizer, device=device, dtype=torch.float32)
+    return encode_excerpt(loaded, text, tokens=options.tokens, seed=options.seed)

@@ -1,0 +1,210 @@
+"""A real model whose attention reads the blocks of a choice, in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+from unisparse_flex.block_masks.selection import TopPOrThreshold, scale_threshold
+from unisparse_flex.block_masks.selectors import default_top_p
+from unisparse_flex.selectors import DEFAULT_SELECTOR
+
+from .choices import Choice
+from .parts import BLOCK, Call, Part
+
+IMPLEMENTATION = "choice"
+
+
+@dataclass(kw_only=True)
+class Chooser:
+    """What the attention of a model does: dense without a choice.
+
+    Attributes:
+        choice: How blocks are chosen.
+        threshold: As in the library's default.
+        densities: Kept over visible blocks, of every call.
+        rows: What scoring cost, of every part.
+        layer: Calls so far.
+        anchors: Scores of the parts of the last layer that scored for others.
+    """
+
+    choice: Choice | None = None
+    threshold: float = 0.0
+    densities: list[Tensor] = field(default_factory=list)
+    rows: list[float] = field(default_factory=list)
+    layer: int = 0
+    anchors: list[Tensor] = field(default_factory=list)
+
+    @contextmanager
+    def set(self, choice: Choice, threshold: float) -> Iterator[None]:
+        """Attention reads this choice inside."""
+        self.choice, self.threshold = choice, threshold
+        self.densities, self.rows, self.layer, self.anchors = [], [], 0, []
+        try:
+            yield
+        finally:
+            self.choice = None
+
+    def attend(self, call: Call) -> Tensor:
+        """Output [Hkv, G, S, D]."""
+        choice = self.choice
+        assert choice is not None
+        sort = None if choice.order is None else sort_keys(call, choice)
+        kept = visible = 0
+        outputs = []
+        for place, first in enumerate(range(0, call.tokens, choice.segment)):
+            key, value, sink = _seen(call, sort, choice, first)
+            last = key.shape[1]
+            query = call.query[:, :, first:last]
+            part = Part(query=query, key=key, first=first, scale=call.scale)
+            keep = self._keep(choice, part, place, sink, is_last=last == call.tokens)
+            kept = kept + keep.sum()
+            visible = visible + part.visible.sum() * keep.shape[0] * keep.shape[1]
+            outputs.append(_attend_blocks(part, value, keep))
+        self.densities.append(kept / visible)
+        self.layer += 1
+        return torch.cat(outputs, 2)
+
+    def _keep(
+        self, choice: Choice, part: Part, place: int, sink: Tensor, *, is_last: bool
+    ) -> Tensor:
+        """Kept blocks, bool [Hkv, G, Nq, Nk]."""
+        visible = part.visible
+        least = scale_threshold(self.threshold, DEFAULT_SELECTOR.threshold_blocks, visible)
+        assert isinstance(least, Tensor)
+        scores, rows = choice.score(part, least)
+        if choice.anchor > 1:
+            rows /= choice.anchor
+            if self.layer % choice.anchor == 0:
+                self.anchors[place:] = [scores]
+            else:
+                scores = _match_heads(scores, self.anchors[place])
+        self.rows.append(rows)
+        blocks = torch.arange(part.key_blocks, device=visible.device)
+        own = blocks == visible.sum(-1, keepdim=True) - 1
+        forced = own | (blocks == sink[:, None, None, None])
+        if is_last:
+            forced[:, :, -1] = True
+        rule = TopPOrThreshold(
+            top_p=default_top_p(self.threshold),
+            threshold=self.threshold,
+            threshold_blocks=DEFAULT_SELECTOR.threshold_blocks,
+        )
+        return rule.select(scores, forced, visible)
+
+
+def sort_keys(call: Call, choice: Choice) -> Tensor:
+    """Positions of keys in the choice's order, int64 [Hkv, S]."""
+    assert choice.order is not None
+    found = choice.order.order(call, choice.segment, choice.lag)
+    if choice.natural_in_blocks:
+        found = found.unflatten(1, (-1, BLOCK)).sort(-1).values.flatten(1)
+    return found
+
+
+def _seen(
+    call: Call, sort: Tensor | None, choice: Choice, first: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of the part that begins at ``first``, and the block of the first key."""
+    last = min(first + choice.segment, call.tokens)
+    split = max(0, first - choice.lag * choice.segment)
+    sink = torch.zeros(call.key.shape[0], dtype=torch.int64, device=call.key.device)
+    if sort is None or split == 0:
+        return call.key[:, :last], call.value[:, :last], sink
+    index = sort[:, :split, None].expand(-1, -1, call.key.shape[2])
+    key, value = (
+        torch.cat([tokens.gather(1, index), tokens[:, split:last]], 1)
+        for tokens in (call.key, call.value)
+    )
+    return key, value, (sort[:, :split] == 0).int().argmax(1) // BLOCK
+
+
+def _attend_blocks(part: Part, value: Tensor, keep: Tensor) -> Tensor:
+    """Attention of a part's rows over the kept blocks: [Hkv, G, R, D]."""
+    heads, group = part.query.shape[:2]
+    mask = keep.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1).flatten(0, 1)
+    mask[:, :, part.first :] &= torch.ones(
+        part.rows, part.rows, dtype=torch.bool, device=mask.device
+    ).tril()
+    key, value = (tokens.repeat_interleave(group, 0) for tokens in (part.key, value))
+    found = F.scaled_dot_product_attention(
+        part.query.flatten(0, 1)[None], key[None], value[None], attn_mask=mask[None],
+        scale=part.scale,
+    )
+    return found[0].unflatten(0, (heads, group))
+
+
+def _match_heads(own: Tensor, anchor: Tensor) -> Tensor:
+    """The anchor's scores of the head that is most like each of these."""
+    mine, theirs = own.flatten(0, 1).flatten(1), anchor.flatten(0, 1).flatten(1)
+    common = torch.stack([torch.minimum(mine, other).sum(-1) for other in theirs], -1)
+    return anchor.flatten(0, 1)[common.argmax(-1)].view_as(own)
+
+
+def attend_window(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+    """Causal attention over the last ``window`` keys: [1, Hq, S, D] of [1, Hq or Hkv, S, D]."""
+    group, tokens = query.shape[1] // key.shape[1], query.shape[2]
+    if tokens <= window or tokens % window:
+        position = torch.arange(tokens, device=query.device)
+        distance = position[:, None] - position
+        mask = (distance >= 0) & (distance < window)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=group > 1
+        )
+    chunks = tokens // window
+    queries = query[0].unflatten(1, (chunks, window)).transpose(0, 1)
+
+    def two(tokens: Tensor) -> Tensor:
+        split = tokens[0].unflatten(1, (chunks, window)).transpose(0, 1)
+        before = torch.cat([torch.zeros_like(split[:1]), split[:-1]])
+        return torch.cat([before, split], 2).repeat_interleave(group, 1)
+
+    row = torch.arange(window, device=query.device)[:, None] + window
+    column = torch.arange(2 * window, device=query.device)
+    mask = ((column <= row) & (column > row - window)).repeat(chunks, 1, 1, 1)
+    mask[0, :, :, :window] = False
+    found = F.scaled_dot_product_attention(
+        queries, two(key), two(value), attn_mask=mask, scale=scale
+    )
+    return found.transpose(0, 1).flatten(1, 2)[None]
+
+
+def load(weights: Path, chooser: Chooser, device: torch.device) -> Any:
+    """The model of a GGUF file, its attention by ``chooser``; sliding windows stay as they are."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any
+    ) -> tuple[Tensor, None]:
+        scale, window = more["scaling"], more.get("sliding_window")
+        if window is not None:
+            found = attend_window(query, key, value, scale, window)
+        elif chooser.choice is None:
+            found = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=scale, enable_gqa=True
+            )
+        else:
+            queries = query[0].unflatten(0, (key.shape[1], -1))
+            call = Call(query=queries, key=key[0], value=value[0], scale=scale)
+            found = chooser.attend(call).flatten(0, 1)[None]
+        return found.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(IMPLEMENTATION, attention)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        weights.parent,
+        gguf_file=weights.name,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        local_files_only=True,
+    )
+    model.set_attn_implementation(IMPLEMENTATION)
+    return model.to(device, dtype).eval()
