@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
 from ..key_intervals import IntervalTables
 from .pages import pool_pages
-from .pool import pool
+from .pool import Side, pool, pool_both
 from .recording import empty
 from .score import held_blocks, score, supports_descriptor
 from .scratch import Rows, power_of_two, reach_of
@@ -39,7 +40,8 @@ def pool_keys(key: Tensor, *, group: int, block_size: int, blocks: int) -> Tenso
         [B, Hkv, blocks * block_size / group, D] in key's dtype.
     """
     batch, kv_heads = key.shape[:2]
-    pooled, _ = pool(key, kv_heads=kv_heads, blocks=blocks, block_size=block_size, group=group)
+    side = Side(tokens=key, blocks=blocks, group=group)
+    pooled, _, _ = pool(side, kv_heads=kv_heads, block_size=block_size)
     assert pooled is not None
     return pooled.tokens.unflatten(0, (batch, kv_heads))
 
@@ -75,34 +77,23 @@ def compute_lists(
         key = key.contiguous()
     size, c_k = settings.block_size, settings.c_k
     q_blocks, kv_blocks = geometry.num_q_blocks, geometry.num_kv_blocks
-    composites, samples = pool(
-        query,
-        kv_heads=kv_heads,
-        blocks=q_blocks,
-        block_size=size,
-        merged=settings.c_h,
-        group=settings.c_q,
-        step=settings.sample_step,
-        valid=None if intervals is None else intervals.row_valid.view(torch.uint8),
-    )
+    queries = _side_of(query, settings, q_blocks)
+    if intervals is not None:
+        queries = replace(queries, valid=intervals.row_valid.view(torch.uint8))
+    held = held_blocks(key, size // c_k) if c_k > 1 else 1
+    blocks = -(-kv_blocks // held) * held
     composite_keys = None
-    if composites is not None:
-        held = held_blocks(key, size // c_k) if c_k > 1 else 1
-        blocks = -(-kv_blocks // held) * held
-        if are_composites:
+    if are_composites or not settings.c_q:
+        composites, samples, _ = pool(queries, kv_heads=kv_heads, block_size=size)
+        if settings.c_q:
             composite_keys = _interleave(key, held, blocks, size // c_k)
-        else:
-            pooled, _ = pool(
-                key,
-                kv_heads=kv_heads,
-                blocks=blocks,
-                block_size=size,
-                group=c_k,
-                held=held,
-                valid=None if intervals is None else intervals.key_valid.view(torch.uint8),
-            )
-            assert pooled is not None
-            composite_keys = pooled.tokens.unflatten(0, (batch, kv_heads))
+    else:
+        keys = Side(tokens=key, blocks=blocks, group=c_k, held=held)
+        if intervals is not None:
+            keys = replace(keys, valid=intervals.key_valid.view(torch.uint8))
+        composites, samples, pooled = pool_both(queries, keys, kv_heads=kv_heads, block_size=size)
+        assert pooled is not None
+        composite_keys = pooled.tokens.unflatten(0, (batch, kv_heads))
     counts = (batch, q_heads, q_blocks)
     shapes = (counts, (*counts, kv_blocks)) * 2
     lists = BlockLists(*(empty(query, shape, torch.int32) for shape in shapes))
@@ -146,15 +137,8 @@ def compute_lists_from_pages(
     kv_heads = pages.shape[1]
     size, c_k = settings.block_size, settings.c_k
     q_blocks, kv_blocks = geometry.num_q_blocks, geometry.num_kv_blocks
-    composites, samples = pool(
-        query,
-        kv_heads=kv_heads,
-        blocks=q_blocks,
-        block_size=size,
-        merged=settings.c_h,
-        group=settings.c_q,
-        step=settings.sample_step,
-    )
+    queries = _side_of(query, settings, q_blocks)
+    composites, samples, _ = pool(queries, kv_heads=kv_heads, block_size=size)
     held = held_blocks(pages, size // c_k) if c_k > 1 else 1
     groups = -(-kv_blocks // held) * held * (size // c_k)
     pooled = pool_pages(pages, table, means, length=geometry.kv_len, group=c_k, groups=groups)
@@ -173,6 +157,17 @@ def compute_lists_from_pages(
         geometry=geometry,
         scale=scale,
         table=table,
+    )
+
+
+def _side_of(query: Tensor, settings: KernelSettings, blocks: int) -> Side:
+    """What is made of queries."""
+    return Side(
+        tokens=query,
+        blocks=blocks,
+        merged=settings.c_h,
+        group=settings.c_q,
+        step=settings.sample_step,
     )
 
 

@@ -1,9 +1,11 @@
-"""Composite tokens on the GPU: one streaming pass over queries or keys.
+"""Composite tokens on the GPU: one streaming pass over queries, keys or both.
 
 Symbols: B batch, H composite heads, S tokens, D head_dim, N blocks, R groups of a block.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -14,8 +16,11 @@ from .recording import empty
 from .scratch import Rows, power_of_two
 
 
-@triton.jit(do_not_specialize=["length", "blocks", "kv_heads", "stride_valid"])
-def _pool(
+@triton.jit
+def _pool_block(
+    block,
+    head,
+    batch,
     tokens,
     means,
     lasts,
@@ -26,9 +31,9 @@ def _pool(
     stride_d,
     length,
     blocks,
+    stride_valid,
     kv_heads,
     head_dim,
-    stride_valid,
     MERGED: tl.constexpr,
     HEADS: tl.constexpr,
     HELD: tl.constexpr,
@@ -45,9 +50,6 @@ def _pool(
     MERGED consecutive heads are averaged; HEADS composite heads share a key head. The means of
     HELD blocks are interleaved: first those of their first groups.
     """
-    block = tl.program_id(0)
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
     column = tl.arange(0, WIDTH)
     inside = column < head_dim
     base = tokens + batch.to(tl.int64) * stride_b + head.to(tl.int64) * MERGED * stride_h
@@ -97,69 +99,197 @@ def _pool(
         tl.store(at, (total / MERGED).to(lasts.dtype.element_ty), mask=inside[None, :])
 
 
+LENGTHS = [
+    "length",
+    "blocks",
+    "stride_valid",
+    "key_length",
+    "key_blocks",
+    "stride_key_valid",
+    "heads",
+    "kv_heads",
+]
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _pool(
+    tokens,
+    means,
+    lasts,
+    valid,
+    stride_b,
+    stride_h,
+    stride_s,
+    stride_d,
+    length,
+    blocks,
+    stride_valid,
+    keys,
+    key_means,
+    key_valid,
+    stride_key_b,
+    stride_key_h,
+    stride_key_s,
+    stride_key_d,
+    key_length,
+    key_blocks,
+    stride_key_valid,
+    heads,
+    kv_heads,
+    head_dim,
+    MERGED: tl.constexpr,
+    HEADS: tl.constexpr,
+    HELD: tl.constexpr,
+    GROUP: tl.constexpr,
+    STEP: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    KEY_HELD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """A block and head a program; with KEY_GROUP first those of ``tokens``, then of ``keys``."""
+    batch = tl.program_id(2)
+    if KEY_GROUP > 0:
+        program = tl.program_id(0)
+        behind = program - blocks * heads
+        if behind >= 0:
+            _pool_block(
+                behind % key_blocks, behind // key_blocks, batch,
+                keys, key_means, key_means, key_valid,
+                stride_key_b, stride_key_h, stride_key_s, stride_key_d,
+                key_length, key_blocks, stride_key_valid, kv_heads, head_dim,
+                1, 1, KEY_HELD, BLOCK, KEY_GROUP, 0, WIDTH, MASKED,
+            )  # fmt: skip
+        else:
+            _pool_block(
+                program % blocks, program // blocks, batch,
+                tokens, means, lasts, valid,
+                stride_b, stride_h, stride_s, stride_d,
+                length, blocks, stride_valid, kv_heads, head_dim,
+                MERGED, HEADS, HELD, BLOCK, GROUP, STEP, WIDTH, MASKED,
+            )  # fmt: skip
+    else:
+        _pool_block(
+            tl.program_id(0), tl.program_id(1), batch,
+            tokens, means, lasts, valid,
+            stride_b, stride_h, stride_s, stride_d,
+            length, blocks, stride_valid, kv_heads, head_dim,
+            MERGED, HEADS, HELD, BLOCK, GROUP, STEP, WIDTH, MASKED,
+        )  # fmt: skip
+
+
 _launch = Launch(_pool)
 
 
-def pool(
-    tokens: Tensor,
-    *,
-    kv_heads: int,
-    blocks: int,
-    block_size: int,
-    merged: int = 1,
-    group: int = 0,
-    step: int = 0,
-    held: int = 1,
-    valid: Tensor | None = None,
-) -> tuple[Rows | None, Rows | None]:
-    """Averages groups of tokens and picks single ones, in one pass.
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Side:
+    """Queries or keys, and what is made of them.
 
-    Args:
+    Attributes:
         tokens: [B, H * merged, S, D].
-        kv_heads: Key heads that the heads are grouped by; divides H.
         blocks: Blocks in the result, ``ceil(S / block_size)`` or more.
-        block_size: Tokens per block.
         merged: Consecutive heads that are averaged into one.
         group: Tokens per mean; 0 for no means.
         step: Of every ``step`` tokens the last is picked; 0 for none.
         held: Blocks whose means are interleaved, the first of each block first; divides
             ``blocks``, and is 1 where several heads share a key head.
         valid: uint8 [1 or B, S], tokens that count in means; all by default.
-
-    Returns:
-        The means and the picked tokens, in the dtype of ``tokens``; ``None`` where not asked for.
     """
-    batch, heads, length, head_dim = tokens.shape
-    per_kv = heads // merged // kv_heads
 
-    def rows_of(size: int) -> Rows | None:
+    tokens: Tensor
+    blocks: int
+    merged: int = 1
+    group: int = 0
+    step: int = 0
+    held: int = 1
+    valid: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.tokens.shape[1] // self.merged
+
+    def rows(self, size: int, *, kv_heads: int, block_size: int) -> Rows | None:
+        """Room for what stands for ``size`` tokens each."""
         if not size:
             return None
-        shape = (batch * kv_heads, blocks * per_kv * (block_size // size), head_dim)
-        return Rows(empty(tokens, shape), size)
+        batch, head_dim = self.tokens.shape[0], self.tokens.shape[3]
+        lines = self.blocks * (self.heads // kv_heads) * (block_size // size)
+        return Rows(empty(self.tokens, (batch * kv_heads, lines, head_dim)), size)
 
-    means, lasts = rows_of(group), rows_of(step)
+    def arguments(self) -> tuple[int, ...]:
+        """What the kernel is told beside tensors."""
+        shared = self.valid is None or self.valid.shape[0] == 1
+        length = self.tokens.shape[2]
+        return (*self.tokens.stride(), length, self.blocks, 0 if shared else length)
+
+
+# Programs up to which both sides share a launch: a program that knows both takes more registers,
+# which costs more than a launch where there are many.
+FEW_PROGRAMS = 2048
+
+
+def pool_both(
+    queries: Side, keys: Side, *, kv_heads: int, block_size: int
+) -> tuple[Rows | None, Rows | None, Rows | None]:
+    """`pool` for queries and keys, in one launch where they are few."""
+    grid = {"kv_heads": kv_heads, "block_size": block_size}
+    programs = queries.blocks * queries.heads + keys.blocks * keys.heads
+    if programs * queries.tokens.shape[0] <= FEW_PROGRAMS:
+        return pool(queries, keys=keys, **grid)
+    means, lasts, _ = pool(queries, **grid)
+    return means, lasts, pool(keys, **grid)[0]
+
+
+def pool(
+    side: Side, *, kv_heads: int, block_size: int, keys: Side | None = None
+) -> tuple[Rows | None, Rows | None, Rows | None]:
+    """Averages groups of tokens and picks single ones, in one pass.
+
+    Args:
+        side: Queries, or keys alone.
+        kv_heads: Key heads that the heads are grouped by; divides H.
+        block_size: Tokens per block.
+        keys: Keys of which means are made in the same launch; none are merged or picked.
+
+    Returns:
+        The means and the picked tokens of ``side``, in the dtype of its tokens, and the means of
+        ``keys``; ``None`` where not asked for.
+    """
+    tokens = side.tokens
+    grid = {"kv_heads": kv_heads, "block_size": block_size}
+    means, lasts = side.rows(side.group, **grid), side.rows(side.step, **grid)
+    other = side if keys is None else keys
+    key_means = None if keys is None else keys.rows(keys.group, **grid)
+    programs = (side.blocks, side.heads)
+    if keys is not None:
+        programs = (side.blocks * side.heads + keys.blocks * keys.heads, 1)
     _launch(
-        (blocks, heads // merged, batch),
+        (*programs, tokens.shape[0]),
         tokens,
         tokens if means is None else means.tokens,
         tokens if lasts is None else lasts.tokens,
-        tokens if valid is None else valid,
-        *tokens.stride(),
-        length,
-        blocks,
+        tokens if side.valid is None else side.valid,
+        *side.arguments(),
+        other.tokens,
+        other.tokens if key_means is None else key_means.tokens,
+        other.tokens if other.valid is None else other.valid,
+        *other.arguments(),
+        side.heads,
         kv_heads,
-        head_dim,
-        0 if valid is None or valid.shape[0] == 1 else length,
-        MERGED=merged,
-        HEADS=per_kv,
-        HELD=held,
+        tokens.shape[3],
+        MERGED=side.merged,
+        HEADS=side.heads // kv_heads,
+        HELD=side.held,
+        GROUP=side.group,
+        STEP=side.step,
+        KEY_GROUP=0 if keys is None else keys.group,
+        KEY_HELD=other.held,
         BLOCK=block_size,
-        GROUP=group,
-        STEP=step,
-        WIDTH=power_of_two(head_dim),
-        MASKED=valid is not None,
+        WIDTH=power_of_two(tokens.shape[3]),
+        MASKED=side.valid is not None,
         num_warps=4,
         enable_fp_fusion=True,
     )
-    return means, lasts
+    return means, lasts, key_means

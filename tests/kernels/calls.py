@@ -86,6 +86,15 @@ def tolerance_of(call: KernelCall, query: Tensor, key: Tensor) -> float:
     return TOLERANCE[call.dtype] + 4 * logit * torch.finfo(torch.float32).eps
 
 
+def pool(
+    kernels: Kernels, tokens: Tensor, *, kv_heads: int, block_size: int, **side: Any
+) -> tuple[Any, Any]:
+    """Means of tokens, and picked ones, interpreted."""
+    given = kernels.pool.Side(tokens=tokens, **side)
+    means, lasts, _ = kernels.pool.pool(given, kv_heads=kv_heads, block_size=block_size)
+    return means, lasts
+
+
 def run(
     kernels: Kernels,
     call: Call,

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from .calls import pool
 from .interpreter import Kernels
 
 SIZE = 16
@@ -50,8 +51,14 @@ def test_means_are_those_of_the_tokens_that_exist(
     q_heads, kv_heads, merged = heads
     tokens = random_tokens(2, q_heads, length, head_dim)
     blocks = -(-length // SIZE)
-    means, lasts = kernels.pool.pool(
-        tokens, kv_heads=kv_heads, blocks=blocks, block_size=SIZE, merged=merged, group=group
+    means, lasts = pool(
+        kernels,
+        tokens,
+        kv_heads=kv_heads,
+        blocks=blocks,
+        block_size=SIZE,
+        merged=merged,
+        group=group,
     )
     expected = expected_means(merged_heads(tokens, merged), blocks, group)
     assert lasts is None
@@ -73,8 +80,8 @@ def test_the_last_token_of_every_step_is_picked(
     q_heads, kv_heads, merged = heads
     tokens = random_tokens(2, q_heads, length, 16)
     blocks = -(-length // SIZE)
-    means, lasts = kernels.pool.pool(
-        tokens, kv_heads=kv_heads, blocks=blocks, block_size=SIZE, merged=merged, step=step
+    means, lasts = pool(
+        kernels, tokens, kv_heads=kv_heads, blocks=blocks, block_size=SIZE, merged=merged, step=step
     )
     # Behind the last token there is none to pick: the last is repeated.
     picked = [min(end, length) - 1 for end in range(step, blocks * SIZE + 1, step)]
@@ -89,18 +96,16 @@ def test_the_last_token_of_every_step_is_picked(
 def test_both_come_from_one_pass(kernels: Kernels) -> None:
     options = {"kv_heads": 1, "blocks": 3, "block_size": SIZE, "merged": 2}
     tokens = random_tokens(1, 4, 41, 24)
-    means, lasts = kernels.pool.pool(tokens, group=4, step=8, **options)
-    assert means.tokens.equal(kernels.pool.pool(tokens, group=4, **options)[0].tokens)
-    assert lasts.tokens.equal(kernels.pool.pool(tokens, step=8, **options)[1].tokens)
+    means, lasts = pool(kernels, tokens, group=4, step=8, **options)
+    assert means.tokens.equal(pool(kernels, tokens, group=4, **options)[0].tokens)
+    assert lasts.tokens.equal(pool(kernels, tokens, step=8, **options)[1].tokens)
 
 
 @pytest.mark.parametrize("held", [2, 4])
 def test_the_means_of_held_blocks_are_interleaved(kernels: Kernels, held: int) -> None:
     tokens = random_tokens(2, 2, 50, 16)
     blocks = -(-4 // held) * held
-    means, _ = kernels.pool.pool(
-        tokens, kv_heads=2, blocks=blocks, block_size=SIZE, group=4, held=held
-    )
+    means, _ = pool(kernels, tokens, kv_heads=2, blocks=blocks, block_size=SIZE, group=4, held=held)
     plain = expected_means(tokens.double(), blocks, 4)
     interleaved = plain.unflatten(2, (-1, held)).transpose(3, 4).flatten(2, 4).flatten(0, 1)
     torch.testing.assert_close(means.tokens.double(), interleaved, rtol=0, atol=1e-6)
@@ -113,7 +118,7 @@ def test_half_precision_is_averaged_in_float32(
     kernels: Kernels, dtype: torch.dtype, tolerance: float
 ) -> None:
     tokens = random_tokens(1, 2, 48, 16, dtype=dtype) + 64
-    means, _ = kernels.pool.pool(tokens, kv_heads=2, blocks=3, block_size=SIZE, group=16)
+    means, _ = pool(kernels, tokens, kv_heads=2, blocks=3, block_size=SIZE, group=16)
     expected = by_key_head(expected_means(tokens.double(), 3, 16), 2)
     assert means.tokens.dtype is dtype
     torch.testing.assert_close(means.tokens.double(), expected, rtol=tolerance, atol=0)
@@ -125,7 +130,7 @@ def test_half_precision_is_averaged_in_float32(
 def test_a_mean_that_is_not_finite_is_not_a_number(kernels: Kernels, value: float) -> None:
     tokens = random_tokens(1, 1, 32, 16)
     tokens[0, 0, 20:22, 5] = value
-    means, _ = kernels.pool.pool(tokens, kv_heads=1, blocks=2, block_size=SIZE, group=4)
+    means, _ = pool(kernels, tokens, kv_heads=1, blocks=2, block_size=SIZE, group=4)
     spoilt = torch.zeros(8, 16, dtype=torch.bool)
     spoilt[5, 5] = True
     assert means.tokens[0].isnan().equal(spoilt)
@@ -134,6 +139,25 @@ def test_a_mean_that_is_not_finite_is_not_a_number(kernels: Kernels, value: floa
 def test_strided_tokens_are_read_where_they_lie(kernels: Kernels) -> None:
     tokens = random_tokens(2, 40, 4, 24).transpose(1, 2)
     options = {"kv_heads": 2, "blocks": 3, "block_size": SIZE, "group": 4, "step": 4}
-    found = kernels.pool.pool(tokens, **options)
-    for one, other in zip(found, kernels.pool.pool(tokens.contiguous(), **options), strict=True):
+    found = pool(kernels, tokens, **options)
+    for one, other in zip(found, pool(kernels, tokens.contiguous(), **options), strict=True):
         assert one.tokens.equal(other.tokens)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_queries_and_keys_are_pooled_in_one_launch_as_alone(kernels: Kernels, masked: bool) -> None:
+    query, key = random_tokens(2, 4, 41, 24), random_tokens(2, 2, 70, 24)
+    valid = {"query": None, "key": None}
+    if masked:
+        valid = {n: (t[:, 0, :, 0] > -1).byte() for n, t in (("query", query), ("key", key))}
+    queries = {"blocks": 3, "merged": 2, "group": 4, "step": 8, "valid": valid["query"]}
+    keys = {"blocks": 6, "group": 8, "held": 2, "valid": valid["key"]}
+    options = {"kv_heads": 2, "block_size": SIZE}
+    make = kernels.pool.Side
+    means, lasts, key_means = kernels.pool.pool(
+        make(tokens=query, **queries), keys=make(tokens=key, **keys), **options
+    )
+    alone = pool(kernels, query, **queries, **options)
+    assert means.tokens.equal(alone[0].tokens)
+    assert lasts.tokens.equal(alone[1].tokens)
+    assert key_means.tokens.equal(pool(kernels, key, **keys, **options)[0].tokens)

@@ -13,6 +13,7 @@ from torch import Tensor
 from unisparse_flex.block_masks import BlockGeometry
 from unisparse_flex.block_masks.kernels.gpu import Gpu
 
+from .calls import pool
 from .interpreter import Kernels
 
 SIZE = 16
@@ -63,7 +64,8 @@ def assert_masses(
     geometry = BlockGeometry(
         q_len=query.shape[2], kv_len=key.shape[2], block_size=SIZE, causal_offset=offset
     )
-    _, rows = kernels.pool.pool(
+    _, rows = pool(
+        kernels,
         query,
         kv_heads=key.shape[1],
         blocks=geometry.num_q_blocks,
@@ -153,9 +155,15 @@ def test_composite_keys_weigh_as_many_keys_as_they_stand_for(
     geometry = BlockGeometry(q_len=20, kv_len=kv_len, block_size=SIZE)
     blocks = geometry.num_kv_blocks
     held = kernels.score.held_blocks(key, SIZE // c_k)
-    rows, _ = kernels.pool.pool(query, kv_heads=1, blocks=2, block_size=SIZE, group=4)
-    pooled, _ = kernels.pool.pool(
-        key, kv_heads=1, blocks=-(-blocks // held) * held, block_size=SIZE, group=c_k, held=held
+    rows, _ = pool(kernels, query, kv_heads=1, blocks=2, block_size=SIZE, group=4)
+    pooled, _ = pool(
+        kernels,
+        key,
+        kv_heads=1,
+        blocks=-(-blocks // held) * held,
+        block_size=SIZE,
+        group=c_k,
+        held=held,
     )
     masses = kernels.score.score(
         rows,
