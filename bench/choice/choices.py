@@ -1,9 +1,11 @@
 """Choices by their names: an order of keys, an estimate of masses, a mean over rows.
 
-    ORDER[@SEGMENT[+LAG]]/ESTIMATE[^POWER]
+    ORDER[,n][:q][@SEGMENT[+LAG]]/ESTIMATE[^POWER]
 
 ``weight@1024/r32`` sorts keys within segments of 1024 and scores by 32 exact rows of a block. With
-``+1`` a row's own segment and the one before stay in natural order. An estimate is a sum of terms
+``+1`` a row's own segment and the one before stay in natural order. ``:q`` sorts the rows of a
+segment by content too, for all keys but those in natural order: two calls whose outputs are merged.
+``,n`` keeps the natural order inside of a sorted block. An estimate is a sum of terms
 that are averaged: ``rN`` exact rows, ``pN`` means of N queries against block means, ``mNxM`` and
 ``vNxM`` N rows against M composites of a block, by their mean, or mean and variance, ``kNxM`` N
 rows against M sampled keys. ``>rN:F`` after it scores N exact rows where the first estimate
@@ -52,6 +54,7 @@ def _halvings() -> float:
 
 ORDERS: dict[str, OrderKind | None] = {
     "none": None,
+    "natural": OrderKind(order=orders.natural()),
     "weight": OrderKind(order=orders.by_weight(4), rows=8),
     "weight1": OrderKind(order=orders.by_weight(1), rows=2),
     "weight16": OrderKind(order=orders.by_weight(16), rows=32),
@@ -84,6 +87,7 @@ class Choice:
         name: As it was written.
         order: The order of keys; ``None`` for the natural one.
         natural_in_blocks: Whether keys of a sorted block are in natural order inside it.
+        sorts_rows: Whether rows are sorted for the keys that are.
         segment: Keys that are sorted together, or rows that are scored at once.
         lag: Segments before a row's own that stay in natural order for it.
         terms: What is averaged.
@@ -97,6 +101,7 @@ class Choice:
     name: str
     order: OrderKind | None
     natural_in_blocks: bool
+    sorts_rows: bool
     segment: int
     lag: int
     terms: tuple[Term, ...]
@@ -114,25 +119,26 @@ class Choice:
             ValueError: No name of a choice.
         """
         match = re.fullmatch(
-            r"([\w-]+?)(,n)?(?:@(\d+)(?:\+(\d+))?)?/"
+            r"([\w-]+?)(,n)?(:q)?(?:@(\d+)(?:\+(\d+))?)?/"
             r"([\w+]+?)(?:>r(\d+):([\d.]+))?(?:\^(\d))?(?:~(\d+))?",
             name,
         )
         if match is None or match[1] not in ORDERS:
             raise ValueError(f"choice must be ORDER@SEGMENT/ESTIMATE, got {name!r}")
-        terms, rows = zip(*map(_term, match[5].split("+")), strict=True)
+        terms, rows = zip(*map(_term, match[6].split("+")), strict=True)
         return cls(
             name=name,
             order=ORDERS[match[1]],
             natural_in_blocks=match[2] is not None,
-            segment=int(match[3] or ROWS_AT_ONCE),
-            lag=int(match[4] or 0),
+            sorts_rows=match[3] is not None,
+            segment=int(match[4] or ROWS_AT_ONCE),
+            lag=int(match[5] or 0),
             terms=terms,
             rows=sum(rows),
-            refined_rows=int(match[6] or 0),
-            factor=float(match[7] or 1),
-            power=int(match[8] or 1),
-            anchor=int(match[9] or 1),
+            refined_rows=int(match[7] or 0),
+            factor=float(match[8] or 1),
+            power=int(match[9] or 1),
+            anchor=int(match[10] or 1),
         )
 
     def score(self, part: Part, least: Tensor) -> tuple[Tensor, float]:

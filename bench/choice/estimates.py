@@ -27,9 +27,9 @@ def pooled(part: Part, rows: int = 16) -> Tensor:
     means = part.query.float().view(heads, group, count // rows, rows, width).mean(3)
     keys = part.key.float().view(heads, part.key_blocks, BLOCK, width).mean(2)
     logits = part.logits(means, keys)
-    end = part.first + torch.arange(1, count // rows + 1, device=part.key.device) * rows
+    last = part.positions.unflatten(2, (count // rows, rows)).amax(-1)
     start = torch.arange(part.key_blocks, device=part.key.device) * BLOCK
-    logits.masked_fill_(start >= end[:, None], -math.inf)
+    logits.masked_fill_(start > last[..., None], -math.inf)
     return _by_blocks(logits.softmax(-1), part, 1)
 
 
@@ -57,7 +57,7 @@ def sampled_keys(part: Part, count: int, rows: int = BLOCK) -> Tensor:
     places = torch.arange(step // 2, part.key.shape[1], step, device=part.key.device)
     sampled = part.sampled(rows)
     logits = part.logits(part.query[:, :, sampled], part.key[:, places])
-    logits.masked_fill_(places > part.first + sampled[:, None], -math.inf)
+    logits.masked_fill_(places > part.positions[:, :, sampled, None], -math.inf)
     # A row at the beginning may see none of them.
     logits[..., 0].masked_fill_(logits[..., 0] == -math.inf, 0.0)
     return _by_blocks(logits.softmax(-1), part, count)
@@ -100,9 +100,9 @@ def combine(masses: Sequence[Tensor], power: int = 1) -> Tensor:
 
 
 def _log_counts(part: Part, rows: Tensor, size: int) -> Tensor:
-    """Log of the keys of each group that a row sees: [n, E / size]."""
+    """Log of the keys of each group that a row sees: [Hkv or 1, G or 1, n, E / size]."""
     start = torch.arange(0, part.key.shape[1], size, device=part.key.device)
-    return (part.first + rows[:, None] + 1 - start).clamp(0, size).float().log()
+    return (part.positions[:, :, rows, None] + 1 - start).clamp(0, size).float().log()
 
 
 def _by_blocks(shares: Tensor, part: Part, columns: int) -> Tensor:

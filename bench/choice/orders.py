@@ -15,6 +15,16 @@ from .parts import BLOCK, Call, Part
 Order = Callable[[Call, int, int], Tensor]
 
 
+def natural() -> Order:
+    """As they are: for rows that are sorted."""
+
+    def order(call: Call, segment: int, lag: int) -> Tensor:
+        place = torch.arange(call.tokens, device=call.key.device)
+        return place.expand(call.key.shape[0], -1)
+
+    return order
+
+
 def by_weight(rows: int, *, highest: bool = False) -> Order:
     """By the mass that ``rows`` of every later block give a key, heaviest first."""
 
@@ -127,11 +137,24 @@ def _later_rows(call: Call, segment: int, lag: int, rows: int):  # type: ignore[
 
 def seen_by_queries(call: Call) -> Tensor:
     """Keys in a basis in which distance is the expected difference of logits: [Hkv, S, D]."""
-    queries = call.query.float().flatten(1, 2)
-    second = queries.mT @ queries / queries.shape[1]
-    values, vectors = torch.linalg.eigh(second)
-    root = vectors * values.clamp_min(0).sqrt()[:, None]
-    return call.key.float() @ root
+    return call.key.float() @ _root(call.query.float().flatten(1, 2))
+
+
+def sort_rows(query: Tensor, key: Tensor) -> Tensor:
+    """Rows in blocks of such that are alike to the keys: int64 [Hkv, G, R].
+
+    Args:
+        query: [Hkv, G, R, D].
+        key: [Hkv, E, D].
+    """
+    centred = key.float() - key.float().mean(1, keepdim=True)
+    return halve(query.float() @ _root(centred)[:, None], query.shape[2] // BLOCK)
+
+
+def _root(tokens: Tensor) -> Tensor:
+    """A matrix whose product with its transpose is the second moment: [Hkv, D, D]."""
+    values, vectors = torch.linalg.eigh(tokens.mT @ tokens / tokens.shape[1])
+    return vectors * values.clamp_min(0).sqrt()[:, None]
 
 
 def halve(features: Tensor, parts: int, size: int = BLOCK) -> Tensor:

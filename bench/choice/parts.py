@@ -47,12 +47,22 @@ class Part:
         key: [Hkv, E, D].
         first: Position of the first row; ``E - R``.
         scale: Factor on the logits.
+        sorted_rows: Rows by their places after ``first``, int64 [Hkv, G, R]; ``None`` where they
+            are in order. ``query`` is sorted already.
     """
 
     query: Tensor
     key: Tensor
     first: int
     scale: float
+    sorted_rows: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """Of the rows: int64 [Hkv or 1, G or 1, R]."""
+        if self.sorted_rows is not None:
+            return self.sorted_rows + self.first
+        return torch.arange(self.rows, device=self.key.device)[None, None] + self.first
 
     @property
     def rows(self) -> int:
@@ -87,7 +97,7 @@ class Part:
         """Of rows, int64 [n], against every key: float32 [Hkv, G, n, E], -inf where hidden."""
         found = self.logits(self.query[:, :, rows], self.key)
         position = torch.arange(self.key.shape[1], device=self.key.device)
-        return found.masked_fill_(position > self.first + rows[:, None], -math.inf)
+        return found.masked_fill_(position > self.positions[:, :, rows, None], -math.inf)
 
     def sampled(self, count: int) -> Tensor:
         """``count`` rows of every block, the last of it included: int64 [Nq * count]."""

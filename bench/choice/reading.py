@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-from unisparse_flex.block_masks.selection import TopPOrThreshold, scale_threshold
+from unisparse_flex.block_masks.selection import TopP, scale_threshold
 from unisparse_flex.block_masks.selectors import default_top_p
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
+from . import orders
 from .choices import Choice
 from .parts import BLOCK, Call, Part
 
@@ -61,14 +61,24 @@ class Chooser:
         kept = visible = 0
         outputs = []
         for place, first in enumerate(range(0, call.tokens, choice.segment)):
-            key, value, sink = _seen(call, sort, choice, first)
+            split = 0 if sort is None else max(0, first - choice.lag * choice.segment)
+            key, value, sink = _seen(call, sort, first, choice.segment, split)
             last = key.shape[1]
             query = call.query[:, :, first:last]
             part = Part(query=query, key=key, first=first, scale=call.scale)
-            keep = self._keep(choice, part, place, sink, is_last=last == call.tokens)
+            is_last = last == call.tokens
+            keep = self._keep(choice, part, place, sink, is_last=is_last)
+            rows = None
+            if choice.sorts_rows and split:
+                rows = orders.sort_rows(query, key[:, :split])
+                keep[..., : split // BLOCK] = self._keep_sorted(choice, part, rows, sink, split)
             kept = kept + keep.sum()
+            if rows is not None and is_last:
+                # The last block of rows is read apart, whole; the others are sorted.
+                far = keep[..., : split // BLOCK]
+                kept = kept + far[:, :, 0].numel() - far.sum() / part.row_blocks
             visible = visible + part.visible.sum() * keep.shape[0] * keep.shape[1]
-            outputs.append(_attend_blocks(part, value, keep))
+            outputs.append(_attend_blocks(part, value, keep, rows, split, is_last=is_last))
         self.densities.append(kept / visible)
         self.layer += 1
         return torch.cat(outputs, 2)
@@ -93,12 +103,34 @@ class Chooser:
         forced = own | (blocks == sink[:, None, None, None])
         if is_last:
             forced[:, :, -1] = True
-        rule = TopPOrThreshold(
-            top_p=default_top_p(self.threshold),
-            threshold=self.threshold,
-            threshold_blocks=DEFAULT_SELECTOR.threshold_blocks,
-        )
-        return rule.select(scores, forced, visible)
+        return self._apply(scores, forced, visible, least)
+
+    def _keep_sorted(
+        self, choice: Choice, part: Part, rows: Tensor, sink: Tensor, split: int
+    ) -> Tensor:
+        """Kept blocks before ``split`` of sorted rows, bool [Hkv, G, Nq, split / 128].
+
+        What is not before it counts as one block that is kept.
+        """
+        query = _take(part.query, rows)
+        sorted_part = replace(part, query=query, sorted_rows=rows)
+        count = split // BLOCK
+        least = self.threshold * (DEFAULT_SELECTOR.threshold_blocks / part.key_blocks) ** 0.5
+        scores, _ = choice.score(sorted_part, torch.tensor(least))
+        near = scores[..., count:].sum(-1, keepdim=True)
+        scores = torch.cat([scores[..., :count], near], -1)
+        blocks = torch.arange(count + 1, device=scores.device)
+        forced = (blocks == sink[:, None, None, None]) | (blocks == count)
+        return self._apply(scores, forced, torch.ones_like(blocks, dtype=torch.bool), least)[
+            ..., :count
+        ]
+
+    def _apply(
+        self, scores: Tensor, forced: Tensor, visible: Tensor, least: Tensor | float
+    ) -> Tensor:
+        """The default's rule."""
+        kept = TopP(top_p=default_top_p(self.threshold)).select(scores, forced, visible)
+        return kept | ((scores >= least) & visible)
 
 
 def sort_keys(call: Call, choice: Choice) -> Tensor:
@@ -111,11 +143,10 @@ def sort_keys(call: Call, choice: Choice) -> Tensor:
 
 
 def _seen(
-    call: Call, sort: Tensor | None, choice: Choice, first: int
+    call: Call, sort: Tensor | None, first: int, rows: int, split: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values of the part that begins at ``first``, and the block of the first key."""
-    last = min(first + choice.segment, call.tokens)
-    split = max(0, first - choice.lag * choice.segment)
+    last = min(first + rows, call.tokens)
     sink = torch.zeros(call.key.shape[0], dtype=torch.int64, device=call.key.device)
     if sort is None or split == 0:
         return call.key[:, :last], call.value[:, :last], sink
@@ -127,19 +158,37 @@ def _seen(
     return key, value, (sort[:, :split] == 0).int().argmax(1) // BLOCK
 
 
-def _attend_blocks(part: Part, value: Tensor, keep: Tensor) -> Tensor:
-    """Attention of a part's rows over the kept blocks: [Hkv, G, R, D]."""
+def _attend_blocks(
+    part: Part, value: Tensor, keep: Tensor, rows: Tensor | None, split: int, *, is_last: bool
+) -> Tensor:
+    """Attention of a part's rows over the kept blocks: [Hkv, G, R, D].
+
+    With ``rows``, blocks before ``split`` are those of rows in that order.
+    """
     heads, group = part.query.shape[:2]
-    mask = keep.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1).flatten(0, 1)
-    mask[:, :, part.first :] &= torch.ones(
+    mask = keep.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
+    if rows is not None:
+        index = rows.argsort(-1)
+        mask[..., :split] = _take(mask[..., :split], index)
+        if is_last:
+            mask[:, :, -BLOCK:, :split] = True
+    mask[..., part.first :] &= torch.ones(
         part.rows, part.rows, dtype=torch.bool, device=mask.device
     ).tril()
     key, value = (tokens.repeat_interleave(group, 0) for tokens in (part.key, value))
     found = F.scaled_dot_product_attention(
-        part.query.flatten(0, 1)[None], key[None], value[None], attn_mask=mask[None],
+        part.query.flatten(0, 1)[None],
+        key[None],
+        value[None],
+        attn_mask=mask.flatten(0, 1)[None],
         scale=part.scale,
     )
     return found[0].unflatten(0, (heads, group))
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """[Hkv, G, R, n] in the order of ``index``, [Hkv, G, R]."""
+    return rows.gather(2, index[..., None].expand(*index.shape, rows.shape[-1]))
 
 
 def _match_heads(own: Tensor, anchor: Tensor) -> Tensor:

@@ -1,0 +1,134 @@
+"""Seconds of choosing and attending, from the measured rates of the library's kernels.
+
+Selection is linear in the rows that it scores: the two settings that `bench.cost_rates` timed give
+its slope and what is paid in any case (launches, pooling). A sorted copy of keys and values costs
+reading and writing them; an order costs its rows and its passes over keys. Attention is what was
+timed, between the measured densities.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ..record import FOLDER
+from .choices import Choice
+from .parts import BLOCK
+
+RATES = "rates-cuda-sm90.json"
+ITEM = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """Heads and length that were timed.
+
+    Attributes:
+        q_heads: Query heads.
+        kv_heads: Key heads.
+        head_dim: Numbers of a key.
+        tokens: Rows and keys.
+    """
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.q_heads} / {self.kv_heads} heads of {self.head_dim}, {self.tokens} tokens"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clock:
+    """What one shape takes, in seconds.
+
+    Attributes:
+        dense: Dense attention.
+        fixed: Selection without a row.
+        row: Selection for each row of a block that meets every key.
+        launch: What a further stage pays to begin.
+        keys: Reading the keys once.
+        attend: Block-sparse attention by density.
+    """
+
+    dense: float
+    fixed: float
+    row: float
+    launch: float
+    keys: float
+    attend: Sequence[tuple[float, float]]
+
+    @classmethod
+    def of(cls, shape: Shape) -> Clock:
+        """From `RATES`.
+
+        Raises:
+            ValueError: The shape was not timed.
+        """
+        content = json.loads((FOLDER / RATES).read_text())
+        rows = [row for row in content["rows"] if _is_of(row, shape)]
+        if not rows:
+            raise ValueError(f"shape must be one that {RATES} has, got {shape}")
+        rates = content["rates"]["bfloat16"]
+        paid = {_rows(r["composite"]): r["p20"] for r in rows if r["stage"] == "select"}
+        (few, least), (many, most) = sorted(paid.items())
+        slope = (most - least) / (many - few)
+        size = shape.kv_heads * shape.tokens * shape.head_dim * ITEM
+        attend = {r["density"]: r["p20"] for r in rows if r["stage"] == "attend"}
+        return cls(
+            dense=next(r["p20"] for r in rows if r["stage"] == "dense"),
+            fixed=least - few * slope,
+            row=slope,
+            launch=rates["select_launch"],
+            keys=size / rates["bandwidth"],
+            attend=sorted(attend.items()),
+        )
+
+    def choosing(self, choice: Choice, score_rows: float) -> float:
+        """Selection, the order and the sorted copy."""
+        found = self.fixed + self.row * score_rows
+        if choice.order is not None:
+            order = choice.order
+            # Keys and values are read and written once.
+            passes = order.key_passes + 4
+            found += self.launch + self.row * order.rows + passes * self.keys
+        return found
+
+    def attending(self, density: float) -> float:
+        """Between measured densities; beyond them as between the nearest two."""
+        pairs = list(pairwise(self.attend))
+        (low, first), (high, last) = next((p for p in pairs if density <= p[1][0]), pairs[-1])
+        return first + (density - low) / (high - low) * (last - first)
+
+
+def operations(choice: Choice, score_rows: float) -> float:
+    """Multiplications of choosing over those of dense causal attention.
+
+    A row of every block against every key is one of 128, and one of two products.
+    """
+    order = 0.0 if choice.order is None else choice.order.rows
+    return (score_rows + order) / BLOCK / 2
+
+
+def key_reads(choice: Choice) -> float:
+    """Bytes of ordering and gathering, over those of the keys."""
+    return 0.0 if choice.order is None else choice.order.key_passes + 4
+
+
+def _rows(composite: Sequence[int]) -> float:
+    """What scoring of ``(c_q, c_k, c_h, sampled_queries)`` costs, in rows."""
+    q, k, heads, sampled = composite
+    return (sampled + BLOCK / q / k) / heads
+
+
+def _is_of(row: Mapping[str, Any], shape: Shape) -> bool:
+    names = ("q_heads", "kv_heads", "head_dim")
+    same = all(row.get(name) == getattr(shape, name) for name in names)
+    return same and row.get("length") == shape.tokens and row["stage"] in STAGES
+
+
+STAGES = ("dense", "select", "attend")
