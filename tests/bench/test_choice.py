@@ -1,0 +1,161 @@
+"""Orders of keys, estimates and times of `bench.choice`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench.choice import estimates, orders
+from bench.choice.choices import ORDERS, Choice
+from bench.choice.parts import BLOCK, Call, Part
+from bench.choice.reading import Chooser, attend_window
+from bench.choice.seconds import Clock, Shape
+from unisparse_flex.selectors import DEFAULT_SELECTOR
+
+TOKENS, SEGMENT = 1024, 256
+SORTED = [name for name in ORDERS if not name.startswith(("heavy", "content2", "content4"))]
+
+
+def make_call(tokens: int = TOKENS, width: int = 16) -> Call:
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 2, tokens, width, generator=draw) * 2
+    key, value = torch.randn(2, 2, tokens, width, generator=draw)
+    return Call(query=query, key=key, value=value, scale=width**-0.5)
+
+
+def make_part(call: Call, first: int = 512) -> Part:
+    return Part(query=call.query[:, :, first:], key=call.key, first=first, scale=call.scale)
+
+
+def dense(call: Call) -> torch.Tensor:
+    key, value = (tokens.repeat_interleave(2, 0) for tokens in (call.key, call.value))
+    query = call.query.flatten(0, 1)
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=call.scale
+    ).view_as(call.query)
+
+
+def test_default_keeps_what_the_library_keeps() -> None:
+    call, chooser = make_call(2048), Chooser()
+    found = []
+    chooser._apply = lambda *given: found.append(Chooser._apply(chooser, *given)) or found[-1]  # type: ignore[method-assign, func-returns-value]
+    with chooser.set(Choice.parse("none/r4+p16"), DEFAULT_SELECTOR.threshold or 0.0):
+        chooser.attend(call)
+    kept = DEFAULT_SELECTOR.select(
+        call.query.flatten(0, 1)[None], call.key[None], is_causal=True, scale=call.scale
+    ).keep
+    expected = kept[0].unflatten(0, (2, 2))
+    for place, part in enumerate(found):
+        rows = expected[:, :, place * 8 : place * 8 + 8, : part.shape[-1]]
+        assert torch.equal(part, rows)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{name}@{SEGMENT}/r4+p16" for name in SORTED),
+        "heavy1-content@512/v128x2^2",
+        "heavy1-use@512+1/k128x4",
+        "content4-weight,n@512/m32x4",
+        "content:q@256/r4+v128x2^2",
+        "natural:q@256+1/k128x4",
+        "none/r4+p16>r16:4~2",
+    ],
+)
+def test_a_choice_that_keeps_everything_is_dense(name: str) -> None:
+    call, chooser = make_call(), Chooser()
+    with chooser.set(Choice.parse(name), 1e-12):
+        found = chooser.attend(call)
+    torch.testing.assert_close(found, dense(call), rtol=1e-4, atol=1e-5)
+    assert float(chooser.densities[0]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", [name for name in ORDERS if name != "none"])
+def test_orders_hold_every_key_of_their_segments(name: str) -> None:
+    kind = ORDERS[name]
+    assert kind is not None
+    call, segment = make_call(2048), 1024
+    found = kind.order(call, segment, 0).unflatten(1, (-1, segment)).sort(-1).values
+    assert torch.equal(found.flatten(1), torch.arange(2048).expand(2, -1))
+
+
+def test_all_rows_have_the_true_masses() -> None:
+    part = make_part(make_call())
+    found = estimates.combine([estimates.exact_rows(part, BLOCK)])
+    logits = part.query @ part.key.mT[:, None] * part.scale
+    hidden = torch.arange(TOKENS) > torch.arange(512, TOKENS)[:, None]
+    true = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+    blocks = true.unflatten(-1, (-1, BLOCK)).sum(-1).unflatten(-2, (-1, BLOCK)).mean(-2)
+    torch.testing.assert_close(found, blocks)
+
+
+@pytest.mark.parametrize("name", ["r4", "p16", "m32x2", "v128x4", "k128x4"])
+@pytest.mark.parametrize("power", [1, 2])
+def test_scores_of_rows_sum_to_one(name: str, power: int) -> None:
+    choice = Choice.parse(f"none/{name}^{power}")
+    found, rows = choice.score(make_part(make_call()), torch.tensor(0.01))
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 2, 4))
+    assert rows == choice.rows
+
+
+def test_moments_are_exact_for_normal_keys() -> None:
+    draw = torch.Generator().manual_seed(1)
+    query = torch.randn(1, 1, BLOCK, 4, generator=draw)
+    key = torch.randn(1, 200 * BLOCK, 4, generator=draw)
+    key[:, : 100 * BLOCK] *= 0.1
+    part = Part(query=query, key=key, first=199 * BLOCK, scale=1.0)
+    size = 100 * BLOCK
+    found = estimates.moments(part, rows=BLOCK, size=BLOCK, variance=True)
+    blind = estimates.moments(part, rows=BLOCK, size=BLOCK, variance=False)
+    true = estimates.exact_rows(part, BLOCK)
+    halves = [masses[..., : size // BLOCK].sum(-1) for masses in (found, blind, true)]
+    assert (halves[0] - halves[2]).abs().mean() < 0.3 * (halves[1] - halves[2]).abs().mean()
+
+
+def test_refined_scores_are_exact_where_everything_is_refined() -> None:
+    part = make_part(make_call())
+    first = estimates.combine([estimates.pooled(part)])
+    refined, share = estimates.refine(part, first, 16, torch.tensor(0.0))
+    torch.testing.assert_close(refined, estimates.exact_rows(part, 16))
+    assert share == 1
+
+
+def test_halving_separates_what_lies_apart() -> None:
+    draw = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 8, generator=draw) * 20
+    labels = torch.arange(4).repeat(BLOCK)[torch.randperm(4 * BLOCK, generator=draw)]
+    found = orders.halve(centres[labels][None] + torch.randn(1, 4 * BLOCK, 8, generator=draw), 4)
+    groups = labels[found[0]].unflatten(0, (4, BLOCK))
+    assert (groups == groups[:, :1]).all()
+
+
+def test_windows_in_chunks_are_windows() -> None:
+    call = make_call()
+    query, key, value = call.query.flatten(0, 1)[None], call.key[None], call.value[None]
+    found = attend_window(query, key, value, call.scale, 128)
+    distance = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)
+    expected = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=(distance >= 0) & (distance < 128),
+        scale=call.scale,
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_time_grows_with_rows_and_blocks_and_a_sorted_copy_costs() -> None:
+    clock = Clock.of(Shape(q_heads=32, kv_heads=8, head_dim=128, tokens=32768))
+    plain, by_content = Choice.parse("none/r4+p16"), Choice.parse("content@1024/r4+p16")
+    assert clock.choosing(plain, 4) < clock.choosing(plain, 16)
+    assert clock.choosing(plain, 4) < clock.choosing(by_content, 4)
+    assert clock.attending(0.1) < clock.attending(0.2) < clock.attending(0.9)
+    assert 0.9 < clock.attending(0.97) / clock.dense < 1.6
+
+
+@pytest.mark.parametrize("name", ["unknown/r4", "none", "none/r4+", "none/x4"])
+def test_other_names_are_no_choice(name: str) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Choice.parse(name)
