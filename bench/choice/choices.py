@@ -1,6 +1,6 @@
 """Choices by their names: an order of keys, an estimate of masses, a mean over rows.
 
-    ORDER[,n][:q][@SEGMENT[+LAG]]/ESTIMATE[^POWER]
+    ORDER[,n][:q][@SEGMENT[+LAG]]/ESTIMATE[^POWER][|ROWSxKEYS]
 
 ``weight@1024/r32`` sorts keys within segments of 1024 and scores by 32 exact rows of a block. With
 ``+1`` a row's own segment and the one before stay in natural order. ``:q`` sorts the rows of a
@@ -11,6 +11,7 @@ that are averaged: ``rN`` exact rows, ``pN`` means of N queries against block me
 rows against M sampled keys. ``>rN:F`` after it scores N exact rows where the first estimate
 reaches the threshold divided by F. ``^2`` takes the root mean square over rows. ``~N`` takes the
 scores of every N-th layer for those after it too, heads matched as well as can be.
+``|64x32`` has blocks of so many rows and keys.
 
 Costs are in rows: a row of every block against every key, with what else scoring does for it.
 """
@@ -25,7 +26,7 @@ from functools import partial
 from torch import Tensor
 
 from . import estimates, orders
-from .parts import BLOCK, Part
+from .parts import BLOCK, Part, Tile
 
 Term = Callable[[Part], Tensor]
 # Rows of a natural order are scored so many at a time.
@@ -63,6 +64,7 @@ ORDERS: dict[str, OrderKind | None] = {
     "heavy256": OrderKind(order=orders.heavy_first(4, 256), rows=8),
     "heavy512": OrderKind(order=orders.heavy_first(4, 512), rows=8),
     "content": OrderKind(order=orders.by_content(), key_passes=_halvings()),
+    "content-means": OrderKind(order=orders.by_content(means=True), key_passes=_halvings()),
     "use": OrderKind(order=orders.by_use(4), rows=8, key_passes=_halvings()),
     "use1": OrderKind(order=orders.by_use(1), rows=2, key_passes=_halvings()),
     "heavy1-content": OrderKind(
@@ -96,6 +98,7 @@ class Choice:
         refined_rows: Exact rows where it is in doubt, 0 for none.
         factor: How far below the threshold a block may be and still be refined.
         anchor: Every such layer scores for those after it too.
+        tile: Its blocks.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Choice:
     refined_rows: int
     factor: float
     anchor: int
+    tile: Tile
 
     @classmethod
     def parse(cls, name: str) -> Choice:
@@ -120,12 +124,13 @@ class Choice:
         """
         match = re.fullmatch(
             r"([\w-]+?)(,n)?(:q)?(?:@(\d+)(?:\+(\d+))?)?/"
-            r"([\w+]+?)(?:>r(\d+):([\d.]+))?(?:\^(\d))?(?:~(\d+))?",
+            r"([\w+]+?)(?:>r(\d+):([\d.]+))?(?:\^(\d))?(?:~(\d+))?(?:\|(\d+)x(\d+))?",
             name,
         )
         if match is None or match[1] not in ORDERS:
             raise ValueError(f"choice must be ORDER@SEGMENT/ESTIMATE, got {name!r}")
-        terms, rows = zip(*map(_term, match[6].split("+")), strict=True)
+        tile = Tile(rows=int(match[11] or BLOCK), keys=int(match[12] or BLOCK))
+        terms, rows = zip(*[_term(term, tile) for term in match[6].split("+")], strict=True)
         return cls(
             name=name,
             order=ORDERS[match[1]],
@@ -139,6 +144,7 @@ class Choice:
             factor=float(match[8] or 1),
             power=int(match[9] or 1),
             anchor=int(match[10] or 1),
+            tile=tile,
         )
 
     def score(self, part: Part, least: Tensor) -> tuple[Tensor, float]:
@@ -149,20 +155,21 @@ class Choice:
         first = estimates.combine(masses)
         refined, share = estimates.refine(part, first, self.refined_rows, least / self.factor)
         found = estimates.combine([refined], self.power)
-        return found, self.rows + share * self.refined_rows
+        return found, self.rows + share * self.refined_rows * BLOCK / self.tile.rows
 
 
-def _term(text: str) -> tuple[Term, float]:
+def _term(text: str, tile: Tile) -> tuple[Term, float]:
     match = re.fullmatch(r"([rpmvk])(\d+)(?:x(\d+))?", text)
     if match is None:
         raise ValueError(f"a term must be rN, pN, mNxM, vNxM or kNxM, got {text!r}")
     kind, count, many = match[1], int(match[2]), int(match[3] or 1)
+    cells = count * many / tile.part / BLOCK
     if kind == "r":
-        return partial(estimates.exact_rows, count=count), count
+        return partial(estimates.exact_rows, count=count), count * BLOCK / tile.rows
     if kind == "p":
-        return partial(estimates.pooled, rows=count), 1 / count
+        return partial(estimates.pooled, rows=count), BLOCK / tile.keys / count
     if kind == "k":
-        return partial(estimates.sampled_keys, count=many, rows=count), many * count / BLOCK
+        return partial(estimates.sampled_keys, count=many, rows=count), cells
     variance = kind == "v"
-    term = partial(estimates.moments, rows=count, size=BLOCK // many, variance=variance)
-    return term, count * many * (2 if variance else 1) / BLOCK
+    term = partial(estimates.moments, rows=count, groups=many, variance=variance)
+    return term, cells * (2 if variance else 1)

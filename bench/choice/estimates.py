@@ -12,33 +12,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .parts import BLOCK, Part
+from .parts import Part
 
 
 def exact_rows(part: Part, count: int) -> Tensor:
-    """``count`` rows of every block against every key; with 128 the true masses."""
+    """``count`` rows of every block against every key; with all of them the true masses."""
     found = part.exact_logits(part.sampled(count)).softmax(-1)
-    return _by_blocks(found, part, BLOCK)
+    return _by_blocks(found, part, part.tile.keys)
 
 
 def pooled(part: Part, rows: int = 16) -> Tensor:
     """Means of ``rows`` queries against the mean key of each block, as the default has them."""
     heads, group, count, width = part.query.shape
     means = part.query.float().view(heads, group, count // rows, rows, width).mean(3)
-    keys = part.key.float().view(heads, part.key_blocks, BLOCK, width).mean(2)
+    keys = part.key.float().view(heads, part.key_blocks, part.tile.keys, width).mean(2)
     logits = part.logits(means, keys)
     last = part.positions.unflatten(2, (count // rows, rows)).amax(-1)
-    start = torch.arange(part.key_blocks, device=part.key.device) * BLOCK
+    start = torch.arange(part.key_blocks, device=part.key.device) * part.tile.keys
     logits.masked_fill_(start > last[..., None], -math.inf)
     return _by_blocks(logits.softmax(-1), part, 1)
 
 
-def moments(part: Part, *, rows: int, size: int = BLOCK, variance: bool = True) -> Tensor:
-    """``rows`` of every block against mean and variance of each ``size`` keys.
+def moments(part: Part, *, rows: int, groups: int = 1, variance: bool = True) -> Tensor:
+    """``rows`` of every block against mean and variance of ``groups`` of its keys.
 
     The mean of exp(q k) over normal keys with mean m and variances v is exp(q m + q^2 v / 2).
     """
     heads, _, _, width = part.query.shape
+    size = part.tile.keys // groups
     sampled = part.sampled(rows)
     queries = part.query[:, :, sampled]
     split = part.key.float().view(heads, -1, size, width)
@@ -48,12 +49,12 @@ def moments(part: Part, *, rows: int, size: int = BLOCK, variance: bool = True) 
         spread = split.var(2, correction=0) * (part.scale / 2)
         logits += part.logits(queries.float().square().to(kind), spread.to(kind))
     logits += _log_counts(part, sampled, size)
-    return _by_blocks(logits.softmax(-1), part, BLOCK // size)
+    return _by_blocks(logits.softmax(-1), part, groups)
 
 
-def sampled_keys(part: Part, count: int, rows: int = BLOCK) -> Tensor:
+def sampled_keys(part: Part, count: int, rows: int) -> Tensor:
     """``rows`` of every block against ``count`` keys of each, evenly spread over the block."""
-    step = BLOCK // count
+    step = part.tile.keys // count
     places = torch.arange(step // 2, part.key.shape[1], step, device=part.key.device)
     sampled = part.sampled(rows)
     logits = part.logits(part.query[:, :, sampled], part.key[:, places])
@@ -80,9 +81,9 @@ def refine(part: Part, first: Tensor, rows: int, least: Tensor) -> tuple[Tensor,
     chosen = (first >= least) & part.visible
     chosen[..., 0] = True
     logits = part.exact_logits(part.sampled(rows)).unflatten(2, (part.row_blocks, rows))
-    hidden = ~chosen.repeat_interleave(BLOCK, -1)[:, :, :, None]
+    hidden = ~chosen.repeat_interleave(part.tile.keys, -1)[:, :, :, None]
     weights = logits.masked_fill(hidden, -math.inf).softmax(-1)
-    inside = weights.unflatten(-1, (part.key_blocks, BLOCK)).sum(-1)
+    inside = weights.unflatten(-1, (part.key_blocks, part.tile.keys)).sum(-1)
     outside = first.masked_fill(chosen, 0.0)[:, :, :, None]
     found = inside * (1 - outside.sum(-1, keepdim=True)) + outside
     heads, group = part.query.shape[:2]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .parts import BLOCK, Call, Part
+from .parts import Call, Part
 
 Order = Callable[[Call, int, int], Tensor]
 
@@ -47,12 +47,15 @@ def heavy_first(rows: int, count: int) -> Order:
     return order
 
 
-def by_content() -> Order:
-    """Balanced groups of keys that are alike to the queries, by repeated halving."""
+def by_content(*, means: bool = False) -> Order:
+    """Balanced groups of keys that are alike to the queries, by repeated halving.
+
+    With ``means`` to the means of blocks of queries.
+    """
 
     def order(call: Call, segment: int, lag: int) -> Tensor:
-        features = seen_by_queries(call).unflatten(1, (-1, segment))
-        return _positions(halve(features, segment // BLOCK))
+        features = seen_by_queries(call, means=means).unflatten(1, (-1, segment))
+        return _positions(halve(features, segment // call.tile.keys, call.tile.keys))
 
     return order
 
@@ -62,7 +65,7 @@ def by_use(rows: int, width: int = 32) -> Order:
 
     def order(call: Call, segment: int, lag: int) -> Tensor:
         features = uses(call, segment, lag, rows, width).unflatten(1, (-1, segment))
-        return _positions(halve(features, segment // BLOCK))
+        return _positions(halve(features, segment // call.tile.keys, call.tile.keys))
 
     return order
 
@@ -74,9 +77,9 @@ def heavy_then_content(rows: int, blocks: int, *, use: bool = False) -> Order:
         weights = column_masses(call, segment, lag, rows).unflatten(1, (-1, segment))
         ranked = weights.argsort(-1, descending=True)
         features = uses(call, segment, lag, rows, 32) if use else seen_by_queries(call)
-        heavy, rest = ranked.split([blocks * BLOCK, segment - blocks * BLOCK], -1)
+        heavy, rest = ranked.split([blocks * call.tile.keys, segment - blocks * call.tile.keys], -1)
         light = _take(features.unflatten(1, (-1, segment)), rest)
-        inner = halve(light, segment // BLOCK - blocks)
+        inner = halve(light, segment // call.tile.keys - blocks, call.tile.keys)
         return _positions(torch.cat([heavy, rest.gather(-1, inner)], -1))
 
     return order
@@ -130,25 +133,30 @@ def _later_rows(call: Call, segment: int, lag: int, rows: int):  # type: ignore[
             key=call.key[:, :last],
             first=first,
             scale=call.scale,
+            tile=call.tile,
         )
         split = first - lag * segment
         yield split, part.exact_logits(part.sampled(rows)).softmax(-1)[..., :split]
 
 
-def seen_by_queries(call: Call) -> Tensor:
+def seen_by_queries(call: Call, *, means: bool = False) -> Tensor:
     """Keys in a basis in which distance is the expected difference of logits: [Hkv, S, D]."""
-    return call.key.float() @ _root(call.query.float().flatten(1, 2))
+    queries = call.query.float()
+    if means:
+        queries = queries.unflatten(2, (-1, call.tile.rows)).mean(3)
+    return call.key.float() @ _root(queries.flatten(1, 2))
 
 
-def sort_rows(query: Tensor, key: Tensor) -> Tensor:
+def sort_rows(query: Tensor, key: Tensor, size: int) -> Tensor:
     """Rows in blocks of such that are alike to the keys: int64 [Hkv, G, R].
 
     Args:
         query: [Hkv, G, R, D].
         key: [Hkv, E, D].
+        size: Rows of a block.
     """
     centred = key.float() - key.float().mean(1, keepdim=True)
-    return halve(query.float() @ _root(centred)[:, None], query.shape[2] // BLOCK)
+    return halve(query.float() @ _root(centred)[:, None], query.shape[2] // size, size)
 
 
 def _root(tokens: Tensor) -> Tensor:
@@ -157,7 +165,7 @@ def _root(tokens: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()[:, None]
 
 
-def halve(features: Tensor, parts: int, size: int = BLOCK) -> Tensor:
+def halve(features: Tensor, parts: int, size: int) -> Tensor:
     """Positions in equal groups, by halving along the longest axis: int64 [..., parts * size].
 
     Args:

@@ -1,7 +1,7 @@
 """Rows of a call, and the keys that they see in the order in which blocks are cut from them.
 
 Symbols: Hq/Hkv heads, G = Hq / Hkv, S tokens, R rows of a part, E keys that it sees, D head_dim,
-Nq = R / 128 and Nk = E / 128 blocks.
+Nq = R / rows and Nk = E / keys blocks of a tile.
 """
 
 from __future__ import annotations
@@ -16,6 +16,24 @@ BLOCK = 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tile:
+    """What is kept or dropped whole.
+
+    Attributes:
+        rows: Queries of a block.
+        keys: Keys of a block.
+    """
+
+    rows: int = BLOCK
+    keys: int = BLOCK
+
+    @property
+    def part(self) -> float:
+        """Of the pairs of a usual block."""
+        return self.rows * self.keys / BLOCK**2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
     """One causal attention call of one sequence.
 
@@ -24,12 +42,14 @@ class Call:
         key: [Hkv, S, D].
         value: [Hkv, S, D].
         scale: Factor on the logits.
+        tile: Its blocks.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     scale: float
+    tile: Tile = Tile()
 
     @property
     def tokens(self) -> int:
@@ -49,6 +69,7 @@ class Part:
         scale: Factor on the logits.
         sorted_rows: Rows by their places after ``first``, int64 [Hkv, G, R]; ``None`` where they
             are in order. ``query`` is sorted already.
+        tile: Its blocks.
     """
 
     query: Tensor
@@ -56,6 +77,7 @@ class Part:
     first: int
     scale: float
     sorted_rows: Tensor | None = None
+    tile: Tile = Tile()
 
     @property
     def positions(self) -> Tensor:
@@ -70,18 +92,18 @@ class Part:
 
     @property
     def row_blocks(self) -> int:
-        return self.rows // BLOCK
+        return self.rows // self.tile.rows
 
     @property
     def key_blocks(self) -> int:
-        return self.key.shape[1] // BLOCK
+        return self.key.shape[1] // self.tile.keys
 
     @property
     def visible(self) -> Tensor:
         """Which blocks of keys a block of rows sees: bool [Nq, Nk]."""
         device = self.key.device
-        row = torch.arange(self.row_blocks, device=device) + self.first // BLOCK
-        return torch.arange(self.key_blocks, device=device) <= row[:, None]
+        last = (torch.arange(self.row_blocks, device=device) + 1) * self.tile.rows + self.first - 1
+        return torch.arange(self.key_blocks, device=device) * self.tile.keys <= last[:, None]
 
     def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Scaled products in float32, [Hkv, G, n, m] of [Hkv, G, n, D] and [Hkv, m, D]."""
@@ -101,5 +123,5 @@ class Part:
 
     def sampled(self, count: int) -> Tensor:
         """``count`` rows of every block, the last of it included: int64 [Nq * count]."""
-        step = BLOCK // count
+        step = self.tile.rows // count
         return torch.arange(step - 1, self.rows, step, device=self.key.device)

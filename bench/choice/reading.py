@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unisparse_flex.block_masks.selection import TopP, scale_threshold
+from unisparse_flex.block_masks.selection import TopP
 from unisparse_flex.block_masks.selectors import default_top_p
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from . import orders
 from .choices import Choice
-from .parts import BLOCK, Call, Part
+from .parts import BLOCK, Call, Part, Tile
 
 IMPLEMENTATION = "choice"
 
@@ -57,6 +57,7 @@ class Chooser:
         """Output [Hkv, G, S, D]."""
         choice = self.choice
         assert choice is not None
+        call, tile = replace(call, tile=choice.tile), choice.tile
         sort = None if choice.order is None else sort_keys(call, choice)
         kept = visible = 0
         outputs = []
@@ -65,19 +66,23 @@ class Chooser:
             key, value, sink = _seen(call, sort, first, choice.segment, split)
             last = key.shape[1]
             query = call.query[:, :, first:last]
-            part = Part(query=query, key=key, first=first, scale=call.scale)
+            part = Part(query=query, key=key, first=first, scale=call.scale, tile=choice.tile)
             is_last = last == call.tokens
             keep = self._keep(choice, part, place, sink, is_last=is_last)
             rows = None
             if choice.sorts_rows and split:
-                rows = orders.sort_rows(query, key[:, :split])
-                keep[..., : split // BLOCK] = self._keep_sorted(choice, part, rows, sink, split)
-            kept = kept + keep.sum()
+                rows = orders.sort_rows(query, key[:, :split], tile.rows)
+                keep[..., : split // tile.keys] = self._keep_sorted(choice, part, rows, sink, split)
+            kept = kept + keep.sum() * tile.part
             if rows is not None and is_last:
                 # The last block of rows is read apart, whole; the others are sorted.
-                far = keep[..., : split // BLOCK]
-                kept = kept + far[:, :, 0].numel() - far.sum() / part.row_blocks
-            visible = visible + part.visible.sum() * keep.shape[0] * keep.shape[1]
+                far = keep[..., : split // tile.keys]
+                last_rows = BLOCK // tile.rows * far[:, :, 0].numel()
+                drawn = far.sum() * BLOCK / part.rows
+                kept = kept + (last_rows - drawn) * tile.part
+            visible = (
+                visible + replace(part, tile=Tile()).visible.sum() * keep.shape[0] * keep.shape[1]
+            )
             outputs.append(_attend_blocks(part, value, keep, rows, split, is_last=is_last))
         self.densities.append(kept / visible)
         self.layer += 1
@@ -87,9 +92,8 @@ class Chooser:
         self, choice: Choice, part: Part, place: int, sink: Tensor, *, is_last: bool
     ) -> Tensor:
         """Kept blocks, bool [Hkv, G, Nq, Nk]."""
-        visible = part.visible
-        least = scale_threshold(self.threshold, DEFAULT_SELECTOR.threshold_blocks, visible)
-        assert isinstance(least, Tensor)
+        visible, size = part.visible, choice.tile.keys
+        least = self._threshold(visible.sum(-1, keepdim=True), size)
         scores, rows = choice.score(part, least)
         if choice.anchor > 1:
             rows /= choice.anchor
@@ -99,24 +103,25 @@ class Chooser:
                 scores = _match_heads(scores, self.anchors[place])
         self.rows.append(rows)
         blocks = torch.arange(part.key_blocks, device=visible.device)
-        own = blocks == visible.sum(-1, keepdim=True) - 1
+        start = torch.arange(part.row_blocks, device=visible.device) * choice.tile.rows
+        own = ((blocks + 1) * size > part.first + start[:, None]) & visible
         forced = own | (blocks == sink[:, None, None, None])
         if is_last:
-            forced[:, :, -1] = True
+            forced[:, :, -BLOCK // choice.tile.rows :] = True
         return self._apply(scores, forced, visible, least)
 
     def _keep_sorted(
         self, choice: Choice, part: Part, rows: Tensor, sink: Tensor, split: int
     ) -> Tensor:
-        """Kept blocks before ``split`` of sorted rows, bool [Hkv, G, Nq, split / 128].
+        """Kept blocks before ``split`` of sorted rows, bool [Hkv, G, Nq, split / keys].
 
         What is not before it counts as one block that is kept.
         """
         query = _take(part.query, rows)
         sorted_part = replace(part, query=query, sorted_rows=rows)
-        count = split // BLOCK
-        least = self.threshold * (DEFAULT_SELECTOR.threshold_blocks / part.key_blocks) ** 0.5
-        scores, _ = choice.score(sorted_part, torch.tensor(least))
+        count = split // part.tile.keys
+        least = self._threshold(torch.tensor(part.key_blocks), part.tile.keys)
+        scores, _ = choice.score(sorted_part, least)
         near = scores[..., count:].sum(-1, keepdim=True)
         scores = torch.cat([scores[..., :count], near], -1)
         blocks = torch.arange(count + 1, device=scores.device)
@@ -125,9 +130,13 @@ class Chooser:
             ..., :count
         ]
 
-    def _apply(
-        self, scores: Tensor, forced: Tensor, visible: Tensor, least: Tensor | float
-    ) -> Tensor:
+    def _threshold(self, blocks: Tensor, size: int) -> Tensor:
+        """What a score of ``size`` keys must reach, for rows that see so many such blocks."""
+        usual = blocks * size / BLOCK
+        stated = DEFAULT_SELECTOR.threshold_blocks or 0
+        return self.threshold * (stated / usual).sqrt() * size / BLOCK
+
+    def _apply(self, scores: Tensor, forced: Tensor, visible: Tensor, least: Tensor) -> Tensor:
         """The default's rule."""
         kept = TopP(top_p=default_top_p(self.threshold)).select(scores, forced, visible)
         return kept | ((scores >= least) & visible)
@@ -138,7 +147,7 @@ def sort_keys(call: Call, choice: Choice) -> Tensor:
     assert choice.order is not None
     found = choice.order.order(call, choice.segment, choice.lag)
     if choice.natural_in_blocks:
-        found = found.unflatten(1, (-1, BLOCK)).sort(-1).values.flatten(1)
+        found = found.unflatten(1, (-1, choice.tile.keys)).sort(-1).values.flatten(1)
     return found
 
 
@@ -155,7 +164,7 @@ def _seen(
         torch.cat([tokens.gather(1, index), tokens[:, split:last]], 1)
         for tokens in (call.key, call.value)
     )
-    return key, value, (sort[:, :split] == 0).int().argmax(1) // BLOCK
+    return key, value, (sort[:, :split] == 0).int().argmax(1) // call.tile.keys
 
 
 def _attend_blocks(
@@ -166,7 +175,7 @@ def _attend_blocks(
     With ``rows``, blocks before ``split`` are those of rows in that order.
     """
     heads, group = part.query.shape[:2]
-    mask = keep.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
+    mask = keep.repeat_interleave(part.tile.rows, -2).repeat_interleave(part.tile.keys, -1)
     if rows is not None:
         index = rows.argsort(-1)
         mask[..., :split] = _take(mask[..., :split], index)

@@ -61,6 +61,10 @@ def test_default_keeps_what_the_library_keeps() -> None:
         "content:q@256/r4+v128x2^2",
         "natural:q@256+1/k128x4",
         "none/r4+p16>r16:4~2",
+        "none/r4+p16|128x64",
+        "none/r2+v64x2^2|64x32",
+        "content:q@512/r4+k128x2|128x64",
+        "heavy1-use@512/r2+p16>r8:4|64x32",
     ],
 )
 def test_a_choice_that_keeps_everything_is_dense(name: str) -> None:
@@ -68,7 +72,8 @@ def test_a_choice_that_keeps_everything_is_dense(name: str) -> None:
     with chooser.set(Choice.parse(name), 1e-12):
         found = chooser.attend(call)
     torch.testing.assert_close(found, dense(call), rtol=1e-4, atol=1e-5)
-    assert float(chooser.densities[0]) == pytest.approx(1)
+    # Smaller blocks hold less beyond the diagonal.
+    assert 0.9 < float(chooser.densities[0]) < 1 + 1e-6
 
 
 @pytest.mark.parametrize("name", [name for name in ORDERS if name != "none"])
@@ -106,8 +111,8 @@ def test_moments_are_exact_for_normal_keys() -> None:
     key[:, : 100 * BLOCK] *= 0.1
     part = Part(query=query, key=key, first=199 * BLOCK, scale=1.0)
     size = 100 * BLOCK
-    found = estimates.moments(part, rows=BLOCK, size=BLOCK, variance=True)
-    blind = estimates.moments(part, rows=BLOCK, size=BLOCK, variance=False)
+    found = estimates.moments(part, rows=BLOCK, variance=True)
+    blind = estimates.moments(part, rows=BLOCK, variance=False)
     true = estimates.exact_rows(part, BLOCK)
     halves = [masses[..., : size // BLOCK].sum(-1) for masses in (found, blind, true)]
     assert (halves[0] - halves[2]).abs().mean() < 0.3 * (halves[1] - halves[2]).abs().mean()
@@ -125,7 +130,9 @@ def test_halving_separates_what_lies_apart() -> None:
     draw = torch.Generator().manual_seed(0)
     centres = torch.randn(4, 8, generator=draw) * 20
     labels = torch.arange(4).repeat(BLOCK)[torch.randperm(4 * BLOCK, generator=draw)]
-    found = orders.halve(centres[labels][None] + torch.randn(1, 4 * BLOCK, 8, generator=draw), 4)
+    found = orders.halve(
+        centres[labels][None] + torch.randn(1, 4 * BLOCK, 8, generator=draw), 4, BLOCK
+    )
     groups = labels[found[0]].unflatten(0, (4, BLOCK))
     assert (groups == groups[:, :1]).all()
 

@@ -1,0 +1,111 @@
+"""Files of `bench.choice` as curves: density by KL, and the time at an equal KL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import geometric_mean, mean
+from typing import Any
+
+from ..figures.curves import place_of
+from .choices import Choice
+from .seconds import Clock, Shape
+
+Result = Mapping[str, Any]
+DEFAULT, DEFAULT_THRESHOLD = "none/r4+p16", 0.006
+# The default's KL, and a part of it.
+PARTS = (1.0, 0.25)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """One threshold of a choice: means over the texts, geometric ones of KL.
+
+    Attributes:
+        threshold: As in the library's rule.
+        density: Kept over visible blocks.
+        kl: In nats.
+        score_rows: What scoring cost, in rows.
+    """
+
+    threshold: float
+    density: float
+    kl: float
+    score_rows: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reached:
+    """A choice at a stated KL.
+
+    Attributes:
+        density: Where its curve has it.
+        score_rows: What scoring costs there.
+    """
+
+    density: float
+    score_rows: float
+
+
+def curve(result: Result, choice: str) -> list[Point]:
+    """The points of a choice at which every text was read, by density."""
+    texts = texts_of(result)
+    found: dict[float, dict[str, Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["choice"] == choice and row.get("kl"):
+            found.setdefault(row["threshold"], {})[row["text"]] = row
+    points = [
+        Point(
+            threshold=threshold,
+            density=mean(row["density"] for row in rows.values()),
+            kl=geometric_mean([row["kl"] for row in rows.values()]),
+            score_rows=mean(row["score_rows"] for row in rows.values()),
+        )
+        for threshold, rows in found.items()
+        if len(rows) == len(texts)
+    ]
+    return sorted(points, key=lambda point: point.density)
+
+
+def reach(points: Sequence[Point], kl: float) -> Reached | None:
+    """Where a curve has a KL; ``None`` where it does not reach it."""
+    density = place_of([(point.density, point.kl) for point in points], kl)
+    if density is None:
+        return None
+    nearest = min(points, key=lambda point: abs(math.log(point.kl / kl)))
+    return Reached(density=density, score_rows=nearest.score_rows)
+
+
+def default_kl(result: Result) -> float | None:
+    """That of the default's own setting."""
+    points = curve(result, DEFAULT)
+    return next((p.kl for p in points if p.threshold == DEFAULT_THRESHOLD), None)
+
+
+def seconds(choice: Choice, reached: Reached, clock: Clock) -> float:
+    """Choosing and attending."""
+    return clock.choosing(choice, reached.score_rows) + clock.attending(reached.density)
+
+
+def shapes_of(result: Result) -> list[Shape]:
+    """The model's own heads where they were timed, and Llama's, at the file's length."""
+    tokens = result["tokens"]
+    own = (result["heads"], result["kv_heads"], result["head_dim"])
+    found = []
+    for heads, kv_heads, width in (own, (32, 8, 128)):
+        shape = Shape(q_heads=heads, kv_heads=kv_heads, head_dim=width, tokens=tokens)
+        try:
+            Clock.of(shape)
+        except ValueError:
+            continue
+        found.append(shape)
+    return found
+
+
+def texts_of(result: Result) -> list[str]:
+    return list(dict.fromkeys(row["text"] for row in result["rows"]))
+
+
+def choices_of(result: Result) -> list[str]:
+    return list(dict.fromkeys(row["choice"] for row in result["rows"]))
