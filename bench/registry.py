@@ -11,6 +11,7 @@ from typing import Any
 
 from . import (
     attention,
+    choice,
     commands,
     communication,
     cost_decision,
@@ -63,6 +64,7 @@ BENCHMARKS = (
         describe_together=attention.describe_together,
         draw=attention.draw,
     ),
+    Benchmark(name="choice", files="choice-*.json", describe=choice.describe),
     Benchmark(name="commands", files="command-*.json", describe=commands.describe),
     Benchmark(name="communication", files="communication-*.json", describe=communication.describe),
     Benchmark(name="cost_decision", files="cost-decision-*.json", describe=cost_decision.describe),

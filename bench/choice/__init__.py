@@ -1,1 +1,5 @@
 """Density and KL against the cost of choosing blocks, for orders of keys and estimates."""
+
+from .tables import describe
+
+__all__ = ["describe"]

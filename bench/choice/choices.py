@@ -1,6 +1,6 @@
 """Choices by their names: an order of keys, an estimate of masses, a mean over rows.
 
-    ORDER[,n][:q][@SEGMENT[+LAG]]/ESTIMATE[^POWER][|ROWSxKEYS]
+    ORDER[,n][:q][@SEGMENT[+LAG]]/ESTIMATE[^POWER][#ROWSxKEYS]
 
 ``weight@1024/r32`` sorts keys within segments of 1024 and scores by 32 exact rows of a block. With
 ``+1`` a row's own segment and the one before stay in natural order. ``:q`` sorts the rows of a
@@ -11,7 +11,7 @@ that are averaged: ``rN`` exact rows, ``pN`` means of N queries against block me
 rows against M sampled keys. ``>rN:F`` after it scores N exact rows where the first estimate
 reaches the threshold divided by F. ``^2`` takes the root mean square over rows. ``~N`` takes the
 scores of every N-th layer for those after it too, heads matched as well as can be.
-``|64x32`` has blocks of so many rows and keys.
+``#64x32`` has blocks of so many rows and keys.
 
 Costs are in rows: a row of every block against every key, with what else scoring does for it.
 """
@@ -124,7 +124,7 @@ class Choice:
         """
         match = re.fullmatch(
             r"([\w-]+?)(,n)?(:q)?(?:@(\d+)(?:\+(\d+))?)?/"
-            r"([\w+]+?)(?:>r(\d+):([\d.]+))?(?:\^(\d))?(?:~(\d+))?(?:\|(\d+)x(\d+))?",
+            r"([\w+]+?)(?:>r(\d+):([\d.]+))?(?:\^(\d))?(?:~(\d+))?(?:[#|](\d+)x(\d+))?",
             name,
         )
         if match is None or match[1] not in ORDERS:

@@ -61,10 +61,10 @@ def test_default_keeps_what_the_library_keeps() -> None:
         "content:q@256/r4+v128x2^2",
         "natural:q@256+1/k128x4",
         "none/r4+p16>r16:4~2",
-        "none/r4+p16|128x64",
-        "none/r2+v64x2^2|64x32",
-        "content:q@512/r4+k128x2|128x64",
-        "heavy1-use@512/r2+p16>r8:4|64x32",
+        "none/r4+p16#128x64",
+        "none/r2+v64x2^2#64x32",
+        "content:q@512/r4+k128x2#128x64",
+        "heavy1-use@512/r2+p16>r8:4#64x32",
     ],
 )
 def test_a_choice_that_keeps_everything_is_dense(name: str) -> None:

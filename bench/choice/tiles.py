@@ -1,0 +1,117 @@
+"""Block-sparse attention by the sizes of its blocks: FlexAttention's Triton kernel on a GPU.
+
+python -m bench.choice.tiles [--shapes 32-8-128,9-3-64] [--tokens 8192,32768]
+    [--tiles 128x128,128x64] [--densities 0.15,0.3]
+
+Blocks are kept at random, those on the diagonal always; every row block of a head keeps as many
+for its length. Rows of the file have the density that was kept, over the pairs of causal attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from ..record import FOLDER, Record, guarded, numbers
+from ..timing import measure
+from .parts import Tile
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.choice.tiles", description=__doc__)
+    parser.add_argument("--shapes", default="32-8-128,9-3-64,4-1-256")
+    parser.add_argument("--tokens", type=numbers(int), default=(8192, 32768))
+    parser.add_argument("--tiles", default="128x128,128x64,64x64,64x32")
+    parser.add_argument("--densities", type=numbers(float), default=(0.15, 0.3))
+    parser.add_argument("--max-seconds", type=float, default=120.0)
+    parser.add_argument("--output", type=Path, default=FOLDER / "choice-tiles-cuda-sm90.json")
+    options = parser.parse_args(arguments)
+    record = Record.create("bench.choice.tiles", "cuda", options.output, options.max_seconds)
+    with record.stopping():
+        for shape in options.shapes.split(","):
+            heads, kv_heads, width = map(int, shape.split("-"))
+            for text in options.tiles.split(","):
+                tile = Tile(**dict(zip(("rows", "keys"), map(int, text.split("x")), strict=True)))
+                attend = torch.compile(_attend, dynamic=False)
+                for tokens in options.tokens:
+                    for density in options.densities:
+                        if record.stop_if_over():
+                            return
+                        row: dict[str, Any] = {
+                            "q_heads": heads,
+                            "kv_heads": kv_heads,
+                            "head_dim": width,
+                            "length": tokens,
+                            "tile": text,
+                        }
+                        run = partial(
+                            _time, attend, (heads, kv_heads, width), tokens, tile, density
+                        )
+                        record.add(row | (guarded(row, "time", run) or {}))
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, options: Any) -> Any:
+    return flex_attention(
+        query, key, value, block_mask=mask, enable_gqa=True, kernel_options=options
+    )
+
+
+def _time(
+    attend: Any, heads: Sequence[int], tokens: int, tile: Tile, density: float
+) -> dict[str, Any]:
+    q_heads, kv_heads, width = heads
+    mask, kept = random_blocks(q_heads, tokens, tile, density)
+    query, key, value = (
+        torch.randn(1, count, tokens, width, device="cuda", dtype=torch.bfloat16)
+        for count in (q_heads, kv_heads, kv_heads)
+    )
+    # What FlexAttention takes on Hopper by itself, as far as the blocks allow it.
+    rows, keys = {64: (128, 128), 128: (128, 64), 256: (64, 32)}[width]
+    options = {"BLOCK_M": min(rows, tile.rows), "BLOCK_N": min(keys, tile.keys)}
+    seconds = measure(lambda: attend(query, key, value, mask, options), "cuda", least=5, budget=0.2)
+    p20, p50, p80 = (seconds[len(seconds) * part // 100] for part in (20, 50, 80))
+    return {"density": kept, "p20": p20, "p50": p50, "p80": p80, "kernel": options}
+
+
+def random_blocks(heads: int, tokens: int, tile: Tile, density: float) -> tuple[BlockMask, float]:
+    """A causal mask of random blocks, and the share of causal pairs' blocks of 128 it keeps."""
+    rows, columns = tokens // tile.rows, tokens // tile.keys
+    last = (torch.arange(rows, device="cuda") + 1) * tile.rows - 1
+    start = torch.arange(columns, device="cuda") * tile.keys
+    visible = start <= last[:, None]
+    partial_blocks = visible & (start + tile.keys > last[:, None] - tile.rows + 1)
+    full = visible & ~partial_blocks
+    draw = torch.rand(1, heads, rows, columns, device="cuda")
+    full = (draw < density) & full
+    usual = tokens // 128 * (tokens // 128 + 1) / 2
+    kept = (full.sum() / heads + partial_blocks.sum()) * tile.part / usual
+    lists = [_lists(blocks) for blocks in (partial_blocks.expand_as(full), full)]
+
+    def causal(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return q >= kv
+
+    mask = BlockMask.from_kv_blocks(
+        *lists[0],
+        *lists[1],
+        BLOCK_SIZE=(tile.rows, tile.keys),
+        mask_mod=causal,
+        seq_lengths=(tokens, tokens),
+    )
+    return mask, float(kept)
+
+
+def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of blocks, and the blocks of each row first."""
+    order = blocks.int().argsort(-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.int().contiguous()
+
+
+if __name__ == "__main__":
+    main()
