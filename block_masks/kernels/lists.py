@@ -16,8 +16,8 @@ from ..key_intervals import IntervalTables
 from .pages import pool_pages
 from .pool import Side, pool, pool_both
 from .recording import empty
-from .score import held_blocks, score, supports_descriptor
-from .scratch import Rows, power_of_two, reach_of
+from .score import Scored, held_blocks, score, score_both, supports_descriptor
+from .scratch import Masses, Rows, power_of_two, reach_of
 from .select import select
 from .settings import KernelSettings
 
@@ -192,6 +192,11 @@ def _fill(
     rows = composite_heads * max(size // c_q if c_q else 0, settings.sampled_queries)
     row_bytes = rows * (4 if key.dtype == torch.float32 else 2)
     total = batch * kv_heads
+    coarse = fine = None
+    if composites is not None and composite_keys is not None:
+        coarse = Scored(composites, composite_keys, c_k, -(-geometry.kv_len // c_k))
+    if samples is not None:
+        fine = Scored(samples, key, 1, geometry.kv_len, sampled=True)
     for part in turns(geometry, row_bytes):
         needed = row_bytes * (part.stop - part.start) * reach_of(geometry, part)
         at_once = max(1, SCRATCH_BYTES // needed)
@@ -202,20 +207,8 @@ def _fill(
                 "q_blocks": part,
                 "intervals": intervals,
             }
-            coarse = fine = None
-            if composites is not None and composite_keys is not None:
-                columns = -(-geometry.kv_len // c_k)
-                steady = table is not None
-                coarse = score(
-                    composites, composite_keys, c_k, columns, scale=scale, steady=steady, **turn
-                )
-            if samples is not None:
-                picked: dict[str, Any] = {**turn, "sampled": True, "table": table}
-                picked["steady"] = table is not None
-                fine = score(samples, key, 1, geometry.kv_len, scale=scale, **picked)
             select(
-                coarse,
-                fine,
+                *_score(coarse, fine, table=table, scale=scale, **turn),
                 lists,
                 settings,
                 composite_heads=composite_heads,
@@ -223,6 +216,18 @@ def _fill(
                 **turn,
             )
     return lists
+
+
+def _score(
+    coarse: Scored | None, fine: Scored | None, *, table: Tensor | None, **turn: Any
+) -> tuple[Masses | None, Masses | None]:
+    """Scores both, or what there is of them; see `score`."""
+    if coarse is not None and fine is not None and table is None:
+        return score_both(coarse, fine, **turn)
+    return (
+        None if coarse is None else score(coarse, table=table, **turn),
+        None if fine is None else score(fine, table=table, **turn),
+    )
 
 
 def _interleave(composites: Tensor, held: int, blocks: int, groups: int) -> Tensor:

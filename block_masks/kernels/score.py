@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -125,45 +126,34 @@ def _held(weights, ROWS: tl.constexpr, COLS: tl.constexpr, HELD: tl.constexpr):
 # Sums above it are computed again: parts of them may be added, and divided by, in float32.
 MOST_TOTAL = tl.constexpr(2.0**100)
 
-LENGTHS = [
-    "stride_bounds",
-    "stride_blocks",
-    "stride_weights",
-    "first_head",
-    "first_row",
-    "key_rows",
-    "columns",
-    "blocks",
-    "q_len",
-    "kv_len",
-    "offset",
-    "kv_heads",
-    "block_rows",
-]
 
-
-@triton.jit(do_not_specialize=LENGTHS, do_not_specialize_on_alignment=["table"])
-def _score(
+@triton.jit
+def _score_rows(
+    program,
+    split,
+    tiles,
+    count,
     queries,
     keys,
     out,
     totals,
     bounds,
-    block_bounds,
     weights,
+    block_bounds,
     table,
     stride_query,
     stride_key_batch,
     stride_key_head,
     stride_key,
     stride_bounds,
-    stride_blocks,
     stride_weights,
-    first_head,
     first_row,
     rows,
     key_rows,
     columns,
+    block_rows,
+    stride_blocks,
+    first_head,
     blocks,
     q_len,
     kv_len,
@@ -171,7 +161,6 @@ def _score(
     kv_heads,
     head_dim,
     scale,
-    block_rows,
     BLOCK: tl.constexpr,
     ROW_GROUP: tl.constexpr,
     KEY_GROUP: tl.constexpr,
@@ -187,6 +176,9 @@ def _score(
 ):
     """Writes summed exponentials: out[head, key block, row].
 
+    ``program`` stands for a tile of rows and a head, of ``tiles`` and ``count``, ``split`` for a
+    range of keys.
+
     ``block_rows`` rows of ``queries`` belong to a query block; ``ROW_GROUP`` query tokens to one
     of them, ``KEY_GROUP`` keys to one of ``keys``. All are relative to the greatest logit of the
     first tile. Where a row outgrows it too far, the program computes its sums again, relative to
@@ -198,10 +190,8 @@ def _score(
     With PAGE the keys of one sequence lie in pages of so many, named by ``table``.
     """
     # The last rows see most: those of all heads go first.
-    program = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-    tile_row = tl.num_programs(0) - 1 - program // tl.num_programs(2)
-    slot = program % tl.num_programs(2)
-    split = tl.program_id(1)
+    tile_row = tiles - 1 - program // count
+    slot = program % count
     head = first_head + slot
     row = tile_row * ROWS + tl.arange(0, ROWS)
     width = tl.arange(0, WIDTH)
@@ -375,7 +365,182 @@ def _score(
     tl.store(at_total, sums, mask=row < rows)
 
 
-_launch = Launch(_score)
+# Of what is scored, and of the call.
+LENGTHS = [
+    "stride_bounds",
+    "stride_weights",
+    "first_row",
+    "key_rows",
+    "columns",
+    "block_rows",
+]
+CALL_LENGTHS = [
+    "stride_blocks",
+    "first_head",
+    "blocks",
+    "q_len",
+    "kv_len",
+    "offset",
+    "kv_heads",
+]
+
+
+@triton.jit(do_not_specialize=LENGTHS + CALL_LENGTHS, do_not_specialize_on_alignment=["table"])
+def _score(
+    queries,
+    keys,
+    out,
+    totals,
+    bounds,
+    weights,
+    stride_query,
+    stride_key_batch,
+    stride_key_head,
+    stride_key,
+    stride_bounds,
+    stride_weights,
+    first_row,
+    rows,
+    key_rows,
+    columns,
+    block_rows,
+    block_bounds,
+    table,
+    stride_blocks,
+    first_head,
+    blocks,
+    q_len,
+    kv_len,
+    offset,
+    kv_heads,
+    head_dim,
+    scale,
+    ROW_GROUP: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    COLS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INTERVALS: tl.constexpr,
+    MAPPED: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """Scores of sampled rows, or of composite ones."""
+    program = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    _score_rows(
+        program, tl.program_id(1), tl.num_programs(0), tl.num_programs(2),
+        queries, keys, out, totals, bounds, weights, block_bounds, table, stride_query,
+        stride_key_batch, stride_key_head, stride_key, stride_bounds, stride_weights, first_row,
+        rows, key_rows, columns, block_rows, stride_blocks, first_head, blocks, q_len, kv_len,
+        offset, kv_heads, head_dim, scale,
+        BLOCK, ROW_GROUP, KEY_GROUP, CAUSAL, EXACT, ROWS, COLS, WIDTH, SPLITS, INTERVALS, MAPPED,
+        PAGE,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[prefix + name for prefix in ("fine_", "coarse_") for name in LENGTHS]
+    + CALL_LENGTHS
+    + ["count"]
+)
+def _score_both(
+    fine_queries,
+    fine_keys,
+    fine_out,
+    fine_totals,
+    fine_bounds,
+    fine_weights,
+    fine_stride_query,
+    fine_stride_key_batch,
+    fine_stride_key_head,
+    fine_stride_key,
+    fine_stride_bounds,
+    fine_stride_weights,
+    fine_first_row,
+    fine_rows,
+    fine_key_rows,
+    fine_columns,
+    fine_block_rows,
+    coarse_queries,
+    coarse_keys,
+    coarse_out,
+    coarse_totals,
+    coarse_bounds,
+    coarse_weights,
+    coarse_stride_query,
+    coarse_stride_key_batch,
+    coarse_stride_key_head,
+    coarse_stride_key,
+    coarse_stride_bounds,
+    coarse_stride_weights,
+    coarse_first_row,
+    coarse_rows,
+    coarse_key_rows,
+    coarse_columns,
+    coarse_block_rows,
+    block_bounds,
+    stride_blocks,
+    first_head,
+    blocks,
+    q_len,
+    kv_len,
+    offset,
+    kv_heads,
+    head_dim,
+    scale,
+    count,
+    FINE_ROW_GROUP: tl.constexpr,
+    FINE_KEY_GROUP: tl.constexpr,
+    FINE_COLS: tl.constexpr,
+    FINE_SPLITS: tl.constexpr,
+    COARSE_ROW_GROUP: tl.constexpr,
+    COARSE_KEY_GROUP: tl.constexpr,
+    COARSE_COLS: tl.constexpr,
+    COARSE_SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INTERVALS: tl.constexpr,
+    MAPPED: tl.constexpr,
+):
+    """Scores of sampled rows, which take longer and go first, and of composite ones."""
+    program = tl.program_id(0)
+    tiles = tl.cdiv(fine_rows, ROWS)
+    behind = program - tiles * FINE_SPLITS * count
+    if behind < 0:
+        split = program // tiles % FINE_SPLITS
+        _score_rows(
+            program // (tiles * FINE_SPLITS) * tiles + program % tiles, split, tiles, count,
+            fine_queries, fine_keys, fine_out, fine_totals, fine_bounds, fine_weights,
+            block_bounds, fine_queries, fine_stride_query, fine_stride_key_batch,
+            fine_stride_key_head, fine_stride_key, fine_stride_bounds, fine_stride_weights,
+            fine_first_row, fine_rows, fine_key_rows, fine_columns, fine_block_rows,
+            stride_blocks, first_head, blocks, q_len, kv_len, offset, kv_heads, head_dim, scale,
+            BLOCK, FINE_ROW_GROUP, FINE_KEY_GROUP, CAUSAL, EXACT, ROWS, FINE_COLS, WIDTH,
+            FINE_SPLITS, INTERVALS, MAPPED, 0,
+        )  # fmt: skip
+    else:
+        tiles = tl.cdiv(coarse_rows, ROWS)
+        split = behind // tiles % COARSE_SPLITS
+        _score_rows(
+            behind // (tiles * COARSE_SPLITS) * tiles + behind % tiles, split, tiles, count,
+            coarse_queries, coarse_keys, coarse_out, coarse_totals, coarse_bounds,
+            coarse_weights, block_bounds, coarse_queries, coarse_stride_query,
+            coarse_stride_key_batch, coarse_stride_key_head, coarse_stride_key,
+            coarse_stride_bounds, coarse_stride_weights, coarse_first_row, coarse_rows,
+            coarse_key_rows, coarse_columns, coarse_block_rows, stride_blocks, first_head,
+            blocks, q_len, kv_len, offset, kv_heads, head_dim, scale,
+            BLOCK, COARSE_ROW_GROUP, COARSE_KEY_GROUP, CAUSAL, EXACT, ROWS, COARSE_COLS, WIDTH,
+            COARSE_SPLITS, INTERVALS, MAPPED, 0,
+        )  # fmt: skip
+
+
+_launch, _launch_both = Launch(_score), Launch(_score_both)
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,7 +583,8 @@ def tile_of(tokens: Tensor, rows: int) -> Tile:
     if gpu.capability >= (10, 0):
         return Tile(64, 64, 4, 3, 168)
     if few:
-        return Tile(64, 64, 4, 3, 128)
+        # Above 64 wide, shared memory has room for three programs: registers for more are free.
+        return Tile(64, 64, 4, 3, 128 if width <= 64 else 168)
     # Above 64 wide, shared memory leaves room for two programs, and so for their registers.
     return Tile(128, 64, 8, 3, 80 if width <= 64 else 128)
 
@@ -462,107 +628,223 @@ def splits_of(programs: int, tiles: int, wanted: int) -> int:
     return splits
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """Rows, and the keys that they meet.
+
+    Attributes:
+        queries: Composite or picked query rows of every head and query block.
+        keys: [B, Hkv, C, D] keys, or composite keys, interleaved as `held_blocks` says; such as
+            `supports_descriptor` accepts.
+        key_group: Keys to a composite key; 1 for the keys themselves.
+        columns: Composite keys that exist.
+        sampled: Whether the queries were picked, not pooled.
+    """
+
+    queries: Rows
+    keys: Tensor
+    key_group: int
+    columns: int
+    sampled: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Turn:
+    """Which heads and query blocks are scored, of which call; see `score`."""
+
+    geometry: BlockGeometry
+    heads: slice
+    q_blocks: slice
+    scale: float
+    intervals: IntervalTables | None
+    steady: bool = False
+
+    def rows(self, of: Scored) -> int:
+        """Rows of a head."""
+        block_rows = of.queries.tokens.shape[1] // self.geometry.num_q_blocks
+        return block_rows * (self.q_blocks.stop - self.q_blocks.start)
+
+    @property
+    def count(self) -> int:
+        """Heads."""
+        return self.heads.stop - self.heads.start
+
+    def tile(self, of: Scored) -> Tile:
+        """What a program computes at a time."""
+        tile = tile_of(of.keys, self.rows(of) * self.count)
+        if of.key_group > 1:
+            return tile
+        # Keys themselves are not interleaved: a tile holds those of one block.
+        return replace(tile, columns=min(tile.columns, self.geometry.block_size))
+
+    def splits(self, of: Scored) -> int:
+        """Programs that share a row."""
+        tile = self.tile(of)
+        if self.steady:
+            return MOST_SPLITS if of.key_group == 1 or tile.rows <= 64 else STEADY_SPLITS
+        programs = -(-self.rows(of) // tile.rows) * self.count
+        wanted = PROGRAMS_WANTED_OF_KEYS if of.key_group == 1 else PROGRAMS_WANTED
+        return splits_of(programs, -(-of.columns // tile.columns), wanted)
+
+    def programs(self, of: Scored) -> tuple[int, int, int]:
+        """Tiles of rows, splits and heads."""
+        return -(-self.rows(of) // self.tile(of).rows), self.splits(of), self.count
+
+    def masses(self, of: Scored) -> Masses:
+        """Room for the result."""
+        shape = (self.count, reach_of(self.geometry, self.q_blocks), self.rows(of))
+        dtype = torch.float32 if of.keys.dtype == torch.float32 else torch.bfloat16
+        totals = (self.count, 4, self.splits(of), self.rows(of))
+        return Masses(empty(of.keys, shape, dtype), empty(of.keys, totals, torch.float32))
+
+    def arguments(self, of: Scored, masses: Masses) -> list[Any]:
+        """Those of the kernels that say what is scored."""
+        queries, keys = of.queries.tokens, of.keys
+        bounds = weights = queries
+        if self.intervals is not None:
+            tables = self.intervals
+            bounds = tables.samples if of.sampled else tables.composites
+            valid = tables.key_valid.view(torch.uint8)
+            weights = valid if of.key_group == 1 else tables.key_weights
+        mapped = _is_mapped(keys)
+        block_rows = queries.shape[1] // self.geometry.num_q_blocks
+        box = [1, 1, self.tile(of).columns, power_of_two(keys.shape[3])]
+        return [
+            queries,
+            TensorDescriptor(keys, keys.shape, keys.stride(), box) if mapped else keys,
+            masses.blocks,
+            masses.totals,
+            bounds,
+            weights,
+            queries.stride(0),
+            *((0, 0, 0) if mapped else keys.stride()[:3]),
+            batch_stride(bounds),
+            batch_stride(weights),
+            self.q_blocks.start * block_rows,
+            self.rows(of),
+            keys.shape[2],
+            of.columns,
+            block_rows,
+        ]
+
+    def constants(self, of: Scored) -> dict[str, int]:
+        """Those of the kernels that say what is scored."""
+        return {
+            "ROW_GROUP": of.queries.size,
+            "KEY_GROUP": of.key_group,
+            "COLS": self.tile(of).columns,
+            "SPLITS": self.splits(of),
+        }
+
+    def block_bounds(self, of: Scored) -> Tensor:
+        """The table of query blocks, or any tensor."""
+        return of.queries.tokens if self.intervals is None else self.intervals.blocks
+
+    def call_arguments(self, of: Scored) -> list[Any]:
+        """Those of the kernels that say of which call."""
+        geometry = self.geometry
+        return [
+            batch_stride(self.block_bounds(of)),
+            self.heads.start,
+            reach_of(geometry, self.q_blocks),
+            geometry.q_len,
+            geometry.kv_len,
+            geometry.causal_offset or 0,
+            of.keys.shape[1],
+            of.keys.shape[3],
+            self.scale * math.log2(math.e),
+        ]
+
+    def call_constants(self, of: Scored) -> dict[str, Any]:
+        """Those of the kernels that say of which call, and how they are compiled."""
+        return {
+            "BLOCK": self.geometry.block_size,
+            "CAUSAL": self.geometry.causal_offset is not None,
+            "EXACT": of.keys.dtype == torch.float32,
+            "ROWS": self.tile(of).rows,
+            "WIDTH": power_of_two(of.keys.shape[3]),
+            "INTERVALS": self.intervals is not None,
+            "MAPPED": _is_mapped(of.keys),
+        }
+
+
+def _is_mapped(keys: Tensor) -> bool:
+    """Whether a unit of its own reads the keys."""
+    return gpu_of(keys.device).reads_tensor_maps and keys.dtype != torch.float32
+
+
 def score(
-    queries: Rows,
-    keys: Tensor,
-    key_group: int,
-    columns: int,
+    scored: Scored,
     *,
     geometry: BlockGeometry,
     heads: slice,
     q_blocks: slice,
     scale: float,
     intervals: IntervalTables | None = None,
-    sampled: bool = False,
     table: Tensor | None = None,
-    steady: bool = False,
 ) -> Masses:
     """Computes each row's summed exponentials in each key block.
 
     Args:
-        queries: Composite or picked query rows of every head and query block.
-        keys: [B, Hkv, C, D] keys, or composite keys, interleaved as `held_blocks` says; such as
-            `supports_descriptor` accepts.
-        key_group: Keys to a composite key; 1 for the keys themselves.
-        columns: Composite keys that exist.
+        scored: Rows and keys.
         geometry: The block grid.
         heads: Which of the B * Hkv key heads.
         q_blocks: Which query blocks.
         scale: Factor on the logits, above 0.
         intervals: What the geometry's mask hides, where it has one.
-        sampled: Whether the queries were picked, not pooled.
-        table: int32 [pages of the sequence] in order, where ``keys`` are those of a paged cache,
-            [all pages, Hkv, page, D], and of one sequence. Then `supports_pages` of them.
-        steady: Whether work is split alike at every length, so that lengths share one compilation.
+        table: int32 [pages of the sequence] in order, where keys lie in pages, in which lengths
+            share a compilation: work is split alike at every length. Single keys are then those of
+            the cache, [all pages, Hkv, page, D], such as `supports_pages` accepts.
 
     Returns:
         The masses; what is hidden from a whole query block is left unset.
     """
-    block_rows = queries.tokens.shape[1] // geometry.num_q_blocks
-    rows = block_rows * (q_blocks.stop - q_blocks.start)
-    count = heads.stop - heads.start
-    tile = tile_of(keys, rows * count)
-    page = 0 if table is None else keys.shape[2]
-    if key_group == 1:
-        # Keys themselves are not interleaved: a tile holds those of one block.
-        tile = replace(tile, columns=min(tile.columns, geometry.block_size))
-    row_tiles = -(-rows // tile.rows)
-    wanted = PROGRAMS_WANTED_OF_KEYS if key_group == 1 else PROGRAMS_WANTED
-    splits = splits_of(row_tiles * count, -(-columns // tile.columns), wanted)
-    if steady:
-        splits = MOST_SPLITS if key_group == 1 or tile.rows <= 64 else STEADY_SPLITS
-    exact = keys.dtype == torch.float32
-    blocks = reach_of(geometry, q_blocks)
-    width = power_of_two(keys.shape[3])
-    masses = Masses(
-        empty(keys, (count, blocks, rows), torch.float32 if exact else torch.bfloat16),
-        empty(keys, (count, 4, splits, rows), torch.float32),
-    )
-    bounds = block_bounds = weights = queries.tokens
-    if intervals is not None:
-        bounds = intervals.samples if sampled else intervals.composites
-        weights = intervals.key_valid.view(torch.uint8) if key_group == 1 else intervals.key_weights
-        block_bounds = intervals.blocks
-    mapped = gpu_of(keys.device).reads_tensor_maps and not exact
-    box = [1, 1, tile.columns, width]
+    turn = _Turn(geometry, heads, q_blocks, scale, intervals, steady=table is not None)
+    masses = turn.masses(scored)
+    paged = table is not None and scored.sampled
     _launch(
-        (row_tiles, splits, count),
-        queries.tokens,
-        TensorDescriptor(keys, keys.shape, keys.stride(), box) if mapped else keys,
-        masses.blocks,
-        masses.totals,
-        bounds,
-        block_bounds,
-        weights,
-        queries.tokens if table is None else table,
-        queries.tokens.stride(0),
-        *((0, 0, 0) if mapped else keys.stride()[:3]),
-        *(batch_stride(table) for table in (bounds, block_bounds, weights)),
-        heads.start,
-        q_blocks.start * block_rows,
-        rows,
-        keys.shape[2],
-        columns,
-        blocks,
-        geometry.q_len,
-        geometry.kv_len,
-        geometry.causal_offset or 0,
-        keys.shape[1],
-        keys.shape[3],
-        scale * math.log2(math.e),
-        block_rows,
-        BLOCK=geometry.block_size,
-        ROW_GROUP=queries.size,
-        KEY_GROUP=key_group,
-        CAUSAL=geometry.causal_offset is not None,
-        EXACT=exact,
-        ROWS=tile.rows,
-        COLS=tile.columns,
-        WIDTH=width,
-        SPLITS=splits,
-        INTERVALS=intervals is not None,
-        MAPPED=mapped,
-        PAGE=page,
-        **tile.options(),
+        turn.programs(scored),
+        *turn.arguments(scored, masses),
+        turn.block_bounds(scored),
+        table if paged else scored.queries.tokens,
+        *turn.call_arguments(scored),
+        **turn.constants(scored),
+        **turn.call_constants(scored),
+        PAGE=scored.keys.shape[2] if paged else 0,
+        **turn.tile(scored).options(),
+    )
+    return masses
+
+
+def score_both(
+    coarse: Scored,
+    fine: Scored,
+    *,
+    geometry: BlockGeometry,
+    heads: slice,
+    q_blocks: slice,
+    scale: float,
+    intervals: IntervalTables | None = None,
+) -> tuple[Masses, Masses]:
+    """`score` for composite rows and for sampled ones, in one launch where both are few."""
+    turn = _Turn(geometry, heads, q_blocks, scale, intervals)
+    few = max(turn.rows(coarse), turn.rows(fine)) * turn.count <= FEW_ROWS
+    if not few or fine.keys.dtype == torch.float32:
+        # In larger tiles, and in float32, registers do not suffice for a program that knows both.
+        options: dict[str, Any] = {"geometry": geometry, "heads": heads, "q_blocks": q_blocks}
+        options |= {"scale": scale, "intervals": intervals}
+        return score(coarse, **options), score(fine, **options)
+    masses = turn.masses(coarse), turn.masses(fine)
+    parts = ("FINE_", fine), ("COARSE_", coarse)
+    _launch_both(
+        (sum(math.prod(turn.programs(part)) for part in (fine, coarse)), 1, 1),
+        *turn.arguments(fine, masses[1]),
+        *turn.arguments(coarse, masses[0]),
+        turn.block_bounds(fine),
+        *turn.call_arguments(fine),
+        turn.count,
+        **{p + name: value for p, part in parts for name, value in turn.constants(part).items()},
+        **turn.call_constants(fine),
+        **turn.tile(coarse).options(),
     )
     return masses

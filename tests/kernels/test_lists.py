@@ -268,17 +268,17 @@ def test_turns_cover_every_query_block_once_within_the_scratch(
 def test_splits_change_nothing(kernels: Kernels, causal: bool) -> None:
     call = fixed_call(70, 600, causal=causal, top_p=0.7, c_h=2, sampled_queries=2)
     query, key = call.query_key()
-    score = kernels.lists.score
+    score = kernels.lists._score
     splits = []
 
     def record(*arguments: Any, **keywords: Any) -> Any:
-        masses = score(*arguments, **keywords)
-        splits.append(masses.totals.shape[2])
-        return masses
+        both = score(*arguments, **keywords)
+        splits.extend(masses.totals.shape[2] for masses in both)
+        return both
 
     for programs in (1, 10**6):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels.lists, "score", record)
+            patch.setattr(kernels.lists, "_score", record)
             patch.setattr(kernels.score, "PROGRAMS_WANTED", programs)
             patch.setattr(kernels.score, "PROGRAMS_WANTED_OF_KEYS", programs)
             assert_selects(call, run(kernels, call, query, key), query, key)

@@ -72,8 +72,9 @@ def assert_masses(
         block_size=SIZE,
         step=step,
     )
+    scored = kernels.score.Scored(rows, key, 1, key.shape[2], sampled=True)
     masses = kernels.score.score(
-        rows, key, 1, key.shape[2], geometry=geometry, heads=heads, q_blocks=q_blocks, scale=0.25
+        scored, geometry=geometry, heads=heads, q_blocks=q_blocks, scale=0.25
     )
     per_block = SIZE // step
     weights = row_weights(query, key, offset, step)[
@@ -166,10 +167,7 @@ def test_composite_keys_weigh_as_many_keys_as_they_stand_for(
         held=held,
     )
     masses = kernels.score.score(
-        rows,
-        pooled.tokens[None],
-        c_k,
-        -(-kv_len // c_k),
+        kernels.score.Scored(rows, pooled.tokens[None], c_k, -(-kv_len // c_k)),
         geometry=geometry,
         heads=slice(0, 1),
         q_blocks=slice(0, 2),
