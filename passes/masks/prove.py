@@ -40,12 +40,13 @@ from .given import GivenTensors
 from .kinds import describe_mask
 from .proved_mask import ProvedMask
 from .readers import HANDLERS, Lifter
-from .values import Absolute, Choice
+from .values import Absolute, Choice, is_one
 
 COORDINATES = ("b", "h", "q", "kv")
 # Far beyond what masks say; a formula this long costs more than it saves.
 MAX_TEXT = 2000
 MAX_NUMBER = 2**30
+ZERO = Affine()
 
 
 class Unproved(StrEnum):
@@ -183,6 +184,8 @@ def lift_mask(
     ours = {Coordinate(f"d{i}"): variable(Coordinate(name)) for i, name in enumerate(names)}
     expr = replace_atoms(value, ours.get)  # type: ignore[arg-type]
     expr = _simplified(expr, dict(zip(COORDINATES, shape, strict=True)))
+    if is_one(shape[0]):
+        expr = _at_batch(expr)
     reason = _refuse(expr, mask.device)
     if reason is not None:
         return reason
@@ -210,6 +213,27 @@ def _simplified(expr: Bool, shape: dict[str, Any]) -> Bool:
         return part
 
     return map_parts(expr, decide)
+
+
+def _at_batch(expr: Bool) -> Bool:
+    """The same in a batch of one: entry 0 of a dimension of one is the batch element's.
+
+    A graph of one batch element reads entry 0. FlashAttention-4's template takes no number there.
+    """
+    own = variable(Coordinate("b"))
+
+    def read(atom: Any) -> Affine | None:
+        if not isinstance(atom, Load):
+            return None
+        tensor = recorded(atom.source)
+        sizes = (None,) * len(atom.index) if tensor is None else tensor.shape
+        index = tuple(
+            own if part == ZERO and is_one(size) else replace_in(part, read)
+            for part, size in zip(atom.index, sizes, strict=True)
+        )
+        return variable(Load(atom.source, index))
+
+    return replace_atoms(expr, read)
 
 
 def _refuse(expr: Bool, device: torch.device) -> Unproved | None:

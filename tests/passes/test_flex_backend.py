@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -16,6 +17,8 @@ from unisparse_flex.passes.calls.config import SparseConfig
 from unisparse_flex.passes.calls.sdpa import SdpaCall
 from unisparse_flex.passes.decision import flex_support as flex_backend
 from unisparse_flex.passes.decision.flex_support import flash_obstacle
+
+from .lifting import Graph, Mask, Masked, assert_lifts
 
 
 def on_cuda(
@@ -120,6 +123,35 @@ def test_flash_needs_its_package_and_its_architectures(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(flex_backend, "is_flash_installed", lambda: False)
     assert "pip install" in str(flash_obstacle(call(), 128))
+
+
+def padded(query: Tensor, key: Tensor, ids: Tensor) -> Tensor:
+    row, column = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])
+    return ((column <= row) & (ids > 0)[:, None, :])[:, None]
+
+
+def documents(query: Tensor, key: Tensor, ids: Tensor) -> Tensor:
+    return padded(query, key, ids) & (ids[:, :, None] == ids[:, None, :])[:, None]
+
+
+def images(query: Tensor, key: Tensor, ids: Tensor) -> Tensor:
+    same = (ids[:, :, None] == ids[:, None, :]) & (ids[:, None, :] % 3 == 1)
+    return padded(query, key, ids) | same[:, None]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("mask", [padded, documents, images])
+def test_a_compiled_batch_of_one_is_read_as_flash_can(mask: Mask, batch: int, hopper: None) -> None:
+    query, key, _ = (tensor[:1].expand(batch, -1, -1, -1).contiguous() for tensor in qkv(50))
+    ids = torch.arange(50).expand(batch, -1) // 7
+    graph = Graph(Masked(mask), dynamic=False)
+    graph.run(query, key, ids)
+    lifted = assert_lifts(graph, graph.calls[0])
+    made = masked(mask=lifted.text, mask_tensors=list(lifted.tensors))
+    obstacle = flash_obstacle(made, 128)
+    # A dimension of one that is not the batch is left: nothing but a number can stand there.
+    left = batch > 1 and mask is images
+    assert obstacle is None if not left else "got a number" in (obstacle or "")
 
 
 def test_flash_needs_inference(hopper: None) -> None:
