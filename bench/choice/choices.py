@@ -61,6 +61,8 @@ ORDERS: dict[str, OrderKind | None] = {
     "weight16": OrderKind(order=orders.by_weight(16), rows=32),
     "highest": OrderKind(order=orders.by_weight(4, highest=True), rows=8),
     "heavy128": OrderKind(order=orders.heavy_first(4, 128), rows=8),
+    "heavy128x1": OrderKind(order=orders.heavy_first(1, 128), rows=2),
+    "heavy64x1": OrderKind(order=orders.heavy_first(1, 64), rows=2),
     "heavy256": OrderKind(order=orders.heavy_first(4, 256), rows=8),
     "heavy512": OrderKind(order=orders.heavy_first(4, 512), rows=8),
     "content": OrderKind(order=orders.by_content(), key_passes=_halvings()),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--texts", default="topics,code,prose")
     parser.add_argument("--seed", type=int, default=0, help="of the excerpts")
     parser.add_argument("--choices", default=DEFAULT)
-    parser.add_argument("--choices-file", type=Path, help="more of them, one a line")
+    parser.add_argument(
+        "--choices-file", type=Path, help="instead: one a line, own thresholds after it"
+    )
     parser.add_argument("--thresholds", type=numbers(float), default=(0.006, 0.003, 0.012))
     parser.add_argument("--ids", type=Path, help="tokens of the texts, as --encode wrote them")
     parser.add_argument("--encode", type=Path, help="writes the tokens of the texts, no more")
@@ -58,11 +61,11 @@ def main(arguments: list[str] | None = None) -> None:
         found = {name: _encode(options, name) for name in texts}
         torch.save({name: ids.cpu() for name, ids in found.items()}, options.encode)
         return
-    lines = options.choices.split(",") if options.choices_file is None else []
+    lines = options.choices.split(",")
     if options.choices_file is not None:
-        lines += options.choices_file.read_text().split("\n")
+        lines = options.choices_file.read_text().splitlines()
     try:
-        choices = [Choice.parse(line.strip()) for line in lines if line.strip()]
+        settings = [_setting(line, options.thresholds) for line in lines if line.strip()]
     except ValueError as error:
         parser.error(str(error))
 
@@ -87,14 +90,23 @@ def main(arguments: list[str] | None = None) -> None:
             ids = stored[text] if stored else _encode(options, text)
             ids = ids[:, : options.tokens].to(device)
             readings[text] = Reading(model, chooser, ids, options.judged)
-        for threshold in options.thresholds:
-            for choice in choices:
+        for place in range(max(len(thresholds) for _, thresholds in settings)):
+            for choice, thresholds in settings:
+                if place >= len(thresholds):
+                    continue
+                threshold = thresholds[place]
                 for text, reading in readings.items():
                     if record.stop_if_over():
                         return
                     row = {"choice": choice.name, "threshold": threshold, "text": text}
                     judge = partial(reading.judge, choice, threshold)
                     record.add(row | (guarded(row, "judge", judge) or {}))
+
+
+def _setting(line: str, thresholds: Sequence[float]) -> tuple[Choice, Sequence[float]]:
+    """A choice and its thresholds, which may stand after it."""
+    name, *own = line.split()
+    return Choice.parse(name), numbers(float)(own[0]) if own else thresholds
 
 
 class Reading:
@@ -125,6 +137,7 @@ class Reading:
         return {
             "density": sum(densities) / len(densities),
             "kl": kl if math.isfinite(kl) else None,
+            "dense_perplexity": self.perplexity,
             "perplexity_ratio": compute_perplexity(found, self.targets) / self.perplexity,
             "score_rows": sum(rows) / len(rows),
             "densities": [round(density, 4) for density in densities],

@@ -20,6 +20,8 @@ from .parts import BLOCK
 
 RATES = "rates-cuda-sm90.json"
 ITEM = 2
+# Sorting rows: read to be placed, read and written in order; two outputs read, and merged.
+QUERY_PASSES = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +54,7 @@ class Clock:
         row: Selection for each row of a block that meets every key.
         launch: What a further stage pays to begin.
         keys: Reading the keys once.
+        queries: Reading the queries once.
         attend: Block-sparse attention by density.
     """
 
@@ -60,6 +63,7 @@ class Clock:
     row: float
     launch: float
     keys: float
+    queries: float
     attend: Sequence[tuple[float, float]]
 
     @classmethod
@@ -85,6 +89,7 @@ class Clock:
             row=slope,
             launch=rates["select_launch"],
             keys=size / rates["bandwidth"],
+            queries=size * shape.q_heads / shape.kv_heads / rates["bandwidth"],
             attend=sorted(attend.items()),
         )
 
@@ -96,6 +101,8 @@ class Clock:
             # Keys and values are read and written once.
             passes = order.key_passes + 4
             found += self.launch + self.row * order.rows + passes * self.keys
+        if choice.sorts_rows:
+            found += self.launch + QUERY_PASSES * self.queries
         return found
 
     def attending(self, density: float) -> float:

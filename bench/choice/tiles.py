@@ -1,7 +1,7 @@
 """Block-sparse attention by the sizes of its blocks: FlexAttention's Triton kernel on a GPU.
 
-python -m bench.choice.tiles [--shapes 32-8-128,9-3-64] [--tokens 8192,32768]
-    [--tiles 128x128,128x64] [--densities 0.15,0.3]
+python -m bench.choice.tiles [--cases HEADS-KVHEADS-DIM:TOKENS,...:ROWSxKEYS,... ...]
+    [--densities 0.15,0.3]
 
 Blocks are kept at random, those on the diagonal always; every row block of a head keeps as many
 for its length. Rows of the file have the density that was kept, over the pairs of causal attention.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +21,50 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ..record import FOLDER, Record, guarded, numbers
-from ..timing import measure
+from ..timing import measure_in_graph
 from .parts import Tile
+
+CASES = (
+    "32-8-128:8192,32768:128x128,128x64,64x64",
+    "9-3-64:8192:128x128,128x64,64x64",
+    "4-1-256:32768:128x128,128x64,64x64,64x32",
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.choice.tiles", description=__doc__)
-    parser.add_argument("--shapes", default="32-8-128,9-3-64,4-1-256")
-    parser.add_argument("--tokens", type=numbers(int), default=(8192, 32768))
-    parser.add_argument("--tiles", default="128x128,128x64,64x64,64x32")
+    parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--densities", type=numbers(float), default=(0.15, 0.3))
     parser.add_argument("--max-seconds", type=float, default=120.0)
     parser.add_argument("--output", type=Path, default=FOLDER / "choice-tiles-cuda-sm90.json")
     options = parser.parse_args(arguments)
     record = Record.create("bench.choice.tiles", "cuda", options.output, options.max_seconds)
     with record.stopping():
-        for shape in options.shapes.split(","):
+        for case in options.cases:
+            shape, lengths, tiles = case.split(":")
             heads, kv_heads, width = map(int, shape.split("-"))
-            for text in options.tiles.split(","):
-                tile = Tile(**dict(zip(("rows", "keys"), map(int, text.split("x")), strict=True)))
+            for tokens, tile in product(map(int, lengths.split(",")), tiles.split(",")):
+                torch._dynamo.reset()
                 attend = torch.compile(_attend, dynamic=False)
-                for tokens in options.tokens:
-                    for density in options.densities:
-                        if record.stop_if_over():
-                            return
-                        row: dict[str, Any] = {
-                            "q_heads": heads,
-                            "kv_heads": kv_heads,
-                            "head_dim": width,
-                            "length": tokens,
-                            "tile": text,
-                        }
-                        run = partial(
-                            _time, attend, (heads, kv_heads, width), tokens, tile, density
-                        )
-                        record.add(row | (guarded(row, "time", run) or {}))
+                for density in options.densities:
+                    if record.stop_if_over():
+                        return
+                    row: dict[str, Any] = {
+                        "q_heads": heads,
+                        "kv_heads": kv_heads,
+                        "head_dim": width,
+                        "length": tokens,
+                        "tile": tile,
+                    }
+                    shaped = (heads, kv_heads, width)
+                    run = partial(_time, attend, shaped, tokens, parse_tile(tile), density)
+                    record.add(row | (guarded(row, "time", run) or {}))
+
+
+def parse_tile(text: str) -> Tile:
+    """``128x64``: rows and keys."""
+    rows, keys = map(int, text.split("x"))
+    return Tile(rows=rows, keys=keys)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, options: Any) -> Any:
@@ -75,7 +85,9 @@ def _time(
     # What FlexAttention takes on Hopper by itself, as far as the blocks allow it.
     rows, keys = {64: (128, 128), 128: (128, 64), 256: (64, 32)}[width]
     options = {"BLOCK_M": min(rows, tile.rows), "BLOCK_N": min(keys, tile.keys)}
-    seconds = measure(lambda: attend(query, key, value, mask, options), "cuda", least=5, budget=0.2)
+    with torch.no_grad():
+        attend(query, key, value, mask, options)
+        seconds = measure_in_graph(lambda: attend(query, key, value, mask, options))
     p20, p50, p80 = (seconds[len(seconds) * part // 100] for part in (20, 50, 80))
     return {"density": kept, "p20": p20, "p50": p50, "p80": p80, "kernel": options}
 
