@@ -121,7 +121,7 @@ def random_blocks(heads: int, tokens: int, tile: Tile, density: float) -> tuple[
 
 def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Numbers of blocks, and the blocks of each row first."""
-    order = blocks.int().argsort(-1, descending=True, stable=True)
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.int().contiguous()
 
 
