@@ -1,7 +1,9 @@
 """Scoring and selection in Triton."""
 
+from .decode_rule import DecodeRule
 from .operator import (
     MEASURED,
+    choose_units,
     name_pages,
     obstacle,
     pool_keys,
@@ -17,7 +19,9 @@ from .settings import KernelSettings, settings_of
 
 __all__ = [
     "MEASURED",
+    "DecodeRule",
     "KernelSettings",
+    "choose_units",
     "gpu_kind",
     "known_failure",
     "name_pages",

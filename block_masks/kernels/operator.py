@@ -124,7 +124,7 @@ def select_lists_from_pages(
         query: [1, Hq, Sq, D].
         pages: [all pages, Hkv, P, D], for which `supports_pages` holds.
         table: int32 [n], the sequence's pages in order.
-        means: See `pages.create_means`.
+        means: [all pages, Hkv, R, D], those of `pages.PageSummaries`.
         settings: How blocks are scored, and which are kept.
         geometry: The block grid, without a mask.
         scale: Factor on the logits, above 0.
@@ -150,12 +150,14 @@ def supports_pages(pages: Tensor, block_size: int) -> bool:
     return supports(pages, block_size)
 
 
-def summarize_pages(pages: Tensor, means: Tensor, slots: Tensor) -> None:
-    """`pages.summarize_pages` on the GPU."""
+def summarize_pages(
+    pages: Tensor, values: Tensor, slots: Tensor, *, group: int, has_spread: bool
+) -> None:
+    """`pages.PageSummaries.update` on the GPU."""
     from .pages import summarize
 
     with on_device(pages.device):
-        summarize(pages, means, slots)
+        summarize(pages, values, slots, group=group, has_spread=has_spread)
 
 
 def name_pages(lists: BlockLists, table: Tensor, *tensors: Tensor, **settings: Any) -> None:
@@ -164,6 +166,14 @@ def name_pages(lists: BlockLists, table: Tensor, *tensors: Tensor, **settings: A
 
     with on_device(table.device):
         launch(lists, table, *tensors, **settings)
+
+
+def choose_units(query: Tensor, *tensors: Tensor, **settings: Any) -> None:
+    """`pages.choose_units` on the GPU; the arguments are those of its kernels' launcher."""
+    from .decode import choose_units as launch
+
+    with on_device(query.device):
+        launch(query, *tensors, **settings)
 
 
 def prepare_mask(

@@ -22,7 +22,7 @@ TOKENS = 16
 @triton.jit(do_not_specialize=["count"])
 def _summarize(
     keys,
-    means,
+    values,
     slots,
     stride_page,
     stride_head,
@@ -33,28 +33,51 @@ def _summarize(
     TOKENS: tl.constexpr,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
+    SPREAD: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Means of every GROUP keys of the pages whose last key is among the slots."""
+    """Summaries of every GROUP keys of the pages whose last key is among the slots.
+
+    With SPREAD also of pages that are being filled, and deviations beside the means.
+    """
     head = tl.program_id(1)
     column = tl.arange(0, WIDTH)
     inside = (column < head_dim)[None, :]
     groups: tl.constexpr = PAGE // GROUP
+    parts: tl.constexpr = groups + 1 if SPREAD else groups
     for i in range(TOKENS):
         token = tl.program_id(0) * TOKENS + i
         slot = tl.load(slots + token, mask=token < count, other=-1)
-        if (slot >= 0) & (slot % PAGE == PAGE - 1):
+        is_last = slot % PAGE == PAGE - 1
+        if SPREAD:
+            behind = tl.load(slots + token + 1, mask=token + 1 < count, other=-1)
+            is_last = is_last | (behind != slot + 1)
+        if (slot >= 0) & is_last:
             page = (slot // PAGE).to(tl.int64)
             base = keys + page * stride_page + head.to(tl.int64) * stride_head
             row = tl.arange(0, PAGE).to(tl.int64)
+            held = (row <= slot % PAGE)[:, None]
             at = base + row[:, None] * stride_row + column[None, :]
-            key = tl.load(at, mask=inside & (row < PAGE)[:, None], other=0.0).to(tl.float32)
-            mean = tl.sum(tl.reshape(key, [groups, GROUP, WIDTH]), 1) / GROUP
+            key = tl.load(at, mask=inside & held, other=0.0).to(tl.float32)
+            key = tl.reshape(key, [groups, GROUP, WIDTH])
+            order = tl.arange(0, groups)
+            size = tl.minimum(tl.maximum(slot % PAGE + 1 - order * GROUP, 1), GROUP)
+            size = size.to(tl.float32)[:, None]
+            mean = tl.sum(key, 1) / size
+            line = (page * heads + head) * parts + order
+            out = values + line[:, None] * head_dim + column[None, :]
             # As composite keys that are pooled in place.
-            mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
-            line = (page * heads + head) * groups + tl.arange(0, groups)
-            out = means + line[:, None] * head_dim + column[None, :]
-            tl.store(out, mean.to(means.dtype.element_ty), mask=inside)
+            finite = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
+            tl.store(out, finite.to(values.dtype.element_ty), mask=inside)
+            if SPREAD:
+                here = tl.reshape(held.to(tl.int1), [groups, GROUP, 1])
+                apart = tl.where(here, key - mean[:, None, :], 0.0)
+                squares = tl.sum(tl.sum(apart * apart, 1), 0)
+                spread = tl.sqrt(squares / (slot % PAGE + 1).to(tl.float32))
+                spread = tl.where(spread < float("inf"), spread, float("nan"))
+                line = (page * heads + head) * parts + groups
+                at = values + line * head_dim + column
+                tl.store(at, spread.to(values.dtype.element_ty), mask=column < head_dim)
 
 
 @triton.jit(do_not_specialize=["length", "composites"], do_not_specialize_on_alignment=["table"])
@@ -70,6 +93,7 @@ def _pool_pages(
     composites,
     heads,
     head_dim,
+    parts,
     PAGE: tl.constexpr,
     OF_MEAN: tl.constexpr,
     GROUP: tl.constexpr,
@@ -82,13 +106,12 @@ def _pool_pages(
     inside = column < head_dim
     first = composite * GROUP
     total = tl.zeros([WIDTH], dtype=tl.float32)
-    per_page: tl.constexpr = PAGE // OF_MEAN
     if (first + GROUP - 1) // PAGE * PAGE + PAGE <= length:
         # Every page that it touches is finished.
         for i in tl.static_range(GROUP // OF_MEAN):
             key = first + i * OF_MEAN
             page = tl.load(table + key // PAGE).to(tl.int64)
-            line = (page * heads + head) * per_page + key % PAGE // OF_MEAN
+            line = (page * heads + head) * parts + key % PAGE // OF_MEAN
             at = means + line * head_dim + column
             total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         total = total / (GROUP // OF_MEAN)
@@ -166,19 +189,23 @@ _launch_pool = Launch(_pool_pages)
 _launch_names = Launch(_name_pages)
 
 
-def summarize(pages: Tensor, means: Tensor, slots: Tensor) -> None:
-    """Fills the means of the pages that were finished; `pages.summarize_pages` on the GPU.
+def summarize(
+    pages: Tensor, values: Tensor, slots: Tensor, *, group: int, has_spread: bool
+) -> None:
+    """Brings summaries up to date; `pages.PageSummaries.update` on the GPU.
 
     Args:
         pages: [all pages, Hkv, P, D], numbers of a key side by side; P is a power of two.
-        means: [all pages, Hkv, P / group, D], contiguous.
+        values: [all pages, Hkv, parts, D], contiguous.
         slots: int64 [tokens]: page * P + place of keys that were written; below 0 for none.
+        group: Keys of a mean, a power of two.
+        has_spread: Whether deviations are kept, and pages followed as they fill.
     """
     count, heads = slots.shape[0], pages.shape[1]
     _launch_summarize(
         (-(-count // TOKENS), heads, 1),
         pages,
-        means,
+        values,
         slots,
         *pages.stride()[:3],
         count,
@@ -186,7 +213,8 @@ def summarize(pages: Tensor, means: Tensor, slots: Tensor) -> None:
         pages.shape[3],
         TOKENS=TOKENS,
         PAGE=pages.shape[2],
-        GROUP=pages.shape[2] // means.shape[2],
+        GROUP=group,
+        SPREAD=has_spread,
         WIDTH=power_of_two(pages.shape[3]),
         num_warps=4,
         enable_fp_fusion=True,
@@ -201,7 +229,8 @@ def pool_pages(
     Args:
         pages: As `summarize` takes them.
         table: int32 [n], the sequence's pages in order.
-        means: As `summarize` takes them, those of finished pages up to date.
+        means: [all pages, Hkv, R, D], those of finished pages up to date; the means of a page's
+            heads may lie further apart than R.
         length: Keys of the sequence.
         group: Keys per composite key, a multiple of those of a mean.
         groups: Composite keys in the result.
@@ -219,6 +248,7 @@ def pool_pages(
         groups,
         heads,
         head_dim,
+        means.stride(1) // head_dim,
         PAGE=page,
         OF_MEAN=page // means.shape[2],
         GROUP=group,

@@ -1,17 +1,21 @@
-"""Keys in the pages of a cache: their means, a selection from them, the pages of its blocks."""
+"""Keys in the pages of a cache: their summaries, a selection from them, the pages of its blocks."""
 
-from .means import create_means, mean_group, summarize_pages
+from .decode import DecodeSelector, choose_units, estimate_masses, keep_units
 from .paged_keys import PagedKeys
 from .select import paged_obstacle, select_from_pages
+from .summaries import PageSummaries, mean_group
 from .tables import PageTables, name_pages
 
 __all__ = [
+    "DecodeSelector",
+    "PageSummaries",
     "PageTables",
     "PagedKeys",
-    "create_means",
+    "choose_units",
+    "estimate_masses",
+    "keep_units",
     "mean_group",
     "name_pages",
     "paged_obstacle",
     "select_from_pages",
-    "summarize_pages",
 ]

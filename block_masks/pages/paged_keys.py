@@ -21,7 +21,7 @@ class PagedKeys:
         pages: [all pages, Hkv, P, D], a view of the cache with the pages of every sequence.
         table: int32 [n], the pages of this one in order; n is at least ceil(length / P).
         length: Its keys.
-        means: See `create_means`; up to date for its finished pages.
+        means: [all pages, Hkv, R, D] of `PageSummaries`, up to date for its finished pages.
     """
 
     pages: Tensor

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unisparse_flex.block_masks.pages import PagedKeys, create_means, mean_group, summarize_pages
+from unisparse_flex.block_masks.pages import PagedKeys, PageSummaries, mean_group
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,14 @@ class Cache:
         value: [1, Hkv, S, D].
         packed: [pages, Hkv, P, 2 * D], the cache; what no sequence wrote is NaN.
         keys: The keys as they lie there, means up to date.
+        summaries: Those of all pages.
     """
 
     key: Tensor
     value: Tensor
     packed: Tensor
     keys: PagedKeys
+    summaries: PageSummaries
 
 
 def fill_cache(
@@ -35,6 +37,7 @@ def fill_cache(
     c_k: int,
     heads_inside: bool = False,
     chunk: int | None = None,
+    has_spread: bool = False,
 ) -> Cache:
     """Writes a sequence into shuffled pages, in chunks as an engine does.
 
@@ -45,6 +48,7 @@ def fill_cache(
         c_k: Keys per composite key.
         heads_inside: Whether the heads of a token lie side by side in memory.
         chunk: Keys that are written at a time; all by default.
+        has_spread: Whether summaries are those that decoding asks for.
     """
     heads, length, head_dim = key.shape[1:]
     used = -(-length // page)
@@ -57,13 +61,14 @@ def fill_cache(
         packed = key.new_full(shape, torch.nan)
     table = table.to(key.device)
     pages = packed[..., :head_dim]
-    means = create_means(pages, mean_group(c_k, page))
+    summaries = PageSummaries.create(pages, mean_group(c_k, page), has_spread=has_spread)
     token = torch.arange(length, device=key.device)
     slots = table[token // page] * page + token % page
     both = torch.cat([key, value], -1)[0].transpose(0, 1)
     for start in range(0, length, chunk or length):
         part = slots[start : start + (chunk or length)]
         packed[part // page, :, part % page] = both[start : start + (chunk or length)]
-        summarize_pages(pages, means, part)
+        summaries.update(part)
+    means = summaries.means
     keys = PagedKeys(pages=pages, table=table.to(torch.int32), length=length, means=means)
-    return Cache(key=key, value=value, packed=packed, keys=keys)
+    return Cache(key=key, value=value, packed=packed, keys=keys, summaries=summaries)

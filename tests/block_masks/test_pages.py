@@ -13,12 +13,11 @@ from unisparse_flex import UniSparse
 from unisparse_flex.block_masks import BlockGeometry, BlockSelection, default_scale, pool_tokens
 from unisparse_flex.block_masks.pages import (
     PagedKeys,
+    PageSummaries,
     PageTables,
-    create_means,
     name_pages,
     paged_obstacle,
     select_from_pages,
-    summarize_pages,
 )
 from unisparse_flex.selectors import StreamingLLM
 
@@ -61,12 +60,13 @@ def test_composites_of_pages_are_those_of_the_keys(
 
 def test_a_page_that_another_sequence_takes_over_has_its_own_mean() -> None:
     pages = tokens(3, 1, 16, HEAD_DIM)
-    means = create_means(pages, 16)
-    summarize_pages(pages, means, torch.arange(48))
+    summaries = PageSummaries.create(pages, 16)
+    means = summaries.means
+    summaries.update(torch.arange(48))
     pages[1] = 7.0
-    summarize_pages(pages, means, torch.arange(16, 31))
+    summaries.update(torch.arange(16, 31))
     assert not torch.equal(means[1], torch.full_like(means[1], 7.0))
-    summarize_pages(pages, means, torch.tensor([31, -1]))
+    summaries.update(torch.tensor([31, -1]))
     assert torch.equal(means[1], torch.full_like(means[1], 7.0))
     torch.testing.assert_close(means[0], pages[0].mean(1, keepdim=True))
 
@@ -74,9 +74,9 @@ def test_a_page_that_another_sequence_takes_over_has_its_own_mean() -> None:
 def test_an_infinite_key_makes_its_mean_nan() -> None:
     pages = tokens(1, 1, 16, HEAD_DIM)
     pages[0, 0, 3, 2] = torch.inf
-    means = create_means(pages, 16)
-    summarize_pages(pages, means, torch.tensor([15]))
-    assert means[0, 0, 0].isnan().tolist() == [i == 2 for i in range(HEAD_DIM)]
+    summaries = PageSummaries.create(pages, 16)
+    summaries.update(torch.tensor([15]))
+    assert summaries.means[0, 0, 0].isnan().tolist() == [i == 2 for i in range(HEAD_DIM)]
 
 
 @settings(max_examples=25)
@@ -197,6 +197,6 @@ def test_keys_are_gathered_in_order() -> None:
         pages=pages,
         table=torch.tensor([2, 0, 3], dtype=torch.int32),
         length=5,
-        means=create_means(pages, 2),
+        means=PageSummaries.create(pages, 2).means,
     )
     assert keys.gather().flatten().tolist() == [2, 2, 0, 0, 3]

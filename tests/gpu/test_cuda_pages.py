@@ -11,12 +11,11 @@ from unisparse_flex import UniSparse
 from unisparse_flex.block_masks import BlockGeometry, default_scale
 from unisparse_flex.block_masks.block_lists import BlockLists
 from unisparse_flex.block_masks.pages import (
+    PageSummaries,
     PageTables,
-    create_means,
     name_pages,
     paged_obstacle,
     select_from_pages,
-    summarize_pages,
 )
 
 pytestmark = pytest.mark.gpu
@@ -43,9 +42,10 @@ def geometry_of(q_len: int, length: int) -> BlockGeometry:
 def test_means_are_those_of_plain_pytorch(page: int) -> None:
     packed = tokens(9, KV_HEADS, page, 2 * HEAD_DIM, seed=3)
     pages = packed[..., :HEAD_DIM]
-    means = create_means(pages, page)
+    summaries = PageSummaries.create(pages, page)
+    means = summaries.means
     slots = torch.tensor([3 * page - 1, -1, 5 * page - 2, 8 * page - 1], device="cuda")
-    summarize_pages(pages, means, slots)
+    summaries.update(slots)
     finished = torch.tensor([2, 7], device="cuda")
     expected = pages.float().mean(2, keepdim=True)[finished]
     torch.testing.assert_close(means[finished].float(), expected, rtol=2**-7, atol=1e-3)

@@ -7,6 +7,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from unisparse_flex import Calibration, Selector, UniSparse
+from unisparse_flex.block_masks.pages import DecodeSelector
 from unisparse_flex.integrations.vllm import (
     ENTRY_POINT,
     GROUP,
@@ -351,6 +353,23 @@ class TestViews:
                 assert torch.equal(view.value[number, :, 0], cache[page, head, :, 4:])
         assert view.key.data_ptr() == view.pages.data_ptr() == cache.data_ptr()
 
+    @pytest.mark.parametrize("heads_inside", [False, True])
+    @pytest.mark.parametrize("heads", [1, 3])
+    def test_units_of_pages_are_numbered_as_the_steps_say(
+        self, heads: int, heads_inside: bool
+    ) -> None:
+        shape = (5, 16, heads, 8) if heads_inside else (5, heads, 16, 8)
+        cache = torch.randn(shape)
+        cache = cache.transpose(1, 2) if heads_inside else cache
+        view = view_packed(cache, 4)
+        assert isinstance(view, CacheView)
+        assert view.unit == 4
+        for page, head, unit in product(range(5), range(heads), range(4)):
+            at = page * view.steps[0] + head * view.steps[1] + unit * view.steps[2]
+            rows = slice(unit * 4, unit * 4 + 4)
+            assert torch.equal(view.key[at, :, 0], cache[page, head, rows, :4])
+            assert torch.equal(view.value[at, :, 0], cache[page, head, rows, 4:])
+
     def test_other_layouts_are_refused(self) -> None:
         cache = torch.randn(5, 2, 16, 8)
         assert view_packed(cache.mT) is Reason.LAYOUT
@@ -377,13 +396,28 @@ class TestLayerState:
         state.bind(None, torch.empty(0), cache.dtype)
         assert not state.is_bound
         state.bind(None, cache, cache.dtype)
-        means = state.means
-        assert means is not None
-        assert means.shape == (4, 2, 1, 16)
+        summaries = state.summaries
+        assert summaries is not None
+        assert summaries.values.shape == (4, 2, 1, 16)
         state.bind(None, cache, cache.dtype)
-        assert state.means is means
+        assert state.summaries is summaries
         state.bind(None, torch.randn(6, 2, 64, 32), cache.dtype)
-        assert state.means is not means
+        assert state.summaries is not summaries
+
+    def test_decoding_has_units_and_summaries_of_them(self) -> None:
+        decode = DecodeSelector(budget=512)
+        state = LayerState.create("a", impl(), FlashKernel(), UniSparse(), decode=decode)
+        cache = torch.randn(4, 2, 64, 32)
+        state.bind(None, cache, cache.dtype)
+        assert state.summaries is not None
+        assert state.units is not None
+        # A mean of each unit, and a deviation of the page.
+        assert state.summaries.values.shape == (4, 2, 64 // 32 + 1, 16)
+        assert state.units.unit == 32
+        small = LayerState.create("a", impl(), FlashKernel(), UniSparse(), decode=decode)
+        small.bind(None, torch.randn(4, 2, 32, 32), cache.dtype)
+        assert small.summaries is not None
+        assert (small.units, small.decode, small.summaries.has_spread) == (None, None, False)
 
     @pytest.mark.parametrize(
         ("shape", "dtype", "reason"),
@@ -424,7 +458,7 @@ class TestReport:
         assert "1 layers: UniSparse(top_k=4)" in text
         assert "cost model" in text
         assert "pages of 64 keys" in text
-        assert "1.56% of the keys" in text
+        assert "0.78% of the cache" in text
         assert "StreamingLLM reads keys that lie in one piece" in text
         assert "at least 512 keys" in describe(self.states(), Options(min_length=512), "A", None)
 

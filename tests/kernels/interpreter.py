@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-NAMES = ("scratch", "launch", "pool", "pages", "score", "select", "lists")
+NAMES = ("scratch", "launch", "pool", "pages", "decode", "score", "select", "lists")
 PACKAGE = "unisparse_flex.block_masks.kernels"
 
 
@@ -24,6 +24,7 @@ class Kernels:
     launch: Any
     pool: Any
     pages: Any
+    decode: Any
     score: Any
     select: Any
     lists: Any

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.block_masks.paged import Cache, fill_cache
 from unisparse_flex.block_masks.block_lists import BlockLists
 from unisparse_flex.block_masks.kernels import settings_of
-from unisparse_flex.block_masks.pages import PageTables, create_means, name_pages
+from unisparse_flex.block_masks.pages import PageSummaries, PageTables, name_pages
 
 from .calls import KernelCall, fixed_call, run
 from .interpreter import Kernels
@@ -53,15 +53,32 @@ def test_means_are_made_of_finished_pages_alone(
     kernels: Kernels, group: int, dtype: torch.dtype
 ) -> None:
     pages = torch.randn(5, 2, 16, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    means = create_means(pages, group)
+    summaries = PageSummaries.create(pages, group)
+    means = summaries.means
     slots = torch.tensor([-1, 15, 30, 40, *range(64, 80), -1])
-    kernels.pages.summarize(pages, means, slots)
+    kernels.pages.summarize(pages, summaries.values, slots, group=group, has_spread=False)
     expected = pages.float().unflatten(2, (16 // group, group)).mean(3)
     finished = torch.tensor([0, 4])
     # The interpreter rounds to bfloat16 towards 0.
     rtol = 2**-7 if dtype is torch.bfloat16 else 1e-6
     torch.testing.assert_close(means[finished].float(), expected[finished], rtol=rtol, atol=1e-6)
     assert not means[1:4].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", [4, 16])
+def test_summaries_for_decoding_follow_every_token(
+    kernels: Kernels, group: int, dtype: torch.dtype
+) -> None:
+    pages = torch.randn(5, 2, 16, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, expected = (PageSummaries.create(pages, group, has_spread=True) for _ in range(2))
+    for slots in ([-1, 15, 16, 17, 40, *range(62, 80), -1], [18], [19, 41, 0, 1], [-1, -1]):
+        written = torch.tensor(slots)
+        kernels.pages.summarize(pages, found.values, written, group=group, has_spread=True)
+        expected.update(written)
+    assert [bool(part.any()) for part in expected.spreads] == [True, True, True, True, True]
+    rtol = 2**-6 if dtype is torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found.values, expected.values, rtol=rtol, atol=1e-5)
 
 
 @pytest.mark.parametrize("page", [8, 16])

@@ -17,6 +17,7 @@ from unisparse_flex.block_masks import BlockGeometry, UniSparse
 from unisparse_flex.block_masks.kernels import gpu, operator, settings_of
 from unisparse_flex.block_masks.key_intervals import IntervalTables, interval_tables
 from unisparse_flex.block_masks.masks import MaskProgram
+from unisparse_flex.block_masks.pages import DecodeSelector
 
 triton: Any = pytest.importorskip("triton")
 compiler: Any = pytest.importorskip("triton.backends.compiler")
@@ -96,7 +97,12 @@ CALLS = (
     Call(torch.float16, 64, 2048, False, ("fine",)),
     Call(torch.bfloat16, 256, 32768, True, ("fine",)),
     Call(
-        torch.bfloat16, 128, 32768, False, ("fine", "pool_pages", "name_pages", "summarize"), True
+        torch.bfloat16,
+        128,
+        32768,
+        False,
+        ("fine", "pool_pages", "name_pages", "summarize", "estimate", "choose"),
+        True,
     ),
 )
 
@@ -120,7 +126,7 @@ class Launched:
 
 def launches(target: Target) -> list[Launched]:
     """What the launchers choose for a GPU, as `CALLS` says."""
-    from unisparse_flex.block_masks.kernels import launch, lists, pages, score, select
+    from unisparse_flex.block_masks.kernels import decode, launch, lists, pages, score, select
 
     found: dict[str, Launched] = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -136,6 +142,7 @@ def launches(target: Target) -> list[Launched]:
         for call in CALLS:
             if call.paged:
                 compute_paged(lists, pages, call)
+                decode_paged(decode, pages, call)
             else:
                 compute(lists, call)
     return list(found.values())
@@ -168,7 +175,8 @@ def compute_paged(lists: Any, pages: Any, call: Call) -> None:
     keys = empty(blocks, 8, 128, 2 * call.head_dim)[..., : call.head_dim]
     means, table = empty(blocks, 8, 1, call.head_dim), empty(blocks, dtype=torch.int32)
     geometry = BlockGeometry(q_len=call.length, kv_len=call.length, block_size=128, causal_offset=0)
-    pages.summarize(keys, means, empty(call.length, dtype=torch.int64))
+    slots = empty(call.length, dtype=torch.int64)
+    pages.summarize(keys, means, slots, group=128, has_spread=False)
     found = lists.compute_lists_from_pages(
         empty(1, 32, call.length, call.head_dim),
         keys,
@@ -190,6 +198,33 @@ def compute_paged(lists: Any, pages: Any, call: Call) -> None:
         heads=32,
         steps=(8, 1),
         first=0,
+    )
+
+
+def decode_paged(decode: Any, pages: Any, call: Call) -> None:
+    """Tokens of 16 requests of that length."""
+
+    def empty(*shape: int, dtype: torch.dtype = call.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    blocks = call.length // 128
+    keys = empty(16 * blocks, 8, 128, 2 * call.head_dim)[..., : call.head_dim]
+    values = empty(16 * blocks, 8, 5, call.head_dim)
+    pages.summarize(keys, values, empty(16, dtype=torch.int64), group=32, has_spread=True)
+    decode.choose_units(
+        empty(16, 32, call.head_dim),
+        values,
+        empty(16, blocks, dtype=torch.int32),
+        empty(16, dtype=torch.int32),
+        empty(16 * 8, 4 * blocks, dtype=torch.int32),
+        empty(16 * 8, dtype=torch.int32),
+        empty(2, dtype=torch.int64),
+        group=32,
+        unit=32,
+        page=128,
+        rule=DecodeSelector(top_p=0.9).rule,
+        scale=0.1,
+        steps=(32, 4, 1),
     )
 
 

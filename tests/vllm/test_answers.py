@@ -61,10 +61,16 @@ def test_a_wrong_layout_does_not_answer_as_the_parent(
         assert isinstance(right, CacheView)
         # The pages of another head.
         return CacheView(
-            pages=right.pages, key=right.key.roll(1, 0), value=right.value, steps=right.steps
+            pages=right.pages,
+            key=right.key.roll(1, 0),
+            value=right.value,
+            steps=right.steps,
+            unit=right.unit,
         )
 
-    monkeypatch.setattr(kernels.CpuKernel, "view", lambda self, layer, cache: misread(cache))
+    monkeypatch.setattr(
+        kernels.CpuKernel, "view", lambda self, layer, cache, unit=None: misread(cache)
+    )
     with serving(llama, ALL_BLOCKS) as engine:
         assert differ_by(ask(engine, PROMPTS), expected) > 100 * TOLERANCE
 

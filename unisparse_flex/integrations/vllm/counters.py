@@ -27,6 +27,9 @@ class Counts:
         dense_calls: Calls of layers that sent sparse rows to the parent all the same, by reason.
         kept_blocks: Blocks that sparse rows attended to.
         visible_blocks: Blocks that dense attention would have read for them.
+        decode_rows: Rows of one token whose keys were chosen.
+        kept_units: Units of keys that they attended to, in every layer and key head.
+        visible_units: Units that dense attention would have read for them.
     """
 
     sparse_rows: int
@@ -36,11 +39,19 @@ class Counts:
     dense_calls: dict[Reason, int]
     kept_blocks: int
     visible_blocks: int
+    decode_rows: int = 0
+    kept_units: int = 0
+    visible_units: int = 0
 
     @property
     def density(self) -> float:
         """Kept over visible blocks; 0 where nothing ran sparse."""
         return self.kept_blocks / self.visible_blocks if self.visible_blocks else 0.0
+
+    @property
+    def decode_density(self) -> float:
+        """Kept over visible units of decoding; 0 where none was sparse."""
+        return self.kept_units / self.visible_units if self.visible_units else 0.0
 
     def line(self) -> str:
         """One line for the log."""
@@ -48,7 +59,15 @@ class Counts:
         return (
             f"unisparse: {self.sparse_rows} prefill rows of {self.sparse_tokens} tokens sparse, "
             f"{self.kept_blocks} of {self.visible_blocks} blocks read ({self.density:.1%}); "
-            f"rows to the parent beside prefills: {dense or 'none'}"
+            f"rows to the parent beside prefills: {dense or 'none'}" + self._decoding()
+        )
+
+    def _decoding(self) -> str:
+        if not self.decode_rows:
+            return ""
+        return (
+            f"; {self.decode_rows} tokens decoded sparse, {self.kept_units} of "
+            f"{self.visible_units} units of keys read ({self.decode_density:.1%})"
         )
 
 
@@ -63,16 +82,18 @@ class Counting:
     dense_rows: Counter[Reason] = field(default_factory=Counter)
     dense_calls: Counter[Reason] = field(default_factory=Counter)
     kept: dict[torch.device, Tensor] = field(default_factory=dict)
+    decode_rows: int = 0
+    decode_units: dict[torch.device, Tensor] = field(default_factory=dict)
     last_line: float = 0.0
     last_rows: int = 0
 
     def kept_on(self, device: torch.device) -> Tensor:
         """int64 [1], to which kernels add the blocks that they keep."""
-        if device not in self.kept:
-            # The engine runs in inference mode; whoever resets it need not.
-            with torch.inference_mode(False):
-                self.kept[device] = torch.zeros(1, dtype=torch.int64, device=device)
-        return self.kept[device]
+        return _numbers_on(device, self.kept, 1)
+
+    def decode_units_on(self, device: torch.device) -> Tensor:
+        """int64 [2], to which kernels add the units that decoding keeps, and could read."""
+        return _numbers_on(device, self.decode_units, 2)
 
     def read(self) -> Counts:
         """The numbers; waits for the device."""
@@ -84,11 +105,14 @@ class Counting:
             dense_calls=dict(self.dense_calls),
             kept_blocks=sum(int(tensor.item()) for tensor in self.kept.values()),
             visible_blocks=self.visible_blocks,
+            decode_rows=self.decode_rows,
+            kept_units=sum(int(tensor[0].item()) for tensor in self.decode_units.values()),
+            visible_units=sum(int(tensor[1].item()) for tensor in self.decode_units.values()),
         )
 
     def next_line(self, seconds: float) -> str | None:
         """A line for the log, where rows were sent somewhere and the last is so long ago."""
-        rows = self.sparse_rows + sum(self.dense_rows.values())
+        rows = self.sparse_rows + sum(self.dense_rows.values()) + self.decode_rows
         now = time.monotonic()
         if rows == self.last_rows or now - self.last_line < seconds:
             return None
@@ -100,9 +124,18 @@ class Counting:
         self.sparse_rows = self.sparse_tokens = self.sparse_calls = self.visible_blocks = 0
         self.dense_rows.clear()
         self.dense_calls.clear()
-        for tensor in self.kept.values():
+        self.decode_rows = 0
+        for tensor in (*self.kept.values(), *self.decode_units.values()):
             tensor.zero_()
         self.last_rows = 0
+
+
+def _numbers_on(device: torch.device, known: dict[torch.device, Tensor], count: int) -> Tensor:
+    if device not in known:
+        # The engine runs in inference mode; whoever resets it need not.
+        with torch.inference_mode(False):
+            known[device] = torch.zeros(count, dtype=torch.int64, device=device)
+    return known[device]
 
 
 counting = Counting()

@@ -1,7 +1,9 @@
-"""A vLLM backend that runs long prefill rows sparse, over one that computes everything else."""
+"""A vLLM backend that runs long rows sparse, over one that computes everything else."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ...passes.calls import HeadShard
 from .counters import counting
+from .decode_rows import DecodeRows, DecodeSpace, attend_decode
 from .kernels import ParentKernel
 from .layer_state import LayerState
 from .layers import (
@@ -21,7 +24,7 @@ from .layers import (
     validate_calibration,
 )
 from .options import KEY, Options
-from .planning import Row, plan_rows, refuse_batch
+from .planning import Plan, Row, plan_rows, refuse_batch
 from .policy import Policy
 from .reasons import Reason
 from .report import describe
@@ -29,19 +32,24 @@ from .settings import options_of
 from .sparse_rows import SparseRows, attend_sparse, to_device, workspace_bytes
 from .warm_up import warm_up
 
+# Keys of all rows of a batch from which choosing their pages takes less time than it saves.
+DECODE_KEYS = 16384
+
 
 @dataclass(slots=True, eq=False)
 class Split:
     """What a batch's metadata carry to the layers.
 
     Attributes:
-        sparse: The sparse rows.
+        sparse: The sparse rows of prompts; ``None`` for none.
+        decode: Rows that decode sparse; ``None`` for none.
         rest: The parent's metadata of the other rows; ``None`` for no rows.
         tokens: Which tokens these are: a range, or int64 [tokens].
         tables: int32 [requests, pages] of the whole batch.
     """
 
-    sparse: SparseRows
+    sparse: SparseRows | None
+    decode: DecodeRows | None
     rest: Any
     tokens: slice | Tensor | None
     tables: Tensor
@@ -100,6 +108,10 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
             }
             self.states = self._create_states(vllm_config)
             self.policy: Policy | None = None
+            self.space: DecodeSpace | None = None
+            self.decode_keys = DECODE_KEYS if self.options.min_length is None else 1
+            self.requests = scheduler.max_num_seqs
+            self.is_capturing = False
             self.is_reported = False
 
         def _create_states(self, vllm_config: Any) -> dict[str, LayerState]:
@@ -123,7 +135,13 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                     index = None
                 setting = self.refused or setting_of(name, index, self.options, excluded)
                 setting = local_setting(setting, shard, layer.impl.num_heads)
-                layer.impl.unisparse = LayerState.create(name, layer.impl, kernel, setting)
+                layer.impl.unisparse = LayerState.create(
+                    name,
+                    layer.impl,
+                    kernel,
+                    setting,
+                    decode=self.options.decode,
+                )
             return {name: layer.impl.unisparse for name, layer in self.layers.items()}
 
         @classmethod
@@ -146,12 +164,25 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
             line = counting.next_line(self.options.log_seconds)
             if line is not None:
                 logger.info(line)
-            if policy is None or common.max_query_len < policy.min_queries:
+            if policy is None:
+                return metadata
+            if self.space is not None and common.max_query_len == 1:
+                metadata.unisparse = self._decode(common, common_prefix_len)
+                return metadata
+            if common.max_query_len < policy.min_queries and self.space is None:
                 return metadata
             found = self._plan(policy, common, common_prefix_len)
-            if found:
-                metadata.unisparse = self._split(common, *found)
+            if found is not None:
+                metadata.unisparse = self._split(common, found)
             return metadata
+
+        def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+            """As `build`; what a graph holds must do for every length."""
+            self.is_capturing = True
+            try:
+                return super().build_for_cudagraph_capture(common_attn_metadata)
+            finally:
+                self.is_capturing = False
 
         def _bind(self) -> Policy | None:
             """Meets the caches; what is asked of rows, once they are known, if any is sparse."""
@@ -174,6 +205,7 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 dtype=self.dtype,
                 device=torch.device(self.device),
             )
+            self._create_space(impl)
             if torch.device(self.device).type == "cuda":
                 warm_up(
                     [(self.layers[name], state) for name, state in self.states.items()],
@@ -182,15 +214,51 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 )
             return self.policy if sparse else None
 
+        def _create_space(self, impl: Any) -> None:
+            """Room for choosing units, where layers decode sparse."""
+            found = [state for state in self.states.values() if state.units is not None]
+            if not found:
+                return
+            decode, units = found[0].decode, found[0].units
+            assert decode is not None
+            assert units is not None
+            page = units.pages.shape[2]
+            self.space = DecodeSpace.create(
+                decode,
+                rows=self.requests,
+                kv_heads=impl.num_kv_heads,
+                units=(-(-self.longest // page) + 1) * (page // units.unit),
+                device=torch.device(self.device),
+            )
+            for state in found:
+                state.space = self.space
+
         def _report(self) -> None:
             if not self.is_reported:
                 self.is_reported = True
                 states = list(self.states.values())
                 logger.info(describe(states, self.options, kernel.name, self.refused))
 
-        def _plan(
-            self, policy: Policy, common: Any, prefix: int
-        ) -> tuple[tuple[Row, ...], tuple[Row, ...]] | None:
+        def _decode(self, common: Any, prefix: int) -> Split | None:
+            """The split of a batch of rows that decode, all of them."""
+            reason = refuse_batch(common, prefix)
+            bounds = common.seq_lens_cpu_upper_bound
+            if self.is_capturing or reason is Reason.SPLIT_BATCH:
+                # What decides is in the graph.
+                reason = None
+            elif reason is None and int(bounds[: common.num_reqs].sum()) < self.decode_keys:
+                reason = Reason.FEW_KEYS
+            if reason is not None:
+                counting.dense_rows[reason] += common.num_reqs
+                return None
+            if not self.is_capturing:
+                counting.decode_rows += common.num_reqs
+            rows = slice(0, common.num_reqs)
+            tables = common.block_table_tensor
+            decode = DecodeRows(lengths=common.seq_lens[rows], tables=tables[rows], tokens=rows)
+            return Split(None, decode, None, None, tables)
+
+        def _plan(self, policy: Policy, common: Any, prefix: int) -> Plan | None:
             count = common.num_reqs
             starts = common.query_start_loc_cpu[: count + 1].tolist()
             reason = refuse_batch(common, prefix)
@@ -207,22 +275,34 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 decide=policy.decide,
                 budget=self.budget,
                 threshold=self.threshold,
+                decode_keys=None if self.space is None else self.decode_keys,
             )
             counting.dense_rows.update(plan.reasons)
-            if not plan.sparse:
+            if not plan.sparse and not plan.decode:
                 return None
             counting.sparse_rows += len(plan.sparse)
             counting.sparse_tokens += sum(row.queries for row in plan.sparse)
-            return plan.sparse, plan.rest
+            counting.decode_rows += len(plan.decode)
+            return plan
 
-        def _split(self, common: Any, sparse: tuple[Row, ...], rest: tuple[Row, ...]) -> Split:
+        def _split(self, common: Any, plan: Plan) -> Split:
             device = common.query_start_loc.device
-            tokens = _tokens_of(rest, device)
+            tokens = _tokens_of(plan.rest, device)
             metadata = None
             if tokens is not None:
                 # fast_build: the parent's buffer of a schedule holds that of the whole batch.
-                metadata = super().build(0, _only(common, rest, tokens), True)
-            return Split(SparseRows(sparse, device), metadata, tokens, common.block_table_tensor)
+                metadata = super().build(0, _only(common, plan.rest, tokens), True)
+            sparse = SparseRows(plan.sparse, device) if plan.sparse else None
+            decode = None
+            decoded = _tokens_of(plan.decode, device)
+            if decoded is not None:
+                index = to_device(torch.tensor([row.index for row in plan.decode]), device)
+                decode = DecodeRows(
+                    lengths=common.seq_lens[index],
+                    tables=common.block_table_tensor[index],
+                    tokens=decoded,
+                )
+            return Split(sparse, decode, metadata, tokens, common.block_table_tensor)
 
     class Impl(parent_impl):  # type: ignore[misc, valid-type]
         """Computes sparse rows, and has the parent compute the others."""
@@ -281,32 +361,47 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                     layer, query, key, value, kv_cache, attn_metadata, output, *scales, **more
                 )
             assert state.view is not None
-            assert state.means is not None
+            assert state.summaries is not None
             assert state.selector is not None
-            attend_sparse(
-                self,
-                layer,
-                kernel,
-                state.view,
-                state.means,
-                state.selector,
-                split.sparse,
-                split.tables,
-                query,
-                output,
-            )
+            if split.sparse is not None:
+                attend_sparse(
+                    self,
+                    layer,
+                    kernel,
+                    state.view,
+                    state.summaries.means,
+                    state.selector,
+                    split.sparse,
+                    split.tables,
+                    query,
+                    output,
+                )
+            if split.decode is not None:
+                at = split.decode.tokens
+                assert state.space is not None
+                assert state.units is not None
+                with _part_of(output, at) as part:
+                    attend_decode(
+                        self,
+                        layer,
+                        kernel,
+                        state.units,
+                        state.summaries,
+                        state.space,
+                        split.decode,
+                        query[at],
+                        part,
+                    )
             if split.rest is not None:
                 at = split.tokens
-                part = output[at] if isinstance(at, slice) else torch.empty_like(output[at])
-                super().forward(
-                    layer, query[at], key[at], value[at], kv_cache, split.rest, part, **more
-                )
-                if not isinstance(at, slice):
-                    output[at] = part
+                with _part_of(output, at) as part:
+                    super().forward(
+                        layer, query[at], key[at], value[at], kv_cache, split.rest, part, **more
+                    )
             return output
 
     class Backend(parent):
-        """The parent with sparse prefill."""
+        """The parent with sparse prefill and, where it is asked for, sparse decoding."""
 
         @staticmethod
         def get_name() -> str:
@@ -374,6 +469,17 @@ def _tokens_of(rows: tuple[Row, ...], device: torch.device) -> slice | Tensor | 
         return slice(rows[0].start, rows[-1].stop)
     ranges = [torch.arange(row.start, row.stop) for row in rows]
     return to_device(torch.cat(ranges), device)
+
+
+@contextmanager
+def _part_of(output: Tensor, tokens: slice | Tensor) -> Iterator[Tensor]:
+    """The rows of some tokens, to be written: in place where they lie together."""
+    if isinstance(tokens, slice):
+        yield output[tokens]
+        return
+    part = torch.empty_like(output[tokens])
+    yield part
+    output[tokens] = part
 
 
 def _only(common: Any, rows: tuple[Row, ...], tokens: slice | Tensor) -> Any:

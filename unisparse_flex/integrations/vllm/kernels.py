@@ -1,31 +1,37 @@
 """The parents' kernels, called on sequences of one head with page tables of their own.
 
-Symbols: T tokens, N sequences, P keys of a page, D head_dim.
+Symbols: T tokens, N sequences, G query heads, P keys of a page, D head_dim.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .cache_view import CacheView, view_packed, view_transposed
 from .reasons import Reason
 
+# Parts into which vLLM's Triton kernel cuts keys.
+PARTS = 16
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Sequences:
-    """Rows and keys of sequences of one head.
+    """Rows and keys of sequences of one key head.
 
     Attributes:
-        query: [T, 1, D].
-        output: [T, 1, D], written.
+        query: [T, G, D], the query heads of the key head; one, or of single rows several.
+        output: [T, G, D], written.
         starts: int32 [N + 1], the first row of each, and T.
         rows: Most rows of one.
         lengths: int32 [N], keys of each; the last row sees all of them.
         keys: Most keys of one, or more.
         tables: int32 [N, width], the pages of each.
+        splits: Into how many parts a kernel may cut the keys of a sequence.
     """
 
     query: Tensor
@@ -35,6 +41,7 @@ class Sequences:
     lengths: Tensor
     keys: int
     tables: Tensor
+    splits: int = 1
 
 
 class ParentKernel(Protocol):
@@ -42,8 +49,11 @@ class ParentKernel(Protocol):
 
     name: str
 
-    def view(self, layer: Any, cache: Tensor) -> CacheView | Reason:
-        """The cache of a layer, or why its pages cannot be read by head."""
+    def view(self, layer: Any, cache: Tensor, unit: int | None = None) -> CacheView | Reason:
+        """The cache of a layer in units of so many keys, or why it cannot be read by head.
+
+        A layout that has no smaller units gives pages.
+        """
 
     def attend(self, impl: Any, layer: Any, view: CacheView, sequences: Sequences) -> None:
         """Causal attention of every sequence, its last row aligned with its last key."""
@@ -54,9 +64,9 @@ class FlashKernel:
 
     name = "FLASH_ATTN"
 
-    def view(self, layer: Any, cache: Tensor) -> CacheView | Reason:
+    def view(self, layer: Any, cache: Tensor, unit: int | None = None) -> CacheView | Reason:
         """See `ParentKernel.view`."""
-        return view_packed(cache)
+        return view_packed(cache, unit)
 
     def attend(self, impl: Any, layer: Any, view: CacheView, sequences: Sequences) -> None:
         """See `ParentKernel.attend`."""
@@ -69,7 +79,7 @@ class FlashKernel:
             out=sequences.output,
             cu_seqlens_q=sequences.starts,
             # FlashAttention 3 has pages copied by hardware only above one tile of 128 rows.
-            max_seqlen_q=sequences.rows + 1,
+            max_seqlen_q=sequences.rows + (sequences.rows > 1),
             seqused_k=sequences.lengths,
             max_seqlen_k=sequences.keys,
             softmax_scale=impl.scale,
@@ -77,7 +87,8 @@ class FlashKernel:
             window_size=[-1, -1],
             block_table=sequences.tables,
             fa_version=impl.vllm_flash_attn_version,
-            num_splits=1,
+            # FlashAttention 2 takes 0 for a choice of its own.
+            num_splits=sequences.splits if impl.vllm_flash_attn_version > 2 else 0,
         )
 
 
@@ -86,15 +97,28 @@ class TritonKernel:
 
     name = "TRITON_ATTN"
 
-    def view(self, layer: Any, cache: Tensor) -> CacheView | Reason:
+    def view(self, layer: Any, cache: Tensor, unit: int | None = None) -> CacheView | Reason:
         """See `ParentKernel.view`."""
-        return view_packed(cache)
+        return view_packed(cache, unit)
 
     def attend(self, impl: Any, layer: Any, view: CacheView, sequences: Sequences) -> None:
         """See `ParentKernel.attend`."""
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
         scales = (sequences.lengths.shape[0], 1)
+        parts: dict[str, Any] = {}
+        if sequences.splits > 1:
+            # Where rows are single, the keys of each may be cut into parts.
+            shape = *sequences.query.shape[:2], PARTS
+            width = 1 << (sequences.query.shape[2] - 1).bit_length()
+            make = partial(sequences.query.new_empty, dtype=torch.float32)
+            parts = {
+                "seq_threshold_3D": sequences.lengths.shape[0],
+                "num_par_softmax_segments": PARTS,
+                "softmax_segm_output": make((*shape, width)),
+                "softmax_segm_max": make(shape),
+                "softmax_segm_expsum": make(shape),
+            }
         unified_attention(
             q=sequences.query,
             k=view.key,
@@ -112,6 +136,7 @@ class TritonKernel:
             q_descale=None,
             k_descale=layer._k_scale.expand(scales),
             v_descale=layer._v_scale.expand(scales),
+            **parts,
         )
 
 
@@ -120,7 +145,7 @@ class CpuKernel:
 
     name = "CPU_ATTN"
 
-    def view(self, layer: Any, cache: Tensor) -> CacheView | Reason:
+    def view(self, layer: Any, cache: Tensor, unit: int | None = None) -> CacheView | Reason:
         """See `ParentKernel.view`."""
         return view_transposed(cache) if _isa(layer, cache).startswith("vec") else Reason.LAYOUT
 
@@ -130,7 +155,7 @@ class CpuKernel:
 
         schedule = operators.cpu_attn_get_scheduler_metadata(
             num_reqs=sequences.lengths.shape[0],
-            num_heads=1,
+            num_heads=sequences.query.shape[1],
             num_kv_heads=1,
             head_dim=sequences.query.shape[2],
             seq_lens=sequences.lengths,

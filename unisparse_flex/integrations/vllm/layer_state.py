@@ -1,4 +1,4 @@
-"""What a layer needs to run sparse: its selector, its cache's view, the means of its pages."""
+"""What a layer needs to run sparse: its selector, its cache's view, its pages' summaries."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from ...block_masks import Selector, UniSparse
-from ...block_masks.pages import create_means, mean_group, paged_obstacle, summarize_pages
+from ...block_masks.pages import DecodeSelector, PageSummaries, mean_group, paged_obstacle
 from .cache_view import CacheView, has_dtype
+from .decode_rows import DecodeSpace
 from .kernels import ParentKernel
 from .layers import refuse_layer
 from .reasons import Reason
+
+# Keys of the smallest pages that have summaries for decoding: of smaller ones these take too much.
+DECODE_PAGE = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -25,30 +29,42 @@ class LayerState:
         kernel: What attends to selected blocks.
         selector: Which blocks are kept; ``None`` where it stays with the parent.
         reason: Why it does; ``None`` where it does not.
+        decode: Which keys its decoding reads; ``None`` where it reads all.
         view: Its cache, once there is one.
-        means: Those of its pages.
+        units: The same in the units of ``decode``.
+        summaries: Those of its pages.
         copies_keys: Why a selection copies a request's keys out of the pages; ``None`` where it
             reads them there.
+        space: What choosing units for decoding writes to; ``None`` where it decodes densely.
     """
 
     name: str
     kernel: ParentKernel
     selector: Selector | None
     reason: Reason | None
+    decode: DecodeSelector | None = None
     view: CacheView | None = None
-    means: Tensor | None = None
+    units: CacheView | None = None
+    summaries: PageSummaries | None = None
     copies_keys: str | None = None
+    space: DecodeSpace | None = None
     _bound: tuple[int, torch.Size] | None = field(default=None)
 
     @classmethod
     def create(
-        cls, name: str, impl: Any, kernel: ParentKernel, setting: Selector | Reason
+        cls,
+        name: str,
+        impl: Any,
+        kernel: ParentKernel,
+        setting: Selector | Reason,
+        *,
+        decode: DecodeSelector | None = None,
     ) -> LayerState:
         """The state of a layer with a selector, or a reason for none."""
         if isinstance(setting, Reason):
             return cls(name, kernel, None, setting)
         reason = refuse_layer(impl, setting)
-        return cls(name, kernel, None if reason else setting, reason)
+        return cls(name, kernel, None if reason else setting, reason, None if reason else decode)
 
     @property
     def is_bound(self) -> bool:
@@ -56,7 +72,7 @@ class LayerState:
         return self.reason is not None or self.view is not None
 
     def bind(self, layer: Any, cache: Tensor, dtype: torch.dtype) -> None:
-        """Makes the views and the means of a cache; of the same cache again, nothing.
+        """Makes the views and the summaries of a cache; of the same cache again, nothing.
 
         Args:
             layer: vLLM's layer.
@@ -80,13 +96,23 @@ class LayerState:
             page = found.pages.shape[2]
             c_k = self.selector.c_k if isinstance(self.selector, UniSparse) else page
             self.view = found
-            self.means = create_means(found.pages, mean_group(c_k, page))
+            group = mean_group(c_k, page)
+            if self.decode is not None and page < DECODE_PAGE:
+                self.decode = None
+            if self.decode is not None:
+                units = self.kernel.view(layer, cache, min(self.decode.unit, page))
+                assert isinstance(units, CacheView)
+                self.units, self.decode = units, self.decode.of_unit(units.unit)
+                group = min(group, units.unit)
+            self.summaries = PageSummaries.create(
+                found.pages, group, has_spread=self.decode is not None
+            )
             self.copies_keys = paged_obstacle(self.selector, found.pages)
 
     def _refuse(self, reason: Reason) -> None:
-        self.selector, self.reason, self.view, self.means = None, reason, None, None
+        self.selector, self.reason, self.view, self.summaries = None, reason, None, None
 
     def written(self, slots: Tensor) -> None:
-        """Makes the means of the pages that the keys written to ``slots`` finished."""
-        if self.view is not None and self.means is not None:
-            summarize_pages(self.view.pages, self.means, slots)
+        """Brings the summaries up to date with the keys written to ``slots``."""
+        if self.summaries is not None:
+            self.summaries.update(slots)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...block_masks import DEFAULT_SELECTOR, Selector
+from ...block_masks.pages import DecodeSelector
 from ...block_masks.selectors import QUALITIES, choose_selector
 from ...block_masks.validation import validate_int
 from ...calibration import Calibration
@@ -27,8 +28,11 @@ class Options:
             ``"high"`` or a number instead of a selector, as `optimize` takes it.
         calibration: Path of a calibration's file instead of either: layers have selectors of
             their own, and those that it does not name stay dense.
+        decode: Sparse decoding, ``{"top_p": 0.95}`` or the like: which pages of its cache a row of
+            one token reads, by the names of `DecodeSelector`. Off by default.
         min_length: Fewest keys for which a prefill row is sparse; by default a cost model decides
-            for each row. 0 makes every row of a block or more sparse.
+            for each row. 0 makes every row of a block or more sparse. With a number every row
+            decodes sparse too, if ``decode`` is given.
         dense_layers: Indices of layers that stay dense, negative ones from the end.
         parent: ``"FLASH_ATTN"`` or ``"TRITON_ATTN"``; by default the one that vLLM would choose.
         untested_version: Whether a version of vLLM is tried that was not tested.
@@ -37,6 +41,7 @@ class Options:
 
     selector: Selector = DEFAULT_SELECTOR
     calibration: Calibration | None = None
+    decode: DecodeSelector | None = None
     min_length: int | None = None
     dense_layers: tuple[int, ...] = ()
     parent: str | None = None
@@ -94,6 +99,7 @@ class Options:
         if values.get("calibration") is not None:
             values["calibration"] = _load(values["calibration"])
         values["selector"] = _choose(values.get("selector"), values.pop("quality", None))
+        values["decode"] = _read_decode(values.get("decode"))
         layers = values.get("dense_layers", ())
         if not isinstance(layers, (list, tuple)):
             raise TypeError(f"dense_layers must be a list of integers, got {layers!r}")
@@ -112,6 +118,27 @@ def _choose(selector: object, quality: Any) -> Selector:
     if selector in QUALITIES:
         return choose_selector(None, selector)
     return decode_selector(selector)
+
+
+def _read_decode(given: object) -> DecodeSelector | None:
+    if given is None:
+        return None
+    known = sorted(field.name for field in fields(DecodeSelector))
+    if not isinstance(given, Mapping) or not given:
+        raise TypeError(
+            f"decode must be a mapping with names of {known}, got {given!r}; leave it out for "
+            "dense decoding"
+        )
+    unknown = sorted(set(map(str, given)) - set(known))
+    if unknown:
+        raise ValueError(f"decode must have names of {known}, got {unknown}; leave them out")
+    found = DecodeSelector(**given)
+    if found.keeps_all and not {"top_p", "share"} & set(given):
+        raise ValueError(
+            f"decode must have top_p, budget or share, got {dict(given)}; without one of them "
+            "every page is kept"
+        )
+    return found
 
 
 def _load(path: object) -> Calibration:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from .reasons import Reason
@@ -44,11 +45,13 @@ class Plan:
     Attributes:
         sparse: Rows that run sparse.
         rest: All others.
+        decode: Rows of one token whose pages are chosen.
         reasons: How many rows stay with the parent, and why.
     """
 
     sparse: tuple[Row, ...]
     rest: tuple[Row, ...]
+    decode: tuple[Row, ...] = ()
     reasons: Counter[Reason] = field(default_factory=Counter)
 
 
@@ -79,8 +82,9 @@ def plan_rows(
     decide: Decide,
     budget: int,
     threshold: int = 0,
+    decode_keys: int | None = None,
 ) -> Plan:
-    """Splits a batch into sparse prefill rows and all others.
+    """Splits a batch into sparse prefill rows, rows that decode sparse, and all others.
 
     Args:
         starts: First token of every row, and the number of tokens.
@@ -90,6 +94,8 @@ def plan_rows(
         decide: Asked for rows of so many queries.
         budget: Most tokens that the scheduler puts into a batch.
         threshold: Most tokens of one prompt in a batch; 0 for no limit.
+        decode_keys: Fewest keys of all rows of one token for which these decode sparse; ``None``
+            for never.
     """
     is_prompt = [True] * len(lengths) if prefilling is None else prefilling
     chunks = sum(
@@ -99,8 +105,11 @@ def plan_rows(
     # The scheduler fills a batch with what it can of the last prompt. Of several prompts it is
     # not known which was cut: none is taken to be.
     fills_batch = starts[len(lengths)] >= budget and chunks == 1
+    single = [n for n, (a, b) in zip(lengths, pairwise(starts), strict=False) if b - a == 1]
+    decodes = decode_keys is not None and sum(single) >= max(decode_keys, 1)
     sparse: list[Row] = []
     rest: list[Row] = []
+    decode: list[Row] = []
     reasons: Counter[Reason] = Counter()
     for index, length in enumerate(lengths):
         start, stop = starts[index], starts[index + 1]
@@ -114,6 +123,9 @@ def plan_rows(
         )
         if queries == 0:
             continue
+        if queries == 1 and decodes:
+            decode.append(row)
+            continue
         if queries < min_queries:
             reason: Reason | None = Reason.DECODE
         elif not is_prompt[index]:
@@ -125,4 +137,4 @@ def plan_rows(
         else:
             rest.append(row)
             reasons[reason] += 1
-    return Plan(sparse=tuple(sparse), rest=tuple(rest), reasons=reasons)
+    return Plan(sparse=tuple(sparse), rest=tuple(rest), decode=tuple(decode), reasons=reasons)

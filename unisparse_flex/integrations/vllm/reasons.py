@@ -26,9 +26,11 @@ class Reason(StrEnum):
     HEADS = "c_h does not divide the query heads of a key head"
     SELECTOR = "selector that is not defined for a part of a prompt"
     PAGE_SIZE = "block_size of the selector is no multiple of a page; set --block-size to it"
+    DECODE_PAGE = "pages of fewer than 64 keys, whose summaries would take too much"
     LAYOUT = "a layout of the cache that cannot be read by pages of one head"
     # A row of a batch.
     DECODE = "decoding, or fewer queries than a block"
+    FEW_KEYS = "decoding over so few keys that choosing pages saves nothing"
     VERIFICATION = "not prefilling: rows that verify drafts"
     SHORT = "fewer keys than min_length"
     SLOWER = "the cost model predicts that the parent is faster"
@@ -51,6 +53,7 @@ _CHOICES = {
     Reason.EXCLUDED,
     Reason.CALIBRATED,
     Reason.DECODE,
+    Reason.FEW_KEYS,
     Reason.SHORT,
     Reason.SLOWER,
 }

@@ -36,17 +36,22 @@ def describe(
         if options.min_length is not None
         else "for which the cost model predicts a gain"
     )
-    lines.append(
-        f"  rows of a prompt {which}; {parent} computes decoding and all other rows, in one call"
-    )
-    view, means = sparse[0].view, sparse[0].means
+    lines.append(f"  rows of a prompt {which}; {parent} computes all other rows, in one call")
+    for decode, count in Counter(state.decode for state in sparse).items():
+        if decode is not None:
+            lines.append(
+                f"  decoding of {count} layers sparse, units of {decode.unit} keys: {decode.text}"
+            )
+        elif options.decode is not None:
+            lines.append(f"  {count} layers decode densely: {Reason.DECODE_PAGE}")
+    view, summaries = sparse[0].view, sparse[0].summaries
     assert view is not None
-    assert means is not None
+    assert summaries is not None
     keys = view.pages.numel() * view.pages.element_size()
-    taken = means.numel() * means.element_size()
+    taken = summaries.values.numel() * summaries.values.element_size()
     lines.append(
-        f"  pages of {view.pages.shape[2]} keys, read in place; their means take "
-        f"{len(sparse) * taken / 2**20:.1f} MiB, {taken / keys:.2%} of the keys"
+        f"  pages of {view.pages.shape[2]} keys, read in place; their summaries take "
+        f"{len(sparse) * taken / 2**20:.1f} MiB, {taken / keys / 2:.2%} of the cache"
     )
     for copies, count in Counter(s.copies_keys for s in sparse).items():
         if copies is not None:

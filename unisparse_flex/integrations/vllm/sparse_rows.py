@@ -129,7 +129,7 @@ def attend_sparse(
             page=page,
             q_heads=heads,
             kv_heads=impl.num_kv_heads,
-            steps=view.steps,
+            steps=view.steps[:2],
             first=sequence,
         )
         token, sequence = place.stop, sequence + heads * geometry.num_q_blocks

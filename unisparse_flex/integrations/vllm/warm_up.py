@@ -41,7 +41,7 @@ def warm_up(layers: Iterable[tuple[Any, LayerState]], budget: int, longest: int)
     seen = set()
     for layer, state in layers:
         key = state.selector, layer.impl.num_heads, layer.impl.num_kv_heads
-        if state.selector is None or state.view is None or state.means is None or key in seen:
+        if state.selector is None or state.view is None or state.summaries is None or key in seen:
             continue
         seen.add(key)
         impl, pages = layer.impl, state.view.pages
@@ -61,7 +61,7 @@ def warm_up(layers: Iterable[tuple[Any, LayerState]], budget: int, longest: int)
                 layer,
                 state.kernel,
                 state.view,
-                state.means,
+                state.summaries.means,
                 state.selector,
                 SparseRows([row], pages.device),
                 tables,

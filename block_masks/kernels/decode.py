@@ -1,0 +1,286 @@
+"""The units that decoding queries read: estimated from summaries, chosen, and named.
+
+Symbols: B requests, Hq/Hkv heads, P keys of a page, U keys of a unit, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .decode_rule import DecodeRule
+from .launch import Launch
+from .recording import empty
+from .scratch import power_of_two
+
+# Rows of summaries that one program scores at a time.
+ROWS = 64
+# Units of a sequence that a warp of the choice holds.
+OF_WARP = 512
+
+
+@triton.jit(do_not_specialize=["width", "fewest", "table_stride"])
+def _estimate(
+    query,
+    values,
+    tables,
+    lengths,
+    masses,
+    stride_row,
+    stride_head,
+    table_stride,
+    width,
+    kv_heads,
+    head_dim,
+    fewest,
+    scale,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Logarithms of the masses of the units of PAGES pages, for the query heads of a key head."""
+    request = tl.program_id(1) // kv_heads
+    head = tl.program_id(1) % kv_heads
+    length = tl.load(lengths + request)
+    first = tl.program_id(0) * PAGES
+    # A request that keeps everything is not scored.
+    if (first * PAGE < length) & (tl.cdiv(length, UNIT) > fewest):
+        groups: tl.constexpr = PAGE // GROUP
+        units: tl.constexpr = PAGE // UNIT
+        table = tables + request.to(tl.int64) * table_stride
+        page = first + tl.arange(0, PAGES)
+        number = tl.load(table + page, mask=page * PAGE < length, other=0).to(tl.int64)
+        line = (number * kv_heads + head) * (groups + 1)
+        column = tl.arange(0, WIDTH)
+        inside = (column < head_dim)[None, :]
+        at = values + (line + groups)[:, None] * head_dim + column[None, :]
+        exists = inside & (page * PAGE < length)[:, None]
+        spread = tl.load(at, mask=exists, other=0.0).to(tl.float32)
+        spread = spread * spread
+        lines = line[:, None] + tl.arange(0, groups)[None, :]
+        lines = tl.reshape(lines, [PAGES * groups])
+        group = first * groups + tl.arange(0, PAGES * groups)
+        at = values + lines[:, None] * head_dim + column[None, :]
+        exists = inside & (group * GROUP < length)[:, None]
+        mean = tl.load(at, mask=exists, other=0.0).to(tl.float32)
+        held = tl.minimum(tl.maximum(length - group * GROUP, 0), GROUP)
+        size = tl.log(tl.maximum(held, 1).to(tl.float32))
+        for i in tl.static_range(HEADS):
+            at = query + request.to(tl.int64) * stride_row + (head * HEADS + i) * stride_head
+            own = tl.load(at + column, mask=column < head_dim, other=0.0).to(tl.float32) * scale
+            logit = tl.sum(mean * own[None, :], 1)
+            variance = tl.sum(spread * (own * own)[None, :], 1)[:, None]
+            variance = tl.broadcast_to(variance, [PAGES, groups])
+            variance = tl.reshape(variance, [PAGES * groups])
+            frozen = tl.sqrt(2 * variance * size) - size
+            logit += size + tl.where(variance < 2 * size, variance / 2, frozen)
+            logit = tl.where(held > 0, logit, float("-inf"))
+            if UNIT > GROUP:
+                parts = tl.reshape(logit, [PAGES * units, UNIT // GROUP])
+                most = tl.max(parts, 1)
+                # A unit that is not there has nothing but -inf.
+                most = tl.where(most == float("-inf"), 0.0, most)
+                mass = tl.sum(tl.exp(parts - most[:, None]), 1)
+                mass = most + tl.log(tl.maximum(mass, 1e-30))
+                # What is not a number has no maximum either.
+                unknown = tl.sum((parts != parts).to(tl.int32), 1) > 0
+                mass = tl.where(unknown, float("nan"), mass)
+            else:
+                mass = tl.reshape(logit, [PAGES * units])
+            place = first * units + tl.arange(0, PAGES * units)
+            line = (tl.program_id(1) * HEADS + i).to(tl.int64) * width
+            tl.store(masses + line + place, mass, mask=place * UNIT < length)
+
+
+@triton.jit
+def _largest(bits, weights, least, BITS: tl.constexpr):
+    """The largest number at which what is no smaller still weighs ``least``."""
+    found = tl.zeros([], dtype=tl.int32)
+    for i in range(BITS):
+        tried = found | (1 << (BITS - 1 - i))
+        weighs = tl.sum(tl.where(bits >= tried, weights, 0.0), 0)
+        found = tl.where(weighs >= least, tried, found)
+    return found
+
+
+@triton.jit(
+    do_not_specialize=["width", "out_width", "table_stride", "budget", "fewest", "sinks", "last"]
+)
+def _choose(
+    masses,
+    tables,
+    lengths,
+    out_tables,
+    out_lengths,
+    counter,
+    table_stride,
+    width,
+    out_width,
+    kv_heads,
+    page_step,
+    head_step,
+    unit_step,
+    top_p,
+    share,
+    budget,
+    fewest,
+    sinks,
+    last,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOP_P: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Chooses and names the units of one request and key head."""
+    sequence = tl.program_id(0)
+    request = sequence // kv_heads
+    head = sequence % kv_heads
+    length = tl.load(lengths + request)
+    count = tl.cdiv(length, UNIT)
+    place = tl.arange(0, SIZE)
+    exists = place < count
+    kept = exists
+    if count > fewest:
+        shares = tl.zeros([SIZE], dtype=tl.float32)
+        unknown = tl.zeros([SIZE], dtype=tl.int1)
+        for i in tl.static_range(HEADS):
+            line = (sequence * HEADS + i).to(tl.int64) * width
+            mass = tl.load(masses + line + place, mask=exists, other=float("-inf"))
+            unknown = unknown | (mass != mass)
+            mass = tl.where(mass != mass, float("-inf"), mass)
+            most = tl.max(mass, 0)
+            mass = tl.exp(mass - tl.where(most == float("-inf"), 0.0, most))
+            shares += mass / tl.maximum(tl.sum(mass, 0), 1e-30)
+        shares = shares / HEADS
+        forced = exists & ((place < sinks) | (place >= count - last) | unknown)
+        rank = tl.where(exists, shares + 2.0 * forced.to(tl.float32), -1.0)
+        # Numbers from 0 on are ordered as their bits, those below 0 lie below all of them.
+        bits = rank.to(tl.int32, bitcast=True)
+        limit = count
+        if budget >= 0:
+            limit = tl.minimum(limit, budget)
+        limit = tl.minimum(limit, tl.ceil(count * share).to(tl.int32))
+        wanted = count
+        if TOP_P:
+            needed = _largest(bits, shares, top_p * tl.sum(shares, 0), 31)
+            wanted = tl.sum((bits >= needed).to(tl.int32), 0)
+        wanted = tl.maximum(tl.minimum(wanted, limit), fewest)
+        wanted = tl.maximum(wanted, tl.sum(forced.to(tl.int32), 0))
+        ones = tl.full([SIZE], 1.0, dtype=tl.float32)
+        least = _largest(bits, ones, wanted.to(tl.float32), 31)
+        above = bits > least
+        same = exists & (bits == least)
+        left = wanted - tl.sum(above.to(tl.int32), 0)
+        kept = above | (same & (tl.cumsum(same.to(tl.int32), 0) <= left))
+    units: tl.constexpr = PAGE // UNIT
+    table = tables + request.to(tl.int64) * table_stride
+    number = tl.load(table + place // units, mask=kept, other=0) * page_step
+    number += head * head_step + place % units * unit_step
+    at = out_tables + sequence.to(tl.int64) * out_width + tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(at, number, mask=kept)
+    total = tl.sum(kept.to(tl.int32), 0)
+    tl.store(out_lengths + sequence, total * UNIT - (count * UNIT - length))
+    tl.atomic_add(counter, total.to(tl.int64))
+    tl.atomic_add(counter + 1, count.to(tl.int64))
+
+
+_launch_estimate = Launch(_estimate)
+_launch_choose = Launch(_choose)
+
+
+def choose_units(
+    query: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    out_tables: Tensor,
+    out_lengths: Tensor,
+    counter: Tensor,
+    *,
+    group: int,
+    unit: int,
+    page: int,
+    rule: DecodeRule,
+    scale: float,
+    steps: tuple[int, int, int],
+) -> None:
+    """`pages.choose_units` on the GPU.
+
+    Args:
+        query: [B, Hq, D], numbers of a row side by side.
+        values: [all pages, Hkv, P / group + 1, D], contiguous, means and a spread.
+        tables: int32 [B, n], numbers of a row side by side.
+        lengths: int32 [B].
+        out_tables: int32 [B * Hkv or more, n * P / U or more].
+        out_lengths: int32 [B * Hkv or more].
+        counter: int64 [2], to which kept and visible units are added.
+        group: Keys of a group, a power of two.
+        unit: U, a power of two and multiple of the group.
+        page: P.
+        rule: Which units are kept.
+        scale: Factor on the logits.
+        steps: What a page, a key head, and a unit of a page, adds to the number of a unit.
+    """
+    batch, q_heads, head_dim = query.shape
+    kv_heads, width = values.shape[1], tables.shape[1] * (page // unit)
+    pages = max(1, ROWS * group // page)
+    heads = q_heads // kv_heads
+    masses = empty(query, (batch * kv_heads * heads * width,), torch.float32)
+    _launch_estimate(
+        (-(-tables.shape[1] // pages), batch * kv_heads, 1),
+        query,
+        values,
+        tables,
+        lengths,
+        masses,
+        query.stride(0),
+        query.stride(1),
+        tables.stride(0),
+        width,
+        kv_heads,
+        head_dim,
+        rule.fewest,
+        scale,
+        PAGE=page,
+        UNIT=unit,
+        GROUP=group,
+        HEADS=heads,
+        PAGES=pages,
+        WIDTH=power_of_two(head_dim),
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    size = power_of_two(width)
+    _launch_choose(
+        (batch * kv_heads, 1, 1),
+        masses,
+        tables,
+        lengths,
+        out_tables,
+        out_lengths,
+        counter,
+        tables.stride(0),
+        width,
+        out_tables.stride(0),
+        kv_heads,
+        *steps,
+        rule.top_p,
+        rule.share,
+        rule.budget,
+        rule.fewest,
+        rule.sinks,
+        rule.last,
+        PAGE=page,
+        UNIT=unit,
+        HEADS=heads,
+        TOP_P=rule.top_p < 1.0,
+        SIZE=size,
+        num_warps=min(16, max(1, size // OF_WARP)),
+        enable_fp_fusion=True,
+    )

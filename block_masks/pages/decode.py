@@ -1,0 +1,234 @@
+"""Which keys a decoding query reads: units of a page, chosen from the summaries of its sequence.
+
+Symbols: B requests, Hq/Hkv heads, G query heads of a key head, n pages of a request at most, P keys
+of a page, U keys of a unit, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..validation import validate_fraction, validate_int
+from .summaries import PageSummaries
+from .tables import PageTables
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeSelector:
+    """Which keys are kept for a decoding query; one choice for the query heads of a key head.
+
+    Keys are kept or left out in units, parts of a page. Units are ranked by their share of the
+    attention as summaries estimate it, the mean over the query heads of a key head. Whatever the
+    numbers say, the first units and the last ones stay.
+
+    Attributes:
+        top_p: Least share of the estimated attention that kept units hold; 1 keeps everything.
+        budget: Most keys that are kept; ``None`` for no limit.
+        share: Most keys that are kept, as a share of the request's; ``None`` for no limit.
+        min_keys: Fewest keys that are kept. Requests of no more keys keep everything.
+        unit: Keys that are kept or left out together, a power of two; at most a page.
+        sink_keys: First keys that are always kept, in whole units.
+        last_keys: Last keys that are always kept, in whole units; the unit of the query's own
+            token is, whatever this says.
+    """
+
+    top_p: float = 1.0
+    budget: int | None = None
+    share: float | None = None
+    min_keys: int = 512
+    unit: int = 32
+    sink_keys: int = 32
+    last_keys: int = 64
+
+    def __post_init__(self) -> None:
+        validate_fraction(self.top_p, "top_p")
+        if self.budget is not None:
+            validate_int(self.budget, "budget", minimum=1)
+        if self.share is not None:
+            validate_fraction(self.share, "share")
+        validate_int(self.min_keys, "min_keys", minimum=0)
+        validate_int(self.unit, "unit", minimum=16)
+        if self.unit & (self.unit - 1):
+            raise ValueError(f"unit must be a power of two, got {self.unit}; use 32")
+        validate_int(self.sink_keys, "sink_keys", minimum=0)
+        validate_int(self.last_keys, "last_keys", minimum=0)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every key of every request is kept."""
+        return self.top_p == 1.0 and self.budget is None and self.share is None
+
+    @property
+    def text(self) -> str:
+        """What differs from the defaults: ``"DecodeSelector(top_p=0.9)"``."""
+        changed = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if getattr(self, name) != getattr(DecodeSelector(), name)
+        }
+        return f"DecodeSelector({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
+
+    def of_unit(self, unit: int) -> DecodeSelector:
+        """The same with another unit."""
+        return replace(self, unit=unit)
+
+    @property
+    def rule(self) -> kernels.DecodeRule:
+        """The same in units, as kernels take it."""
+        sinks, last = -(-self.sink_keys // self.unit), max(1, -(-self.last_keys // self.unit))
+        return kernels.DecodeRule(
+            top_p=self.top_p,
+            budget=-1 if self.budget is None else -(-self.budget // self.unit),
+            share=1.0 if self.share is None else self.share,
+            fewest=max(-(-self.min_keys // self.unit), sinks + last),
+            sinks=sinks,
+            last=last,
+        )
+
+
+def estimate_masses(
+    query: Tensor,
+    summaries: PageSummaries,
+    tables: Tensor,
+    lengths: Tensor,
+    *,
+    unit: int,
+    scale: float,
+) -> Tensor:
+    """Logarithms of the masses that units have for decoding queries, as summaries estimate them.
+
+    The logits of a group of m keys are taken to be normally distributed with variance v =
+    (scale * q)^2.spread^2. While v is below 2 log m the sum of their exponentials is m times
+    exp(scale * q.mean + v / 2); beyond, the few largest logits are the sum, and v / 2 becomes
+    sqrt(2 v log m) - log m: Derrida's random energy model, 1981.
+
+    Args:
+        query: [B, Hq, D], one row of each request.
+        summaries: Those of the cache, with spreads.
+        tables: int32 [B, n], the pages of each request in order.
+        lengths: int32 [B], keys of each, that of the query's own token included.
+        unit: U, a multiple of the keys of a summary's group.
+        scale: Factor on the logits.
+
+    Returns:
+        [B, Hkv, G, n * P / U] in float32 (float64 for float64 keys); -inf after a request's last
+        unit, NaN where keys are not finite.
+    """
+    accumulate = torch.float64 if summaries.values.dtype == torch.float64 else torch.float32
+    kv_heads, page = summaries.values.shape[1], summaries.pages.shape[2]
+    group, device = summaries.group, tables.device
+    order = torch.arange(tables.shape[1], device=device)
+    at = tables.where(order < -(-lengths // page)[:, None], 0).long()
+    rows = query.to(accumulate).unflatten(1, (kv_heads, -1)) * scale
+    # [B, Hkv, n, R or 1, D]
+    mean, spread = (
+        part[at].transpose(1, 2).to(accumulate) for part in (summaries.means, summaries.spreads)
+    )
+    logits = torch.einsum("bhgd,bhnrd->bhgnr", rows, mean)
+    variance = torch.einsum("bhgd,bhnrd->bhgnr", rows.square(), spread.square())
+    first = torch.arange(tables.shape[1] * summaries.groups, device=device) * group
+    held = (lengths[:, None] - first).clamp(0, group).to(accumulate)
+    held = held[:, None, None].unflatten(-1, (-1, summaries.groups))
+    size = held.clamp_min(1).log()
+    frozen = (2 * variance * size).sqrt() - size
+    logits = logits + size + torch.where(variance < 2 * size, variance / 2, frozen)
+    logits = torch.where(held > 0, logits, -torch.inf).flatten(-2)
+    return logits.unflatten(-1, (-1, unit // group)).logsumexp(-1)
+
+
+def keep_units(masses: Tensor, lengths: Tensor, selector: DecodeSelector) -> Tensor:
+    """Which units of each request are kept.
+
+    Args:
+        masses: From `estimate_masses`, [B, Hkv, G, units].
+        lengths: int32 [B].
+        selector: The rule, with the unit of the masses.
+
+    Returns:
+        bool [B, Hkv, units].
+    """
+    rule = selector.rule
+    order = torch.arange(masses.shape[-1], device=masses.device)
+    count = (-(-lengths // selector.unit))[:, None, None]
+    exists = order < count
+    unknown = masses.isnan().any(2)
+    shares = masses.nan_to_num(-torch.inf, torch.inf, -torch.inf).softmax(-1).nan_to_num().mean(2)
+    forced = ((order < rule.sinks) | (order >= count - rule.last) | unknown) & exists
+    rank = torch.where(exists, shares + 2.0 * forced, -1.0)
+    ranked, by_rank = rank.sort(dim=-1, descending=True, stable=True)
+    share = shares.gather(-1, by_rank)
+    held = share.cumsum(-1)
+    # A unit is needed where those before it hold too little.
+    needed = (held - share < rule.top_p * held[..., -1:]) & (ranked >= 0)
+    wanted = needed.sum(-1, keepdim=True) if rule.top_p < 1.0 else count
+    limit = count if rule.budget < 0 else count.clamp(max=rule.budget)
+    limit = torch.minimum(limit, (count * rule.share).ceil().to(limit.dtype))
+    wanted = torch.minimum(wanted, limit).clamp(min=rule.fewest)
+    wanted = torch.maximum(wanted, forced.sum(-1, keepdim=True))
+    kept = torch.zeros_like(exists.expand_as(rank)).scatter(-1, by_rank, order < wanted)
+    return kept & exists
+
+
+def choose_units(
+    query: Tensor,
+    summaries: PageSummaries,
+    tables: Tensor,
+    lengths: Tensor,
+    out: PageTables,
+    *,
+    selector: DecodeSelector,
+    scale: float,
+    steps: tuple[int, int, int],
+) -> None:
+    """Writes the units that decoding queries read as the pages of B * Hkv sequences.
+
+    Units of a sequence stand in order, so that its last one, which may be filled in part, is last.
+    On CUDA nothing waits for the GPU, and graphs may record it.
+
+    Args:
+        query: [B, Hq, D], one row of each request.
+        summaries: Those of the cache, up to date with the queries' own tokens.
+        tables: int32 [B, n], the pages of each request in order.
+        lengths: int32 [B], keys of each; 0 for none.
+        out: Where they are written, from the first sequence on; at least n * P / U wide. Its
+            counter has two places: kept units, and those of all requests.
+        selector: Which units are kept.
+        scale: Factor on the logits.
+        steps: What a page, a key head, and a unit of a page, adds to the number of a unit.
+    """
+    unit, page, kv_heads = selector.unit, summaries.pages.shape[2], summaries.values.shape[1]
+    if query.device.type == "cuda":
+        kernels.choose_units(
+            query,
+            summaries.values,
+            tables,
+            lengths,
+            out.tables,
+            out.lengths,
+            out.counter,
+            group=summaries.group,
+            unit=unit,
+            page=page,
+            rule=selector.rule,
+            scale=scale,
+            steps=steps,
+        )
+        return
+    masses = estimate_masses(query, summaries, tables, lengths, unit=unit, scale=scale)
+    kept = keep_units(masses, lengths, selector)
+    counts = kept.sum(-1)
+    order = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    heads = torch.arange(kv_heads, device=tables.device)[:, None] * steps[1]
+    pages, parts = order // (page // unit), order % (page // unit)
+    numbers = tables[:, None].expand(-1, kv_heads, -1).gather(-1, pages) * steps[0]
+    numbers = numbers + heads + parts * steps[2]
+    place = slice(0, counts.numel())
+    out.tables[place, : numbers.shape[2]] = numbers.flatten(0, 1).to(torch.int32)
+    missing = -lengths[:, None] % unit
+    out.lengths[place] = (counts * unit - missing).clamp(min=0).flatten().to(torch.int32)
+    visible = kv_heads * (-(-lengths // unit)).sum()
+    out.counter.add_(torch.stack([counts.sum(), visible]).to(out.counter))

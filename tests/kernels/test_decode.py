@@ -1,0 +1,91 @@
+"""The kernels that choose pages for decoding, against plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.block_masks.decoding import Decoding, create_decoding
+from unisparse_flex.block_masks.pages import DecodeSelector, PageTables, choose_units
+
+from .interpreter import Kernels
+
+UNIT, SCALE = 16, 0.3
+
+
+def outputs(call: Decoding) -> PageTables:
+    sequences = call.lengths.shape[0] * call.summaries.values.shape[1]
+    units = call.tables.shape[1] * call.summaries.pages.shape[2] // UNIT
+    return PageTables.create(sequences, units, torch.zeros(2, dtype=torch.int64))
+
+
+def run(kernels: Kernels, call: Decoding, selector: DecodeSelector, out: PageTables) -> None:
+    """The kernels, interpreted."""
+    kernels.decode.choose_units(
+        call.query,
+        call.summaries.values,
+        call.tables,
+        call.lengths,
+        out.tables,
+        out.lengths,
+        out.counter,
+        group=call.summaries.group,
+        unit=UNIT,
+        page=call.summaries.pages.shape[2],
+        rule=selector.rule,
+        scale=SCALE,
+        steps=steps_of(call),
+    )
+
+
+def steps_of(call: Decoding) -> tuple[int, int, int]:
+    heads, page = call.summaries.pages.shape[1:3]
+    return heads * page // UNIT, page // UNIT, 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("page", "group"), [(16, 4), (16, 16), (64, 16), (64, 8)])
+@pytest.mark.parametrize(
+    "selector",
+    [
+        DecodeSelector(top_p=0.7, min_keys=32, unit=UNIT),
+        DecodeSelector(budget=100, min_keys=0, sink_keys=20, last_keys=20, unit=UNIT),
+        DecodeSelector(share=0.2, top_p=0.9, min_keys=0, sink_keys=0, unit=UNIT),
+        DecodeSelector(unit=UNIT),
+    ],
+)
+def test_units_are_those_of_plain_pytorch(
+    kernels: Kernels, selector: DecodeSelector, page: int, group: int, dtype: torch.dtype
+) -> None:
+    call = create_decoding([0, 1, 33, 400, 397, 1000], page=page, group=group, dtype=dtype)
+    found, expected = outputs(call), outputs(call)
+    choose_units(
+        call.query,
+        call.summaries,
+        call.tables,
+        call.lengths,
+        expected,
+        selector=selector,
+        scale=SCALE,
+        steps=steps_of(call),
+    )
+    run(kernels, call, selector, found)
+    assert torch.equal(found.lengths, expected.lengths)
+    assert torch.equal(found.counter, expected.counter)
+    for i, length in enumerate(expected.lengths.tolist()):
+        count = -(-length // UNIT)
+        assert torch.equal(found.tables[i, :count], expected.tables[i, :count])
+    kept, visible = found.counter.tolist()
+    assert kept == visible if selector.keeps_all else kept < visible
+
+
+def test_a_unit_of_keys_that_are_not_finite_is_kept(kernels: Kernels) -> None:
+    call = create_decoding([300])
+    page = int(call.tables[0, 5])
+    call.summaries.pages[page, 1, 3, 2] = torch.inf
+    call.summaries.update(torch.tensor([page * 16 + 15]))
+    found = outputs(call)
+    selector = DecodeSelector(share=0.01, min_keys=0, unit=UNIT, sink_keys=16, last_keys=0)
+    run(kernels, call, selector, found)
+    assert found.tables[1, 1] == page * 2 + 1
+    assert found.lengths.tolist() == [UNIT + 300 % UNIT, 2 * UNIT + 300 % UNIT]

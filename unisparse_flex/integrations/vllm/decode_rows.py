@@ -1,0 +1,132 @@
+"""Rows of one token that decode, computed: a choice of units, then the parent's kernel over them.
+
+Symbols: B rows, Hq/Hkv heads, G query heads of a key head, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...block_masks.pages import DecodeSelector, PageSummaries, PageTables, choose_units
+from .cache_view import CacheView
+from .counters import counting
+from .kernels import ParentKernel, Sequences
+
+# Parts into which the keys of a sequence are cut at most, where sequences are few.
+MOST_SPLITS = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DecodeRows:
+    """Rows of a batch that decode.
+
+    Attributes:
+        lengths: int32 [B], keys of each; 0 for rows that only fill up a graph.
+        tables: int32 [B, pages], their page tables.
+        tokens: Which tokens of the batch these are: a range, or int64 [B].
+    """
+
+    lengths: Tensor
+    tables: Tensor
+    tokens: slice | Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class DecodeSpace:
+    """Memory that the layers of a group share, one after the other; graphs write to it.
+
+    Attributes:
+        selector: Which units are kept.
+        names: Room for the units of every row and key head of the largest batch.
+        starts: int32 [B * Hkv + 1], 0 and up: every sequence is one row.
+    """
+
+    selector: DecodeSelector
+    names: PageTables
+    starts: Tensor
+
+    @classmethod
+    def create(
+        cls, selector: DecodeSelector, *, rows: int, kv_heads: int, units: int, device: torch.device
+    ) -> DecodeSpace:
+        """Room for so many rows of so many units."""
+        sequences = rows * kv_heads
+        names = PageTables.create(sequences, units, counting.decode_units_on(device))
+        # What a graph reads before anything was written must name a unit that is there.
+        names.tables.zero_()
+        names.lengths.zero_()
+        starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
+        return cls(selector=selector, names=names, starts=starts)
+
+
+def attend_decode(
+    impl: Any,
+    layer: Any,
+    kernel: ParentKernel,
+    view: CacheView,
+    summaries: PageSummaries,
+    space: DecodeSpace,
+    rows: DecodeRows,
+    query: Tensor,
+    output: Tensor,
+) -> None:
+    """Attends to chosen units, every key head of every row a sequence of its own.
+
+    Args:
+        impl: vLLM's implementation of the layer.
+        layer: The layer.
+        kernel: What attends.
+        view: The layer's cache in units, with the keys of this batch.
+        summaries: Those of its pages, up to date.
+        space: Memory for the choice.
+        rows: The rows.
+        query: [B, Hq, D] or as many numbers, of the rows alone.
+        output: As many numbers; written.
+    """
+    heads, kv_heads, head_dim = impl.num_heads, impl.num_kv_heads, impl.head_size
+    batch, page = rows.lengths.shape[0], view.pages.shape[2]
+    width = rows.tables.shape[1] * (page // view.unit)
+    query = query.view(batch, heads, head_dim)
+    choose_units(
+        query,
+        summaries,
+        rows.tables,
+        rows.lengths,
+        space.names,
+        selector=space.selector,
+        scale=impl.scale,
+        steps=view.steps,
+    )
+    sequences = batch * kv_heads
+    kernel.attend(
+        impl,
+        layer,
+        view,
+        Sequences(
+            query=query.reshape(sequences, heads // kv_heads, head_dim),
+            output=output.view(sequences, heads // kv_heads, head_dim),
+            starts=space.starts[: sequences + 1],
+            rows=1,
+            lengths=space.names.lengths[:sequences],
+            keys=rows.tables.shape[1] * page,
+            tables=space.names.tables[:sequences, :width],
+            splits=splits_of(sequences, query.device),
+        ),
+    )
+
+
+def splits_of(sequences: int, device: torch.device) -> int:
+    """Into how many parts keys are cut so that the GPU has two for every multiprocessor."""
+    if device.type != "cuda":
+        return 1
+    return max(1, min(MOST_SPLITS, 2 * _multiprocessors(device) // sequences))
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
