@@ -81,14 +81,14 @@ def computed_sdpa(call: SdpaCall, config: str) -> Tensor:
     """
     if (
         is_tracing()
-        or is_traced(call)
-        or type(call.query) is not Tensor
+        # None is fake, then, nor holds what other ranks hold.
+        or {type(call.query), type(call.key), type(call.value)} != {Tensor}
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return marked_sdpa(call, config)
-    return _compute(call, SparseConfig.decode(config))
+    return _compute(call, SparseConfig.decode(config), plain=True)
 
 
 def _marked_shard(call: SdpaCall, shard: HeadShard, config: str) -> Tensor:
@@ -182,20 +182,24 @@ def _compute(
     config: SparseConfig,
     lower: Lowering | None = None,
     prepared: Sequence[Tensor] = (),
+    *,
+    plain: bool = False,
 ) -> Tensor:
     """Runs or traces a call.
 
     ``lower`` is what Inductor compiles, where that is known to; ``prepared`` is what
-    `prepare_mask` made of the mask, where it did.
+    `prepare_mask` made of the mask, where it did; ``plain`` says that nothing is traced and that
+    tensors are just that.
     """
-    if is_sharded(call) and refuse_sharding(call) is None:
-        # A graph that was rewritten: what is caught in Python comes here on local tensors.
-        return run_on_shards(call, lambda local, _: _compute(local, config, lower))
-    call = call.with_constants()
+    if not plain:
+        if is_sharded(call) and refuse_sharding(call) is None:
+            # A graph that was rewritten: what is caught in Python comes here on local tensors.
+            return run_on_shards(call, lambda local, _: _compute(local, config, lower))
+        call = call.with_constants()
     if config.context is not None:
         return context_sdpa(call, config)
-    tracing = lower is not None or is_traced(call)
-    if lower is None and not config.strict and _asks_shape(call):
+    tracing = not plain and (lower is not None or is_traced(call))
+    if not plain and lower is None and not config.strict and _asks_shape(call):
         # Only the output's shape is asked for: what is decided here would be a guard of the graph.
         return call.run_dense()
     given = call
