@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-NAMES = ("scratch", "launch", "pool", "pages", "decode", "score", "select", "lists")
+NAMES = ("scratch", "launch", "pool", "pages", "decode", "score_rows", "score", "select", "lists")
 PACKAGE = "unisparse_flex.block_masks.kernels"
 
 
@@ -25,6 +25,7 @@ class Kernels:
     pool: Any
     pages: Any
     decode: Any
+    score_rows: Any
     score: Any
     select: Any
     lists: Any

@@ -77,8 +77,8 @@ class Call:
         head_dim: D.
         length: Query rows and keys.
         masked: Whether it has padding.
-        kernels: Those that this call adds; the scores of composites are ``coarse``, of sampled
-            rows ``fine``.
+        kernels: Those that this call adds; the scores of composites alone are ``coarse``, of
+            sampled rows ``fine``.
         paged: Whether its keys lie in pages.
     """
 
@@ -94,7 +94,8 @@ CALLS = (
     Call(torch.bfloat16, 128, 32768, False, ("fine", "select", "coarse", "pool")),
     Call(torch.bfloat16, 128, 32768, True, ("coarse", "select")),
     Call(torch.float32, 128, 4096, False, ("fine",)),
-    Call(torch.float16, 64, 2048, False, ("fine",)),
+    Call(torch.float16, 64, 2048, False, ("score_both", "pool")),
+    Call(torch.bfloat16, 128, 1024, True, ("score_both", "pool")),
     Call(torch.bfloat16, 256, 32768, True, ("fine",)),
     Call(
         torch.bfloat16,
@@ -176,7 +177,7 @@ def compute_paged(lists: Any, pages: Any, call: Call) -> None:
     means, table = empty(blocks, 8, 1, call.head_dim), empty(blocks, dtype=torch.int32)
     geometry = BlockGeometry(q_len=call.length, kv_len=call.length, block_size=128, causal_offset=0)
     slots = empty(call.length, dtype=torch.int64)
-    pages.summarize(keys, means, slots, group=128, has_spread=False)
+    pages.summarize(keys, means, None, slots)
     found = lists.compute_lists_from_pages(
         empty(1, 32, call.length, call.head_dim),
         keys,
@@ -209,19 +210,20 @@ def decode_paged(decode: Any, pages: Any, call: Call) -> None:
 
     blocks = call.length // 128
     keys = empty(16 * blocks, 8, 128, 2 * call.head_dim)[..., : call.head_dim]
-    values = empty(16 * blocks, 8, 5, call.head_dim)
-    pages.summarize(keys, values, empty(16, dtype=torch.int64), group=32, has_spread=True)
+    means = empty(16 * blocks, 8, 1, call.head_dim)
+    numbers = empty(16 * blocks, 8, 4, 2, call.head_dim, dtype=torch.int8)
+    scales = empty(16 * blocks, 8, 4, 2)
+    pages.summarize(keys, means, (numbers, scales), empty(16, dtype=torch.int64))
     decode.choose_units(
         empty(16, 32, call.head_dim),
-        values,
+        numbers,
+        scales,
         empty(16, blocks, dtype=torch.int32),
         empty(16, dtype=torch.int32),
         empty(16 * 8, 4 * blocks, dtype=torch.int32),
         empty(16 * 8, dtype=torch.int32),
         empty(2, dtype=torch.int64),
-        group=32,
         unit=32,
-        page=128,
         rule=DecodeSelector(top_p=0.9).rule,
         scale=0.1,
         steps=(32, 4, 1),
@@ -277,7 +279,9 @@ def stack_of(compiled: Any, folder: Path) -> int:
 def test_kernels_fit(target: Target, tmp_path: Path) -> None:
     made = launches(target)
     names = {name for call in CALLS for name in call.kernels}
-    assert {launch.name for launch in made} == names
+    # The B200's registers do not suffice for it.
+    apart = {"score_both"} if target.arch == 100 else set()
+    assert {launch.name for launch in made} == names - apart
     if target.like:
         made = [launch for launch in made if launch.name in ("coarse", "fine")][:2]
     found: dict[str, tuple[int, int]] = {}
