@@ -234,12 +234,12 @@ def pool_both(
     queries: Side, keys: Side, *, kv_heads: int, block_size: int
 ) -> tuple[Rows | None, Rows | None, Rows | None]:
     """`pool` for queries and keys, in one launch where they are few."""
-    grid = {"kv_heads": kv_heads, "block_size": block_size}
     programs = queries.blocks * queries.heads + keys.blocks * keys.heads
     if programs * queries.tokens.shape[0] <= FEW_PROGRAMS:
-        return pool(queries, keys=keys, **grid)
-    means, lasts, _ = pool(queries, **grid)
-    return means, lasts, pool(keys, **grid)[0]
+        return pool(queries, keys=keys, kv_heads=kv_heads, block_size=block_size)
+    means, lasts, _ = pool(queries, kv_heads=kv_heads, block_size=block_size)
+    key_means, _, _ = pool(keys, kv_heads=kv_heads, block_size=block_size)
+    return means, lasts, key_means
 
 
 def pool(

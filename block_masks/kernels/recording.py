@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import _empty_strided_cuda
+from torch._C._dynamo.guards import _empty_strided_cuda  # type: ignore[attr-defined]
 
 _local = threading.local()
 # Where a tensor may begin: more than kernels ask of addresses.

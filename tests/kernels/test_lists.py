@@ -269,7 +269,7 @@ def test_splits_change_nothing(kernels: Kernels, causal: bool) -> None:
     call = fixed_call(70, 600, causal=causal, top_p=0.7, c_h=2, sampled_queries=2)
     query, key = call.query_key()
     score = kernels.lists._score
-    splits = []
+    splits: list[int] = []
 
     def record(*arguments: Any, **keywords: Any) -> Any:
         both = score(*arguments, **keywords)

@@ -41,7 +41,9 @@ def test_one_launch_scores_as_two_do(
     def apart(coarse: Any, fine: Any, **turn: Any) -> tuple[Any, Any]:
         return kernels.score.score(coarse, **turn), kernels.score.score(fine, **turn)
 
-    both, two, launches = [], [], []
+    both: list[Any] = []
+    two: list[Any] = []
+    launches: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("PROGRAMS_WANTED", "PROGRAMS_WANTED_OF_KEYS"):
             patch.setattr(kernels.score, name, programs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -147,12 +149,18 @@ def test_strided_tokens_are_read_where_they_lie(kernels: Kernels) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_queries_and_keys_are_pooled_in_one_launch_as_alone(kernels: Kernels, masked: bool) -> None:
     query, key = random_tokens(2, 4, 41, 24), random_tokens(2, 2, 70, 24)
-    valid = {"query": None, "key": None}
+    valid: dict[str, Any] = {"query": None, "key": None}
     if masked:
         valid = {n: (t[:, 0, :, 0] > -1).byte() for n, t in (("query", query), ("key", key))}
-    queries = {"blocks": 3, "merged": 2, "group": 4, "step": 8, "valid": valid["query"]}
-    keys = {"blocks": 6, "group": 8, "held": 2, "valid": valid["key"]}
-    options = {"kv_heads": 2, "block_size": SIZE}
+    queries: dict[str, Any] = {
+        "blocks": 3,
+        "merged": 2,
+        "group": 4,
+        "step": 8,
+        "valid": valid["query"],
+    }
+    keys: dict[str, Any] = {"blocks": 6, "group": 8, "held": 2, "valid": valid["key"]}
+    options: dict[str, Any] = {"kv_heads": 2, "block_size": SIZE}
     make = kernels.pool.Side
     means, lasts, key_means = kernels.pool.pool(
         make(tokens=query, **queries), keys=make(tokens=key, **keys), **options
