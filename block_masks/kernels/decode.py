@@ -15,7 +15,7 @@ from .launch import Launch
 from .recording import empty
 from .scratch import power_of_two
 
-# Rows of summaries that one program scores at a time.
+# Units that one program scores.
 ROWS = 64
 # Units of a sequence that a warp of the choice holds.
 OF_WARP = 512
@@ -24,7 +24,8 @@ OF_WARP = 512
 @triton.jit(do_not_specialize=["width", "fewest", "table_stride"])
 def _estimate(
     query,
-    values,
+    numbers,
+    scales,
     tables,
     lengths,
     masses,
@@ -36,65 +37,43 @@ def _estimate(
     head_dim,
     fewest,
     scale,
-    PAGE: tl.constexpr,
+    UNITS: tl.constexpr,
     UNIT: tl.constexpr,
-    GROUP: tl.constexpr,
     HEADS: tl.constexpr,
-    PAGES: tl.constexpr,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Logarithms of the masses of the units of PAGES pages, for the query heads of a key head."""
+    """Logarithms of the masses of ROWS units, for the query heads of one key head."""
     request = tl.program_id(1) // kv_heads
     head = tl.program_id(1) % kv_heads
     length = tl.load(lengths + request)
-    first = tl.program_id(0) * PAGES
+    first = tl.program_id(0) * ROWS
     # A request that keeps everything is not scored.
-    if (first * PAGE < length) & (tl.cdiv(length, UNIT) > fewest):
-        groups: tl.constexpr = PAGE // GROUP
-        units: tl.constexpr = PAGE // UNIT
+    if (first * UNIT < length) & (tl.cdiv(length, UNIT) > fewest):
+        place = first + tl.arange(0, ROWS)
+        exists = place * UNIT < length
         table = tables + request.to(tl.int64) * table_stride
-        page = first + tl.arange(0, PAGES)
-        number = tl.load(table + page, mask=page * PAGE < length, other=0).to(tl.int64)
-        line = (number * kv_heads + head) * (groups + 1)
+        page = tl.load(table + place // UNITS, mask=exists, other=0).to(tl.int64)
+        line = ((page * kv_heads + head) * UNITS + place % UNITS) * 2
         column = tl.arange(0, WIDTH)
-        inside = (column < head_dim)[None, :]
-        at = values + (line + groups)[:, None] * head_dim + column[None, :]
-        exists = inside & (page * PAGE < length)[:, None]
-        spread = tl.load(at, mask=exists, other=0.0).to(tl.float32)
+        inside = exists[:, None] & (column < head_dim)[None, :]
+        at = numbers + line[:, None] * head_dim + column[None, :]
+        mean = tl.load(at, mask=inside, other=0).to(tl.float32)
+        spread = tl.load(at + head_dim, mask=inside, other=0).to(tl.float32)
         spread = spread * spread
-        lines = line[:, None] + tl.arange(0, groups)[None, :]
-        lines = tl.reshape(lines, [PAGES * groups])
-        group = first * groups + tl.arange(0, PAGES * groups)
-        at = values + lines[:, None] * head_dim + column[None, :]
-        exists = inside & (group * GROUP < length)[:, None]
-        mean = tl.load(at, mask=exists, other=0.0).to(tl.float32)
-        held = tl.minimum(tl.maximum(length - group * GROUP, 0), GROUP)
+        of_mean = tl.load(scales + line, mask=exists, other=0.0).to(tl.float32)
+        of_spread = tl.load(scales + line + 1, mask=exists, other=0.0).to(tl.float32)
+        held = tl.minimum(length - place * UNIT, UNIT)
         size = tl.log(tl.maximum(held, 1).to(tl.float32))
         for i in tl.static_range(HEADS):
             at = query + request.to(tl.int64) * stride_row + (head * HEADS + i) * stride_head
             own = tl.load(at + column, mask=column < head_dim, other=0.0).to(tl.float32) * scale
-            logit = tl.sum(mean * own[None, :], 1)
-            variance = tl.sum(spread * (own * own)[None, :], 1)[:, None]
-            variance = tl.broadcast_to(variance, [PAGES, groups])
-            variance = tl.reshape(variance, [PAGES * groups])
+            logit = tl.sum(mean * own[None, :], 1) * of_mean
+            variance = tl.sum(spread * (own * own)[None, :], 1) * (of_spread * of_spread)
             frozen = tl.sqrt(2 * variance * size) - size
-            logit += size + tl.where(variance < 2 * size, variance / 2, frozen)
-            logit = tl.where(held > 0, logit, float("-inf"))
-            if UNIT > GROUP:
-                parts = tl.reshape(logit, [PAGES * units, UNIT // GROUP])
-                most = tl.max(parts, 1)
-                # A unit that is not there has nothing but -inf.
-                most = tl.where(most == float("-inf"), 0.0, most)
-                mass = tl.sum(tl.exp(parts - most[:, None]), 1)
-                mass = most + tl.log(tl.maximum(mass, 1e-30))
-                # What is not a number has no maximum either.
-                unknown = tl.sum((parts != parts).to(tl.int32), 1) > 0
-                mass = tl.where(unknown, float("nan"), mass)
-            else:
-                mass = tl.reshape(logit, [PAGES * units])
-            place = first * units + tl.arange(0, PAGES * units)
+            mass = logit + size + tl.where(variance < 2 * size, variance / 2, frozen)
             line = (tl.program_id(1) * HEADS + i).to(tl.int64) * width
-            tl.store(masses + line + place, mass, mask=place * UNIT < length)
+            tl.store(masses + line + place, mass, mask=exists)
 
 
 @triton.jit
@@ -131,7 +110,7 @@ def _choose(
     fewest,
     sinks,
     last,
-    PAGE: tl.constexpr,
+    UNITS: tl.constexpr,
     UNIT: tl.constexpr,
     HEADS: tl.constexpr,
     TOP_P: tl.constexpr,
@@ -178,10 +157,9 @@ def _choose(
         same = exists & (bits == least)
         left = wanted - tl.sum(above.to(tl.int32), 0)
         kept = above | (same & (tl.cumsum(same.to(tl.int32), 0) <= left))
-    units: tl.constexpr = PAGE // UNIT
     table = tables + request.to(tl.int64) * table_stride
-    number = tl.load(table + place // units, mask=kept, other=0) * page_step
-    number += head * head_step + place % units * unit_step
+    number = tl.load(table + place // UNITS, mask=kept, other=0) * page_step
+    number += head * head_step + place % UNITS * unit_step
     at = out_tables + sequence.to(tl.int64) * out_width + tl.cumsum(kept.to(tl.int32), 0) - 1
     tl.store(at, number, mask=kept)
     total = tl.sum(kept.to(tl.int32), 0)
@@ -196,16 +174,15 @@ _launch_choose = Launch(_choose)
 
 def choose_units(
     query: Tensor,
-    values: Tensor,
+    numbers: Tensor,
+    scales: Tensor,
     tables: Tensor,
     lengths: Tensor,
     out_tables: Tensor,
     out_lengths: Tensor,
     counter: Tensor,
     *,
-    group: int,
     unit: int,
-    page: int,
     rule: DecodeRule,
     scale: float,
     steps: tuple[int, int, int],
@@ -214,28 +191,27 @@ def choose_units(
 
     Args:
         query: [B, Hq, D], numbers of a row side by side.
-        values: [all pages, Hkv, P / group + 1, D], contiguous, means and a spread.
+        numbers: int8 [all pages, Hkv, P / U, 2, D], contiguous.
+        scales: [all pages, Hkv, P / U, 2], contiguous.
         tables: int32 [B, n], numbers of a row side by side.
         lengths: int32 [B].
         out_tables: int32 [B * Hkv or more, n * P / U or more].
         out_lengths: int32 [B * Hkv or more].
         counter: int64 [2], to which kept and visible units are added.
-        group: Keys of a group, a power of two.
-        unit: U, a power of two and multiple of the group.
-        page: P.
+        unit: U, a power of two.
         rule: Which units are kept.
         scale: Factor on the logits.
         steps: What a page, a key head, and a unit of a page, adds to the number of a unit.
     """
     batch, q_heads, head_dim = query.shape
-    kv_heads, width = values.shape[1], tables.shape[1] * (page // unit)
-    pages = max(1, ROWS * group // page)
-    heads = q_heads // kv_heads
+    kv_heads, units = numbers.shape[1:3]
+    heads, width = q_heads // kv_heads, tables.shape[1] * units
     masses = empty(query, (batch * kv_heads * heads * width,), torch.float32)
     _launch_estimate(
-        (-(-tables.shape[1] // pages), batch * kv_heads, 1),
+        (-(-width // ROWS), batch * kv_heads, 1),
         query,
-        values,
+        numbers,
+        scales,
         tables,
         lengths,
         masses,
@@ -247,11 +223,10 @@ def choose_units(
         head_dim,
         rule.fewest,
         scale,
-        PAGE=page,
+        UNITS=units,
         UNIT=unit,
-        GROUP=group,
         HEADS=heads,
-        PAGES=pages,
+        ROWS=ROWS,
         WIDTH=power_of_two(head_dim),
         num_warps=4,
         enable_fp_fusion=True,
@@ -276,7 +251,7 @@ def choose_units(
         rule.fewest,
         rule.sinks,
         rule.last,
-        PAGE=page,
+        UNITS=units,
         UNIT=unit,
         HEADS=heads,
         TOP_P=rule.top_p < 1.0,

@@ -151,13 +151,13 @@ def supports_pages(pages: Tensor, block_size: int) -> bool:
 
 
 def summarize_pages(
-    pages: Tensor, values: Tensor, slots: Tensor, *, group: int, has_spread: bool
+    pages: Tensor, means: Tensor, units: tuple[Tensor, Tensor] | None, slots: Tensor
 ) -> None:
     """`pages.PageSummaries.update` on the GPU."""
     from .pages import summarize
 
     with on_device(pages.device):
-        summarize(pages, values, slots, group=group, has_spread=has_spread)
+        summarize(pages, means, units, slots)
 
 
 def name_pages(lists: BlockLists, table: Tensor, *tensors: Tensor, **settings: Any) -> None:

@@ -19,10 +19,28 @@ from .scratch import power_of_two
 TOKENS = 16
 
 
+@triton.jit
+def _write_unit(found, numbers, scales, at, part: tl.constexpr, head_dim, inside, column):
+    """Writes rows of found [units, WIDTH] in 8 bits, each with a scale of its own."""
+    found = tl.where(tl.abs(found) < float("inf"), found, float("nan"))
+    unknown = tl.sum((found != found).to(tl.int32), 1) > 0
+    scale = tl.where(unknown, float("nan"), tl.max(tl.abs(found), 1) / 127)
+    scale = scale.to(scales.dtype.element_ty)
+    tl.store(scales + at * 2 + part, scale)
+    scale = scale.to(tl.float32)
+    apart = found / tl.where(scale > 0, scale, 1.0)[:, None]
+    apart = tl.where(apart == apart, apart, 0.0)
+    rounded = tl.minimum(tl.maximum(tl.floor(apart + 0.5), -127.0), 127.0)
+    out = numbers + (at * 2 + part)[:, None] * head_dim + column[None, :]
+    tl.store(out, rounded.to(tl.int8), mask=inside)
+
+
 @triton.jit(do_not_specialize=["count"])
 def _summarize(
     keys,
-    values,
+    means,
+    numbers,
+    scales,
     slots,
     stride_page,
     stride_head,
@@ -33,23 +51,23 @@ def _summarize(
     TOKENS: tl.constexpr,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
-    SPREAD: tl.constexpr,
+    UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Summaries of every GROUP keys of the pages whose last key is among the slots.
+    """Means of every GROUP keys of the pages whose last key is among the slots.
 
-    With SPREAD also of pages that are being filled, and deviations beside the means.
+    With a UNIT also what decoding needs of every UNIT keys, in pages that are being filled too.
     """
     head = tl.program_id(1)
     column = tl.arange(0, WIDTH)
     inside = (column < head_dim)[None, :]
     groups: tl.constexpr = PAGE // GROUP
-    parts: tl.constexpr = groups + 1 if SPREAD else groups
     for i in range(TOKENS):
         token = tl.program_id(0) * TOKENS + i
         slot = tl.load(slots + token, mask=token < count, other=-1)
-        is_last = slot % PAGE == PAGE - 1
-        if SPREAD:
+        is_full = slot % PAGE == PAGE - 1
+        is_last = is_full
+        if UNIT:
             behind = tl.load(slots + token + 1, mask=token + 1 < count, other=-1)
             is_last = is_last | (behind != slot + 1)
         if (slot >= 0) & is_last:
@@ -59,25 +77,27 @@ def _summarize(
             held = (row <= slot % PAGE)[:, None]
             at = base + row[:, None] * stride_row + column[None, :]
             key = tl.load(at, mask=inside & held, other=0.0).to(tl.float32)
-            key = tl.reshape(key, [groups, GROUP, WIDTH])
-            order = tl.arange(0, groups)
-            size = tl.minimum(tl.maximum(slot % PAGE + 1 - order * GROUP, 1), GROUP)
-            size = size.to(tl.float32)[:, None]
-            mean = tl.sum(key, 1) / size
-            line = (page * heads + head) * parts + order
-            out = values + line[:, None] * head_dim + column[None, :]
-            # As composite keys that are pooled in place.
-            finite = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
-            tl.store(out, finite.to(values.dtype.element_ty), mask=inside)
-            if SPREAD:
-                here = tl.reshape(held.to(tl.int1), [groups, GROUP, 1])
+            if is_full:
+                mean = tl.sum(tl.reshape(key, [groups, GROUP, WIDTH]), 1) / GROUP
+                # As composite keys that are pooled in place.
+                mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
+                line = (page * heads + head) * groups + tl.arange(0, groups)
+                out = means + line[:, None] * head_dim + column[None, :]
+                tl.store(out, mean.to(means.dtype.element_ty), mask=inside)
+            if UNIT:
+                units: tl.constexpr = PAGE // UNIT
+                key = tl.reshape(key, [units, UNIT, WIDTH])
+                order = tl.arange(0, units)
+                size = tl.minimum(tl.maximum(slot % PAGE + 1 - order * UNIT, 1), UNIT)
+                size = size.to(tl.float32)[:, None]
+                mean = tl.sum(key, 1) / size
+                mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
+                here = tl.reshape(held.to(tl.int1), [units, UNIT, 1])
                 apart = tl.where(here, key - mean[:, None, :], 0.0)
-                squares = tl.sum(tl.sum(apart * apart, 1), 0)
-                spread = tl.sqrt(squares / (slot % PAGE + 1).to(tl.float32))
-                spread = tl.where(spread < float("inf"), spread, float("nan"))
-                line = (page * heads + head) * parts + groups
-                at = values + line * head_dim + column
-                tl.store(at, spread.to(values.dtype.element_ty), mask=column < head_dim)
+                spread = tl.sqrt(tl.sum(apart * apart, 1) / size)
+                line = (page * heads + head) * units + order
+                _write_unit(mean, numbers, scales, line, 0, head_dim, inside, column)
+                _write_unit(spread, numbers, scales, line, 1, head_dim, inside, column)
 
 
 @triton.jit(do_not_specialize=["length", "composites"], do_not_specialize_on_alignment=["table"])
@@ -93,7 +113,6 @@ def _pool_pages(
     composites,
     heads,
     head_dim,
-    parts,
     PAGE: tl.constexpr,
     OF_MEAN: tl.constexpr,
     GROUP: tl.constexpr,
@@ -106,12 +125,13 @@ def _pool_pages(
     inside = column < head_dim
     first = composite * GROUP
     total = tl.zeros([WIDTH], dtype=tl.float32)
+    per_page: tl.constexpr = PAGE // OF_MEAN
     if (first + GROUP - 1) // PAGE * PAGE + PAGE <= length:
         # Every page that it touches is finished.
         for i in tl.static_range(GROUP // OF_MEAN):
             key = first + i * OF_MEAN
             page = tl.load(table + key // PAGE).to(tl.int64)
-            line = (page * heads + head) * parts + key % PAGE // OF_MEAN
+            line = (page * heads + head) * per_page + key % PAGE // OF_MEAN
             at = means + line * head_dim + column
             total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
         total = total / (GROUP // OF_MEAN)
@@ -190,31 +210,33 @@ _launch_names = Launch(_name_pages)
 
 
 def summarize(
-    pages: Tensor, values: Tensor, slots: Tensor, *, group: int, has_spread: bool
+    pages: Tensor, means: Tensor, units: tuple[Tensor, Tensor] | None, slots: Tensor
 ) -> None:
     """Brings summaries up to date; `pages.PageSummaries.update` on the GPU.
 
     Args:
         pages: [all pages, Hkv, P, D], numbers of a key side by side; P is a power of two.
-        values: [all pages, Hkv, parts, D], contiguous.
+        means: [all pages, Hkv, R, D], contiguous.
+        units: Numbers and scales of `pages.UnitSummaries`, contiguous; ``None`` for none.
         slots: int64 [tokens]: page * P + place of keys that were written; below 0 for none.
-        group: Keys of a mean, a power of two.
-        has_spread: Whether deviations are kept, and pages followed as they fill.
     """
-    count, heads = slots.shape[0], pages.shape[1]
+    count, heads, page = slots.shape[0], pages.shape[1], pages.shape[2]
+    numbers, scales = (means, means) if units is None else units
     _launch_summarize(
         (-(-count // TOKENS), heads, 1),
         pages,
-        values,
+        means,
+        numbers,
+        scales,
         slots,
         *pages.stride()[:3],
         count,
         heads,
         pages.shape[3],
         TOKENS=TOKENS,
-        PAGE=pages.shape[2],
-        GROUP=group,
-        SPREAD=has_spread,
+        PAGE=page,
+        GROUP=page // means.shape[2],
+        UNIT=0 if units is None else page // numbers.shape[2],
         WIDTH=power_of_two(pages.shape[3]),
         num_warps=4,
         enable_fp_fusion=True,
@@ -229,8 +251,7 @@ def pool_pages(
     Args:
         pages: As `summarize` takes them.
         table: int32 [n], the sequence's pages in order.
-        means: [all pages, Hkv, R, D], those of finished pages up to date; the means of a page's
-            heads may lie further apart than R.
+        means: As `summarize` takes them, those of finished pages up to date.
         length: Keys of the sequence.
         group: Keys per composite key, a multiple of those of a mean.
         groups: Composite keys in the result.
@@ -248,7 +269,6 @@ def pool_pages(
         groups,
         heads,
         head_dim,
-        means.stride(1) // head_dim,
         PAGE=page,
         OF_MEAN=page // means.shape[2],
         GROUP=group,

@@ -3,7 +3,7 @@
 from .decode import DecodeSelector, choose_units, estimate_masses, keep_units
 from .paged_keys import PagedKeys
 from .select import paged_obstacle, select_from_pages
-from .summaries import PageSummaries, mean_group
+from .summaries import PageSummaries, UnitSummaries, mean_group
 from .tables import PageTables, name_pages
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "PageSummaries",
     "PageTables",
     "PagedKeys",
+    "UnitSummaries",
     "choose_units",
     "estimate_masses",
     "keep_units",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..validation import validate_fraction, validate_int
-from .summaries import PageSummaries
+from .summaries import UnitSummaries
 from .tables import PageTables
 
 
@@ -91,53 +91,39 @@ class DecodeSelector:
 
 
 def estimate_masses(
-    query: Tensor,
-    summaries: PageSummaries,
-    tables: Tensor,
-    lengths: Tensor,
-    *,
-    unit: int,
-    scale: float,
+    query: Tensor, units: UnitSummaries, tables: Tensor, lengths: Tensor, *, scale: float
 ) -> Tensor:
     """Logarithms of the masses that units have for decoding queries, as summaries estimate them.
 
-    The logits of a group of m keys are taken to be normally distributed with variance v =
+    The logits of the m keys of a unit are taken to be normally distributed with variance v =
     (scale * q)^2.spread^2. While v is below 2 log m the sum of their exponentials is m times
     exp(scale * q.mean + v / 2); beyond, the few largest logits are the sum, and v / 2 becomes
     sqrt(2 v log m) - log m: Derrida's random energy model, 1981.
 
     Args:
         query: [B, Hq, D], one row of each request.
-        summaries: Those of the cache, with spreads.
+        units: Those of the cache.
         tables: int32 [B, n], the pages of each request in order.
         lengths: int32 [B], keys of each, that of the query's own token included.
-        unit: U, a multiple of the keys of a summary's group.
         scale: Factor on the logits.
 
     Returns:
         [B, Hkv, G, n * P / U] in float32 (float64 for float64 keys); -inf after a request's last
         unit, NaN where keys are not finite.
     """
-    accumulate = torch.float64 if summaries.values.dtype == torch.float64 else torch.float32
-    kv_heads, page = summaries.values.shape[1], summaries.pages.shape[2]
-    group, device = summaries.group, tables.device
-    order = torch.arange(tables.shape[1], device=device)
-    at = tables.where(order < -(-lengths // page)[:, None], 0).long()
-    rows = query.to(accumulate).unflatten(1, (kv_heads, -1)) * scale
-    # [B, Hkv, n, R or 1, D]
-    mean, spread = (
-        part[at].transpose(1, 2).to(accumulate) for part in (summaries.means, summaries.spreads)
-    )
-    logits = torch.einsum("bhgd,bhnrd->bhgnr", rows, mean)
-    variance = torch.einsum("bhgd,bhnrd->bhgnr", rows.square(), spread.square())
-    first = torch.arange(tables.shape[1] * summaries.groups, device=device) * group
-    held = (lengths[:, None] - first).clamp(0, group).to(accumulate)
-    held = held[:, None, None].unflatten(-1, (-1, summaries.groups))
+    order = torch.arange(tables.shape[1], device=tables.device)
+    at = tables.where(order < -(-lengths // units.page)[:, None], 0).long()
+    # [B, Hkv, all units, D]
+    mean, spread = (part.transpose(1, 2).flatten(2, 3) for part in units.read(at))
+    rows = query.to(mean.dtype).unflatten(1, (mean.shape[1], -1)) * scale
+    logits = rows @ mean.mT
+    variance = rows.square() @ spread.square().mT
+    first = torch.arange(mean.shape[2], device=tables.device) * units.unit
+    held = (lengths[:, None] - first).clamp(0, units.unit).to(mean.dtype)[:, None, None]
     size = held.clamp_min(1).log()
     frozen = (2 * variance * size).sqrt() - size
     logits = logits + size + torch.where(variance < 2 * size, variance / 2, frozen)
-    logits = torch.where(held > 0, logits, -torch.inf).flatten(-2)
-    return logits.unflatten(-1, (-1, unit // group)).logsumexp(-1)
+    return torch.where(held > 0, logits, -torch.inf)
 
 
 def keep_units(masses: Tensor, lengths: Tensor, selector: DecodeSelector) -> Tensor:
@@ -175,7 +161,7 @@ def keep_units(masses: Tensor, lengths: Tensor, selector: DecodeSelector) -> Ten
 
 def choose_units(
     query: Tensor,
-    summaries: PageSummaries,
+    units: UnitSummaries,
     tables: Tensor,
     lengths: Tensor,
     out: PageTables,
@@ -191,34 +177,33 @@ def choose_units(
 
     Args:
         query: [B, Hq, D], one row of each request.
-        summaries: Those of the cache, up to date with the queries' own tokens.
+        units: Those of the cache, up to date with the queries' own tokens.
         tables: int32 [B, n], the pages of each request in order.
         lengths: int32 [B], keys of each; 0 for none.
         out: Where they are written, from the first sequence on; at least n * P / U wide. Its
             counter has two places: kept units, and those of all requests.
-        selector: Which units are kept.
+        selector: Which units are kept, of as many keys.
         scale: Factor on the logits.
         steps: What a page, a key head, and a unit of a page, adds to the number of a unit.
     """
-    unit, page, kv_heads = selector.unit, summaries.pages.shape[2], summaries.values.shape[1]
+    unit, page, kv_heads = units.unit, units.page, units.numbers.shape[1]
     if query.device.type == "cuda":
         kernels.choose_units(
             query,
-            summaries.values,
+            units.numbers,
+            units.scales,
             tables,
             lengths,
             out.tables,
             out.lengths,
             out.counter,
-            group=summaries.group,
             unit=unit,
-            page=page,
             rule=selector.rule,
             scale=scale,
             steps=steps,
         )
         return
-    masses = estimate_masses(query, summaries, tables, lengths, unit=unit, scale=scale)
+    masses = estimate_masses(query, units, tables, lengths, scale=scale)
     kept = keep_units(masses, lengths, selector)
     counts = kept.sum(-1)
     order = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)

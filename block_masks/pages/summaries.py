@@ -1,6 +1,6 @@
-"""What is kept of the keys of a page: their means and, for decoding, how far they spread.
+"""What is kept of the keys in pages: means for prefills, and for decoding what a query reads first.
 
-Symbols: N pages, Hkv key heads, P keys of a page, R groups of a page, D head_dim.
+Symbols: N pages, Hkv key heads, P keys of a page, R groups of a page, U keys of a unit, D head_dim.
 """
 
 from __future__ import annotations
@@ -13,61 +13,115 @@ from torch import Tensor
 from .. import kernels
 from ..granularity import mark_not_finite
 
+# The largest number of 8 bits that is used.
+LARGEST = 127
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class UnitSummaries:
+    """Mean and standard deviation of the keys of every unit, coordinate by coordinate, in 8 bits.
+
+    Attributes:
+        unit: U, a power of two that divides P.
+        numbers: int8 [N, Hkv, P / U, 2, D]: of a mean and of deviations, in multiples of a scale.
+        scales: [N, Hkv, P / U, 2] in keys' dtype; NaN where keys are not finite.
+    """
+
+    unit: int
+    numbers: Tensor
+    scales: Tensor
+
+    @classmethod
+    def create(cls, pages: Tensor, unit: int) -> UnitSummaries:
+        """Room for those of a cache, zeros; a share of 1 / (2 * U) of 16-bit keys and values.
+
+        Args:
+            pages: [N, Hkv, P, D].
+            unit: U.
+        """
+        count, heads, page, head_dim = pages.shape
+        shape = (count, heads, page // unit, 2)
+        numbers = pages.new_zeros((*shape, head_dim), dtype=torch.int8)
+        return cls(unit=unit, numbers=numbers, scales=pages.new_zeros(shape))
+
+    @property
+    def page(self) -> int:
+        """P."""
+        return self.numbers.shape[2] * self.unit
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take up."""
+        return self.numbers.nbytes + self.scales.nbytes
+
+    def read(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and deviations of pages: for int64 [...] twice [..., Hkv, P / U, D].
+
+        In float32, or float64 for float64 keys.
+        """
+        found = _floating(self.scales[at])[..., None] * self.numbers[at]
+        return found[..., 0, :], found[..., 1, :]
+
+    def write(self, keys: Tensor, at: Tensor, held: Tensor) -> None:
+        """Summarizes units.
+
+        Args:
+            keys: [n, Hkv, P / U, U, D] of n pages, floating.
+            at: int64 [n], the pages.
+            held: bool [n, 1, P / U, U, 1], which keys there are.
+        """
+        count = held.sum(3).clamp_min(1)
+        mean = keys.where(held, 0.0).sum(3) / count
+        squares = (keys - mean[:, :, :, None]).where(held, 0.0).square().sum(3)
+        found = mark_not_finite(torch.stack([mean, (squares / count).sqrt()], 3))
+        scale = (found.abs().amax(-1) / LARGEST).to(self.scales.dtype)
+        apart = found / scale.to(found.dtype).where(scale > 0, 1.0)[..., None]
+        rounded = (apart.nan_to_num() + 0.5).floor().clamp(-LARGEST, LARGEST)
+        self.numbers[at] = rounded.to(torch.int8)
+        self.scales[at] = scale
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PageSummaries:
-    """Summaries of all pages of a cache, each of every ``group`` keys of a page.
+    """Summaries of all pages of a cache.
 
-    A prefill needs means of finished pages. Decoding asks for every page at every token: then
-    pages that are being filled have summaries too, of the keys that they hold so far.
+    A prefill needs means of finished pages. Decoding asks for every page at every token: units of
+    pages that are being filled are those of the keys that they hold so far.
 
     Attributes:
         pages: [N, Hkv, P, D], a view of the cache.
-        values: [N, Hkv, R or R + 1, D], keys' dtype: the means, and with ``has_spread`` after them
-            one standard deviation of every coordinate, that of keys from their group's mean.
-        group: Keys of one group, P / R.
-        has_spread: Whether it is made for decoding.
+        means: [N, Hkv, R, D], keys' dtype, of every P / R keys.
+        units: Summaries for decoding; ``None`` where it is dense.
     """
 
     pages: Tensor
-    values: Tensor
-    group: int
-    has_spread: bool
+    means: Tensor
+    units: UnitSummaries | None = None
 
     @classmethod
-    def create(cls, pages: Tensor, group: int, *, has_spread: bool = False) -> PageSummaries:
+    def create(cls, pages: Tensor, group: int, *, unit: int | None = None) -> PageSummaries:
         """Room for the summaries of a cache, zeros.
 
         Args:
             pages: [N, Hkv, P, D].
-            group: Keys of a group; divides P.
-            has_spread: Whether deviations are kept and pages followed as they fill.
+            group: Keys of a mean; divides P.
+            unit: Keys of a unit of decoding; ``None`` for none.
         """
         count, heads, page, head_dim = pages.shape
-        parts = page // group + has_spread
-        values = pages.new_zeros((count, heads, parts, head_dim))
-        return cls(pages=pages, values=values, group=group, has_spread=has_spread)
+        means = pages.new_zeros((count, heads, page // group, head_dim))
+        units = None if unit is None else UnitSummaries.create(pages, unit)
+        return cls(pages=pages, means=means, units=units)
 
     @property
-    def groups(self) -> int:
-        """R."""
-        return self.pages.shape[2] // self.group
-
-    @property
-    def means(self) -> Tensor:
-        """[N, Hkv, R, D]."""
-        return self.values[:, :, : self.groups]
-
-    @property
-    def spreads(self) -> Tensor:
-        """[N, Hkv, 1, D], standard deviations; nothing without ``has_spread``."""
-        return self.values[:, :, self.groups :]
+    def nbytes(self) -> int:
+        """Memory that they take up."""
+        return self.means.nbytes + (0 if self.units is None else self.units.nbytes)
 
     def update(self, slots: Tensor) -> None:
         """Brings summaries up to date with keys just written; graphs may record it on CUDA.
 
         A page is finished when its last place is written, so a page that another sequence takes
-        over has a summary of its own as soon as it is full again, or with ``has_spread`` at once.
+        over has means of its own as soon as it is full again, and units of its own at once.
 
         Args:
             slots: int64 [tokens], where keys were written: page * P + place, those of a sequence
@@ -76,29 +130,27 @@ class PageSummaries:
         if slots.shape[0] == 0:
             return
         if self.pages.device.type == "cuda":
-            kernels.summarize_pages(
-                self.pages, self.values, slots, group=self.group, has_spread=self.has_spread
-            )
+            units = None if self.units is None else (self.units.numbers, self.units.scales)
+            kernels.summarize_pages(self.pages, self.means, units, slots)
             return
         page = self.pages.shape[2]
-        last = slots % page == page - 1
-        if self.has_spread:
-            last |= slots.diff(append=slots.new_full((1,), -2)) != 1
-        written = slots[(slots >= 0) & last]
-        at, places = written // page, written % page
-        keys = self.pages[at].unflatten(2, (self.groups, self.group))
-        keys = keys.double() if keys.dtype == torch.float64 else keys.float()
-        order = torch.arange(page, device=slots.device).view(self.groups, self.group)
-        held = (order <= places[:, None, None])[:, None, :, :, None]
-        mean = keys.where(held, 0.0).sum(3) / held.sum(3).clamp_min(1)
-        parts = [mark_not_finite(mean)]
-        if self.has_spread:
-            squares = (keys - mean[:, :, :, None]).where(held, 0.0).square().sum((2, 3))
-            spread = (squares / (places + 1)[:, None, None]).sqrt()
-            parts.append(mark_not_finite(spread)[:, :, None])
-        self.values[at] = torch.cat(parts, 2).to(self.values.dtype)
+        is_full = (slots >= 0) & (slots % page == page - 1)
+        finished = slots[is_full] // page
+        keys = _floating(self.pages[finished]).unflatten(2, (self.means.shape[2], -1))
+        self.means[finished] = mark_not_finite(keys.mean(3)).to(self.means.dtype)
+        if self.units is None:
+            return
+        last = is_full | ((slots >= 0) & (slots.diff(append=slots.new_full((1,), -2)) != 1))
+        at, places = slots[last] // page, slots[last] % page
+        keys = _floating(self.pages[at]).unflatten(2, (-1, self.units.unit))
+        held = torch.arange(page, device=slots.device) <= places[:, None]
+        self.units.write(keys, at, held[:, None, :, None].unflatten(2, (-1, self.units.unit)))
 
 
 def mean_group(c_k: int, page: int) -> int:
     """Keys of one mean, where composite keys hold ``c_k`` and pages ``page``; powers of two."""
     return min(c_k, page)
+
+
+def _floating(keys: Tensor) -> Tensor:
+    return keys if keys.dtype == torch.float64 else keys.float()

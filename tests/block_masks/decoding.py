@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unisparse_flex.block_masks.pages import PageSummaries
+from unisparse_flex.block_masks.pages import PageSummaries, PageTables, UnitSummaries
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,31 @@ class Decoding:
     lengths: Tensor
     keys: list[Tensor]
 
+    @property
+    def units(self) -> UnitSummaries:
+        """Those of the cache."""
+        assert self.summaries.units is not None
+        return self.summaries.units
+
+    @property
+    def steps(self) -> tuple[int, int, int]:
+        """Of the numbers of units in a cache that is contiguous."""
+        heads, page = self.summaries.pages.shape[1:3]
+        return heads * page // self.units.unit, page // self.units.unit, 1
+
+    def outputs(self) -> PageTables:
+        """Room for the chosen units."""
+        heads, units = self.units.numbers.shape[1:3]
+        batch, width = self.tables.shape
+        counter = torch.zeros(2, dtype=torch.int64, device=self.query.device)
+        return PageTables.create(batch * heads, width * units, counter)
+
 
 def create_decoding(
     lengths: Sequence[int],
     *,
     page: int = 16,
-    group: int = 16,
+    unit: int = 16,
     heads: int = 4,
     kv_heads: int = 2,
     head_dim: int = 8,
@@ -48,7 +67,7 @@ def create_decoding(
     Args:
         lengths: Keys of each request.
         page: Keys of a page.
-        group: Keys of a group of a summary.
+        unit: Keys of a unit.
         heads: Query heads.
         kv_heads: Key heads.
         head_dim: Numbers of a row.
@@ -64,7 +83,7 @@ def create_decoding(
 
     counts = [-(-length // page) for length in lengths]
     cache = draw(sum(counts) + 3, kv_heads, page, head_dim)
-    summaries = PageSummaries.create(cache, group, has_spread=True)
+    summaries = PageSummaries.create(cache, page, unit=unit)
     # What earlier requests left behind.
     summaries.update(torch.arange(cache.shape[0] * page, device=device))
     free = torch.randperm(cache.shape[0], generator=generator).tolist()

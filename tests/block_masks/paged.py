@@ -19,14 +19,12 @@ class Cache:
         value: [1, Hkv, S, D].
         packed: [pages, Hkv, P, 2 * D], the cache; what no sequence wrote is NaN.
         keys: The keys as they lie there, means up to date.
-        summaries: Those of all pages.
     """
 
     key: Tensor
     value: Tensor
     packed: Tensor
     keys: PagedKeys
-    summaries: PageSummaries
 
 
 def fill_cache(
@@ -37,7 +35,6 @@ def fill_cache(
     c_k: int,
     heads_inside: bool = False,
     chunk: int | None = None,
-    has_spread: bool = False,
 ) -> Cache:
     """Writes a sequence into shuffled pages, in chunks as an engine does.
 
@@ -48,7 +45,6 @@ def fill_cache(
         c_k: Keys per composite key.
         heads_inside: Whether the heads of a token lie side by side in memory.
         chunk: Keys that are written at a time; all by default.
-        has_spread: Whether summaries are those that decoding asks for.
     """
     heads, length, head_dim = key.shape[1:]
     used = -(-length // page)
@@ -61,7 +57,7 @@ def fill_cache(
         packed = key.new_full(shape, torch.nan)
     table = table.to(key.device)
     pages = packed[..., :head_dim]
-    summaries = PageSummaries.create(pages, mean_group(c_k, page), has_spread=has_spread)
+    summaries = PageSummaries.create(pages, mean_group(c_k, page))
     token = torch.arange(length, device=key.device)
     slots = table[token // page] * page + token % page
     both = torch.cat([key, value], -1)[0].transpose(0, 1)
@@ -71,4 +67,4 @@ def fill_cache(
         summaries.update(part)
     means = summaries.means
     keys = PagedKeys(pages=pages, table=table.to(torch.int32), length=length, means=means)
-    return Cache(key=key, value=value, packed=packed, keys=keys, summaries=summaries)
+    return Cache(key=key, value=value, packed=packed, keys=keys)

@@ -26,25 +26,20 @@ LENGTHS = st.lists(st.integers(0, 150), min_size=1, max_size=4)
 
 
 def estimate(call: Decoding) -> Tensor:
-    return estimate_masses(
-        call.query, call.summaries, call.tables, call.lengths, unit=UNIT, scale=SCALE
-    )
+    return estimate_masses(call.query, call.units, call.tables, call.lengths, scale=SCALE)
 
 
 def choose(call: Decoding, selector: DecodeSelector) -> PageTables:
-    batch, width = call.tables.shape
-    heads, page = call.summaries.pages.shape[1:3]
-    units = page // selector.unit
-    out = PageTables.create(batch * heads, width * units, torch.zeros(2, dtype=torch.int64))
+    out = call.outputs()
     choose_units(
         call.query,
-        call.summaries,
+        call.units,
         call.tables,
         call.lengths,
         out,
         selector=selector,
         scale=SCALE,
-        steps=(heads * units, units, 1),
+        steps=call.steps,
     )
     return out
 
@@ -59,9 +54,9 @@ def true_masses(call: Decoding) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize(("page", "group"), [(16, 4), (16, 16), (64, 16), (64, 8)])
-def test_masses_of_keys_that_are_alike_are_exact(page: int, group: int) -> None:
-    call = create_decoding([5, 16, 100], page=page, group=group)
+@pytest.mark.parametrize("page", [16, 64])
+def test_masses_of_keys_that_are_alike_are_nearly_exact(page: int) -> None:
+    call = create_decoding([5, 16, 100], page=page)
     with_one = [keys[:, :1].expand_as(keys) for keys in call.keys]
     cache = call.summaries.pages
     for table, keys in zip(call.tables, with_one, strict=True):
@@ -74,14 +69,14 @@ def test_masses_of_keys_that_are_alike_are_exact(page: int, group: int) -> None:
     )
     for masses, exact in zip(found, expected, strict=True):
         count = exact.shape[-1]
-        torch.testing.assert_close(masses[..., :count], exact, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(masses[..., :count], exact, rtol=1e-2, atol=5e-2)
         assert bool((masses[..., count:] == -torch.inf).all())
 
 
 def test_the_spread_brings_masses_nearer_to_the_true_ones() -> None:
     call = create_decoding([3000], page=64, head_dim=32)
     found = estimate(call)[0]
-    call.summaries.spreads.zero_()
+    call.units.scales[..., 1] = 0
     means = estimate(call)[0]
     exact = true_masses(call)[0]
     count = exact.shape[-1]

@@ -398,7 +398,7 @@ class TestLayerState:
         state.bind(None, cache, cache.dtype)
         summaries = state.summaries
         assert summaries is not None
-        assert summaries.values.shape == (4, 2, 1, 16)
+        assert summaries.means.shape == (4, 2, 1, 16)
         state.bind(None, cache, cache.dtype)
         assert state.summaries is summaries
         state.bind(None, torch.randn(6, 2, 64, 32), cache.dtype)
@@ -411,13 +411,14 @@ class TestLayerState:
         state.bind(None, cache, cache.dtype)
         assert state.summaries is not None
         assert state.units is not None
-        # A mean of each unit, and a deviation of the page.
-        assert state.summaries.values.shape == (4, 2, 64 // 32 + 1, 16)
+        assert state.summaries.units is not None
+        # A mean and deviations of each unit.
+        assert state.summaries.units.numbers.shape == (4, 2, 64 // 32, 2, 16)
         assert state.units.unit == 32
         small = LayerState.create("a", impl(), FlashKernel(), UniSparse(), decode=decode)
         small.bind(None, torch.randn(4, 2, 32, 32), cache.dtype)
         assert small.summaries is not None
-        assert (small.units, small.decode, small.summaries.has_spread) == (None, None, False)
+        assert (small.units, small.decode, small.summaries.units) == (None, None, None)
 
     @pytest.mark.parametrize(
         ("shape", "dtype", "reason"),

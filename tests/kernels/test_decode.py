@@ -13,38 +13,26 @@ from .interpreter import Kernels
 UNIT, SCALE = 16, 0.3
 
 
-def outputs(call: Decoding) -> PageTables:
-    sequences = call.lengths.shape[0] * call.summaries.values.shape[1]
-    units = call.tables.shape[1] * call.summaries.pages.shape[2] // UNIT
-    return PageTables.create(sequences, units, torch.zeros(2, dtype=torch.int64))
-
-
 def run(kernels: Kernels, call: Decoding, selector: DecodeSelector, out: PageTables) -> None:
     """The kernels, interpreted."""
     kernels.decode.choose_units(
         call.query,
-        call.summaries.values,
+        call.units.numbers,
+        call.units.scales,
         call.tables,
         call.lengths,
         out.tables,
         out.lengths,
         out.counter,
-        group=call.summaries.group,
         unit=UNIT,
-        page=call.summaries.pages.shape[2],
         rule=selector.rule,
         scale=SCALE,
-        steps=steps_of(call),
+        steps=call.steps,
     )
 
 
-def steps_of(call: Decoding) -> tuple[int, int, int]:
-    heads, page = call.summaries.pages.shape[1:3]
-    return heads * page // UNIT, page // UNIT, 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("page", "group"), [(16, 4), (16, 16), (64, 16), (64, 8)])
+@pytest.mark.parametrize("page", [16, 64])
 @pytest.mark.parametrize(
     "selector",
     [
@@ -55,19 +43,19 @@ def steps_of(call: Decoding) -> tuple[int, int, int]:
     ],
 )
 def test_units_are_those_of_plain_pytorch(
-    kernels: Kernels, selector: DecodeSelector, page: int, group: int, dtype: torch.dtype
+    kernels: Kernels, selector: DecodeSelector, page: int, dtype: torch.dtype
 ) -> None:
-    call = create_decoding([0, 1, 33, 400, 397, 1000], page=page, group=group, dtype=dtype)
-    found, expected = outputs(call), outputs(call)
+    call = create_decoding([0, 1, 33, 400, 397, 1000], page=page, dtype=dtype)
+    found, expected = call.outputs(), call.outputs()
     choose_units(
         call.query,
-        call.summaries,
+        call.units,
         call.tables,
         call.lengths,
         expected,
         selector=selector,
         scale=SCALE,
-        steps=steps_of(call),
+        steps=call.steps,
     )
     run(kernels, call, selector, found)
     assert torch.equal(found.lengths, expected.lengths)
@@ -84,7 +72,7 @@ def test_a_unit_of_keys_that_are_not_finite_is_kept(kernels: Kernels) -> None:
     page = int(call.tables[0, 5])
     call.summaries.pages[page, 1, 3, 2] = torch.inf
     call.summaries.update(torch.tensor([page * 16 + 15]))
-    found = outputs(call)
+    found = call.outputs()
     selector = DecodeSelector(share=0.01, min_keys=0, unit=UNIT, sink_keys=16, last_keys=0)
     run(kernels, call, selector, found)
     assert found.tables[1, 1] == page * 2 + 1

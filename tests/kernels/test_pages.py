@@ -56,7 +56,7 @@ def test_means_are_made_of_finished_pages_alone(
     summaries = PageSummaries.create(pages, group)
     means = summaries.means
     slots = torch.tensor([-1, 15, 30, 40, *range(64, 80), -1])
-    kernels.pages.summarize(pages, summaries.values, slots, group=group, has_spread=False)
+    kernels.pages.summarize(pages, means, None, slots)
     expected = pages.float().unflatten(2, (16 // group, group)).mean(3)
     finished = torch.tensor([0, 4])
     # The interpreter rounds to bfloat16 towards 0.
@@ -66,19 +66,29 @@ def test_means_are_made_of_finished_pages_alone(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("group", [4, 16])
-def test_summaries_for_decoding_follow_every_token(
-    kernels: Kernels, group: int, dtype: torch.dtype
+@pytest.mark.parametrize(("page", "unit"), [(16, 4), (16, 16)])
+def test_units_follow_every_token(
+    kernels: Kernels, page: int, unit: int, dtype: torch.dtype
 ) -> None:
-    pages = torch.randn(5, 2, 16, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found, expected = (PageSummaries.create(pages, group, has_spread=True) for _ in range(2))
+    pages = torch.randn(5, 2, page, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pages[4, 0, 3, 1] = torch.inf
+    found, expected = (PageSummaries.create(pages, page, unit=unit) for _ in range(2))
     for slots in ([-1, 15, 16, 17, 40, *range(62, 80), -1], [18], [19, 41, 0, 1], [-1, -1]):
         written = torch.tensor(slots)
-        kernels.pages.summarize(pages, found.values, written, group=group, has_spread=True)
+        assert found.units is not None
+        kernels.pages.summarize(
+            pages, found.means, (found.units.numbers, found.units.scales), written
+        )
         expected.update(written)
-    assert [bool(part.any()) for part in expected.spreads] == [True, True, True, True, True]
+    assert expected.units is not None
+    every = torch.arange(5)
+    assert bool(expected.units.scales.any(-1).any(-1).all())
     rtol = 2**-6 if dtype is torch.bfloat16 else 1e-5
-    torch.testing.assert_close(found.values, expected.values, rtol=rtol, atol=1e-5)
+    torch.testing.assert_close(found.means, expected.means, rtol=rtol, atol=1e-5, equal_nan=True)
+    for ours, theirs in zip(found.units.read(every), expected.units.read(every), strict=True):
+        # A number may be rounded the other way.
+        torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=0.03, equal_nan=True)
+    assert expected.units.read(every)[0][4, 0].isnan().any()
 
 
 @pytest.mark.parametrize("page", [8, 16])

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from unisparse_flex.block_masks.pages import PageSummaries
-from unisparse_flex.integrations.vllm import Reason, decode_rows, read_counts
+from unisparse_flex.block_masks.pages import UnitSummaries
+from unisparse_flex.block_masks.pages.summaries import LARGEST
+from unisparse_flex.integrations.vllm import Reason, create_backend, decode_rows, read_counts
+from unisparse_flex.integrations.vllm.cache_view import CacheView
 from unisparse_flex.integrations.vllm.options import Options
 
 from .engine import ALL_BLOCKS, MAX_LENGTH, Answer, ask, differ_by, prompt_of, serving
@@ -65,58 +67,56 @@ def test_all_pages_answer_as_the_parent(
 def test_fewer_pages_are_read_and_the_last_ones_among_them(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checked = 0
-    choose = decode_rows.choose_units
-
-    def check(
-        query: Tensor,
-        summaries: PageSummaries,
-        tables: Tensor,
-        lengths: Tensor,
-        *rest: Any,
-        **more: Any,
-    ) -> None:
-        nonlocal checked
-        assert_summaries_are_fresh(summaries, tables, lengths)
-        choose(query, summaries, tables, lengths, *rest, **more)
-        checked += lengths.shape[0]
-
-    monkeypatch.setattr(decode_rows, "choose_units", check)
+    checked = checking_summaries(monkeypatch)
     settings = {**ALL_BLOCKS, "decode": {"budget": 256, "min_keys": 0}}
     with serving(llama, settings, block_size=64, max_num_batched_tokens=640) as engine:
         ask(engine, [prompt_of(n, n) for n in (1000, 1500, 30)], tokens=TOKENS)
     counts = read_counts()
-    assert checked >= 2 * 3 * (TOKENS - 1)
+    assert sum(checked) >= 2 * 3 * (TOKENS - 1)
     assert counts.kept_units < counts.visible_units / 2
     assert counts.kept_blocks == counts.visible_blocks
 
 
-def assert_summaries_are_fresh(summaries: PageSummaries, tables: Tensor, lengths: Tensor) -> None:
+def checking_summaries(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Checks what decoding is told before it chooses; the list has the rows of every choice."""
+    found: list[int] = []
+    choose = decode_rows.choose_units
+
+    def check(*tensors: Any, pages: Tensor, **more: Any) -> None:
+        assert_summaries_are_fresh(pages, *tensors[1:4])
+        found.append(tensors[3].shape[0])
+        choose(*tensors, **more)
+
+    def bound(impl: Any, layer: Any, kernel: Any, view: CacheView, *rest: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(decode_rows, "choose_units", partial(check, pages=view.pages))
+            attend(impl, layer, kernel, view, *rest)
+
+    attend = decode_rows.attend_decode
+    monkeypatch.setattr(create_backend, "attend_decode", bound)
+    return found
+
+
+def assert_summaries_are_fresh(
+    pages: Tensor, units: UnitSummaries, tables: Tensor, lengths: Tensor
+) -> None:
     """Compares the summaries of requests with those of the keys that lie in their pages."""
-    page = summaries.pages.shape[2]
-    assert summaries.group == page
-    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    page = pages.shape[2]
+    assert units.unit == page
     for table, length in zip(tables, lengths.tolist(), strict=True):
         for i in range(-(-length // page)):
             at = int(table[i])
-            keys = summaries.pages[at][:, : length - i * page]
-            close(summaries.means[at][:, 0], keys.mean(1))
-            close(summaries.spreads[at][:, 0], keys.std(1, correction=0))
+            keys = pages[at][:, : length - i * page]
+            wanted = keys.mean(1), keys.std(1, correction=0)
+            for found, fresh in zip(units.read(torch.tensor(at)), wanted, strict=True):
+                scale = fresh.abs().amax(-1, keepdim=True) / LARGEST
+                assert bool(((found[:, 0] - fresh).abs() <= 0.51 * scale + 1e-6).all())
 
 
 def test_summaries_stay_fresh_where_pages_are_shared_and_taken_over(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose = decode_rows.choose_units
-    checked = 0
-
-    def check(*tensors: Any, **more: Any) -> None:
-        nonlocal checked
-        assert_summaries_are_fresh(*tensors[1:4])
-        checked += 1
-        choose(*tensors, **more)
-
-    monkeypatch.setattr(decode_rows, "choose_units", check)
+    checked = checking_summaries(monkeypatch)
     shared = prompt_of(300, 1)
     prompts = [shared + prompt_of(length, length) for length in (200, 210, 190, 205, 60)]
     with serving(llama, None) as engine:
@@ -132,7 +132,7 @@ def test_summaries_stay_fresh_where_pages_are_shared_and_taken_over(
     with serving(llama, settings, **options) as engine:
         found = ask(engine, prompts, tokens=100)
         metrics = {m.name: getattr(m, "value", 0) for m in engine.get_metrics()}
-    assert checked > 100
+    assert sum(checked) > 100
     assert metrics["vllm:num_preemptions"] > 0
     assert metrics["vllm:prefix_cache_hits"] > 0
     assert differ_by(found, expected) < TOLERANCE

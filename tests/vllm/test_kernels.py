@@ -12,9 +12,16 @@ from torch import Tensor
 from tests.block_masks.paged import Cache, fill_cache
 from unisparse_flex import UniSparse
 from unisparse_flex.block_masks import BlockSelection
-from unisparse_flex.block_masks.pages import select_from_pages
+from unisparse_flex.block_masks.pages import (
+    DecodeSelector,
+    PageSummaries,
+    estimate_masses,
+    keep_units,
+    select_from_pages,
+)
 from unisparse_flex.integrations.vllm import kernels
 from unisparse_flex.integrations.vllm.cache_view import CacheView
+from unisparse_flex.integrations.vllm.decode_rows import DecodeRows, DecodeSpace, attend_decode
 from unisparse_flex.integrations.vllm.planning import Row
 from unisparse_flex.integrations.vllm.sparse_rows import SparseRows, attend_sparse, geometry_of
 
@@ -126,3 +133,66 @@ def test_the_kernels_of_gpus_attend_to_the_kept_blocks(
     expected, _ = attend_plainly(query, cache, rule, row)
     found = run(kernel, layer, view, cache, query, row, rule)
     torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flash", "triton"])
+@pytest.mark.parametrize("heads_inside", [False, True])
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize(("page", "unit"), [(128, 32), (128, 128), (64, 32)])
+def test_the_kernels_of_gpus_decode_over_the_kept_units(
+    name: str, heads_inside: bool, batch: int, page: int, unit: int
+) -> None:
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    lengths = [7001, 1, 128, 4000, 333][:batch]
+    like = torch.empty(0, device="cuda", dtype=torch.bfloat16)
+    shape = (80, KV_HEADS, page, 2 * HEAD_DIM)
+    if heads_inside:
+        packed = random(shape[0], page, KV_HEADS, shape[3], seed=1, like=like).transpose(1, 2)
+    else:
+        packed = random(*shape, seed=1, like=like)
+    impl = SimpleNamespace(
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_size=HEAD_DIM,
+        scale=SCALE,
+        vllm_flash_attn_version=get_flash_attn_version(),
+    )
+    one = torch.ones(1, device="cuda")
+    layer = SimpleNamespace(impl=impl, _k_scale=one, _v_scale=one)
+    kernel: Any = kernels.FlashKernel() if name == "flash" else kernels.TritonKernel()
+    view = kernel.view(layer, packed, unit)
+    assert isinstance(view, CacheView)
+    summaries = PageSummaries.create(view.pages, page, unit=unit)
+    assert summaries.units is not None
+    summaries.update(torch.arange(shape[0] * page, device="cuda"))
+    width = -(-max(lengths) // page) + 1
+    generator = torch.Generator().manual_seed(2)
+    tables = torch.stack([torch.randperm(shape[0], generator=generator) for _ in lengths])
+    tables = torch.cat([tables, tables], 1)[:, :width].to("cuda", torch.int32)
+    held = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    selector = DecodeSelector(share=0.2, min_keys=0, unit=unit)
+    space = DecodeSpace.create(
+        selector,
+        rows=batch,
+        kv_heads=KV_HEADS,
+        units=width * page // unit,
+        device=torch.device("cuda", 0),
+    )
+    query = random(batch, HEADS, HEAD_DIM, seed=3, like=like)
+    output = torch.empty_like(query)
+    rows = DecodeRows(lengths=held, tables=tables, tokens=slice(0, batch))
+    attend_decode(impl, layer, kernel, view, summaries.units, space, rows, query, output)
+    masses = estimate_masses(query, summaries.units, tables, held, scale=SCALE)
+    kept = keep_units(masses, held, selector).repeat_interleave(unit, -1)
+    keys, values = (
+        packed[tables.long()][..., part].transpose(1, 2).flatten(2, 3).float()
+        for part in (slice(0, HEAD_DIM), slice(HEAD_DIM, None))
+    )
+    kept &= torch.arange(kept.shape[-1], device="cuda") < held[:, None, None]
+    assert float(kept.float().sum() / (KV_HEADS * held.sum())) < 0.5
+    grouped = query.float().unflatten(1, (KV_HEADS, -1)) * SCALE
+    logits = (grouped @ keys.mT).masked_fill(~kept[:, :, None], -torch.inf)
+    expected = (logits.softmax(-1) @ values).flatten(1, 2)
+    torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)

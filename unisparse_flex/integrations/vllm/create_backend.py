@@ -380,13 +380,14 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 at = split.decode.tokens
                 assert state.space is not None
                 assert state.units is not None
+                assert state.summaries.units is not None
                 with _part_of(output, at) as part:
                     attend_decode(
                         self,
                         layer,
                         kernel,
                         state.units,
-                        state.summaries,
+                        state.summaries.units,
                         state.space,
                         split.decode,
                         query[at],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...block_masks.pages import DecodeSelector, PageSummaries, PageTables, choose_units
+from ...block_masks.pages import DecodeSelector, PageTables, UnitSummaries, choose_units
 from .cache_view import CacheView
 from .counters import counting
 from .kernels import ParentKernel, Sequences
@@ -69,7 +69,7 @@ def attend_decode(
     layer: Any,
     kernel: ParentKernel,
     view: CacheView,
-    summaries: PageSummaries,
+    units: UnitSummaries,
     space: DecodeSpace,
     rows: DecodeRows,
     query: Tensor,
@@ -82,7 +82,7 @@ def attend_decode(
         layer: The layer.
         kernel: What attends.
         view: The layer's cache in units, with the keys of this batch.
-        summaries: Those of its pages, up to date.
+        units: Summaries of its units, up to date.
         space: Memory for the choice.
         rows: The rows.
         query: [B, Hq, D] or as many numbers, of the rows alone.
@@ -94,7 +94,7 @@ def attend_decode(
     query = query.view(batch, heads, head_dim)
     choose_units(
         query,
-        summaries,
+        units,
         rows.tables,
         rows.lengths,
         space.names,

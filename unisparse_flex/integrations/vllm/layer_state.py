@@ -96,17 +96,15 @@ class LayerState:
             page = found.pages.shape[2]
             c_k = self.selector.c_k if isinstance(self.selector, UniSparse) else page
             self.view = found
-            group = mean_group(c_k, page)
+            unit = None
             if self.decode is not None and page < DECODE_PAGE:
                 self.decode = None
             if self.decode is not None:
                 units = self.kernel.view(layer, cache, min(self.decode.unit, page))
                 assert isinstance(units, CacheView)
-                self.units, self.decode = units, self.decode.of_unit(units.unit)
-                group = min(group, units.unit)
-            self.summaries = PageSummaries.create(
-                found.pages, group, has_spread=self.decode is not None
-            )
+                self.units, unit = units, units.unit
+                self.decode = self.decode.of_unit(unit)
+            self.summaries = PageSummaries.create(found.pages, mean_group(c_k, page), unit=unit)
             self.copies_keys = paged_obstacle(self.selector, found.pages)
 
     def _refuse(self, reason: Reason) -> None:

@@ -48,7 +48,7 @@ def describe(
     assert view is not None
     assert summaries is not None
     keys = view.pages.numel() * view.pages.element_size()
-    taken = summaries.values.numel() * summaries.values.element_size()
+    taken = summaries.nbytes
     lines.append(
         f"  pages of {view.pages.shape[2]} keys, read in place; their summaries take "
         f"{len(sparse) * taken / 2**20:.1f} MiB, {taken / keys / 2:.2%} of the cache"

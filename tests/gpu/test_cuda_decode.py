@@ -1,0 +1,101 @@
+"""The choice of units for decoding on a GPU, against plain PyTorch, alone and in a CUDA graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.block_masks.decoding import Decoding, create_decoding
+from unisparse_flex.block_masks.pages import DecodeSelector, PageSummaries, PageTables, choose_units
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = [0, 1, 33, 4000, 3970, 9999]
+SCALE = 0.1
+
+
+def choose(call: Decoding, selector: DecodeSelector, out: PageTables) -> None:
+    choose_units(
+        call.query,
+        call.units,
+        call.tables,
+        call.lengths,
+        out,
+        selector=selector,
+        scale=SCALE,
+        steps=call.steps,
+    )
+
+
+def on_cpu(call: Decoding) -> Decoding:
+    units = replace(call.units, numbers=call.units.numbers.cpu(), scales=call.units.scales.cpu())
+    summaries = PageSummaries(
+        pages=call.summaries.pages.cpu(), means=call.summaries.means.cpu(), units=units
+    )
+    tensors = (call.query.cpu(), summaries, call.tables.cpu(), call.lengths.cpu())
+    return Decoding(*tensors, [keys.cpu() for keys in call.keys])
+
+
+def assert_same(found: PageTables, expected: PageTables, unit: int) -> None:
+    assert torch.equal(found.lengths.cpu(), expected.lengths)
+    for i, length in enumerate(expected.lengths.tolist()):
+        count = -(-length // unit)
+        ours, theirs = (
+            set(tables[i, :count].tolist()) for tables in (found.tables, expected.tables)
+        )
+        # Shares that round alike may change places.
+        assert len(ours - theirs) <= 1
+        assert found.tables[i, :count].tolist()[-1:] == expected.tables[i, :count].tolist()[-1:]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("page", "unit"), [(128, 32), (128, 128), (64, 32)])
+@pytest.mark.parametrize(
+    "selector",
+    [
+        DecodeSelector(share=0.1, min_keys=0),
+        DecodeSelector(budget=1024),
+        DecodeSelector(top_p=0.8, min_keys=256),
+        DecodeSelector(),
+    ],
+)
+def test_units_are_those_of_plain_pytorch(
+    selector: DecodeSelector, page: int, unit: int, dtype: torch.dtype
+) -> None:
+    call = create_decoding(
+        LENGTHS, page=page, unit=unit, heads=8, head_dim=128, dtype=dtype, device="cuda"
+    )
+    plain = on_cpu(call)
+    selector = selector.of_unit(unit)
+    found, expected = call.outputs(), plain.outputs()
+    choose(call, selector, found)
+    choose(plain, selector, expected)
+    if selector.top_p == 1.0:
+        assert_same(found, expected, unit)
+        assert torch.equal(found.counter.cpu(), expected.counter)
+    else:
+        # Sums of shares that lie on the threshold differ by rounding.
+        difference = (found.lengths.cpu() - expected.lengths).abs().max()
+        assert difference <= unit
+
+
+def test_a_graph_chooses_for_other_lengths_and_queries() -> None:
+    call = create_decoding(LENGTHS, page=128, unit=32, head_dim=64, device="cuda")
+    selector = DecodeSelector(share=0.2, min_keys=64)
+    found, expected = call.outputs(), call.outputs()
+    choose(call, selector, found)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        choose(call, selector, found)
+    for seed in range(3):
+        generator = torch.Generator("cuda").manual_seed(seed)
+        call.query.normal_(generator=generator)
+        call.lengths.copy_(torch.tensor([10 * seed, 1, 20, 4000 - 7 * seed, 100, 5000]))
+        graph.replay()
+        choose(call, selector, expected)
+        assert torch.equal(found.lengths, expected.lengths)
+        for i, length in enumerate(expected.lengths.tolist()):
+            count = -(-length // 32)
+            assert torch.equal(found.tables[i, :count], expected.tables[i, :count])
