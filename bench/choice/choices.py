@@ -30,7 +30,7 @@ from .parts import BLOCK, Part, Tile
 
 Term = Callable[[Part], Tensor]
 # Rows of a natural order are scored so many at a time.
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

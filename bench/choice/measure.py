@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--texts", default="topics,code,prose")
     parser.add_argument("--seed", type=int, default=0, help="of the excerpts")
     parser.add_argument("--choices", default=DEFAULT)
-    parser.add_argument(
-        "--choices-file", type=Path, help="instead: one a line, own thresholds after it"
-    )
+    parser.add_argument("--choices-file", type=Path, help="instead, see _groups")
     parser.add_argument("--thresholds", type=numbers(float), default=(0.006, 0.003, 0.012))
     parser.add_argument("--ids", type=Path, help="tokens of the texts, as --encode wrote them")
     parser.add_argument("--encode", type=Path, help="writes the tokens of the texts, no more")
@@ -65,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.choices_file is not None:
         lines = options.choices_file.read_text().splitlines()
     try:
-        settings = [_setting(line, options.thresholds) for line in lines if line.strip()]
+        groups = _groups(lines, options.thresholds)
     except ValueError as error:
         parser.error(str(error))
 
@@ -90,23 +88,37 @@ def main(arguments: list[str] | None = None) -> None:
             ids = stored[text] if stored else _encode(options, text)
             ids = ids[:, : options.tokens].to(device)
             readings[text] = Reading(model, chooser, ids, options.judged)
-        for place in range(max(len(thresholds) for _, thresholds in settings)):
-            for choice, thresholds in settings:
-                if place >= len(thresholds):
-                    continue
-                threshold = thresholds[place]
-                for text, reading in readings.items():
-                    if record.stop_if_over():
-                        return
-                    row = {"choice": choice.name, "threshold": threshold, "text": text}
-                    judge = partial(reading.judge, choice, threshold)
-                    record.add(row | (guarded(row, "judge", judge) or {}))
+        for choice, threshold in _in_turn(groups):
+            for text, reading in readings.items():
+                if record.stop_if_over():
+                    return
+                row = {"choice": choice.name, "threshold": threshold, "text": text}
+                judge = partial(reading.judge, choice, threshold)
+                record.add(row | (guarded(row, "judge", judge) or {}))
 
 
-def _setting(line: str, thresholds: Sequence[float]) -> tuple[Choice, Sequence[float]]:
-    """A choice and its thresholds, which may stand after it."""
-    name, *own = line.split()
-    return Choice.parse(name), numbers(float)(own[0]) if own else thresholds
+Setting = tuple[Choice, Sequence[float]]
+
+
+def _groups(lines: Sequence[str], thresholds: Sequence[float]) -> list[list[Setting]]:
+    """Choices and their thresholds, which may stand after them; an empty line ends a group."""
+    groups: list[list[Setting]] = [[]]
+    for line in lines:
+        if not line.strip():
+            groups.append([])
+            continue
+        name, *own = line.split()
+        groups[-1].append((Choice.parse(name), numbers(float)(own[0]) if own else thresholds))
+    return groups
+
+
+def _in_turn(groups: Sequence[Sequence[Setting]]) -> Iterator[tuple[Choice, float]]:
+    """Of every group the first thresholds of all choices, then the second ones."""
+    for group in groups:
+        for place in range(max((len(thresholds) for _, thresholds in group), default=0)):
+            for choice, thresholds in group:
+                if place < len(thresholds):
+                    yield choice, thresholds[place]
 
 
 class Reading:

@@ -29,13 +29,13 @@ CASES = (
     "9-3-64:8192:128x128,128x64,128x32,64x64",
     "4-1-256:32768:128x128,128x64,64x64,64x32",
 )
-TURNS = 3
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.choice.tiles", description=__doc__)
     parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--densities", type=numbers(float), default=(0.15, 0.3))
+    parser.add_argument("--turns", type=int, default=3, help="0: only compiles")
     parser.add_argument("--max-seconds", type=float, default=120.0)
     parser.add_argument("--output", type=Path, default=FOLDER / "choice-tiles-cuda-sm90.json")
     options = parser.parse_args(arguments)
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
             for tokens, density in product(map(int, lengths.split(",")), options.densities):
                 if record.stop_if_over():
                     return
-                for row in _time(heads, tokens, tiles.split(","), density):
+                for row in _time(heads, tokens, tiles.split(","), density, options.turns):
                     record.add(row)
 
 
@@ -68,7 +68,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, options:
 
 @torch.no_grad()
 def _time(
-    heads: tuple[int, ...], tokens: int, tiles: Sequence[str], density: float
+    heads: tuple[int, ...], tokens: int, tiles: Sequence[str], density: float, turns: int
 ) -> list[dict[str, Any]]:
     """A row for every tile; they take turns."""
     q_heads, kv_heads, width = heads
@@ -93,7 +93,7 @@ def _time(
             calls.append(None)
             seconds.append([])
         found.append(row)
-    for _ in range(TURNS):
+    for _ in range(turns):
         for call, times in zip(calls, seconds, strict=True):
             if call is not None:
                 times += measure_in_graph(call)
