@@ -1,0 +1,101 @@
+"""The tokens after a long prompt, decoded with teacher forcing from what is kept of its cache."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unisparse_flex import optimize, restore
+from unisparse_flex.block_masks import DEFAULT_SELECTOR
+from unisparse_flex.evaluation import (
+    TextName,
+    cache_name,
+    compute_kl,
+    compute_log_probs,
+    prefill,
+)
+
+from ..excerpts import encode_excerpt
+from ..quality import Subject
+from .attention import Setting, decoding
+
+PREFILLS = ("dense", "sparse")
+
+
+@torch.inference_mode()
+def read_prompt(subject: Subject, input_ids: Tensor, kind: str) -> Any:
+    """The cache of a prompt, int64 [1, S], and the logits of its last token.
+
+    Args:
+        subject: The model.
+        input_ids: The prompt.
+        kind: One of `PREFILLS`; sparse is with the library's default selector.
+    """
+    model = subject.loaded.model
+    if kind == "dense":
+        return prefill(model, input_ids, logits_to_keep=1)
+    optimize(model, DEFAULT_SELECTOR, min_length=0, dense_layers=subject.dense_layers)
+    try:
+        return prefill(model, input_ids, logits_to_keep=1)
+    finally:
+        restore(model)
+
+
+@torch.inference_mode()
+def decode(subject: Subject, input_ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Logits [S, V] of tokens [1, S] after a cache, and the longer cache; the given one stays."""
+    output = subject.loaded.model(input_ids, **{cache_name(): copy.deepcopy(cache)}, use_cache=True)
+    return output.logits[0], output[cache_name()]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Continuation:
+    """A prompt's cache, tokens that follow, and what the dense model says of them.
+
+    Attributes:
+        subject: The model.
+        input_ids: int64 [1, S], the tokens that follow the prompt.
+        cache: That of the prompt.
+        dense: Log-probabilities [S, V] of prefill and decoding that are both dense.
+    """
+
+    subject: Subject
+    input_ids: Tensor
+    cache: Any
+    dense: Tensor
+
+    @classmethod
+    def read(
+        cls,
+        subject: Subject,
+        text: TextName,
+        seed: int,
+        *,
+        tokens: int,
+        decoded: int,
+        kinds: Sequence[str] = PREFILLS,
+    ) -> dict[str, Continuation]:
+        """By kind of prefill, an excerpt of ``tokens`` tokens, the last ``decoded`` decoded."""
+        ids = encode_excerpt(subject.loaded, text, tokens=tokens, seed=seed)
+        prompt, further = ids[:, :-decoded], ids[:, -decoded:]
+        caches = {kind: read_prompt(subject, prompt, kind).cache for kind in {"dense", *kinds}}
+        dense = compute_log_probs(decode(subject, further, caches["dense"])[0])
+        return {
+            kind: cls(subject=subject, input_ids=further, cache=cache, dense=dense)
+            for kind, cache in caches.items()
+            if kind in kinds
+        }
+
+    def judge(self, setting: Setting) -> dict[str, float]:
+        """KL per token, the share of equal likeliest tokens, and what was kept."""
+        with decoding(self.subject.loaded.model, setting) as decoder:
+            logits, _ = decode(self.subject, self.input_ids, self.cache)
+        found = compute_log_probs(logits)
+        same = (found.argmax(-1) == self.dense.argmax(-1)).float().mean()
+        row = {"kl": compute_kl(self.dense, found), "same_token": float(same)}
+        return row | ({"kept": 1.0, "recall": 1.0} if decoder is None else decoder.row())
