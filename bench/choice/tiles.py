@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from unisparse_flex.selectors import DEFAULT_SELECTOR
+
 from ..record import FOLDER, Record, guarded, numbers
 from ..timing import measure_in_graph
-from .parts import Tile
+from .parts import BLOCK, Tile
 
 CASES = (
     "32-8-128:8192,32768:128x128,128x64,128x32,64x64",
@@ -51,6 +54,13 @@ def main(arguments: list[str] | None = None) -> None:
                     return
                 for row in _time(heads, tokens, tiles.split(","), density, options.turns):
                     record.add(row)
+        for case in options.cases if options.turns else ():
+            shape, lengths, _ = case.split(":")
+            heads = tuple(map(int, shape.split("-")))
+            for tokens, size in product(map(int, lengths.split(",")), (128, 64)):
+                if record.stop_if_over():
+                    return
+                record.add(_time_selection(heads, tokens, size))
 
 
 def parse_tile(text: str) -> Tile:
@@ -84,7 +94,13 @@ def _time(
         tile = parse_tile(text)
         mask, kept = random_blocks(q_heads, tokens, tile, density)
         options = {"BLOCK_M": min(rows, tile.rows), "BLOCK_N": min(keys, tile.keys)}
-        row: dict[str, Any] = {**shape, "tile": text, "density": kept, "kernel": options}
+        row: dict[str, Any] = {
+            "stage": "attend",
+            **shape,
+            "tile": text,
+            "density": kept,
+            "kernel": options,
+        }
         call = partial(_attend, query, key, value, mask, options)
         if guarded(row, "compile", lambda call=call: call() is not None):
             calls.append(call)
@@ -102,6 +118,26 @@ def _time(
         if times:
             row |= {f"p{part}": times[len(times) * part // 100] for part in (20, 50, 80)}
     return found
+
+
+@torch.no_grad()
+def _time_selection(heads: tuple[int, ...], tokens: int, size: int) -> dict[str, Any]:
+    """The library's selection with square blocks, four rows of 128 tokens exact."""
+    q_heads, kv_heads, width = heads
+    query, key = (
+        torch.randn(1, count, tokens, width, device="cuda", dtype=torch.bfloat16)
+        for count in (q_heads, kv_heads)
+    )
+    selector = replace(
+        DEFAULT_SELECTOR, block_size=size, c_k=size, sampled_queries=4 * size // BLOCK
+    )
+    shape = {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": width, "length": tokens}
+    row: dict[str, Any] = {"stage": "select", **shape, "tile": f"{size}x{size}"}
+    run = partial(measure_in_graph, partial(selector.select, query, key, is_causal=True))
+    times = guarded(row, "select", run)
+    if times:
+        row |= {f"p{part}": times[len(times) * part // 100] for part in (20, 50, 80)}
+    return row
 
 
 def random_blocks(heads: int, tokens: int, tile: Tile, density: float) -> tuple[BlockMask, float]:
