@@ -85,7 +85,9 @@ def default_kl(result: Result) -> float | None:
 
 def seconds(choice: Choice, reached: Reached, clock: Clock) -> float:
     """Choosing and attending."""
-    return clock.choosing(choice, reached.score_rows) + clock.attending(reached.density)
+    return clock.choosing(choice, reached.score_rows) + clock.attending(
+        reached.density, choice.tile
+    )
 
 
 def shapes_of(result: Result) -> list[Shape]:

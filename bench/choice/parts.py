@@ -27,6 +27,9 @@ class Tile:
     rows: int = BLOCK
     keys: int = BLOCK
 
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.keys}"
+
     @property
     def part(self) -> float:
         """Of the pairs of a usual block."""

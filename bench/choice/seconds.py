@@ -3,22 +3,25 @@
 Selection is linear in the rows that it scores: the two settings that `bench.cost_rates` timed give
 its slope and what is paid in any case (launches, pooling). A sorted copy of keys and values costs
 reading and writing them; an order costs its rows and its passes over keys. Attention is what was
-timed, between the measured densities.
+timed, between the measured densities. Blocks of other sizes cost what `bench.choice.tiles`
+measured for them over the usual ones: attention by the density, selection by the key blocks.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import mean
 from typing import Any
 
 from ..record import FOLDER
 from .choices import Choice
-from .parts import BLOCK
+from .parts import BLOCK, Tile
 
-RATES = "rates-cuda-sm90.json"
+RATES, TILES = "rates-cuda-sm90.json", "choice-tiles-cuda-sm90.json"
 ITEM = 2
 # Sorting rows: read to be placed, read and written in order; two outputs read, and merged.
 QUERY_PASSES = 6
@@ -56,6 +59,8 @@ class Clock:
         keys: Reading the keys once.
         queries: Reading the queries once.
         attend: Block-sparse attention by density.
+        tiles: Its time for blocks of other sizes over that for usual ones, as densities are.
+        finer: Selection for twice the key blocks, over that for usual ones.
     """
 
     dense: float
@@ -65,6 +70,8 @@ class Clock:
     keys: float
     queries: float
     attend: Sequence[tuple[float, float]]
+    tiles: Mapping[str, float] = field(default_factory=dict)
+    finer: float = 1.0
 
     @classmethod
     def of(cls, shape: Shape) -> Clock:
@@ -91,11 +98,13 @@ class Clock:
             keys=size / rates["bandwidth"],
             queries=size * shape.q_heads / shape.kv_heads / rates["bandwidth"],
             attend=sorted(attend.items()),
+            **_tiles(shape),
         )
 
     def choosing(self, choice: Choice, score_rows: float) -> float:
         """Selection, the order and the sorted copy."""
         found = self.fixed + self.row * score_rows
+        found += (self.finer - 1) * (BLOCK / choice.tile.keys - 1) * (self.fixed + 4 * self.row)
         if choice.order is not None:
             order = choice.order
             # Keys and values are read and written once.
@@ -105,11 +114,38 @@ class Clock:
             found += self.launch + QUERY_PASSES * self.queries
         return found
 
-    def attending(self, density: float) -> float:
+    def attending(self, density: float, tile: Tile) -> float:
         """Between measured densities; beyond them as between the nearest two."""
+        factor = 1.0 if tile == Tile() else self.tiles.get(str(tile), math.nan)
         pairs = list(pairwise(self.attend))
         (low, first), (high, last) = next((p for p in pairs if density <= p[1][0]), pairs[-1])
-        return first + (density - low) / (high - low) * (last - first)
+        return factor * (first + (density - low) / (high - low) * (last - first))
+
+
+def _tiles(shape: Shape) -> dict[str, Any]:
+    """`Clock.tiles` and `Clock.finer` of these heads, means over what was timed."""
+    if not (FOLDER / TILES).is_file():
+        return {}
+    names = ("q_heads", "kv_heads", "head_dim")
+    same = [
+        row
+        for row in json.loads((FOLDER / TILES).read_text())["rows"]
+        if all(row[name] == getattr(shape, name) for name in names) and "p20" in row
+    ]
+    # The length itself, where it was timed.
+    rows = [row for row in same if row["length"] == shape.tokens] or same
+    rate: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        seconds = row["p20"] / row.get("density", 1.0)
+        rate.setdefault((row["stage"], row["tile"]), []).append(seconds)
+    usual = {stage: times for (stage, tile), times in rate.items() if tile == str(Tile())}
+    ratios = {
+        (stage, tile): mean(a / b for a, b in zip(times, usual[stage], strict=True))
+        for (stage, tile), times in rate.items()
+        if stage in usual and len(times) == len(usual[stage])
+    }
+    tiles = {tile: ratio for (stage, tile), ratio in ratios.items() if stage == "attend"}
+    return {"tiles": tiles, "finer": ratios.get(("select", "64x64"), 1.0)}
 
 
 def operations(choice: Choice, score_rows: float) -> float:

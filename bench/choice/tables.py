@@ -9,13 +9,16 @@ from .. import markdown
 from .choices import Choice
 from .curves import DEFAULT, PARTS, Point, choices_of, curve, default_kl, reach, seconds, shapes_of
 from .curves import texts_of as texts_of
+from .parts import Tile
 from .seconds import Clock, key_reads, operations
 
 NAMES = {1.0: "the default's KL", 0.25: "a quarter of it"}
 
 
 def describe(result: Mapping[str, Any], name: str) -> str:
-    """Density and time at equal KL of every choice, by the time, then the points."""
+    """Density and time at equal KL of every choice, then the points; or block sizes."""
+    if result.get("part") == "tiles":
+        return _describe_tiles(result, name)
     title = (
         f"{name}: {result['model']}, {result['tokens']} tokens, {', '.join(texts_of(result))}, "
         f"KL of the last {result['judged']} tokens, {result['device']}"
@@ -71,6 +74,47 @@ def _points(result: Mapping[str, Any]) -> str:
         by_threshold = {point.threshold: point for point in curve(result, name)}
         lines.append([name, *(by_threshold.get(threshold) for threshold in thresholds)])
     return markdown.table(columns, lines)
+
+
+def _describe_tiles(result: Mapping[str, Any], name: str) -> str:
+    title = f"{name}: {result['device']}, torch {result['versions']['torch']}"
+    columns: dict[str, markdown.Format] = {
+        "heads, key heads, dim": "{}",
+        "tokens": "{}",
+        "what": "{}",
+        "rows x keys": "{}",
+        "kernel's tile": "{}",
+        "kept": markdown.percent,
+        "ms": markdown.milliseconds,
+        "for as much, over 128 x 128": "{:.2f}",
+    }
+    usual = {_key(row): _rate(row) for row in result["rows"] if row["tile"] == str(Tile())}
+    lines = []
+    for row in result["rows"]:
+        kernel, rate, base = row.get("kernel"), _rate(row), usual.get(_key(row))
+        lines.append(
+            [
+                " / ".join(str(row[name]) for name in ("q_heads", "kv_heads", "head_dim")),
+                row["length"],
+                row["stage"],
+                row["tile"],
+                f"{kernel['BLOCK_M']} x {kernel['BLOCK_N']}" if kernel else None,
+                row.get("density"),
+                row["p20"] * 1e3 if "p20" in row else None,
+                rate / base if rate and base else None,
+            ]
+        )
+    return markdown.page(*markdown.heading(title, result), markdown.table(columns, lines))
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    names = ("stage", "q_heads", "kv_heads", "head_dim", "length")
+    # Kept blocks are drawn: about as many.
+    return (*(row[name] for name in names), round(row.get("density", 0) / 0.08))
+
+
+def _rate(row: Mapping[str, Any]) -> float | None:
+    return row["p20"] / row.get("density", 1.0) if "p20" in row else None
 
 
 def _point(point: Point) -> str:

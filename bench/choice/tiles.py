@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from ..record import FOLDER, Record, guarded, numbers
-from ..timing import measure_in_graph
+from ..timing import STATISTIC, measure_in_graph
 from .parts import BLOCK, Tile
 
 CASES = (
@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=FOLDER / "choice-tiles-cuda-sm90.json")
     options = parser.parse_args(arguments)
     record = Record.create("bench.choice.tiles", "cuda", options.output, options.max_seconds)
+    record.content |= {"benchmark": "choice", "part": "tiles", "statistic": STATISTIC}
     # Every shape and block size is compiled, by the same function.
     torch._dynamo.config.recompile_limit = 64
     with record.stopping():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from bench.choice import estimates, orders
 from bench.choice.choices import ORDERS, Choice
-from bench.choice.parts import BLOCK, Call, Part
+from bench.choice.parts import BLOCK, Call, Part, Tile
 from bench.choice.reading import Chooser, attend_window
 from bench.choice.seconds import Clock, Shape
 from unisparse_flex.selectors import DEFAULT_SELECTOR
@@ -157,10 +157,11 @@ def test_windows_in_chunks_are_windows() -> None:
 def test_time_grows_with_rows_and_blocks_and_a_sorted_copy_costs() -> None:
     clock = Clock.of(Shape(q_heads=32, kv_heads=8, head_dim=128, tokens=32768))
     plain, by_content = Choice.parse("none/r4+p16"), Choice.parse("content@1024/r4+p16")
+    usual = Tile()
     assert clock.choosing(plain, 4) < clock.choosing(plain, 16)
     assert clock.choosing(plain, 4) < clock.choosing(by_content, 4)
-    assert clock.attending(0.1) < clock.attending(0.2) < clock.attending(0.9)
-    assert 0.9 < clock.attending(0.97) / clock.dense < 1.6
+    assert clock.attending(0.1, usual) < clock.attending(0.2, usual)
+    assert 0.9 < clock.attending(0.97, usual) / clock.dense < 1.6
 
 
 @pytest.mark.parametrize("name", ["unknown/r4", "none", "none/r4+", "none/x4"])
