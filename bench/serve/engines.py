@@ -117,6 +117,7 @@ class Server:
         dtype: Of weights and cache.
         graphs: Whether decoding runs in CUDA graphs.
         requests: Most requests in a batch.
+        memory: Share of the GPU's memory that the engine takes.
         random_weights: Whether weights are drawn; else those beside the configuration are read.
     """
 
@@ -128,6 +129,8 @@ class Server:
     dtype: str
     graphs: bool = False
     requests: int = 32
+    # Room for two, should one not be gone when the next starts.
+    memory: float = 0.4
     random_weights: bool = True
 
     def options(self) -> dict[str, Any]:
@@ -145,15 +148,16 @@ class Server:
             "seed": 0,
         }
         if self.parent is not None:
-            # Room for two, should one not be gone when the next starts.
-            given["gpu_memory_utilization"] = 0.4
+            given["gpu_memory_utilization"] = self.memory
             given["attention_config"] = {"backend": self.parent}
         if self.graphs:
             # Without Inductor: the engine starts in seconds, and its linear layers are cuBLAS's.
             given["compilation_config"] = {
                 "mode": 0,
                 "cudagraph_mode": "FULL_DECODE_ONLY",
-                "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32],
+                "cudagraph_capture_sizes": [
+                    2**i for i in range(self.requests.bit_length()) if 2**i <= self.requests
+                ],
             }
         else:
             given["enforce_eager"] = True
@@ -287,5 +291,7 @@ def counts_row() -> dict[str, Any]:
     return {
         "sparse_rows": counts.sparse_rows,
         "density": round(counts.density, 4),
+        "decode_rows": counts.decode_rows,
+        "decode_density": round(counts.decode_density, 4),
         "dense_rows": {reason.name: count for reason, count in counts.dense_rows.items()},
     }

@@ -2,7 +2,7 @@
 
 Each case starts an engine of the parent and one of the plug-in, one after the other.
 
-python -m bench.serve [--cases gate,first-token,lengths,batch,beside] [--layers 8]
+python -m bench.serve [--cases gate,first-token,...] [--layers 8]
     [--prompt 98304] [--chunks 8192,2048] [--output FILE] [--limit SECONDS]
 """
 
@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,74 +19,14 @@ import torch
 
 from ..record import FOLDER, Record, guarded, numbers
 from .compilations import counting_compilations
-from .engines import LLAMA, TINY, Client, Server, Shape, counts_row, serve, vllm_version
+from .decoding import measure_decode, measure_decode_attention, summaries_row
+from .engines import Client, Server, counts_row, serve, vllm_version
+from .setup import Bench, create_bench, sparse_settings
 
-CASES = ("gate", "first-token", "lengths", "batch", "beside")
-# Of a causal prompt's blocks, at every length.
-SHARE = 0.1
+CASES = ("gate", "first-token", "lengths", "batch", "beside", "decode-attention", "decode")
 REPEATS = 3
 # Attention, all blocks kept, in bfloat16: by how much log-probabilities may differ.
 GATE = {"bfloat16": 0.1, "float32": 1e-4}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bench:
-    """What the cases share.
-
-    Attributes:
-        shape: What is served.
-        folder: Where its configuration lies.
-        parent: The parent's name; ``None`` on the CPU.
-        prompt: Tokens of the long prompt.
-        chunks: Tokens of a step.
-        whole: Tokens of the prompt that is computed in one step.
-        small: Tokens of each of many prompts.
-        many: How many these are.
-        answer: Tokens of their answers.
-        lengths: How many different lengths are tried.
-    """
-
-    shape: Shape
-    folder: Path
-    parent: str | None
-    prompt: int
-    chunks: Sequence[int]
-    whole: int
-    small: int
-    many: int
-    answer: int
-    lengths: int
-
-    def server(self, chunk: int, settings: dict[str, Any] | None, **more: Any) -> Server:
-        """An engine for prompts of up to `prompt`."""
-        return Server(
-            model=self.folder,
-            chunk=chunk,
-            longest=self.prompt + 256,
-            settings=settings,
-            parent=self.parent,
-            dtype=self.shape.dtype,
-            **more,
-        )
-
-    def sides(self, chunk: int, settings: dict[str, Any], **more: Any) -> dict[str, Server]:
-        """The parent and the plug-in."""
-        return {
-            "parent": self.server(chunk, None, **more),
-            "sparse": self.server(chunk, settings, **more),
-        }
-
-
-def sparse_settings(tokens: int, size: int = 128) -> dict[str, Any]:
-    """A selector that keeps `SHARE` of the blocks of a prompt of so many tokens."""
-    return {"selector": f"UniSparse(top_k={blocks_for(-(-tokens // size))})", "min_length": 0}
-
-
-def blocks_for(blocks: int) -> int:
-    """Blocks a row so that `SHARE` of a causal grid is kept."""
-    every = blocks * (blocks + 1) / 2
-    kept = [count * blocks - count * (count - 1) / 2 for count in range(1, blocks + 1)]
-    return 1 + min(range(blocks), key=lambda i: abs(kept[i] / every - SHARE))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -130,26 +69,6 @@ def main(arguments: list[str] | None = None) -> None:
                     break
                 if record.is_over():
                     break
-
-
-def create_bench(device: str, folder: Path, options: argparse.Namespace) -> Bench:
-    """The sizes of a run."""
-    on_gpu = device == "cuda"
-    shape = LLAMA if on_gpu else TINY
-    shape = replace(shape, layers=options.layers or shape.layers)
-    prompt = options.prompt or (98304 if on_gpu else 1536)
-    return Bench(
-        shape=shape,
-        folder=shape.save(folder, prompt + 256),
-        parent=options.parent if on_gpu else None,
-        prompt=prompt,
-        chunks=options.chunks or ((8192, 2048) if on_gpu else (512, 256)),
-        whole=prompt // 3,
-        small=4096 if on_gpu else 256,
-        many=32 if on_gpu else 4,
-        answer=128 if on_gpu else 8,
-        lengths=20 if on_gpu else 4,
-    )
 
 
 def measure_gate(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -228,17 +147,10 @@ def end_peak(before: int) -> int | None:
 
 def memory_row(engine: Any, bench: Bench, prompt: int) -> dict[str, Any]:
     """What the plug-in keeps, beside the cache."""
-    config = engine.llm_engine.vllm_config
-    means = cache = 0
-    for layer in config.compilation_config.static_forward_context.values():
-        state = getattr(getattr(layer, "impl", None), "unisparse", None)
-        if state is not None and state.means is not None:
-            means += state.means.numel() * state.means.element_size()
-            cache += layer.kv_cache.numel() * layer.kv_cache.element_size()
     shape = bench.shape
     itemsize = 2 if shape.dtype == "bfloat16" else 4
     token = 2 * shape.layers * shape.kv_heads * shape.head_dim * itemsize
-    return {"means_bytes": means, "cache_bytes": cache, "prompt_cache_bytes": prompt * token}
+    return {**summaries_row(engine), "prompt_cache_bytes": prompt * token}
 
 
 def measure_lengths(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -365,6 +277,8 @@ MEASURES: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
     "lengths": measure_lengths,
     "batch": measure_batch,
     "beside": measure_beside,
+    "decode-attention": measure_decode_attention,
+    "decode": measure_decode,
 }
 
 

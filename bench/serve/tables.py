@@ -44,7 +44,7 @@ def _first_token(rows: Sequence[Mapping[str, Any]]) -> str:
         "first token, parent, ms": MILLISECONDS,
         "sparse, ms": MILLISECONDS,
         "parent / sparse": "{:.2f}",
-        "means of the pages, of the cache": markdown.percent,
+        "summaries, of the cache": markdown.percent,
         "more at the peak, MiB": "{:.0f}",
     }
     return markdown.table(columns, map(_first_token_line, rows))
@@ -60,7 +60,7 @@ def _first_token_line(row: Mapping[str, Any]) -> list[Any]:
         _median(row, "parent_ms"),
         _median(row, "sparse_ms"),
         row.get("ratio"),
-        row["means_bytes"] / row["cache_bytes"] if row.get("cache_bytes") else None,
+        _summaries(row),
         more,
     ]
 
@@ -142,6 +142,51 @@ def _beside(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown.table(columns, lines)
 
 
+def _decode(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns: dict[str, markdown.Format] = {
+        "requests": "{}",
+        "prompt": "{}",
+        "layers": "{}",
+        "keys read": markdown.percent,
+        "a step, parent, ms": MILLISECONDS,
+        "sparse, ms": MILLISECONDS,
+        "tokens/s, parent": "{:.0f}",
+        "sparse": "{:.0f}",
+        "sparse / parent": "{:.2f}",
+        "summaries, of the cache": markdown.percent,
+    }
+    lines = []
+    for row in rows:
+        steps = [_median(row, f"{side}_step_ms") for side in ("parent", "sparse")]
+        rates = [None if step is None else 1e3 * row["requests"] / step for step in steps]
+        sizes = [row[name] for name in ("requests", "prompt", "layers")]
+        density = row.get("decode_density")
+        lines.append([*sizes, density, *steps, *rates, row.get("ratio"), _summaries(row)])
+    return markdown.table(columns, lines)
+
+
+def _decode_attention(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns: dict[str, markdown.Format] = {
+        "requests": "{}",
+        "keys of each": "{}",
+        "attention of a layer, parent, us": "{:.0f}",
+        "choice and attention, us": "{:.0f}",
+        "parent / sparse": "{:.2f}",
+        "choice alone, us": "{:.1f}",
+        "summaries of new keys, us": "{:.1f}",
+    }
+    names = ("requests", "prompt", "parent_us", "sparse_us", "ratio", "choice_us", "update_us")
+    return markdown.table(columns, [[row.get(name) for name in names] for row in rows])
+
+
+def _summaries(row: Mapping[str, Any]) -> float | None:
+    if not row.get("cache_bytes"):
+        return None
+    # Files of an earlier version name the means alone.
+    taken: int = row.get("summaries_bytes") or row["means_bytes"]
+    return taken / row["cache_bytes"]
+
+
 def _needle(rows: Sequence[Mapping[str, Any]]) -> str:
     columns: dict[str, markdown.Format] = {
         "text": "{}",
@@ -173,4 +218,6 @@ TABLES = {
     "batch": _batch,
     "beside": _beside,
     "needle": _needle,
+    "decode-attention": _decode_attention,
+    "decode": _decode,
 }

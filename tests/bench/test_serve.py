@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from bench import registry
-from bench.serve import describe, measure
+from bench.serve import decoding, describe, measure
 from bench.serve.engines import LLAMA, TINY, Client, Server
-from bench.serve.measure import SHARE, Bench, blocks_for
+from bench.serve.setup import SHARE, Bench, blocks_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +83,8 @@ def bench(tmp_path: Path, **changes: Any) -> Bench:
         "many": 3,
         "answer": 4,
         "lengths": 3,
+        "decoding": ((3, 64), (1, 512)),
+        "decode_layers": 2,
     }
     return Bench(**{**values, **changes})
 
@@ -98,7 +100,10 @@ def serving(monkeypatch: pytest.MonkeyPatch, **by_side: Any) -> None:
         yield found
 
     monkeypatch.setattr(measure, "serve", serve)
-    monkeypatch.setattr(measure, "memory_row", lambda *_: {"means_bytes": 1, "cache_bytes": 256})
+    monkeypatch.setattr(decoding, "serve", serve)
+    taken = {"summaries_bytes": 1, "cache_bytes": 256}
+    monkeypatch.setattr(measure, "memory_row", lambda *_: taken)
+    monkeypatch.setattr(decoding, "summaries_row", lambda *_: taken)
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 64, 768])
@@ -312,3 +317,19 @@ def test_every_file_has_its_tables_on_the_page_of_serving() -> None:
     page = (ROOT / "docs/serving.md").read_text()
     named = re.findall(r"<!-- tables of (\S+) -->", page)
     assert sorted(named) == [path.name for path in registry.files_of("serve")]
+
+
+def test_steps_in_which_all_decode_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = {"parent": Engine(prefill=3), "sparse": Engine(prefill=2)}
+    serving(monkeypatch, **engines)
+    rows = list(decoding.measure_decode(bench(tmp_path)))
+    assert [(row["requests"], row["prompt"]) for row in rows] == [(3, 64), (1, 512)]
+    for row in rows:
+        assert len(row["parent_step_ms"]) == len(row["sparse_step_ms"]) == decoding.STEPS
+        assert row["ratio"] > 0
+        assert "decode_density" in row
+    assert rows[0]["summaries_bytes"] == 1
+    assert len(engines["parent"].aborted) == 4
+    assert not list(decoding.measure_decode_attention(bench(tmp_path)))

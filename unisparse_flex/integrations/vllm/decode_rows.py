@@ -92,16 +92,7 @@ def attend_decode(
     batch, page = rows.lengths.shape[0], view.pages.shape[2]
     width = rows.tables.shape[1] * (page // view.unit)
     query = query.view(batch, heads, head_dim)
-    choose_units(
-        query,
-        units,
-        rows.tables,
-        rows.lengths,
-        space.names,
-        selector=space.selector,
-        scale=impl.scale,
-        steps=view.steps,
-    )
+    choose(impl, view, units, space, rows, query)
     sequences = batch * kv_heads
     kernel.attend(
         impl,
@@ -117,6 +108,27 @@ def attend_decode(
             tables=space.names.tables[:sequences, :width],
             splits=splits_of(sequences, query.device),
         ),
+    )
+
+
+def choose(
+    impl: Any,
+    view: CacheView,
+    units: UnitSummaries,
+    space: DecodeSpace,
+    rows: DecodeRows,
+    query: Tensor,
+) -> None:
+    """Writes the units that rows read to ``space``; arguments as of `attend_decode`."""
+    choose_units(
+        query,
+        units,
+        rows.tables,
+        rows.lengths,
+        space.names,
+        selector=space.selector,
+        scale=impl.scale,
+        steps=view.steps,
     )
 
 

@@ -1,0 +1,237 @@
+"""Decoding with a choice of keys against the parent: attention alone, and engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..record import guarded
+from .engines import Client, Server, Shape, counts_row, serve
+from .setup import Bench, sparse_settings
+
+# Of a request's keys.
+SHARE = 0.1
+DECODE = {"share": SHARE, "min_keys": 0}
+# Steps in which all requests decode: timed ones after some that are not.
+STEPS, UNTIMED = 48, 4
+PAGE = 128
+REPEATS = 20
+
+
+def measure_decode(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Tokens a second of requests that decode together, in CUDA graphs."""
+    bench = bench.with_layers(bench.decode_layers)
+    rows = [
+        {"case": "decode", "requests": n, "prompt": length, "layers": bench.shape.layers}
+        for n, length in bench.decoding
+    ]
+    settings = {**sparse_settings(bench.whole), "decode": DECODE}
+    del settings["min_length"]
+    graphs = bench.parent is not None
+    most = max(n for n, _ in bench.decoding)
+    servers = {
+        "parent": bench.server(bench.whole, None, graphs=graphs, requests=most, memory=0.46),
+        "sparse": bench.server(bench.whole, settings, graphs=graphs, requests=most, memory=0.46),
+    }
+    for side, server in servers.items():
+
+        def run(server: Server = server, side: str = side) -> None:
+            with serve(server) as engine:
+                client = Client(engine, bench.shape.vocabulary)
+                for row in rows:
+                    counts_row()
+                    steps = run_decode(client, row["requests"], row["prompt"])
+                    row[f"{side}_step_ms"] = sorted(1e3 * seconds for seconds in steps)
+                    if side == "sparse":
+                        found = counts_row()
+                        row["decode_density"] = found["decode_density"]
+                        row["decode_rows"] = found["decode_rows"]
+                if side == "sparse":
+                    rows[0].update(summaries_row(engine))
+
+        guarded(rows[0], side, run)
+    for row in rows:
+        if "sparse_step_ms" in row and "parent_step_ms" in row:
+            row["ratio"] = median(row["parent_step_ms"]) / median(row["sparse_step_ms"])
+    yield from rows
+
+
+def run_decode(client: Client, requests: int, prompt: int) -> list[float]:
+    """Seconds of steps in which so many requests decode, after prompts of random tokens."""
+    for seed in range(requests):
+        client.add(client.prompt(prompt, seed), requests + STEPS + UNTIMED + 8)
+    found: list[float] = []
+    names: set[str] = set()
+    while len(found) < STEPS + UNTIMED and client.engine.has_unfinished_requests():
+        seconds, outputs = client.step()
+        names |= {output.request_id for output in outputs}
+        if len(outputs) == requests and len(names) == requests:
+            found.append(seconds)
+    client.engine.abort_request(sorted(names))
+    client.drain()
+    return found[UNTIMED:]
+
+
+def summaries_row(engine: Any) -> dict[str, Any]:
+    """What the plug-in keeps beside the cache."""
+    taken = cache = 0
+    config = engine.llm_engine.vllm_config
+    for layer in config.compilation_config.static_forward_context.values():
+        state = getattr(getattr(layer, "impl", None), "unisparse", None)
+        if state is not None and state.summaries is not None:
+            taken += state.summaries.nbytes
+            cache += layer.kv_cache.numel() * layer.kv_cache.element_size()
+    return {"summaries_bytes": taken, "cache_bytes": cache}
+
+
+def measure_decode_attention(bench: Bench) -> Iterator[dict[str, Any]]:
+    """One layer's attention of a decoding step in a CUDA graph, the choice of keys included."""
+    if bench.parent != "FLASH_ATTN":
+        return
+    for requests, length in bench.decoding:
+        row: dict[str, Any] = {
+            "case": "decode-attention",
+            "requests": requests,
+            "prompt": length,
+        }
+
+        def run(requests: int = requests, length: int = length, row: Any = row) -> None:
+            row.update(time_layer(bench.shape, requests, length))
+
+        guarded(row, "all", run)
+        if "sparse_us" in row:
+            row["ratio"] = row["parent_us"] / row["sparse_us"]
+        yield row
+
+
+def time_layer(shape: Shape, requests: int, length: int) -> dict[str, Any]:
+    """Microseconds of the parent's attention, of choice and attention, and of its parts."""
+    from vllm.v1.attention.backends.fa_utils import (
+        flash_attn_varlen_func,
+        get_flash_attn_version,
+        get_scheduler_metadata,
+    )
+
+    from unisparse_flex.block_masks.pages import DecodeSelector, PageSummaries
+    from unisparse_flex.integrations.vllm.cache_view import CacheView
+    from unisparse_flex.integrations.vllm.decode_rows import (
+        DecodeRows,
+        DecodeSpace,
+        attend_decode,
+        choose,
+    )
+    from unisparse_flex.integrations.vllm.kernels import FlashKernel
+
+    device, version = torch.device("cuda", 0), get_flash_attn_version()
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        found = torch.empty(size, dtype=torch.bfloat16, device=device)
+        return found.normal_(generator=generator)
+
+    width = -(-length // PAGE)
+    count = requests * width + 1
+    cache = draw(count, shape.kv_heads, PAGE, 2 * shape.head_dim)
+    tables = 1 + torch.randperm(count - 1, generator=generator, device=device)
+    tables = tables.view(requests, width).int()
+    lengths = torch.full((requests,), length, dtype=torch.int32, device=device)
+    query = draw(requests, shape.heads, shape.head_dim)
+    output = torch.empty_like(query)
+    starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
+    scale = shape.head_dim**-0.5
+    impl = SimpleNamespace(
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_size=shape.head_dim,
+        scale=scale,
+        vllm_flash_attn_version=version,
+    )
+    kernel, selector = FlashKernel(), DecodeSelector(**DECODE)
+    view = kernel.view(None, cache, selector.unit)
+    assert isinstance(view, CacheView)
+    summaries = PageSummaries.create(view.pages, PAGE, unit=selector.unit)
+    summaries.update(torch.arange(count * PAGE, device=device))
+    units = summaries.units
+    assert units is not None
+    space = DecodeSpace.create(
+        selector,
+        rows=requests,
+        kv_heads=shape.kv_heads,
+        units=width * (PAGE // selector.unit),
+        device=device,
+    )
+    rows = DecodeRows(lengths=lengths, tables=tables, tokens=slice(0, requests))
+    # As vLLM's builder makes it for a graph of decoding.
+    schedule = None
+    if version == 3:
+        schedule = get_scheduler_metadata(
+            batch_size=requests,
+            max_seqlen_q=1,
+            max_seqlen_k=length,
+            num_heads_q=shape.heads,
+            num_heads_kv=shape.kv_heads,
+            headdim=shape.head_dim,
+            cache_seqlens=lengths,
+            qkv_dtype=torch.bfloat16,
+            cu_seqlens_q=starts,
+            page_size=PAGE,
+            causal=True,
+            window_size=(-1, -1),
+            num_splits=32,
+        )
+    head_dim = shape.head_dim
+    # [pages, P, Hkv, D], as the parent hands them over.
+    key, value = (cache.transpose(1, 2)[..., at : at + head_dim] for at in (0, head_dim))
+
+    def parent() -> None:
+        flash_attn_varlen_func(
+            q=query,
+            k=key,
+            v=value,
+            out=output,
+            cu_seqlens_q=starts,
+            max_seqlen_q=1,
+            seqused_k=lengths,
+            max_seqlen_k=length,
+            softmax_scale=scale,
+            causal=True,
+            window_size=[-1, -1],
+            block_table=tables,
+            scheduler_metadata=schedule,
+            fa_version=version,
+            num_splits=32 if version == 3 else 0,
+        )
+
+    def sparse() -> None:
+        attend_decode(impl, None, kernel, view, units, space, rows, query, output)
+
+    slots = tables[:, -1].long() * PAGE + (length - 1) % PAGE
+    return {
+        "parent_us": time_graph(parent),
+        "sparse_us": time_graph(sparse),
+        "choice_us": time_graph(lambda: choose(impl, view, units, space, rows, query)),
+        "update_us": time_graph(lambda: summaries.update(slots)),
+    }
+
+
+def time_graph(function: Callable[[], None]) -> float:
+    """Microseconds of what a graph replays, the median of some."""
+    function()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    times = []
+    for _ in range(REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(4):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / 4)
+    return median(times)
