@@ -1,17 +1,19 @@
 """Choices by their names: an order of keys, an estimate of masses, a mean over rows.
 
-    ORDER[,n][:q][@SEGMENT[+LAG]]/ESTIMATE[^POWER][#ROWSxKEYS]
+    ORDER[,n][<LAYERS][?SHARE][:q][@SEGMENT[+LAG]]/ESTIMATE[^POWER][#ROWSxKEYS]
 
 ``weight@1024/r32`` sorts keys within segments of 1024 and scores by 32 exact rows of a block. With
-``+1`` a row's own segment and the one before stay in natural order. ``:q`` sorts the rows of a
-segment by content too, for all keys but those in natural order: two calls whose outputs are merged.
-``,n`` keeps the natural order inside of a sorted block. An estimate is a sum of terms
-that are averaged: ``rN`` exact rows, ``pN`` means of N queries against block means, ``mNxM`` and
-``vNxM`` N rows against M composites of a block, by their mean, or mean and variance, ``kNxM`` N
-rows against M sampled keys. ``>rN:F`` after it scores N exact rows where the first estimate
-reaches the threshold divided by F. ``^2`` takes the root mean square over rows. ``~N`` takes the
-scores of every N-th layer for those after it too, heads matched as well as can be.
-``#64x32`` has blocks of so many rows and keys.
+``+1`` a row's own segment and the one before stay in natural order. ``,n`` keeps the natural order
+inside of a sorted block. ``<11`` sorts in the first 11 layers, ``?0.8`` for the key heads whose
+last rows then keep less than 0.8 of the blocks. ``:q`` sorts the rows of a segment by content too,
+for all keys but those in natural order: two calls whose outputs are merged.
+
+An estimate is a sum of terms that are averaged: ``rN`` exact rows, ``pN`` means of N queries
+against block means, ``mNxM`` and ``vNxM`` N rows against M composites of a block, by their mean, or
+mean and variance, ``kNxM`` N rows against M sampled keys. ``>rN:F`` after it scores N exact rows
+where the first estimate reaches the threshold divided by F. ``^2`` takes the root mean square over
+rows. ``~N`` takes the scores of every N-th layer for those after it too, heads matched as well as
+can be. ``#64x32`` has blocks of so many rows and keys.
 
 Costs are in rows: a row of every block against every key, with what else scoring does for it.
 """
@@ -91,6 +93,8 @@ class Choice:
         name: As it was written.
         order: The order of keys; ``None`` for the natural one.
         natural_in_blocks: Whether keys of a sorted block are in natural order inside it.
+        sorted_layers: The first so many are sorted; 0 for all.
+        sorted_share: A key head is sorted where it then keeps less than this share; 0 for all.
         sorts_rows: Whether rows are sorted for the keys that are.
         segment: Keys that are sorted together, or rows that are scored at once.
         lag: Segments before a row's own that stay in natural order for it.
@@ -106,6 +110,8 @@ class Choice:
     name: str
     order: OrderKind | None
     natural_in_blocks: bool
+    sorted_layers: int
+    sorted_share: float
     sorts_rows: bool
     segment: int
     lag: int
@@ -125,27 +131,29 @@ class Choice:
             ValueError: No name of a choice.
         """
         match = re.fullmatch(
-            r"([\w-]+?)(,n)?(:q)?(?:@(\d+)(?:\+(\d+))?)?/"
+            r"([\w-]+?)(,n)?(?:<(\d+))?(?:\?([\d.]+))?(:q)?(?:@(\d+)(?:\+(\d+))?)?/"
             r"([\w+]+?)(?:>r(\d+):([\d.]+))?(?:\^(\d))?(?:~(\d+))?(?:[#|](\d+)x(\d+))?",
             name,
         )
         if match is None or match[1] not in ORDERS:
             raise ValueError(f"choice must be ORDER@SEGMENT/ESTIMATE, got {name!r}")
-        tile = Tile(rows=int(match[11] or BLOCK), keys=int(match[12] or BLOCK))
-        terms, rows = zip(*[_term(term, tile) for term in match[6].split("+")], strict=True)
+        tile = Tile(rows=int(match[13] or BLOCK), keys=int(match[14] or BLOCK))
+        terms, rows = zip(*[_term(term, tile) for term in match[8].split("+")], strict=True)
         return cls(
             name=name,
             order=ORDERS[match[1]],
             natural_in_blocks=match[2] is not None,
-            sorts_rows=match[3] is not None,
-            segment=int(match[4] or ROWS_AT_ONCE),
-            lag=int(match[5] or 0),
+            sorted_layers=int(match[3] or 0),
+            sorted_share=float(match[4] or 0),
+            sorts_rows=match[5] is not None,
+            segment=int(match[6] or ROWS_AT_ONCE),
+            lag=int(match[7] or 0),
             terms=terms,
             rows=sum(rows),
-            refined_rows=int(match[7] or 0),
-            factor=float(match[8] or 1),
-            power=int(match[9] or 1),
-            anchor=int(match[10] or 1),
+            refined_rows=int(match[9] or 0),
+            factor=float(match[10] or 1),
+            power=int(match[11] or 1),
+            anchor=int(match[12] or 1),
             tile=tile,
         )
 

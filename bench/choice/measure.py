@@ -145,6 +145,7 @@ class Reading:
             found = self._read()
             densities = [float(density) for density in self.chooser.densities]
             rows = self.chooser.rows
+            heads = [float(share) for share in self.chooser.sorted_heads]
         kl = compute_kl(self.dense, found)
         return {
             "density": sum(densities) / len(densities),
@@ -152,6 +153,7 @@ class Reading:
             "dense_perplexity": self.perplexity,
             "perplexity_ratio": compute_perplexity(found, self.targets) / self.perplexity,
             "score_rows": sum(rows) / len(rows),
+            "sorted_heads": sum(heads) / len(heads) if heads else None,
             "densities": [round(density, 4) for density in densities],
             "seconds": round(time.perf_counter() - start, 3),
         }

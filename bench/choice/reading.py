@@ -32,6 +32,7 @@ class Chooser:
         threshold: As in the library's default.
         densities: Kept over visible blocks, of every call.
         rows: What scoring cost, of every part.
+        sorted_heads: Share of key heads that were sorted, of calls where that was decided.
         layer: Calls so far.
         anchors: Scores of the parts of the last layer that scored for others.
     """
@@ -40,6 +41,7 @@ class Chooser:
     threshold: float = 0.0
     densities: list[Tensor] = field(default_factory=list)
     rows: list[float] = field(default_factory=list)
+    sorted_heads: list[Tensor] = field(default_factory=list)
     layer: int = 0
     anchors: list[Tensor] = field(default_factory=list)
 
@@ -48,6 +50,7 @@ class Chooser:
         """Attention reads this choice inside."""
         self.choice, self.threshold = choice, threshold
         self.densities, self.rows, self.layer, self.anchors = [], [], 0, []
+        self.sorted_heads = []
         try:
             yield
         finally:
@@ -58,8 +61,16 @@ class Chooser:
         choice = self.choice
         assert choice is not None
         call, tile = replace(call, tile=choice.tile), choice.tile
-        sort = None if choice.order is None else sort_keys(call, choice)
-        kept = visible = 0
+        sort = None
+        if choice.order is not None and self.layer < (choice.sorted_layers or self.layer + 1):
+            sort = sort_keys(call, choice)
+        if sort is not None and choice.sorted_share:
+            natural = torch.arange(call.tokens, device=sort.device).expand_as(sort)
+            kept = [self._count_last(call, choice, order) for order in (natural, sort)]
+            pays = kept[1] < choice.sorted_share * kept[0]
+            self.sorted_heads.append(pays.float().mean())
+            sort = torch.where(pays[:, None], sort, natural)
+        kept, visible = torch.zeros((), device=call.key.device), 0
         outputs = []
         for place, first in enumerate(range(0, call.tokens, choice.segment)):
             split = 0 if sort is None else max(0, first - choice.lag * choice.segment)
@@ -87,6 +98,18 @@ class Chooser:
         self.densities.append(kept / visible)
         self.layer += 1
         return torch.cat(outputs, 2)
+
+    def _count_last(self, call: Call, choice: Choice, sort: Tensor) -> Tensor:
+        """Blocks that the last rows keep in an order, [Hkv]."""
+        first = call.tokens - choice.segment
+        split = max(0, first - choice.lag * choice.segment)
+        key, _, sink = _seen(call, sort, first, choice.segment, split)
+        query = call.query[:, :, first:]
+        part = Part(query=query, key=key, first=first, scale=call.scale, tile=choice.tile)
+        self.rows, before = [], self.rows
+        keep = self._keep(choice, part, 0, sink, is_last=False)
+        self.rows = before
+        return keep.sum((1, 2, 3))
 
     def _keep(
         self, choice: Choice, part: Part, place: int, sink: Tensor, *, is_last: bool

@@ -61,6 +61,8 @@ def test_default_keeps_what_the_library_keeps() -> None:
         "content4-weight,n@512/m32x4",
         "content:q@256/r4+v128x2^2",
         "natural:q@256+1/k128x4",
+        "weight<1@256/r4+p16",
+        "weight1?0.9@256/r4+p16#128x64",
         "none/r4+p16>r16:4~2",
         "none/r4+p16#128x64",
         "none/r2+v64x2^2#64x32",
