@@ -436,8 +436,9 @@ def _fits_both(keys: Tensor, rows: int) -> bool:
 
     In larger tiles, in float32 and beside the B200's products they do not.
     """
-    blackwell = gpu_of(keys.device).capability[0] == 10
-    return rows <= FEW_ROWS and keys.dtype != torch.float32 and not blackwell
+    if rows > FEW_ROWS or keys.dtype == torch.float32 or keys.shape[3] > 128:
+        return False
+    return gpu_of(keys.device).capability[0] != 10
 
 
 def score(
