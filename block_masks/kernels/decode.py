@@ -16,9 +16,9 @@ from .recording import empty
 from .scratch import power_of_two
 
 # Units that one program scores.
-ROWS = 64
-# Units of a sequence that a warp of the choice holds.
-OF_WARP = 512
+ROWS = 128
+# Units of a sequence that a warp of the choice holds: fewer warps wait less for one another.
+OF_WARP = 1024
 
 
 @triton.jit(do_not_specialize=["width", "fewest", "table_stride"])
@@ -40,6 +40,8 @@ def _estimate(
     UNITS: tl.constexpr,
     UNIT: tl.constexpr,
     HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
+    TYPE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -58,22 +60,24 @@ def _estimate(
         column = tl.arange(0, WIDTH)
         inside = exists[:, None] & (column < head_dim)[None, :]
         at = numbers + line[:, None] * head_dim + column[None, :]
-        mean = tl.load(at, mask=inside, other=0).to(tl.float32)
+        mean = tl.load(at, mask=inside, other=0).to(tl.float32).to(TYPE)
         spread = tl.load(at + head_dim, mask=inside, other=0).to(tl.float32)
-        spread = spread * spread
         of_mean = tl.load(scales + line, mask=exists, other=0.0).to(tl.float32)
         of_spread = tl.load(scales + line + 1, mask=exists, other=0.0).to(tl.float32)
         held = tl.minimum(length - place * UNIT, UNIT)
-        size = tl.log(tl.maximum(held, 1).to(tl.float32))
-        for i in tl.static_range(HEADS):
-            at = query + request.to(tl.int64) * stride_row + (head * HEADS + i) * stride_head
-            own = tl.load(at + column, mask=column < head_dim, other=0.0).to(tl.float32) * scale
-            logit = tl.sum(mean * own[None, :], 1) * of_mean
-            variance = tl.sum(spread * (own * own)[None, :], 1) * (of_spread * of_spread)
-            frozen = tl.sqrt(2 * variance * size) - size
-            mass = logit + size + tl.where(variance < 2 * size, variance / 2, frozen)
-            line = (tl.program_id(1) * HEADS + i).to(tl.int64) * width
-            tl.store(masses + line + place, mass, mask=exists)
+        size = tl.log(tl.maximum(held, 1).to(tl.float32))[:, None]
+        own_head = tl.arange(0, PADDED)
+        at = query + request.to(tl.int64) * stride_row + (head * HEADS + own_head) * stride_head
+        inside = (own_head < HEADS)[None, :] & (column < head_dim)[:, None]
+        own = tl.load(at[None, :] + column[:, None], mask=inside, other=0.0).to(tl.float32) * scale
+        logit = tl.dot(mean, own.to(TYPE), input_precision="ieee") * of_mean[:, None]
+        variance = tl.dot((spread * spread).to(TYPE), (own * own).to(TYPE), input_precision="ieee")
+        variance *= (of_spread * of_spread)[:, None]
+        frozen = tl.sqrt(2 * variance * size) - size
+        mass = logit + size + tl.where(variance < 2 * size, variance / 2, frozen)
+        line = (tl.program_id(1) * HEADS + own_head).to(tl.int64) * width
+        inside = exists[:, None] & (own_head < HEADS)[None, :]
+        tl.store(masses + line[None, :] + place[:, None], mass, mask=inside)
 
 
 @triton.jit
@@ -139,24 +143,28 @@ def _choose(
         shares = shares / HEADS
         forced = exists & ((place < sinks) | (place >= count - last) | unknown)
         rank = tl.where(exists, shares + 2.0 * forced.to(tl.float32), -1.0)
-        # Numbers from 0 on are ordered as their bits, those below 0 lie below all of them.
-        bits = rank.to(tl.int32, bitcast=True)
+        # Numbers from 0 on are ordered as their bits, those below 0 lie below all of them. Of 31
+        # bits 21 rank: 13 of the mantissa.
+        bits = rank.to(tl.int32, bitcast=True) >> 10
         limit = count
         if budget >= 0:
             limit = tl.minimum(limit, budget)
         limit = tl.minimum(limit, tl.ceil(count * share).to(tl.int32))
         wanted = count
         if TOP_P:
-            needed = _largest(bits, shares, top_p * tl.sum(shares, 0), 31)
+            needed = _largest(bits, shares, top_p * tl.sum(shares, 0), 21)
             wanted = tl.sum((bits >= needed).to(tl.int32), 0)
         wanted = tl.maximum(tl.minimum(wanted, limit), fewest)
         wanted = tl.maximum(wanted, tl.sum(forced.to(tl.int32), 0))
         ones = tl.full([SIZE], 1.0, dtype=tl.float32)
-        least = _largest(bits, ones, wanted.to(tl.float32), 31)
-        above = bits > least
-        same = exists & (bits == least)
-        left = wanted - tl.sum(above.to(tl.int32), 0)
-        kept = above | (same & (tl.cumsum(same.to(tl.int32), 0) <= left))
+        least = _largest(bits, ones, wanted.to(tl.float32), 21)
+        kept = exists & (bits >= least)
+        more = tl.sum(kept.to(tl.int32), 0) - wanted
+        if more > 0:
+            # Of those that are alike the first ones.
+            same = exists & (bits == least)
+            left = tl.sum(same.to(tl.int32), 0) - more
+            kept = kept & ((bits > least) | (tl.cumsum(same.to(tl.int32), 0) <= left))
     table = tables + request.to(tl.int64) * table_stride
     number = tl.load(table + place // UNITS, mask=kept, other=0) * page_step
     number += head * head_step + place % UNITS * unit_step
@@ -226,6 +234,8 @@ def choose_units(
         UNITS=units,
         UNIT=unit,
         HEADS=heads,
+        PADDED=max(16, power_of_two(heads)),
+        TYPE=tl.float32 if query.dtype == torch.float32 else tl.bfloat16,
         ROWS=ROWS,
         WIDTH=power_of_two(head_dim),
         num_warps=4,

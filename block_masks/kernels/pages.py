@@ -15,24 +15,24 @@ from .launch import Launch
 from .recording import empty
 from .scratch import power_of_two
 
-# Tokens whose pages one program looks at.
+# Tokens whose pages one program looks at, where there are more than a few.
 TOKENS = 16
+FEW = 256
 
 
 @triton.jit
-def _write_unit(found, numbers, scales, at, part: tl.constexpr, head_dim, inside, column):
-    """Writes rows of found [units, WIDTH] in 8 bits, each with a scale of its own."""
-    found = tl.where(tl.abs(found) < float("inf"), found, float("nan"))
-    unknown = tl.sum((found != found).to(tl.int32), 1) > 0
-    scale = tl.where(unknown, float("nan"), tl.max(tl.abs(found), 1) / 127)
-    scale = scale.to(scales.dtype.element_ty)
-    tl.store(scales + at * 2 + part, scale)
+def _write_unit(found, numbers, scales, line, head_dim, column):
+    """Writes one row of found [WIDTH] in 8 bits, with a scale of its own."""
+    scale = tl.max(tl.abs(found), 0) / 127
+    # A maximum does not see what is not a number, a sum does.
+    scale = tl.where(tl.sum(found, 0) * 0 == 0, scale, float("nan")).to(scales.dtype.element_ty)
+    tl.store(scales + line, scale)
     scale = scale.to(tl.float32)
-    apart = found / tl.where(scale > 0, scale, 1.0)[:, None]
+    apart = found / tl.where(scale > 0, scale, 1.0)
     apart = tl.where(apart == apart, apart, 0.0)
     rounded = tl.minimum(tl.maximum(tl.floor(apart + 0.5), -127.0), 127.0)
-    out = numbers + (at * 2 + part)[:, None] * head_dim + column[None, :]
-    tl.store(out, rounded.to(tl.int8), mask=inside)
+    out = numbers + line * head_dim + column
+    tl.store(out, rounded.to(tl.int8), mask=column < head_dim)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -56,7 +56,7 @@ def _summarize(
 ):
     """Means of every GROUP keys of the pages whose last key is among the slots.
 
-    With a UNIT also what decoding needs of every UNIT keys, in pages that are being filled too.
+    With a UNIT also what decoding needs of the units of all slots, however many keys they hold.
     """
     head = tl.program_id(1)
     column = tl.arange(0, WIDTH)
@@ -65,39 +65,36 @@ def _summarize(
     for i in range(TOKENS):
         token = tl.program_id(0) * TOKENS + i
         slot = tl.load(slots + token, mask=token < count, other=-1)
-        is_full = slot % PAGE == PAGE - 1
-        is_last = is_full
+        page = (slot // PAGE).to(tl.int64)
+        base = keys + page * stride_page + head.to(tl.int64) * stride_head
+        if (slot >= 0) & (slot % PAGE == PAGE - 1):
+            row = tl.arange(0, PAGE).to(tl.int64)
+            at = base + row[:, None] * stride_row + column[None, :]
+            key = tl.load(at, mask=inside & (row < PAGE)[:, None], other=0.0).to(tl.float32)
+            mean = tl.sum(tl.reshape(key, [groups, GROUP, WIDTH]), 1) / GROUP
+            # As composite keys that are pooled in place.
+            mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
+            line = (page * heads + head) * groups + tl.arange(0, groups)
+            out = means + line[:, None] * head_dim + column[None, :]
+            tl.store(out, mean.to(means.dtype.element_ty), mask=inside)
         if UNIT:
             behind = tl.load(slots + token + 1, mask=token + 1 < count, other=-1)
-            is_last = is_last | (behind != slot + 1)
-        if (slot >= 0) & is_last:
-            page = (slot // PAGE).to(tl.int64)
-            base = keys + page * stride_page + head.to(tl.int64) * stride_head
-            row = tl.arange(0, PAGE).to(tl.int64)
-            held = (row <= slot % PAGE)[:, None]
-            at = base + row[:, None] * stride_row + column[None, :]
-            key = tl.load(at, mask=inside & held, other=0.0).to(tl.float32)
-            if is_full:
-                mean = tl.sum(tl.reshape(key, [groups, GROUP, WIDTH]), 1) / GROUP
-                # As composite keys that are pooled in place.
+            place = slot % PAGE
+            # The last of its unit that was written.
+            if (slot >= 0) & ((place % UNIT == UNIT - 1) | (behind != slot + 1)):
+                row = tl.arange(0, UNIT)
+                held = (row <= place % UNIT)[:, None]
+                at = base + (place - place % UNIT + row).to(tl.int64)[:, None] * stride_row
+                key = tl.load(at + column[None, :], mask=inside & held, other=0.0).to(tl.float32)
+                size = (place % UNIT + 1).to(tl.float32)
+                mean = tl.sum(key, 0) / size
                 mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
-                line = (page * heads + head) * groups + tl.arange(0, groups)
-                out = means + line[:, None] * head_dim + column[None, :]
-                tl.store(out, mean.to(means.dtype.element_ty), mask=inside)
-            if UNIT:
-                units: tl.constexpr = PAGE // UNIT
-                key = tl.reshape(key, [units, UNIT, WIDTH])
-                order = tl.arange(0, units)
-                size = tl.minimum(tl.maximum(slot % PAGE + 1 - order * UNIT, 1), UNIT)
-                size = size.to(tl.float32)[:, None]
-                mean = tl.sum(key, 1) / size
-                mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
-                here = tl.reshape(held.to(tl.int1), [units, UNIT, 1])
-                apart = tl.where(here, key - mean[:, None, :], 0.0)
-                spread = tl.sqrt(tl.sum(apart * apart, 1) / size)
-                line = (page * heads + head) * units + order
-                _write_unit(mean, numbers, scales, line, 0, head_dim, inside, column)
-                _write_unit(spread, numbers, scales, line, 1, head_dim, inside, column)
+                apart = tl.where(held, key - mean[None, :], 0.0)
+                spread = tl.sqrt(tl.sum(apart * apart, 0) / size)
+                spread = tl.where(spread < float("inf"), spread, float("nan"))
+                line = (page * heads + head) * (PAGE // UNIT) + place // UNIT
+                _write_unit(mean, numbers, scales, line * 2, head_dim, column)
+                _write_unit(spread, numbers, scales, line * 2 + 1, head_dim, column)
 
 
 @triton.jit(do_not_specialize=["length", "composites"], do_not_specialize_on_alignment=["table"])
@@ -222,8 +219,10 @@ def summarize(
     """
     count, heads, page = slots.shape[0], pages.shape[1], pages.shape[2]
     numbers, scales = (means, means) if units is None else units
+    # Tokens that decode have pages of their own, those of a prompt share them.
+    tokens = 1 if count <= FEW else TOKENS
     _launch_summarize(
-        (-(-count // TOKENS), heads, 1),
+        (-(-count // tokens), heads, 1),
         pages,
         means,
         numbers,
@@ -233,7 +232,7 @@ def summarize(
         count,
         heads,
         pages.shape[3],
-        TOKENS=TOKENS,
+        TOKENS=tokens,
         PAGE=page,
         GROUP=page // means.shape[2],
         UNIT=0 if units is None else page // numbers.shape[2],

@@ -62,23 +62,24 @@ class UnitSummaries:
         found = _floating(self.scales[at])[..., None] * self.numbers[at]
         return found[..., 0, :], found[..., 1, :]
 
-    def write(self, keys: Tensor, at: Tensor, held: Tensor) -> None:
+    def write(self, keys: Tensor, at: Tensor, part: Tensor, held: Tensor) -> None:
         """Summarizes units.
 
         Args:
-            keys: [n, Hkv, P / U, U, D] of n pages, floating.
-            at: int64 [n], the pages.
-            held: bool [n, 1, P / U, U, 1], which keys there are.
+            keys: [n, Hkv, U, D] of n units, floating.
+            at: int64 [n], their pages.
+            part: int64 [n], which units of these.
+            held: bool [n, 1, U, 1], which keys there are.
         """
-        count = held.sum(3).clamp_min(1)
-        mean = keys.where(held, 0.0).sum(3) / count
-        squares = (keys - mean[:, :, :, None]).where(held, 0.0).square().sum(3)
-        found = mark_not_finite(torch.stack([mean, (squares / count).sqrt()], 3))
+        count = held.sum(2)
+        mean = keys.where(held, 0.0).sum(2) / count
+        squares = (keys - mean[:, :, None]).where(held, 0.0).square().sum(2)
+        found = mark_not_finite(torch.stack([mean, (squares / count).sqrt()], 2))
         scale = (found.abs().amax(-1) / LARGEST).to(self.scales.dtype)
         apart = found / scale.to(found.dtype).where(scale > 0, 1.0)[..., None]
         rounded = (apart.nan_to_num() + 0.5).floor().clamp(-LARGEST, LARGEST)
-        self.numbers[at] = rounded.to(torch.int8)
-        self.scales[at] = scale
+        self.numbers[at, :, part] = rounded.to(torch.int8)
+        self.scales[at, :, part] = scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -140,11 +141,13 @@ class PageSummaries:
         self.means[finished] = mark_not_finite(keys.mean(3)).to(self.means.dtype)
         if self.units is None:
             return
-        last = is_full | ((slots >= 0) & (slots.diff(append=slots.new_full((1,), -2)) != 1))
-        at, places = slots[last] // page, slots[last] % page
-        keys = _floating(self.pages[at]).unflatten(2, (-1, self.units.unit))
-        held = torch.arange(page, device=slots.device) <= places[:, None]
-        self.units.write(keys, at, held[:, None, :, None].unflatten(2, (-1, self.units.unit)))
+        unit = self.units.unit
+        goes_on = slots.diff(append=slots.new_full((1,), -2)) == 1
+        last = slots[(slots >= 0) & ~(goes_on & (slots % unit < unit - 1))]
+        at, part = last // page, last % page // unit
+        keys = _floating(self.pages.unflatten(2, (-1, unit))[at, :, part])
+        held = torch.arange(unit, device=slots.device) <= (last % unit)[:, None]
+        self.units.write(keys, at, part, held[:, None, :, None])
 
 
 def mean_group(c_k: int, page: int) -> int:
