@@ -71,7 +71,7 @@ class UnitSummaries:
             part: int64 [n], which units of these.
             held: bool [n, 1, U, 1], which keys there are.
         """
-        count = held.sum(2)
+        count = held.sum(2).clamp_min(1)
         mean = keys.where(held, 0.0).sum(2) / count
         squares = (keys - mean[:, :, None]).where(held, 0.0).square().sum(2)
         found = mark_not_finite(torch.stack([mean, (squares / count).sqrt()], 2))
