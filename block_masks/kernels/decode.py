@@ -15,10 +15,12 @@ from .launch import Launch
 from .recording import empty
 from .scratch import power_of_two
 
-# Units that one program scores.
-ROWS = 128
-# Units of a sequence that a warp of the choice holds: fewer warps wait less for one another.
-OF_WARP = 1024
+# Units that one program scores at a time, and programs for all sequences together at least.
+ROWS, PROGRAMS = 64, 1024
+# Units of a sequence that a warp of the choice holds, if there are no more than so many warps.
+OF_WARP, WARPS = 256, 8
+# Units of requests that are chosen from with less work where others may be longer.
+SMALL = 512
 
 
 @triton.jit(do_not_specialize=["width", "fewest", "table_stride"])
@@ -45,39 +47,42 @@ def _estimate(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Logarithms of the masses of ROWS units, for the query heads of one key head."""
+    """Logarithms of the masses of units, ROWS at a time, for the query heads of one key head."""
     request = tl.program_id(1) // kv_heads
     head = tl.program_id(1) % kv_heads
     length = tl.load(lengths + request)
-    first = tl.program_id(0) * ROWS
     # A request that keeps everything is not scored.
-    if (first * UNIT < length) & (tl.cdiv(length, UNIT) > fewest):
-        place = first + tl.arange(0, ROWS)
-        exists = place * UNIT < length
+    if tl.cdiv(length, UNIT) > fewest:
         table = tables + request.to(tl.int64) * table_stride
-        page = tl.load(table + place // UNITS, mask=exists, other=0).to(tl.int64)
-        line = ((page * kv_heads + head) * UNITS + place % UNITS) * 2
         column = tl.arange(0, WIDTH)
-        inside = exists[:, None] & (column < head_dim)[None, :]
-        at = numbers + line[:, None] * head_dim + column[None, :]
-        mean = tl.load(at, mask=inside, other=0).to(tl.float32).to(TYPE)
-        spread = tl.load(at + head_dim, mask=inside, other=0).to(tl.float32)
-        of_mean = tl.load(scales + line, mask=exists, other=0.0).to(tl.float32)
-        of_spread = tl.load(scales + line + 1, mask=exists, other=0.0).to(tl.float32)
-        held = tl.minimum(length - place * UNIT, UNIT)
-        size = tl.log(tl.maximum(held, 1).to(tl.float32))[:, None]
         own_head = tl.arange(0, PADDED)
-        at = query + request.to(tl.int64) * stride_row + (head * HEADS + own_head) * stride_head
-        inside = (own_head < HEADS)[None, :] & (column < head_dim)[:, None]
-        own = tl.load(at[None, :] + column[:, None], mask=inside, other=0.0).to(tl.float32) * scale
-        logit = tl.dot(mean, own.to(TYPE), input_precision="ieee") * of_mean[:, None]
-        variance = tl.dot((spread * spread).to(TYPE), (own * own).to(TYPE), input_precision="ieee")
-        variance *= (of_spread * of_spread)[:, None]
-        frozen = tl.sqrt(2 * variance * size) - size
-        mass = logit + size + tl.where(variance < 2 * size, variance / 2, frozen)
-        line = (tl.program_id(1) * HEADS + own_head).to(tl.int64) * width
-        inside = exists[:, None] & (own_head < HEADS)[None, :]
-        tl.store(masses + line[None, :] + place[:, None], mass, mask=inside)
+        rows = query + request.to(tl.int64) * stride_row + (head * HEADS + own_head) * stride_head
+        held_row = (own_head < HEADS)[None, :] & (column < head_dim)[:, None]
+        own = tl.load(rows[None, :] + column[:, None], mask=held_row, other=0.0)
+        own = own.to(tl.float32) * scale
+        square = (own * own).to(TYPE)
+        own = own.to(TYPE)
+        out = masses + (tl.program_id(1) * HEADS + own_head).to(tl.int64)[None, :] * width
+        units = tl.cdiv(length, UNIT)
+        for first in range(tl.program_id(0) * ROWS, units, tl.num_programs(0) * ROWS):
+            place = first + tl.arange(0, ROWS)
+            exists = place < units
+            page = tl.load(table + place // UNITS, mask=exists, other=0).to(tl.int64)
+            line = ((page * kv_heads + head) * UNITS + place % UNITS) * 2
+            inside = exists[:, None] & (column < head_dim)[None, :]
+            at = numbers + line[:, None] * head_dim + column[None, :]
+            mean = tl.load(at, mask=inside, other=0).to(tl.float32).to(TYPE)
+            spread = tl.load(at + head_dim, mask=inside, other=0).to(tl.float32)
+            of_mean = tl.load(scales + line, mask=exists, other=0.0).to(tl.float32)
+            of_spread = tl.load(scales + line + 1, mask=exists, other=0.0).to(tl.float32)
+            held = tl.minimum(length - place * UNIT, UNIT)
+            size = tl.log(tl.maximum(held, 1).to(tl.float32))[:, None]
+            logit = tl.dot(mean, own, input_precision="ieee") * of_mean[:, None]
+            variance = tl.dot((spread * spread).to(TYPE), square, input_precision="ieee")
+            variance *= (of_spread * of_spread)[:, None]
+            frozen = tl.sqrt(2 * variance * size) - size
+            mass = logit + size + tl.where(variance < 2 * size, variance / 2, frozen)
+            tl.store(out + place[:, None], mass, mask=exists[:, None] & (own_head < HEADS)[None, :])
 
 
 @triton.jit
@@ -91,19 +96,14 @@ def _largest(bits, weights, least, BITS: tl.constexpr):
     return found
 
 
-@triton.jit(
-    do_not_specialize=["width", "out_width", "table_stride", "budget", "fewest", "sinks", "last"]
-)
-def _choose(
+@triton.jit
+def _choose_of(
     masses,
-    tables,
-    lengths,
-    out_tables,
-    out_lengths,
-    counter,
-    table_stride,
+    table,
+    out,
+    sequence,
+    count,
     width,
-    out_width,
     kv_heads,
     page_step,
     head_step,
@@ -115,17 +115,11 @@ def _choose(
     sinks,
     last,
     UNITS: tl.constexpr,
-    UNIT: tl.constexpr,
     HEADS: tl.constexpr,
     TOP_P: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """Chooses and names the units of one request and key head."""
-    sequence = tl.program_id(0)
-    request = sequence // kv_heads
-    head = sequence % kv_heads
-    length = tl.load(lengths + request)
-    count = tl.cdiv(length, UNIT)
+    """Names the units of one sequence that are kept, of at most SIZE; how many these are."""
     place = tl.arange(0, SIZE)
     exists = place < count
     kept = exists
@@ -165,12 +159,96 @@ def _choose(
             same = exists & (bits == least)
             left = tl.sum(same.to(tl.int32), 0) - more
             kept = kept & ((bits > least) | (tl.cumsum(same.to(tl.int32), 0) <= left))
-    table = tables + request.to(tl.int64) * table_stride
     number = tl.load(table + place // UNITS, mask=kept, other=0) * page_step
-    number += head * head_step + place % UNITS * unit_step
-    at = out_tables + sequence.to(tl.int64) * out_width + tl.cumsum(kept.to(tl.int32), 0) - 1
-    tl.store(at, number, mask=kept)
-    total = tl.sum(kept.to(tl.int32), 0)
+    number += sequence % kv_heads * head_step + place % UNITS * unit_step
+    tl.store(out + tl.cumsum(kept.to(tl.int32), 0) - 1, number, mask=kept)
+    return tl.sum(kept.to(tl.int32), 0)
+
+
+@triton.jit(
+    do_not_specialize=["width", "out_width", "table_stride", "budget", "fewest", "sinks", "last"]
+)
+def _choose(
+    masses,
+    tables,
+    lengths,
+    out_tables,
+    out_lengths,
+    counter,
+    table_stride,
+    width,
+    out_width,
+    kv_heads,
+    page_step,
+    head_step,
+    unit_step,
+    top_p,
+    share,
+    budget,
+    fewest,
+    sinks,
+    last,
+    UNITS: tl.constexpr,
+    UNIT: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOP_P: tl.constexpr,
+    SMALL: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Chooses and names the units of one request and key head."""
+    sequence = tl.program_id(0)
+    request = sequence // kv_heads
+    length = tl.load(lengths + request)
+    count = tl.cdiv(length, UNIT)
+    table = tables + request.to(tl.int64) * table_stride
+    out = out_tables + sequence.to(tl.int64) * out_width
+    # Short requests of an engine for long ones take no longer than in one for short ones.
+    if count <= SMALL:
+        total = _choose_of(
+            masses,
+            table,
+            out,
+            sequence,
+            count,
+            width,
+            kv_heads,
+            page_step,
+            head_step,
+            unit_step,
+            top_p,
+            share,
+            budget,
+            fewest,
+            sinks,
+            last,
+            UNITS,
+            HEADS,
+            TOP_P,
+            SMALL,
+        )
+    else:
+        total = _choose_of(
+            masses,
+            table,
+            out,
+            sequence,
+            count,
+            width,
+            kv_heads,
+            page_step,
+            head_step,
+            unit_step,
+            top_p,
+            share,
+            budget,
+            fewest,
+            sinks,
+            last,
+            UNITS,
+            HEADS,
+            TOP_P,
+            SIZE,
+        )
     tl.store(out_lengths + sequence, total * UNIT - (count * UNIT - length))
     tl.atomic_add(counter, total.to(tl.int64))
     tl.atomic_add(counter + 1, count.to(tl.int64))
@@ -214,9 +292,11 @@ def choose_units(
     batch, q_heads, head_dim = query.shape
     kv_heads, units = numbers.shape[1:3]
     heads, width = q_heads // kv_heads, tables.shape[1] * units
-    masses = empty(query, (batch * kv_heads * heads * width,), torch.float32)
+    sequences = batch * kv_heads
+    masses = empty(query, (sequences * heads * width,), torch.float32)
+    programs = min(-(-width // ROWS), -(-PROGRAMS // sequences))
     _launch_estimate(
-        (-(-width // ROWS), batch * kv_heads, 1),
+        (programs, sequences, 1),
         query,
         numbers,
         scales,
@@ -243,7 +323,7 @@ def choose_units(
     )
     size = power_of_two(width)
     _launch_choose(
-        (batch * kv_heads, 1, 1),
+        (sequences, 1, 1),
         masses,
         tables,
         lengths,
@@ -265,7 +345,8 @@ def choose_units(
         UNIT=unit,
         HEADS=heads,
         TOP_P=rule.top_p < 1.0,
+        SMALL=min(SMALL, size),
         SIZE=size,
-        num_warps=min(16, max(1, size // OF_WARP)),
+        num_warps=min(WARPS, max(1, size // OF_WARP)),
         enable_fp_fusion=True,
     )

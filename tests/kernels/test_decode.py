@@ -43,8 +43,16 @@ def run(kernels: Kernels, call: Decoding, selector: DecodeSelector, out: PageTab
     ],
 )
 def test_units_are_those_of_plain_pytorch(
-    kernels: Kernels, selector: DecodeSelector, page: int, dtype: torch.dtype
+    kernels: Kernels,
+    selector: DecodeSelector,
+    page: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Sequences on both sides, and more rounds than one.
+    monkeypatch.setattr(kernels.decode, "SMALL", 32)
+    monkeypatch.setattr(kernels.decode, "ROWS", 16)
+    monkeypatch.setattr(kernels.decode, "PROGRAMS", 24)
     call = create_decoding([0, 1, 33, 400, 397, 1000], page=page, dtype=dtype)
     found, expected = call.outputs(), call.outputs()
     choose_units(

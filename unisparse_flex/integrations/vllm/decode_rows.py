@@ -133,10 +133,10 @@ def choose(
 
 
 def splits_of(sequences: int, device: torch.device) -> int:
-    """Into how many parts keys are cut so that the GPU has two for every multiprocessor."""
+    """Into how many parts keys are cut so that there are as many as multiprocessors, or nearly."""
     if device.type != "cuda":
         return 1
-    return max(1, min(MOST_SPLITS, 2 * _multiprocessors(device) // sequences))
+    return max(1, min(MOST_SPLITS, _multiprocessors(device) // sequences))
 
 
 @lru_cache
