@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,15 +59,34 @@ class Exam:
 
     @classmethod
     def create(
-        cls, subject: Subject, name: TaskName, *, kind: str, tokens: int, samples: int
+        cls,
+        subject: Subject,
+        name: TaskName,
+        *,
+        kind: str,
+        tokens: int,
+        samples: int,
+        answer_tokens: int | None = None,
     ) -> Exam:
-        """Draws ``samples`` with prompts of at most ``tokens`` tokens less the longest answer."""
+        """Draws ``samples`` with prompts of at most ``tokens`` tokens less the longest answer.
+
+        Args:
+            subject: The model that is asked.
+            name: The task.
+            kind: Of prefill.
+            tokens: Of a prompt and its answer.
+            samples: How many.
+            answer_tokens: Of the longest answer; as the task has it when omitted.
+        """
         loaded = subject.loaded
         room = build_task(name, loaded.tokenizer, tokens=tokens, seed=0).max_new_tokens
         drawn = [
             build_task(name, loaded.tokenizer, tokens=tokens - room, seed=seed)
             for seed in range(samples)
         ]
+        if answer_tokens is not None:
+            room = min(room, answer_tokens)
+            drawn = [replace(sample, max_new_tokens=room) for sample in drawn]
         solved = []
         size = TOGETHER[loaded.device.type]
         for first in range(0, samples, size):

@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--further", type=numbers(float), default=(0.1,), help="for other units")
     parser.add_argument("--tasks", default="", help=f"of {','.join(TASK_NAMES)}")
     parser.add_argument("--samples", type=int, default=50, help="samples of each task")
+    parser.add_argument("--answer-tokens", type=int, help="of the longest answer, or the task's")
     parser.add_argument("--max-seconds", type=float, default=3000.0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
@@ -155,7 +156,12 @@ def _judges(subject: Subject, options: Any) -> Iterator[tuple[dict[str, Any], Ju
     for task in filter(None, options.tasks.split(",")):
         for kind in kinds:
             exam = Exam.create(
-                subject, task, kind=kind, tokens=options.tokens, samples=options.samples
+                subject,
+                task,
+                kind=kind,
+                tokens=options.tokens,
+                samples=options.samples,
+                answer_tokens=options.answer_tokens,
             )
             if exam.solved:
                 yield {"task": task, "prefill": kind}, exam.judge

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.decode import describe, describe_together
@@ -48,8 +48,10 @@ def one_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: in
 
 
 @pytest.mark.parametrize("name", SUMMARIES)
-@pytest.mark.parametrize("unit", [16, 64])
-@given(length=st.integers(150, 400), rows=st.integers(1, 140))
+@settings(max_examples=12)
+@given(
+    unit=st.sampled_from([16, 64]), length=st.integers(150, 260), rows=st.sampled_from([1, 17, 140])
+)
 def test_rows_of_a_sequence_are_what_decoding_one_by_one_computes(
     name: str, unit: int, length: int, rows: int
 ) -> None:
@@ -158,12 +160,13 @@ def tiny_model() -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
+        hidden_size=32,
+        intermediate_size=32,
         num_hidden_layers=2,
+        initializer_range=0.3,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
-        max_position_embeddings=1024,
+        max_position_embeddings=512,
         attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config).eval()
@@ -172,7 +175,7 @@ def tiny_model() -> Any:
 class Letters:
     """A tokenizer whose tokens are letters, digits and two more signs."""
 
-    eos_token_id = bos_token_id = 63
+    eos_token_id = bos_token_id = 64  # none of the vocabulary
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(48 + number) for number in ids)
@@ -213,9 +216,10 @@ def make_exam(subject: Subject, kind: str, lengths: list[int]) -> Exam:
 @pytest.mark.parametrize("share", [0.05, 0.3])
 def test_answers_are_those_of_decoding_token_by_token(share: float) -> None:
     subject = make_subject()
-    exam = make_exam(subject, "dense", [300, 333, 340, 470])
+    exam = make_exam(subject, "dense", [170, 203, 210])
     setting = Setting(
-        summary="mean", selector=DecodeSelector(share=share, unit=16, min_keys=0, last_keys=16)
+        summary="mean",
+        selector=DecodeSelector(share=share, unit=16, min_keys=0, sink_keys=16, last_keys=16),
     )
     found = exam.judge(setting)
     scores, same = [], []
@@ -233,7 +237,7 @@ def test_answers_are_those_of_decoding_token_by_token(share: float) -> None:
 
 
 def test_dense_decoding_and_all_keys_keep_every_answer() -> None:
-    exam = make_exam(make_subject(), "dense", [200, 310])
+    exam = make_exam(make_subject(), "dense", [120, 150])
     for setting in (
         Setting(summary=None, selector=DecodeSelector()),
         Setting(summary="quest", selector=DecodeSelector(unit=16)),
@@ -244,16 +248,16 @@ def test_dense_decoding_and_all_keys_keep_every_answer() -> None:
 
 def test_decoding_of_all_keys_is_dense_and_of_few_is_not() -> None:
     subject = make_subject()
-    ids = torch.randint(63, (1, 500), generator=torch.Generator().manual_seed(0))
-    cache = read_prompt(subject, ids[:, :400], "dense").cache
-    dense = compute_log_probs(decode(subject, ids[:, 400:], cache)[0])
-    one = Continuation(subject=subject, input_ids=ids[:, 400:], cache=cache, dense=dense)
+    ids = torch.randint(63, (1, 250), generator=torch.Generator().manual_seed(0))
+    cache = read_prompt(subject, ids[:, :230], "dense").cache
+    dense = compute_log_probs(decode(subject, ids[:, 230:], cache)[0])
+    one = Continuation(subject=subject, input_ids=ids[:, 230:], cache=cache, dense=dense)
     everything = one.judge(Setting(summary="unisparse", selector=DecodeSelector(unit=16)))
     few = DecodeSelector(share=0.05, unit=16, min_keys=0)
     some = one.judge(Setting(summary="unisparse", selector=few))
     assert everything["kl"] < 1e-6 < some["kl"]
     assert everything["kept"] == 1 > some["kept"] > 0.05
-    assert cache.get_seq_length() == 400
+    assert cache.get_seq_length() == 230
 
 
 def make_rows() -> list[dict[str, Any]]:
