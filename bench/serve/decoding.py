@@ -16,7 +16,7 @@ from .setup import Bench, sparse_settings
 
 # Of a request's keys.
 SHARE = 0.1
-DECODE = {"share": SHARE, "min_keys": 0}
+DECODE: dict[str, Any] = {"share": SHARE, "min_keys": 0}
 # Steps in which all requests decode: timed ones after some that are not.
 STEPS, UNTIMED = 48, 4
 PAGE = 128
@@ -26,7 +26,7 @@ REPEATS = 20
 def measure_decode(bench: Bench) -> Iterator[dict[str, Any]]:
     """Tokens a second of requests that decode together, in CUDA graphs."""
     bench = bench.with_layers(bench.decode_layers)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"case": "decode", "requests": n, "prompt": length, "layers": bench.shape.layers}
         for n, length in bench.decoding
     ]

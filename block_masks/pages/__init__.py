@@ -3,7 +3,7 @@
 from .decode import DecodeSelector, choose_units, estimate_masses, keep_units
 from .paged_keys import PagedKeys
 from .select import paged_obstacle, select_from_pages
-from .summaries import PageSummaries, UnitSummaries, mean_group
+from .summaries import PageSummaries, UnitSummaries, mean_group, units_share
 from .tables import PageTables, name_pages
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "name_pages",
     "paged_obstacle",
     "select_from_pages",
+    "units_share",
 ]

@@ -33,7 +33,7 @@ class UnitSummaries:
 
     @classmethod
     def create(cls, pages: Tensor, unit: int) -> UnitSummaries:
-        """Room for those of a cache, zeros; a share of 1 / (2 * U) of 16-bit keys and values.
+        """Room for those of a cache, zeros; `units_share` says how much of it.
 
         Args:
             pages: [N, Hkv, P, D].
@@ -148,6 +148,11 @@ class PageSummaries:
         keys = _floating(self.pages.unflatten(2, (-1, unit))[at, :, part])
         held = torch.arange(unit, device=slots.device) <= (last % unit)[:, None]
         self.units.write(keys, at, part, held[:, None, :, None])
+
+
+def units_share(unit: int, head_dim: int) -> float:
+    """What `UnitSummaries` take up, as a share of a cache of 16 bits, keys and values."""
+    return (2 * head_dim + 4) / (4 * unit * head_dim)
 
 
 def mean_group(c_k: int, page: int) -> int:

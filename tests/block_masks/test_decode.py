@@ -13,9 +13,11 @@ from torch import Tensor
 from unisparse_flex.block_masks.pages import (
     DecodeSelector,
     PageTables,
+    UnitSummaries,
     choose_units,
     estimate_masses,
     keep_units,
+    units_share,
 )
 
 from .decoding import Decoding, create_decoding
@@ -217,3 +219,11 @@ def test_masses_of_float64_keys_are_of_float64() -> None:
 def test_a_selector_refuses_what_is_out_of_range(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} must be"):
         DecodeSelector(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("page", "head_dim"), [(64, 64), (128, 128)])
+def test_units_take_the_stated_share_of_a_cache(page: int, head_dim: int) -> None:
+    keys = torch.zeros(3, 2, page, head_dim, dtype=torch.bfloat16)
+    units = UnitSummaries.create(keys, 32)
+    assert units.nbytes == pytest.approx(units_share(32, head_dim) * 2 * keys.nbytes)
+    assert units_share(32, head_dim) < 0.02

@@ -80,6 +80,7 @@ def test_units_follow_every_token(
             pages, found.means, (found.units.numbers, found.units.scales), written
         )
         expected.update(written)
+    assert found.units is not None
     assert expected.units is not None
     every = torch.arange(5)
     assert bool(expected.units.scales.any(-1).any(-1).all())

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from unisparse_flex.block_masks import pages
 from unisparse_flex.block_masks.pages import UnitSummaries
 from unisparse_flex.block_masks.pages.summaries import LARGEST
 from unisparse_flex.integrations.vllm import Reason, create_backend, decode_rows, read_counts
@@ -80,16 +81,16 @@ def test_fewer_pages_are_read_and_the_last_ones_among_them(
 def checking_summaries(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Checks what decoding is told before it chooses; the list has the rows of every choice."""
     found: list[int] = []
-    choose = decode_rows.choose_units
+    choose = pages.choose_units
 
-    def check(*tensors: Any, pages: Tensor, **more: Any) -> None:
-        assert_summaries_are_fresh(pages, *tensors[1:4])
+    def check(*tensors: Any, cache: Tensor, **more: Any) -> None:
+        assert_summaries_are_fresh(cache, *tensors[1:4])
         found.append(tensors[3].shape[0])
         choose(*tensors, **more)
 
     def bound(impl: Any, layer: Any, kernel: Any, view: CacheView, *rest: Any) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(decode_rows, "choose_units", partial(check, pages=view.pages))
+            patch.setattr(decode_rows, "choose_units", partial(check, cache=view.pages))
             attend(impl, layer, kernel, view, *rest)
 
     attend = decode_rows.attend_decode
@@ -98,15 +99,15 @@ def checking_summaries(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def assert_summaries_are_fresh(
-    pages: Tensor, units: UnitSummaries, tables: Tensor, lengths: Tensor
+    cache: Tensor, units: UnitSummaries, tables: Tensor, lengths: Tensor
 ) -> None:
     """Compares the summaries of requests with those of the keys that lie in their pages."""
-    page = pages.shape[2]
+    page = cache.shape[2]
     assert units.unit == page
     for table, length in zip(tables, lengths.tolist(), strict=True):
         for i in range(-(-length // page)):
             at = int(table[i])
-            keys = pages[at][:, : length - i * page]
+            keys = cache[at][:, : length - i * page]
             wanted = keys.mean(1), keys.std(1, correction=0)
             for found, fresh in zip(units.read(torch.tensor(at)), wanted, strict=True):
                 scale = fresh.abs().amax(-1, keepdim=True) / LARGEST

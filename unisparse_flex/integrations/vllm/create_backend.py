@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...block_masks.pages import units_share
 from ...passes.calls import HeadShard
 from .counters import counting
 from .decode_rows import DecodeRows, DecodeSpace, attend_decode
@@ -244,9 +245,11 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
             reason = refuse_batch(common, prefix)
             bounds = common.seq_lens_cpu_upper_bound
             if self.is_capturing or reason is Reason.SPLIT_BATCH:
-                # What decides is in the graph.
-                reason = None
-            elif reason is None and int(bounds[: common.num_reqs].sum()) < self.decode_keys:
+                # A graph is for requests of any length.
+                reason, most = None, common.num_reqs * self.longest
+            else:
+                most = 0 if reason else int(bounds[: common.num_reqs].sum())
+            if reason is None and most < self.decode_keys:
                 reason = Reason.FEW_KEYS
             if reason is not None:
                 counting.dense_rows[reason] += common.num_reqs
@@ -440,18 +443,29 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
 
 
 def _reserved_bytes(impl: Any) -> int:
-    """Memory of a sparse batch and of the means of all pages, at most."""
+    """Memory of a sparse batch and of the summaries of all pages, at most."""
     from vllm.config import get_current_vllm_config_or_none
 
     config = get_current_vllm_config_or_none()
     if config is None or not torch.cuda.is_available():
         return 0
-    size = options_of(config).selector.block_size
+    options = options_of(config)
+    size = options.selector.block_size
     model, cache = config.model_config, config.cache_config
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    most = int(total * getattr(cache, "gpu_memory_utilization", 1.0))
     # Keys are half of a cache; composite keys of a block one in so many.
-    means = int(total * getattr(cache, "gpu_memory_utilization", 1.0)) // (2 * size)
-    return means + workspace_bytes(
+    summaries = most // (2 * size)
+    if options.decode is not None:
+        summaries += int(most * units_share(options.decode.unit, impl.head_size))
+        summaries += DecodeSpace.bytes(
+            options.decode,
+            rows=config.scheduler_config.max_num_seqs,
+            q_heads=impl.num_heads,
+            kv_heads=impl.num_kv_heads,
+            length=model.max_model_len,
+        )
+    return summaries + workspace_bytes(
         config.scheduler_config.max_num_batched_tokens,
         model.max_model_len,
         impl.num_heads,

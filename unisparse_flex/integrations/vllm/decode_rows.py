@@ -63,6 +63,13 @@ class DecodeSpace:
         starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
         return cls(selector=selector, names=names, starts=starts)
 
+    @staticmethod
+    def bytes(
+        selector: DecodeSelector, *, rows: int, q_heads: int, kv_heads: int, length: int
+    ) -> int:
+        """Of page tables and of what units weigh, for so many rows of so many keys."""
+        return 4 * rows * (q_heads + kv_heads) * -(-length // selector.unit)
+
 
 def attend_decode(
     impl: Any,
