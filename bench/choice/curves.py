@@ -20,7 +20,7 @@ PARTS = (1.0, 0.25)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """One threshold of a choice: means over the texts, geometric ones of KL.
+    """One threshold of a choice: means over the excerpts, geometric ones of KL.
 
     Attributes:
         threshold: As in the library's rule.
@@ -49,12 +49,12 @@ class Reached:
 
 
 def curve(result: Result, choice: str) -> list[Point]:
-    """The points of a choice at which every text was read, by density."""
-    texts = texts_of(result)
-    found: dict[float, dict[str, Mapping[str, Any]]] = {}
+    """The points of a choice at which every excerpt was read, by density."""
+    excerpts = excerpts_of(result)
+    found: dict[float, dict[tuple[str, int], Mapping[str, Any]]] = {}
     for row in result["rows"]:
         if row["choice"] == choice and row.get("kl"):
-            found.setdefault(row["threshold"], {})[row["text"]] = row
+            found.setdefault(row["threshold"], {})[row["text"], row["seed"]] = row
     points = [
         Point(
             threshold=threshold,
@@ -63,7 +63,7 @@ def curve(result: Result, choice: str) -> list[Point]:
             score_rows=mean(row["score_rows"] for row in rows.values()),
         )
         for threshold, rows in found.items()
-        if len(rows) == len(texts)
+        if len(rows) == len(excerpts)
     ]
     return sorted(points, key=lambda point: point.density)
 
@@ -105,8 +105,9 @@ def shapes_of(result: Result) -> list[Shape]:
     return found
 
 
-def texts_of(result: Result) -> list[str]:
-    return list(dict.fromkeys(row["text"] for row in result["rows"]))
+def excerpts_of(result: Result) -> list[tuple[str, int]]:
+    """Texts and seeds."""
+    return list(dict.fromkeys((row["text"], row["seed"]) for row in result["rows"]))
 
 
 def choices_of(result: Result) -> list[str]:

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--judged", type=int, default=1024, help="last tokens that are judged")
     parser.add_argument("--texts", default="topics,code,prose")
-    parser.add_argument("--seed", type=int, default=0, help="of the excerpts")
+    parser.add_argument("--seeds", type=numbers(int), default=(0,), help="excerpts of each text")
     parser.add_argument("--choices", default=DEFAULT)
     parser.add_argument("--choices-file", type=Path, help="instead, see _groups")
     parser.add_argument("--thresholds", type=numbers(float), default=(0.006, 0.003, 0.012))
@@ -54,10 +55,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-seconds", type=float, default=3000.0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(arguments)
-    texts, device = options.texts.split(","), default_device()
+    texts, device = list(product(options.texts.split(","), options.seeds)), default_device()
     if options.encode:
-        found = {name: _encode(options, name) for name in texts}
-        torch.save({name: ids.cpu() for name, ids in found.items()}, options.encode)
+        torch.save(
+            {f"{text} {seed}": _encode(options, text, seed) for text, seed in texts}, options.encode
+        )
         return
     lines = options.choices.split(",")
     if options.choices_file is not None:
@@ -84,15 +86,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     with record.stopping():
         readings = {}
-        for text in texts:
-            ids = stored[text] if stored else _encode(options, text)
+        for text, seed in texts:
+            ids = stored[f"{text} {seed}"] if stored else _encode(options, text, seed)
             ids = ids[:, : options.tokens].to(device)
-            readings[text] = Reading(model, chooser, ids, options.judged)
+            readings[text, seed] = Reading(model, chooser, ids, options.judged)
         for choice, threshold in _in_turn(groups):
-            for text, reading in readings.items():
+            for (text, seed), reading in readings.items():
                 if record.stop_if_over():
                     return
-                row = {"choice": choice.name, "threshold": threshold, "text": text}
+                row = {"choice": choice.name, "threshold": threshold, "text": text, "seed": seed}
                 judge = partial(reading.judge, choice, threshold)
                 record.add(row | (guarded(row, "judge", judge) or {}))
 
@@ -159,7 +161,7 @@ class Reading:
         }
 
 
-def _encode(options: Any, text: Any) -> Tensor:
+def _encode(options: Any, text: Any, seed: int) -> Tensor:
     from transformers import AutoTokenizer
 
     weights, device = options.weights, torch.device("cpu")
@@ -167,4 +169,4 @@ def _encode(options: Any, text: Any) -> Tensor:
         weights.parent, gguf_file=weights.name, local_files_only=True
     )
     loaded = LoadedModel(model=None, tokenizer=tokenizer, device=device, dtype=torch.float32)
-    return encode_excerpt(loaded, text, tokens=options.tokens, seed=options.seed)
+    return encode_excerpt(loaded, text, tokens=options.tokens, seed=seed)

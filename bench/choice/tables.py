@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from .. import markdown
 from .choices import Choice
-from .curves import DEFAULT, PARTS, Point, choices_of, curve, default_kl, reach, seconds, shapes_of
-from .curves import texts_of as texts_of
+from .curves import (
+    DEFAULT,
+    PARTS,
+    Point,
+    choices_of,
+    curve,
+    default_kl,
+    excerpts_of,
+    reach,
+    seconds,
+    shapes_of,
+)
 from .parts import Tile
 from .seconds import Clock, key_reads, operations
 
@@ -19,8 +30,10 @@ def describe(result: Mapping[str, Any], name: str) -> str:
     """Density and time at equal KL of every choice, then the points; or block sizes."""
     if result.get("part") == "tiles":
         return _describe_tiles(result, name)
+    texts = Counter(text for text, _ in excerpts_of(result))
+    excerpts = ", ".join(f"{count} of {text}" for text, count in texts.items())
     title = (
-        f"{name}: {result['model']}, {result['tokens']} tokens, {', '.join(texts_of(result))}, "
+        f"{name}: {result['model']}, {result['tokens']} tokens, {excerpts}, "
         f"KL of the last {result['judged']} tokens, {result['device']}"
     )
     parts = [_ratios(result), "Points: threshold, density, KL.", _points(result)]
