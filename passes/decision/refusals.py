@@ -73,16 +73,18 @@ def refuse(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
     """
     if config.dense:
         return DenseReason.EXCLUDED
+    # Written out, here and below: every eager call asks all of it.
     query, key, value = call.query, call.key, call.value
-    if not all(t.layout is torch.strided and not t.is_nested for t in (query, key, value)):
-        return DenseReason.NOT_DENSE
+    for tensor in (query, key, value):
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return DenseReason.NOT_DENSE
     if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
         return DenseReason.NOT_4D
     if is_sharded(call):
         return refuse_sharding(call)
-    if not guard_or_false(query.shape[2] >= max(config.min_queries, 1)):
+    if not _holds(query.shape[2] >= max(config.min_queries, 1)):
         return DenseReason.FEW_QUERIES
-    if not guard_or_false(key.shape[2] >= max(config.min_length or 0, 1)):
+    if not _holds(key.shape[2] >= max(config.min_length or 0, 1)):
         return DenseReason.SHORT
     if call.dropout_p != 0.0:
         return DenseReason.DROPOUT
@@ -147,33 +149,36 @@ def _has_cpu_kernel() -> bool:
 
 def _refuse_tensors(call: SdpaCall) -> DenseReason | None:
     query, key, value = call.query, call.key, call.value
-    if query.device.type not in ("cpu", "cuda") or {key.device, value.device} != {query.device}:
+    device, dtype = query.device, query.dtype
+    if device.type not in ("cpu", "cuda") or key.device != device or value.device != device:
         return DenseReason.DEVICE
-    autocast = torch.is_autocast_enabled(query.device.type)
-    if not supports_dtype(query.dtype) or (
-        not autocast and {key.dtype, value.dtype} != {query.dtype}
-    ):
+    alike = key.dtype == dtype and value.dtype == dtype
+    if not supports_dtype(dtype) or not (alike or torch.is_autocast_enabled(device.type)):
         return DenseReason.DTYPE
-    batches = guard_or_false(query.shape[0] == key.shape[0]) and guard_or_false(
-        key.shape[0] == value.shape[0]
+    batch, q_heads, _, head_dim = query.shape
+    key_batch, kv_heads, kv_len, key_dim = key.shape
+    value_batch, value_heads, value_len, _ = value.shape
+    batches = _holds(batch == key_batch) and _holds(key_batch == value_batch)
+    heads = 0 < kv_heads == value_heads and (
+        q_heads == kv_heads or (call.enable_gqa and q_heads > 0 and q_heads % kv_heads == 0)
     )
-    lengths = guard_or_false(key.shape[2] == value.shape[2])
-    heads = 0 < key.shape[1] == value.shape[1] and (
-        query.shape[1] == key.shape[1]
-        or (call.enable_gqa and query.shape[1] > 0 and query.shape[1] % key.shape[1] == 0)
-    )
-    if not (batches and lengths and heads and 0 < query.shape[3] == key.shape[3]):
+    if not (batches and _holds(kv_len == value_len) and heads and 0 < head_dim == key_dim):
         return DenseReason.HEADS
     return None
 
 
+def _holds(condition: bool | torch.SymBool) -> bool:
+    """Whether a comparison of lengths holds; of symbolic ones it becomes a guard of the graph."""
+    return condition if isinstance(condition, bool) else guard_or_false(condition)
+
+
 def _refuse_mask(call: SdpaCall) -> DenseReason | None:
-    q_len, kv_len = call.query.shape[2], call.key.shape[2]
     # Together with is_causal, causal_lower_right counts as a mask, which it is in torch.
     masked = call.attn_mask is not None
     if (call.causal and masked) or (call.is_causal and call.causal_lower_right):
         return DenseReason.MASK_AND_CAUSAL
-    if call.causal_lower_right and not guard_or_false(q_len <= kv_len):
+    q_len, kv_len = call.query.shape[2], call.key.shape[2]
+    if call.causal_lower_right and not _holds(q_len <= kv_len):
         return DenseReason.CAUSAL_ROWS_WITHOUT_KEYS
     mask = call.attn_mask
     if mask is None:
@@ -200,7 +205,7 @@ def _refuse_selector(call: SdpaCall, config: SparseConfig) -> DenseReason | None
     supported = config.selector.supports(
         causal=call.causal,
         masked=call.attn_mask is not None or bool(call.mask),
-        self_attention=guard_or_false(call.query.shape[2] == call.key.shape[2]),
+        self_attention=_holds(call.query.shape[2] == call.key.shape[2]),
     )
     return None if supported else DenseReason.SELECTOR
 
