@@ -202,6 +202,29 @@ def test_turns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same_lists(run(call, query, key), whole)
 
 
+@pytest.mark.parametrize("c_k", [8, 128])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_shared_launches_select_as_launches_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, dtype: torch.dtype, c_k: int
+) -> None:
+    from unisparse_flex.block_masks.kernels import lists, pool, score
+
+    call = cuda_call(
+        2000, top_p=0.9, c_q=16, c_k=c_k, sampled_queries=4, head_dim=head_dim, dtype=dtype
+    )
+    query, key = tokens_of(call)
+    shared = run(call, query, key)
+
+    def apart(coarse: Any, fine: Any, **turn: Any) -> Any:
+        return score.score(coarse, **turn), score.score(fine, **turn)
+
+    monkeypatch.setattr(lists, "score_both", apart)
+    monkeypatch.setattr(pool, "FEW_PROGRAMS", 0)
+    monkeypatch.setattr(operator, "_recordings", Recordings())
+    assert_same_lists(run(call, query, key), shared)
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_kernels_never_wait_for_the_device() -> None:
     call = cuda_call(4096, top_p=0.9, sampled_queries=4)
