@@ -20,6 +20,7 @@ from unisparse_flex.block_masks.pages.summaries import LARGEST
 from unisparse_flex.integrations.vllm import Reason, create_backend, decode_rows, read_counts
 from unisparse_flex.integrations.vllm.cache_view import CacheView
 from unisparse_flex.integrations.vllm.options import Options
+from unisparse_flex.integrations.vllm.warm_up import warm_up
 
 from .engine import ALL_BLOCKS, MAX_LENGTH, Answer, ask, differ_by, prompt_of, serving
 
@@ -148,6 +149,20 @@ def test_a_cache_of_small_pages_decodes_densely_and_says_why(
     assert differ_by(found, expected) < TOLERANCE
     assert read_counts().decode_rows == 0
     assert str(Reason.DECODE_PAGE) in caplog.text
+
+
+def test_the_warm_up_leaves_nothing_behind(llama: Path) -> None:
+    settings = {**ALL_BLOCKS, "decode": {"share": 0.5}}
+    with serving(llama, settings, **PAGES, max_num_batched_tokens=640) as engine:
+        # The layers meet their caches at the first step.
+        ask(engine, [prompt_of(5, 5)], tokens=2)
+        config = engine.llm_engine.vllm_config
+        layers = list(config.compilation_config.static_forward_context.values())
+        before = read_counts()
+        with torch.inference_mode():
+            warm_up([(layer, layer.impl.unisparse) for layer in layers], 640, 1024)
+        assert read_counts() == before
+        assert all(layer.impl.unisparse.space is not None for layer in layers)
 
 
 def test_the_cost_model_keeps_small_batches_dense(llama: Path) -> None:

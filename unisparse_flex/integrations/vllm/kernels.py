@@ -66,7 +66,10 @@ class FlashKernel:
 
     def view(self, layer: Any, cache: Tensor, unit: int | None = None) -> CacheView | Reason:
         """See `ParentKernel.view`."""
-        return view_packed(cache, unit)
+        impl = getattr(layer, "impl", None)
+        # FlashAttention 4 was not tried on parts of a page.
+        small = getattr(impl, "vllm_flash_attn_version", 3) < 4
+        return view_packed(cache, unit if small else None)
 
     def attend(self, impl: Any, layer: Any, view: CacheView, sequences: Sequences) -> None:
         """See `ParentKernel.attend`."""
@@ -87,8 +90,7 @@ class FlashKernel:
             window_size=[-1, -1],
             block_table=sequences.tables,
             fa_version=impl.vllm_flash_attn_version,
-            # FlashAttention 2 takes 0 for a choice of its own.
-            num_splits=sequences.splits if impl.vllm_flash_attn_version > 2 else 0,
+            num_splits=_splits(sequences, impl.vllm_flash_attn_version),
         )
 
 
@@ -182,6 +184,11 @@ class CpuKernel:
             scheduler_metadata=schedule,
             s_aux=None,
         )
+
+
+def _splits(sequences: Sequences, version: int) -> int:
+    """Parts of the keys; FlashAttention 2 takes 0 for a choice of its own, and no other number."""
+    return sequences.splits if version > 2 else int(sequences.rows > 1)
 
 
 def _isa(layer: Any, cache: Tensor) -> str:

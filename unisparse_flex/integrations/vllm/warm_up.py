@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .counters import counting
+from .decode_rows import DecodeRows, attend_decode
 from .layer_state import LayerState
 from .planning import Row
 from .sparse_rows import SparseRows, attend_sparse
@@ -68,5 +69,36 @@ def warm_up(layers: Iterable[tuple[Any, LayerState]], budget: int, longest: int)
                 query,
                 torch.empty_like(query),
             )
+        if state.space is not None:
+            _decode(layer, state, longest)
         kept.copy_(before[0])
         counting.visible_blocks, counting.sparse_calls = before[1:]
+
+
+def _decode(layer: Any, state: LayerState, longest: int) -> None:
+    """A row that decodes over no keys."""
+    assert state.units is not None
+    assert state.space is not None
+    assert state.summaries is not None
+    assert state.summaries.units is not None
+    impl, pages = layer.impl, state.units.pages
+    query = pages.new_zeros((1, impl.num_heads, impl.head_size))
+    width = -(-longest // pages.shape[2])
+    numbers = counting.decode_units_on(pages.device)
+    before = numbers.clone()
+    attend_decode(
+        impl,
+        layer,
+        state.kernel,
+        state.units,
+        state.summaries.units,
+        state.space,
+        DecodeRows(
+            lengths=torch.zeros(1, dtype=torch.int32, device=pages.device),
+            tables=torch.zeros((1, width), dtype=torch.int32, device=pages.device),
+            tokens=slice(0, 1),
+        ),
+        query,
+        torch.empty_like(query),
+    )
+    numbers.copy_(before)
