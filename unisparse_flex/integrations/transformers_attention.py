@@ -22,6 +22,8 @@ from .deferred_mask import DeferredMask
 from .transformers_config import AttentionSettings, CallTexts, read_texts, stored_values
 from .transformers_refusals import refuse_arguments, refuse_module
 
+# Where the keys of a cache that decodes sparse say of which layer they are.
+DECODE_LAYER = "unisparse_decode_layer"
 # Stands for any mask beside causality.
 SOME_MASK = "kv <= q"
 
@@ -65,6 +67,10 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
                 if call is not None:
                     return marked_sdpa(call, text).transpose(1, 2).contiguous(), None
             attention_mask = attention_mask.compute()
+        layer = getattr(key, DECODE_LAYER, None)
+        if layer is not None and query.shape[-2] == 1:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return layer.attend(query, attention_mask, scale).transpose(1, 2).contiguous(), None
         attend: Attention = partial(run_sparse, own, sdpa)
         few = not is_seen_here() and query.shape[-2] < min_queries
         if outer is not None or few:

@@ -1,0 +1,127 @@
+"""Sparse decoding with transformers' ``generate``: what is read, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+from unisparse_flex.block_masks.pages import DecodeSelector
+from unisparse_flex.integrations.transformers import register, unregister
+from unisparse_flex.integrations.transformers_decode import SparseStaticCache, SparseStaticLayer
+
+ALMOST_ALL = DecodeSelector(share=0.999, min_keys=0, unit=16)
+FEW = DecodeSelector(budget=64, min_keys=0, unit=16, sink_keys=16, last_keys=16)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[LlamaForCausalLM]:
+    register("unisparse")
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        vocab_size=128,
+        max_position_embeddings=1024,
+        attn_implementation="unisparse",
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.mul_(12)
+        layer.self_attn.k_proj.weight.data.mul_(12)
+    yield model
+    unregister("unisparse")
+
+
+def prompt(length: int, batch: int = 1) -> Tensor:
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def generate(model: Any, ids: Tensor, cache: Any, **options: Any) -> Any:
+    return model.generate(
+        ids,
+        past_key_values=cache,
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_all_units_answer_as_the_dense_cache(
+    llama: LlamaForCausalLM, batch: int, options: dict[str, Any]
+) -> None:
+    ids = prompt(200, batch)
+    expected = generate(llama, ids, StaticCache(llama.config, max_cache_len=224), **options)
+    cache = SparseStaticCache(llama.config, 215, ALMOST_ALL)
+    found = generate(llama, ids, cache, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert cache.density == 1.0
+
+
+def test_fewer_units_are_read_and_summaries_are_those_of_the_keys(llama: LlamaForCausalLM) -> None:
+    cache = SparseStaticCache(llama.config, 512, FEW)
+    generate(llama, prompt(400), cache)
+    assert 0 < cache.density < 0.25
+    [layer, _] = cache.layers
+    assert isinstance(layer, SparseStaticLayer)
+    kept = [summaries.units for summaries in layer._summaries]
+    layer._summarize()
+    for ours, summaries in zip(kept, layer._summaries, strict=True):
+        assert ours is not None
+        assert summaries.units is not None
+        assert torch.equal(ours.numbers, summaries.units.numbers)
+        assert torch.equal(ours.scales, summaries.units.scales)
+
+
+def test_a_cache_that_is_reset_answers_as_a_new_one(llama: LlamaForCausalLM) -> None:
+    cache = SparseStaticCache(llama.config, 512, FEW)
+    first = generate(llama, prompt(300), cache).sequences
+    cache.reset()
+    generate(llama, prompt(100), cache)
+    cache.reset()
+    assert torch.equal(generate(llama, prompt(300), cache).sequences, first)
+
+
+def test_padding_is_refused_by_name(llama: LlamaForCausalLM) -> None:
+    ids = prompt(100, 2)
+    mask = torch.ones_like(ids)
+    mask[0, :30] = 0
+    cache = SparseStaticCache(llama.config, 128, FEW)
+    with pytest.raises(ValueError, match="prompts without padding"):
+        generate(llama, ids, cache, attention_mask=mask)
+
+
+def test_an_attention_that_does_not_ask_is_refused_by_name(llama: LlamaForCausalLM) -> None:
+    cache = SparseStaticCache(llama.config, 128, FEW)
+    llama.set_attn_implementation("sdpa")
+    try:
+        with pytest.raises(RuntimeError, match="attn_implementation='unisparse'"):
+            generate(llama, prompt(100), cache)
+    finally:
+        llama.set_attn_implementation("unisparse")
+
+
+def test_selectors_are_checked(llama: LlamaForCausalLM) -> None:
+    with pytest.raises(TypeError, match="selector must be a DecodeSelector"):
+        SparseStaticCache(llama.config, 128, 0.9)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="selector must leave something out"):
+        SparseStaticCache(llama.config, 128, DecodeSelector(min_keys=4))
+    with pytest.raises(NotImplementedError, match="must be on a CPU"):
+        SparseStaticLayer(32, FEW).lazy_initialization(
+            torch.empty(1, 2, 1, 8, device="meta"), torch.empty(1, 2, 1, 8, device="meta")
+        )
