@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from statistics import geometric_mean, mean
 from typing import Any
 
-from ..figures.curves import place_of
+from ..figures import place_of
 from .choices import Choice
 from .seconds import Clock, Shape
 
 Result = Mapping[str, Any]
+LONG = 131072
 DEFAULT, DEFAULT_THRESHOLD = "none/r4+p16", 0.006
-# The default's KL, and a part of it.
-PARTS = (1.0, 0.25)
+# The default's KL, and parts of it.
+PARTS = (1.0, 0.5, 0.25)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,12 +92,16 @@ def seconds(choice: Choice, reached: Reached, clock: Clock) -> float:
 
 
 def shapes_of(result: Result) -> list[Shape]:
-    """The model's own heads where they were timed, and Llama's, at the file's length."""
-    tokens = result["tokens"]
+    """The model's own heads where they were timed, and Llama's, at the file's length.
+
+    Where that is long, Llama's at 131072 tokens too, taken to need the same density.
+    """
     own = (result["heads"], result["kv_heads"], result["head_dim"])
+    llama, tokens = (32, 8, 128), result["tokens"]
+    longer = [(llama, LONG)] if 4 * tokens >= LONG else []
     found = []
-    for heads, kv_heads, width in (own, (32, 8, 128)):
-        shape = Shape(q_heads=heads, kv_heads=kv_heads, head_dim=width, tokens=tokens)
+    for (heads, kv_heads, width), length in [(own, tokens), (llama, tokens), *longer]:
+        shape = Shape(q_heads=heads, kv_heads=kv_heads, head_dim=width, tokens=length)
         try:
             Clock.of(shape)
         except ValueError:

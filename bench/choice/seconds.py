@@ -123,29 +123,34 @@ class Clock:
 
 
 def _tiles(shape: Shape) -> dict[str, Any]:
-    """`Clock.tiles` and `Clock.finer` of these heads, means over what was timed."""
+    """`Clock.tiles` and `Clock.finer` of these heads, means over what was timed.
+
+    Where selection was not timed for these heads, others at the same length stand in for it.
+    """
     if not (FOLDER / TILES).is_file():
         return {}
     names = ("q_heads", "kv_heads", "head_dim")
-    same = [
-        row
-        for row in json.loads((FOLDER / TILES).read_text())["rows"]
-        if all(row[name] == getattr(shape, name) for name in names) and "p20" in row
-    ]
-    # The length itself, where it was timed.
-    rows = [row for row in same if row["length"] == shape.tokens] or same
-    rate: dict[tuple[str, str], list[float]] = {}
+    timed = [r for r in json.loads((FOLDER / TILES).read_text())["rows"] if "p20" in r]
+    same = [r for r in timed if all(r[name] == getattr(shape, name) for name in names)]
+    others = [row for row in timed if row not in same]
+    own, length = ([r for r in some if r["length"] == shape.tokens] for some in (same, others))
+    attend = _over_usual(own, "attend") or _over_usual(same, "attend")
+    select = next(filter(None, (_over_usual(s, "select") for s in (own, same, length))), {})
+    return {"tiles": attend, "finer": select.get("64x64", 1.0)}
+
+
+def _over_usual(rows: Sequence[Mapping[str, Any]], stage: str) -> dict[str, float]:
+    """Seconds for as many kept pairs, over those of usual blocks, by the tile."""
+    rate: dict[str, list[float]] = {}
     for row in rows:
-        seconds = row["p20"] / row.get("density", 1.0)
-        rate.setdefault((row["stage"], row["tile"]), []).append(seconds)
-    usual = {stage: times for (stage, tile), times in rate.items() if tile == str(Tile())}
-    ratios = {
-        (stage, tile): mean(a / b for a, b in zip(times, usual[stage], strict=True))
-        for (stage, tile), times in rate.items()
-        if stage in usual and len(times) == len(usual[stage])
+        if row["stage"] == stage:
+            rate.setdefault(row["tile"], []).append(row["p20"] / row.get("density", 1.0))
+    usual = rate.get(str(Tile()), [])
+    return {
+        tile: mean(a / b for a, b in zip(times, usual, strict=True))
+        for tile, times in rate.items()
+        if len(rate) > 1 and len(times) == len(usual)
     }
-    tiles = {tile: ratio for (stage, tile), ratio in ratios.items() if stage == "attend"}
-    return {"tiles": tiles, "finer": ratios.get(("select", "64x64"), 1.0)}
 
 
 def operations(choice: Choice, score_rows: float) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
+from statistics import mean
 from typing import Any
 
 from .. import markdown
 from .choices import Choice
 from .curves import (
     DEFAULT,
+    DEFAULT_THRESHOLD,
     PARTS,
     Point,
     choices_of,
@@ -23,7 +26,7 @@ from .curves import (
 from .parts import Tile
 from .seconds import Clock, key_reads, operations
 
-NAMES = {1.0: "the default's KL", 0.25: "a quarter of it"}
+NAMES = {1.0: "KL", 0.5: "KL / 2", 0.25: "KL / 4"}
 
 
 def describe(result: Mapping[str, Any], name: str) -> str:
@@ -33,21 +36,25 @@ def describe(result: Mapping[str, Any], name: str) -> str:
     texts = Counter(text for text, _ in excerpts_of(result))
     excerpts = ", ".join(f"{count} of {text}" for text, count in texts.items())
     title = (
-        f"{name}: {result['model']}, {result['tokens']} tokens, {excerpts}, "
-        f"KL of the last {result['judged']} tokens, {result['device']}"
+        f"{name}: {result['model']}, {result['tokens']} tokens, excerpts: {excerpts}; KL of the "
+        f"last {result['judged']} tokens, {result['device']}"
     )
-    parts = [_ratios(result), "Points: threshold, density, KL.", _points(result)]
+    kl = default_kl(result)
+    shapes = "; ".join(f"{chr(ord('a') + place)}: {s}" for place, s in enumerate(shapes_of(result)))
+    note = f"Times: {shapes}." if kl is None else f"The default's KL: {kl:.4f}. Times: {shapes}."
+    parts = [note, _ratios(result), "Density and KL by threshold.", _points(result)]
+    if layers := _layers(result):
+        parts += ["Density by layer, threshold 0.006.", layers]
     return markdown.page(*markdown.heading(title, result), *parts)
 
 
 def _ratios(result: Mapping[str, Any]) -> str:
+    """Every choice over the default at equal KL, by the density at the default's."""
     kl = default_kl(result)
     if kl is None:
         return ""
-    default = curve(result, DEFAULT)
-    plain = Choice.parse(DEFAULT)
-    shapes = shapes_of(result)
-    clocks = [Clock.of(shape) for shape in shapes]
+    default, plain = curve(result, DEFAULT), Choice.parse(DEFAULT)
+    clocks = [Clock.of(shape) for shape in shapes_of(result)]
     columns: dict[str, markdown.Format] = {
         "choice": "`{}`",
         "rows": "{:.3g}",
@@ -55,9 +62,10 @@ def _ratios(result: Mapping[str, Any]) -> str:
         "keys read": "{:.0f}",
     }
     for part in PARTS:
-        columns[f"density, {NAMES[part]}"] = "{:.3f}"
-        columns[f"over the default's, {NAMES[part]}"] = "{:.2f}"
-        columns |= {f"time over, {shape}, {NAMES[part]}": "{:.2f}" for shape in shapes}
+        columns[f"density, {NAMES[part]}"] = "{:.2f}"
+        columns |= {
+            f"time {chr(ord('a') + place)}, {NAMES[part]}": "{:.2f}" for place in range(len(clocks))
+        }
     lines = []
     for choice_name in choices_of(result):
         choice, points = Choice.parse(choice_name), curve(result, choice_name)
@@ -68,12 +76,15 @@ def _ratios(result: Mapping[str, Any]) -> str:
         for part in PARTS:
             found, own = reach(points, part * kl), reach(default, part * kl)
             if found is None or own is None:
-                line += [None] * (2 + len(clocks))
+                line += [None] * (1 + len(clocks))
                 continue
-            line += [found.density, found.density / own.density]
+            line.append(found.density / own.density)
             for clock in clocks:
-                line.append(seconds(choice, found, clock) / seconds(plain, own, clock))
-        lines.append(line)
+                ratio = seconds(choice, found, clock) / seconds(plain, own, clock)
+                line.append(None if math.isnan(ratio) else ratio)
+        if any(value is not None for value in line[4:]):
+            lines.append(line)
+    lines.sort(key=lambda line: next(value for value in line[4:] if value is not None))
     return markdown.table(columns, lines)
 
 
@@ -128,6 +139,20 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _rate(row: Mapping[str, Any]) -> float | None:
     return row["p20"] / row.get("density", 1.0) if "p20" in row else None
+
+
+def _layers(result: Mapping[str, Any]) -> str:
+    """Of the choices for which the file holds it, mean over the excerpts."""
+    found: dict[str, list[list[float]]] = {}
+    for row in result["rows"]:
+        if row.get("densities") and row["threshold"] == DEFAULT_THRESHOLD:
+            found.setdefault(row["choice"], []).append(row["densities"])
+    means = [[mean(layer) for layer in zip(*rows, strict=True)] for rows in found.values()]
+    columns: dict[str, markdown.Format] = {"layer that chooses": "{}"}
+    columns |= {f"`{name}`": "{:.2f}" for name in found}
+    return markdown.table(
+        columns, [(i, *layer) for i, layer in enumerate(zip(*means, strict=True))]
+    )
 
 
 def _point(point: Point) -> str:
