@@ -5,7 +5,7 @@ An order is int64 [Hkv, S], positions of keys; every segment holds its own keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ def uses(call: Call, segment: int, lag: int, rows: int, width: int) -> Tensor:
     return found
 
 
-def _later_rows(call: Call, segment: int, lag: int, rows: int):  # type: ignore[no-untyped-def]
+def _later_rows(call: Call, segment: int, lag: int, rows: int) -> Iterator[tuple[int, Tensor]]:
     """For every segment with sorted keys before it: their number, and shares of its rows."""
     for first in range((lag + 1) * segment, call.tokens, segment):
         last = min(first + segment, call.tokens)

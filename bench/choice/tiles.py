@@ -144,15 +144,17 @@ def _time_selection(heads: tuple[int, ...], tokens: int, size: int) -> dict[str,
     return row
 
 
-def random_blocks(heads: int, tokens: int, tile: Tile, density: float) -> tuple[BlockMask, float]:
+def random_blocks(
+    heads: int, tokens: int, tile: Tile, density: float, device: str = "cuda"
+) -> tuple[BlockMask, float]:
     """A causal mask of random blocks, and the share of causal pairs' blocks of 128 it keeps."""
     rows, columns = tokens // tile.rows, tokens // tile.keys
-    last = (torch.arange(rows, device="cuda") + 1) * tile.rows - 1
-    start = torch.arange(columns, device="cuda") * tile.keys
+    last = (torch.arange(rows, device=device) + 1) * tile.rows - 1
+    start = torch.arange(columns, device=device) * tile.keys
     visible = start <= last[:, None]
     partial_blocks = visible & (start + tile.keys > last[:, None] - tile.rows + 1)
     full = visible & ~partial_blocks
-    draw = torch.rand(1, heads, rows, columns, device="cuda")
+    draw = torch.rand(1, heads, rows, columns, device=device)
     full = (draw < density) & full
     usual = tokens // 128 * (tokens // 128 + 1) / 2
     kept = (full.sum() / heads + partial_blocks.sum()) * tile.part / usual

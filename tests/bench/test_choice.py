@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
-from bench.choice import estimates, orders
+from bench.choice import curves, describe, estimates, orders, tiles
 from bench.choice.choices import ORDERS, Choice
+from bench.choice.curves import DEFAULT
 from bench.choice.parts import BLOCK, Call, Part, Tile
 from bench.choice.reading import Chooser, attend_window
 from bench.choice.seconds import Clock, Shape
@@ -34,6 +38,12 @@ def dense(call: Call) -> torch.Tensor:
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=call.scale
     ).view_as(call.query)
+
+
+def uncompiled_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
+) -> Any:
+    return flex_attention(query, key, value, block_mask=mask)
 
 
 def test_default_keeps_what_the_library_keeps() -> None:
@@ -164,6 +174,58 @@ def test_time_grows_with_rows_and_blocks_and_a_sorted_copy_costs() -> None:
     assert clock.choosing(plain, 4) < clock.choosing(by_content, 4)
     assert clock.attending(0.1, usual) < clock.attending(0.2, usual)
     assert 0.9 < clock.attending(0.97, usual) / clock.dense < 1.6
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_blocks_of_any_size_are_causal_and_kept_as_often_as_is_said() -> None:
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 512, 16, generator=draw)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    for tile in (Tile(), Tile(rows=128, keys=64), Tile(rows=64, keys=32)):
+        mask, kept = tiles.random_blocks(2, 512, tile, 1.0, "cpu")
+        found = uncompiled_attention(query, key, value, mask)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert 0.8 < kept <= 1
+        assert tiles.random_blocks(2, 512, tile, 0.0, "cpu")[1] < 0.5
+
+
+def make_result() -> dict[str, Any]:
+    """Two excerpts; sorted keys need half the blocks, one of their points has one excerpt only."""
+    rows = [
+        {"choice": name, "threshold": t, "text": text, "seed": 0, "density": d, "kl": kl}
+        for text in ("prose", "code")
+        for name, part in ((DEFAULT, 1.0), ("weight1@1024/r4+p16", 0.5))
+        for t, d, kl in ((0.003, 0.5 * part, 0.01), (0.006, 0.4 * part, 0.02))
+    ]
+    rows.append({**rows[-1], "threshold": 0.012, "kl": 0.03})
+    heads = {"heads": 9, "kv_heads": 3, "head_dim": 64}
+    named = {"model": "smollm2", "tokens": 8192, "judged": 1024, "device": "GPU"}
+    return {
+        **named,
+        **heads,
+        "command": ["python"],
+        "rows": [{**row, "score_rows": 4.0625, "densities": [0.5, 0.3]} for row in rows],
+    }
+
+
+def test_curves_hold_points_of_all_excerpts_and_reach_a_kl_between_them() -> None:
+    result = make_result()
+    points = curves.curve(result, "weight1@1024/r4+p16")
+    assert [(point.threshold, point.density) for point in points] == [(0.006, 0.2), (0.003, 0.25)]
+    reached = curves.reach(points, 0.02**0.5 * 0.1)
+    assert reached is not None
+    assert reached.density == pytest.approx(0.225)
+    assert curves.reach(points, 0.001) is None
+
+
+def test_tables_compare_at_the_kl_of_the_default() -> None:
+    text = describe(make_result(), "choice-x.json")
+    assert "The default's KL: 0.0200." in text
+    [line] = [
+        line for line in text.split("\n") if line.startswith("| `weight1@1024/r4+p16` | 4.06")
+    ]
+    assert [cell.strip() for cell in line.split("|")][5] == "0.50"
+    assert "| 0 | 0.50 | 0.50 |" in text
 
 
 @pytest.mark.parametrize("name", ["unknown/r4", "none", "none/r4+", "none/x4"])
