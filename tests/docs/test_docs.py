@@ -30,6 +30,7 @@ APPENDICES = {
     "performance": ("attention", "cost_decision", "masked", "other_gpus", "prefill", "uncompiled"),
     "video": ("video",),
     "distributed": ("distributed", "communication"),
+    "decoding": ("decode",),
 }
 
 
