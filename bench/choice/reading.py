@@ -66,11 +66,11 @@ class Chooser:
             sort = sort_keys(call, choice)
         if sort is not None and choice.sorted_share:
             natural = torch.arange(call.tokens, device=sort.device).expand_as(sort)
-            kept = [self._count_last(call, choice, order) for order in (natural, sort)]
-            pays = kept[1] < choice.sorted_share * kept[0]
+            usual, found = (self._count_last(call, choice, order) for order in (natural, sort))
+            pays = found < choice.sorted_share * usual
             self.sorted_heads.append(pays.float().mean())
             sort = torch.where(pays[:, None], sort, natural)
-        kept, visible = torch.zeros((), device=call.key.device), 0
+        kept, visible = torch.zeros(2, device=call.key.device)
         outputs = []
         for place, first in enumerate(range(0, call.tokens, choice.segment)):
             split = 0 if sort is None else max(0, first - choice.lag * choice.segment)

@@ -10,7 +10,7 @@ for its length. Rows of the file have the density that was kept, over the pairs 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -90,7 +90,9 @@ def _time(
     # What FlexAttention takes on Hopper by itself, as far as the blocks allow it.
     rows, keys = {64: (128, 128), 128: (128, 64), 256: (64, 32)}[width]
     shape = {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": width, "length": tokens}
-    found, calls, seconds = [], [], []
+    found: list[dict[str, Any]] = []
+    calls: list[Callable[[], Any] | None] = []
+    seconds: list[list[float]] = []
     for text in tiles:
         tile = parse_tile(text)
         mask, kept = random_blocks(q_heads, tokens, tile, density)
@@ -106,17 +108,14 @@ def _time(
             "kernel": options,
         }
         call = partial(_attend, query, key, value, mask, options)
-        if guarded(row, "compile", lambda call=call: call() is not None):
-            calls.append(call)
-            seconds.append([])
-        else:
-            calls.append(None)
-            seconds.append([])
+        compiled = guarded(row, "compile", call) is not None
+        calls.append(call if compiled else None)
+        seconds.append([])
         found.append(row)
     for _ in range(turns):
-        for call, times in zip(calls, seconds, strict=True):
-            if call is not None:
-                times += measure_in_graph(call)
+        for compiled_call, times in zip(calls, seconds, strict=True):
+            if compiled_call is not None:
+                times += measure_in_graph(compiled_call)
     for row, times in zip(found, seconds, strict=True):
         times.sort()
         if times:
