@@ -12,7 +12,11 @@ Result = dict[str, Any]
 Row = dict[str, Any]
 # What the library's summary is held against: Quest's, of units of so many keys.
 OURS, RIVAL, BOUND = "unisparse", "quest", "oracle"
-SETTING = {"summary": "{}", "unit": "{}", "memory": markdown.percent}
+SETTING: dict[str, markdown.Format] = {
+    "summary": "{}",
+    "unit": "{}",
+    "memory": markdown.percent,
+}
 
 
 def describe(result: Result, name: str) -> str:
@@ -89,7 +93,7 @@ def kl_table(result: Result, prefill: str) -> str:
             for share in shares
         ]
         lines.append([summary, unit, memory or None, *cells])
-    columns = {f"{share:.0%} of the keys": _cell for share in shares}
+    columns: dict[str, markdown.Format] = {f"{share:.0%} of the keys": _cell for share in shares}
     return markdown.table(SETTING | columns, lines)
 
 
@@ -122,7 +126,8 @@ def top_p_table(result: Result, prefill: str) -> str:
         ]
         for summary, unit, memory in settings_of(rows)
     ]
-    return markdown.table(SETTING | {f"top-p {p:g}": "{}" for p in top_ps}, lines)
+    columns: dict[str, markdown.Format] = {f"top-p {p:g}": "{}" for p in top_ps}
+    return markdown.table(SETTING | columns, lines)
 
 
 def text_table(result: Result, prefill: str, share: float = 0.1) -> str:
@@ -133,7 +138,8 @@ def text_table(result: Result, prefill: str, share: float = 0.1) -> str:
     for summary, unit, memory in settings_of(rows_at(result, **at)):
         cells = [kl_at(result, summary=summary, unit=unit, text=text, **at) for text in texts]
         lines.append([summary, unit, memory or None, *cells])
-    return markdown.table(SETTING | dict.fromkeys(texts, "{:.4f}"), lines)
+    columns: dict[str, markdown.Format] = dict.fromkeys(texts, "{:.4f}")
+    return markdown.table(SETTING | columns, lines)
 
 
 def tasks_table(result: Result) -> str:
@@ -155,12 +161,17 @@ def tasks_table(result: Result) -> str:
         kept = mean(row["kept"] for group in found for row in group)
         cells = [mean(row["answers_kept"] for row in group) if group else None for group in found]
         lines.append([*setting, kept, *cells])
-    columns = {"share": "{:.0%}", "top-p": "{:g}", "keys kept": "{:.1%}"}
+    columns: dict[str, markdown.Format] = {
+        "share": "{:.0%}",
+        "top-p": "{:g}",
+        "keys kept": "{:.1%}",
+    }
     heads = [
         f"{task}, {kind} prefill: {solved[task, kind][0]} of {solved[task, kind][1]} solved"
         for task, kind in places
     ]
-    return markdown.table(SETTING | columns | dict.fromkeys(heads, "{:.0%}"), lines)
+    columns |= dict.fromkeys(heads, "{:.0%}")
+    return markdown.table(SETTING | columns, lines)
 
 
 def _judged(rows: Sequence[Row]) -> tuple[float, float] | None:

@@ -56,9 +56,10 @@ def draw(results: Mapping[str, Any], output: Path) -> None:
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (title, result) in zip(panels, results.items(), strict=True):
         for place, (summary, name) in enumerate(LINES.items()):
-            kept, kl = zip(*points_of(result["rows"], summary, UNIT), strict=True)
+            points = points_of(result["rows"], summary, UNIT)
+            line = list(zip(*points, strict=True))
             style: dict[str, Any] = {"color": COLORS[place], "marker": MARKERS[place]}
-            axes.plot(kept, kl, linestyle=DASHES[place], markersize=5, label=name, **style)
+            axes.plot(*line, linestyle=DASHES[place], markersize=5, label=name, **style)
         for kept, kl in points_of(result["rows"], "quest", RIVAL_PAGE):
             label = f"Quest's bounds, pages of {RIVAL_PAGE}"
             axes.plot(kept, kl, "*", color=COLORS[0], markersize=10, label=label)

@@ -41,7 +41,9 @@ def draw(length: int, rows: int, batch: int = 1) -> tuple[torch.Tensor, torch.Te
     return query, key, value
 
 
-def one_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: int) -> Any:
+def one_row(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The call that decoding of this row makes by itself."""
     last = key.shape[2] - query.shape[2] + row + 1
     return query[:, :, row : row + 1], key[:, :, :last], value[:, :, :last]
