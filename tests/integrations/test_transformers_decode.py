@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from unisparse_flex.block_masks.pages import DecodeSelector
+from unisparse_flex.integrations import transformers_decode
 from unisparse_flex.integrations.transformers import register, unregister
 from unisparse_flex.integrations.transformers_decode import SparseStaticCache, SparseStaticLayer
 
@@ -38,6 +39,13 @@ def llama() -> Iterator[LlamaForCausalLM]:
         layer.self_attn.k_proj.weight.data.mul_(12)
     yield model
     unregister("unisparse")
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a part is taken to be faster, however short a cache is."""
+    monkeypatch.setattr(transformers_decode, "CHOICE_BYTES", 0)
+    monkeypatch.setattr(transformers_decode, "COPY", 0)
 
 
 def prompt(length: int, batch: int = 1) -> Tensor:
@@ -79,13 +87,30 @@ def test_fewer_units_are_read_and_summaries_are_those_of_the_keys(llama: LlamaFo
     assert 0 < cache.density < 0.25
     [layer, _] = cache.layers
     assert isinstance(layer, SparseStaticLayer)
-    kept = [summaries.units for summaries in layer._summaries]
+    followed = layer._units
     layer._summarize()
-    for ours, summaries in zip(kept, layer._summaries, strict=True):
-        assert ours is not None
-        assert summaries.units is not None
-        assert torch.equal(ours.numbers, summaries.units.numbers)
-        assert torch.equal(ours.scales, summaries.units.scales)
+    layer._follow(layer.length)
+    for ours, fresh in zip(followed, layer._units, strict=True):
+        assert torch.equal(ours.numbers, fresh.numbers)
+        assert torch.equal(ours.scales, fresh.scales)
+
+
+def test_short_caches_and_those_that_are_chosen_whole_are_read_whole(
+    llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = prompt(200)
+    expected = generate(llama, ids, StaticCache(llama.config, max_cache_len=224)).sequences
+    monkeypatch.setattr(transformers_decode, "CHOICE_BYTES", 1e9)
+    short = SparseStaticCache(llama.config, 224, FEW)
+    assert torch.equal(generate(llama, ids, short).sequences, expected)
+    assert short.density == 1.0
+    monkeypatch.setattr(transformers_decode, "CHOICE_BYTES", 0)
+    monkeypatch.setattr(transformers_decode, "COPY", 2)
+    monkeypatch.setattr(transformers_decode, "RETRY", 3)
+    wide = SparseStaticCache(llama.config, 224, DecodeSelector(share=0.8, min_keys=0, unit=16))
+    generate(llama, ids, wide)
+    # Of seven tokens the first, and each third after it, ask what would be chosen.
+    assert 0.85 < wide.density < 1.0
 
 
 def test_a_cache_that_is_reset_answers_as_a_new_one(llama: LlamaForCausalLM) -> None:

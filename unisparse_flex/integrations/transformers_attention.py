@@ -70,7 +70,9 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
         layer = getattr(key, DECODE_LAYER, None)
         if layer is not None and query.shape[-2] == 1:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            return layer.attend(query, attention_mask, scale).transpose(1, 2).contiguous(), None
+            found = layer.attend(query, attention_mask, scale)
+            if found is not None:
+                return found.transpose(1, 2).contiguous(), None
         attend: Attention = partial(run_sparse, own, sdpa)
         few = not is_seen_here() and query.shape[-2] < min_queries
         if outer is not None or few:

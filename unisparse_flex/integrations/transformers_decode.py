@@ -8,12 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from ..block_masks.pages import DecodeSelector, PageSummaries, estimate_masses, keep_units
+from ..block_masks.pages import DecodeSelector, UnitSummaries, estimate_masses, keep_units
 from .transformers_attention import DECODE_LAYER
+
+# What choosing takes for a token and layer, and copying what was chosen for each of its bytes, in
+# bytes of keys and values that dense attention reads meanwhile (`bench.generation`).
+CHOICE_BYTES, COPY = 5e6, 2.2
+# Keys that are read where nothing was measured yet, and tokens until dense layers try again.
+FIRST_DENSITY, RETRY = 0.1, 64
 
 
 class SparseStaticCache(StaticCache):  # type: ignore[misc]
@@ -22,7 +27,8 @@ class SparseStaticCache(StaticCache):  # type: ignore[misc]
     ``model.generate(..., past_key_values=SparseStaticCache(model.config, 8192, selector))`` with a
     model whose ``attn_implementation`` is a name of `register`. Prompts are read as without it;
     layers with a sliding window read all of it. For CPUs: on a GPU the plug-in of vLLM does the
-    same in CUDA graphs.
+    same in CUDA graphs. A layer whose cache is short, or of which most is chosen, is read whole:
+    that is faster.
 
     Args:
         config: The model's.
@@ -54,7 +60,7 @@ class SparseStaticCache(StaticCache):  # type: ignore[misc]
 
     @property
     def density(self) -> float:
-        """Keys read of those that dense decoding reads, in units, over all layers and tokens."""
+        """Keys read of those that there were, in units, over all layers and generated tokens."""
         layers = [layer for layer in self.layers if isinstance(layer, SparseStaticLayer)]
         visible = sum(layer.visible for layer in layers)
         return sum(layer.kept for layer in layers) / visible if visible else 0.0
@@ -66,8 +72,8 @@ class SparseStaticLayer(StaticLayer):  # type: ignore[misc]
     Attributes:
         selector: Which keys are read.
         length: Keys that it holds.
-        kept: Units that were read, of all heads and tokens.
-        visible: Units that dense decoding would have read.
+        kept: Units that were read, of all heads and generated tokens.
+        visible: Units that there were.
     """
 
     # Its decisions are Python's.
@@ -77,7 +83,9 @@ class SparseStaticLayer(StaticLayer):  # type: ignore[misc]
         super().__init__(max_cache_len=max_cache_len)
         self.selector = selector
         self.length = self.kept = self.visible = 0
-        self._summaries: list[PageSummaries] = []
+        self._followed = self._read_whole = 0
+        self._density = FIRST_DENSITY
+        self._units: list[UnitSummaries] = []
         self._awaits_attention = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -105,17 +113,15 @@ class SparseStaticLayer(StaticLayer):  # type: ignore[misc]
             )
         found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
         count = key_states.shape[2]
-        slots = torch.arange(self.length, self.length + count)
         self.length += count
-        for summaries in self._summaries:
-            summaries.update(slots)
         self._awaits_attention = count == 1
         return found
 
     def reset(self) -> None:
         """See transformers."""
         super().reset()
-        self.length = 0
+        self.length = self._followed = self._read_whole = 0
+        self._density = FIRST_DENSITY
         self._awaits_attention = False
         if self.is_initialized:
             self._summarize()
@@ -125,7 +131,13 @@ class SparseStaticLayer(StaticLayer):  # type: ignore[misc]
         super().reorder_cache(beam_idx)
         self._summarize()
 
-    def attend(self, query: Tensor, attention_mask: Tensor | None, scale: float) -> Tensor:
+    @property
+    def pays(self) -> bool:
+        """Whether reading a part, as much as it was lately, is faster than reading everything."""
+        size = self.length * (self.keys[:, :, 0].nbytes + self.values[:, :, 0].nbytes)
+        return CHOICE_BYTES + COPY * self._density * size < size
+
+    def attend(self, query: Tensor, attention_mask: Tensor | None, scale: float) -> Tensor | None:
         """Attention of one row to the keys that are chosen for it.
 
         Args:
@@ -134,12 +146,19 @@ class SparseStaticLayer(StaticLayer):  # type: ignore[misc]
             scale: Factor on the logits.
 
         Returns:
-            [B, Hq, 1, D].
+            [B, Hq, 1, D]; ``None`` where everything is to be read.
 
         Raises:
             ValueError: The mask hides a key of a prompt.
         """
         self._awaits_attention = False
+        units = self.keys.shape[0] * self.keys.shape[1] * -(-self.length // self.selector.unit)
+        self.visible += units
+        if not self.pays:
+            self._read_whole += 1
+            if self._read_whole % RETRY:
+                self.kept += units
+                return None
         if attention_mask is not None:
             own = attention_mask[..., : self.length]
             if not bool(own.all() if own.dtype == torch.bool else (own == 0).all()):
@@ -147,46 +166,61 @@ class SparseStaticLayer(StaticLayer):  # type: ignore[misc]
                     "SparseStaticCache must have prompts without padding, got a mask that hides "
                     "keys; generate for prompts of one length at a time"
                 )
+        self._follow(self.length - self._followed)
+        before = self.kept
         rows = [
-            self._attend_one(query[b, :, 0], self.keys[b], self.values[b], summaries, scale)
-            for b, summaries in enumerate(self._summaries)
+            self._attend_one(query[b, :, 0], self.keys[b], self.values[b], units, scale)
+            for b, units in enumerate(self._units)
         ]
+        self._density = (self.kept - before) / units
         return torch.stack(rows)[:, :, None]
 
     def _attend_one(
-        self, query: Tensor, key: Tensor, value: Tensor, summaries: PageSummaries, scale: float
+        self, query: Tensor, key: Tensor, value: Tensor, units: UnitSummaries, scale: float
     ) -> Tensor:
         """[Hq, D] of one row [Hq, D], its keys and values being [Hkv, S, D]."""
         unit, heads = self.selector.unit, key.shape[0]
-        assert summaries.units is not None
         count = -(-self.length // unit)
         table = torch.arange(count, dtype=torch.int32)[None]
         lengths = torch.tensor([self.length], dtype=torch.int32)
-        masses = estimate_masses(query[None], summaries.units, table, lengths, scale=scale)
+        masses = estimate_masses(query[None], units, table, lengths, scale=scale)
         kept = keep_units(masses, lengths, self.selector)[0]
         counts = kept.sum(-1, keepdim=True)
         most = int(counts.max())
         self.kept += int(counts.sum())
-        self.visible += heads * count
         order = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, :most]
-        own = torch.arange(heads)[:, None]
+        # Units lie one after the other, head by head: whole ones are copied.
+        at = (order + torch.arange(heads)[:, None] * (key.shape[1] // unit)).flatten()
         key, value = (
-            tensor.unflatten(1, (-1, unit))[own, order].flatten(1, 2) for tensor in (key, value)
+            tensor.reshape(-1, unit * tensor.shape[2]).index_select(0, at).view(heads, -1, width)
+            for tensor, width in ((key, key.shape[2]), (value, value.shape[2]))
         )
         exists = (torch.arange(most) < counts)[..., None]
         seen = exists & (order[..., None] * unit + torch.arange(unit) < self.length)
-        found = F.scaled_dot_product_attention(
-            query.unflatten(0, (heads, -1)), key, value, seen.flatten(1)[:, None], scale=scale
-        )
-        return found.flatten(0, 1)
+        logits = (query.unflatten(0, (heads, -1)) * scale) @ key.mT
+        logits = logits.masked_fill(~seen.flatten(1)[:, None], -torch.inf)
+        return (logits.softmax(-1) @ value).flatten(0, 1)
 
     def _summarize(self) -> None:
-        """Summaries of what the cache holds now."""
-        unit = self.selector.unit
+        """Summaries of what the cache holds now, each unit a page."""
         setattr(self.keys, DECODE_LAYER, self)
-        self._summaries = []
-        for key in self.keys:
-            pages = key.unflatten(1, (-1, unit)).transpose(0, 1)
-            summaries = PageSummaries.create(pages, unit, unit=unit)
-            summaries.update(torch.arange(self.length))
-            self._summaries.append(summaries)
+        unit = self.selector.unit
+        self._units = [UnitSummaries.create(self._in_units(key), unit) for key in self.keys]
+        self._followed = 0
+
+    def _in_units(self, key: Tensor) -> Tensor:
+        """[n, Hkv, U, D], a view of keys [Hkv, S, D]."""
+        return key.unflatten(1, (-1, self.selector.unit)).transpose(0, 1)
+
+    def _follow(self, count: int) -> None:
+        """Brings the summaries of the last ``count`` keys up to date."""
+        if not count:
+            return
+        self._followed = self.length
+        unit = self.selector.unit
+        at = torch.arange((self.length - count) // unit, -(-self.length // unit))
+        held = torch.arange(unit) < (self.length - at * unit)[:, None]
+        for key, units in zip(self.keys, self._units, strict=True):
+            keys = self._in_units(key)[at[0] : at[-1] + 1]
+            keys = keys if keys.dtype == torch.float64 else keys.float()
+            units.write(keys, at, torch.zeros_like(at), held[:, None, :, None])
