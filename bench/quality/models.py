@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from unisparse_flex.doctor import default_device
-from unisparse_flex.evaluation import LoadedModel, load_smollm2
+from unisparse_flex.evaluation import LoadedModel, load_smollm2, validate_gguf_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +64,11 @@ def _gemma(weights: Path | None) -> Subject:
     model = AutoModelForCausalLM.from_pretrained(
         weights.parent, dtype=dtype, attn_implementation="sdpa", **place
     )
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, **place)
+    validate_gguf_tokenizer(tokenizer)
     loaded = LoadedModel(
         model=model.to(device, dtype).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(weights.parent, **place),
+        tokenizer=tokenizer,
         device=device,
         dtype=dtype,
     )

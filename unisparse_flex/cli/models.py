@@ -11,7 +11,12 @@ import click
 import torch
 
 from ..doctor import default_device
-from ..evaluation import LoadedModel, load_smollm2, quiet_transformers
+from ..evaluation import (
+    LoadedModel,
+    load_smollm2,
+    quiet_transformers,
+    validate_gguf_tokenizer,
+)
 from .arguments import check_model
 from .choices import BUNDLED, BUNDLED_CONTEXT
 from .failures import failures
@@ -82,6 +87,8 @@ def _load(name: str, source: str, device: torch.device, **place: Any) -> LoadedM
         )
         place.pop("use_safetensors", None)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place)
+        if "gguf_file" in place:
+            validate_gguf_tokenizer(tokenizer)
     return LoadedModel(
         model=model.to(device, dtype).eval(), tokenizer=tokenizer, device=device, dtype=dtype
     )

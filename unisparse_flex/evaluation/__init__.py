@@ -21,6 +21,7 @@ from .model import (
     describe_device,
     load_smollm2,
     quiet_transformers,
+    validate_gguf_tokenizer,
 )
 from .needle import Prompt, Tokenizer, build_prompt
 from .quality import (
@@ -99,4 +100,5 @@ __all__ = [
     "score_answer",
     "score_samples",
     "score_tasks",
+    "validate_gguf_tokenizer",
 ]

