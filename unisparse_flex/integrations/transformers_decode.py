@@ -16,12 +16,12 @@ from .transformers_attention import DECODE_LAYER
 
 # What choosing takes for a token and layer, and copying what was chosen for each of its bytes, in
 # bytes of keys and values that dense attention reads meanwhile (`bench.generation`).
-CHOICE_BYTES, COPY = 5e6, 2.2
+CHOICE_BYTES, COPY = 6e6, 2.5
 # Keys that are read where nothing was measured yet, and tokens until dense layers try again.
 FIRST_DENSITY, RETRY = 0.1, 64
 
 
-class SparseStaticCache(StaticCache):  # type: ignore[misc]
+class SparseStaticCache(StaticCache):
     """A static cache of which every generated token reads a part, chosen for it.
 
     ``model.generate(..., past_key_values=SparseStaticCache(model.config, 8192, selector))`` with a
@@ -53,10 +53,10 @@ class SparseStaticCache(StaticCache):  # type: ignore[misc]
             )
         length = -(-max_cache_len // selector.unit) * selector.unit
         super().__init__(config=config, max_cache_len=length)
-        self.layers = [
-            SparseStaticLayer(length, selector) if type(layer) is StaticLayer else layer
-            for layer in self.layers
-        ]
+        made: list[Any] = self.layers
+        for index, layer in enumerate(made):
+            if type(layer) is StaticLayer:
+                made[index] = SparseStaticLayer(length, selector)
 
     @property
     def density(self) -> float:
@@ -66,7 +66,7 @@ class SparseStaticCache(StaticCache):  # type: ignore[misc]
         return sum(layer.kept for layer in layers) / visible if visible else 0.0
 
 
-class SparseStaticLayer(StaticLayer):  # type: ignore[misc]
+class SparseStaticLayer(StaticLayer):
     """One layer of a `SparseStaticCache`.
 
     Attributes:
