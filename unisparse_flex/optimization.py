@@ -320,7 +320,8 @@ def validate_model(model: object) -> None:
     if compiled or any(m._compiled_call_impl is not None for m in model.modules()):
         raise ValueError(
             "model must not be compiled yet, got a compiled "
-            f"{type(original_module(model)).__name__}; call optimize first, torch.compile second"
+            f"{type(original_module(model)).__name__}; call optimize first, torch.compile second, "
+            "on a model that was loaded anew if this one was compiled in place (model.compile())"
         )
 
 

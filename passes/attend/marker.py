@@ -259,8 +259,8 @@ def _say_uncompiled() -> None:
     logger.warning(
         "sparse attention runs uncompiled: the same blocks, applied as a mask inside\n"
         "  dense attention, which is slower than dense attention alone (on a CPU a\n"
-        "  prefill of SmolLM2 takes 1.5 to 1.9 times as long); torch.compile the model,\n"
-        "  or its forward where generate() is called"
+        "  prefill of SmolLM2 takes 1.5 to 1.9 times as long); call\n"
+        "  model.compile()"
     )
 
 

@@ -447,6 +447,8 @@ def test_a_file_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> None:
         ({"recall": 0.9, "model": nn.Linear(64, 64).eval()}, ValueError, "must make attention"),
         ({"recall": 0.9, "model": None}, TypeError, r"model must be a torch.nn.Module"),
         ({"recall": 0.9, "batches": []}, ValueError, "batches must hold at least one"),
+        ({"recall": 0.9, "batches": torch.ones(2, 4)}, TypeError, "batches must be an iterable"),
+        ({"recall": 0.9, "batches": {"x": 1}}, TypeError, "batches must be an iterable"),
     ],
 )
 def test_bad_arguments_are_refused(

@@ -166,7 +166,7 @@ def test_the_warm_up_leaves_nothing_behind(llama: Path) -> None:
 
 
 def test_the_cost_model_keeps_small_batches_dense(llama: Path) -> None:
-    settings = {"selector": "UniSparse()", "decode": {"budget": 256}}
+    settings = {"selector": "UniSparse()", "decode": {"budget": 600}}
     with serving(llama, settings, **PAGES, max_num_batched_tokens=MAX_LENGTH) as engine:
         ask(engine, PROMPTS[:1], tokens=5)
     counts = read_counts()
@@ -181,6 +181,7 @@ def test_the_cost_model_keeps_small_batches_dense(llama: Path) -> None:
         ({"topp": 0.9}, ValueError, "decode must have names of"),
         ({}, TypeError, "decode must be a mapping"),
         ({"min_keys": 128}, ValueError, "decode must have top_p, budget or share"),
+        ({"budget": 10}, ValueError, "budget of at least min_keys, 512"),
         ("fast", TypeError, "decode must be a mapping"),
     ],
 )

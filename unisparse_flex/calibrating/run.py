@@ -100,6 +100,11 @@ def calibrate(
         raise ValueError(
             "model must not be optimized yet, got one that is; call restore(model) first"
         )
+    if isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(
+            f"batches must be an iterable of inputs, got one {type(batches).__name__}; put it into "
+            "a list"
+        )
     runs = [_run(model, batch) for batch in batches]
     if not runs:
         raise ValueError("batches must hold at least one input of the model, got none")

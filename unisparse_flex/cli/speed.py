@@ -25,7 +25,6 @@ from .measuring import (
     quality_argument,
     read_texts,
     repeats_option,
-    say_kl,
     shorten_end,
     split_outside_brackets,
     write_results,
@@ -54,8 +53,8 @@ NOTES = (
     "told from noise: repeats of the two overlap, there is one of each, or a gain comes with at "
     f"least {NEARLY_ALL:.1%} of the blocks. density: kept over visible blocks, "
     "mean over the sparse calls, but for those that keep a whole narrow window. KL: of the "
-    "next-token distribution after the prompt to the first dense run's, one position only; "
-    "unisparse-flex quality judges many.",
+    "next-token distribution after the prompt to the first dense run's, one position whose "
+    "own block of rows is read densely; unisparse-flex quality judges many.",
 )
 RIVALS_NOTE = (
     "Packages of other work run with the settings that their authors publish, in layers compiled "
@@ -276,17 +275,11 @@ def say_verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
             speed = f"takes {row['ms']:.0f} ms"
             if row["speedup"] is not None:
                 speed = _compare(row)
-            sentences.append(
-                f"{start} {speed}, its attention {_off(row)}, at a KL of "
-                f"{say_kl(row['kl_last_token'])} after the prompt."
-            )
+            sentences.append(f"{start} {speed}, its attention {_off(row)}.")
         elif row["speedup"] is None:
             sentences.append(f"{start} takes {row['ms']:.0f} ms; no dense run could be timed.")
         else:
-            sentences.append(
-                f"{start} {_compare(row)}, with {row['density']:.0%} of the blocks, at a KL of "
-                f"{say_kl(row['kl_last_token'])} after the prompt."
-            )
+            sentences.append(f"{start} {_compare(row)}, with {row['density']:.0%} of the blocks.")
     scatter = max(
         (max(row["times_ms"]) / min(row["times_ms"]) for row in rows if row["times_ms"]),
         default=1.0,

@@ -251,6 +251,8 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 most = 0 if reason else int(bounds[: common.num_reqs].sum())
             if reason is None and most < self.decode_keys:
                 reason = Reason.FEW_KEYS
+            # What a graph writes to is made for so many.
+            assert common.num_reqs <= self.requests
             if reason is not None:
                 counting.dense_rows[reason] += common.num_reqs
                 return None
@@ -318,7 +320,7 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
         def do_kv_cache_update(
             self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
         ) -> None:
-            """Writes the cache, then the means of the pages that are full now."""
+            """Writes the cache, then the summaries of what it was written to."""
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             if self.unisparse is not None:
                 self.unisparse.bind(layer, kv_cache, key.dtype)

@@ -51,6 +51,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.min_length is not None:
             validate_int(self.min_length, "min_length", minimum=0)
+        if self.decode is not None and not isinstance(self.decode, DecodeSelector):
+            raise TypeError(
+                f"decode must be a DecodeSelector, got {self.decode!r}; Options.read takes mappings"
+            )
         for index in self.dense_layers:
             if isinstance(index, bool) or not isinstance(index, int):
                 raise TypeError(f"dense_layers must be integers, got {index!r}; count from 0")
@@ -133,6 +137,11 @@ def _read_decode(given: object) -> DecodeSelector | None:
     if unknown:
         raise ValueError(f"decode must have names of {known}, got {unknown}; leave them out")
     found = DecodeSelector(**given)
+    if found.budget is not None and found.budget < found.min_keys:
+        raise ValueError(
+            f"decode must have a budget of at least min_keys, {found.min_keys}, got "
+            f"{found.budget}; give a smaller min_keys too"
+        )
     if found.keeps_all and not {"top_p", "share"} & set(given):
         raise ValueError(
             f"decode must have top_p, budget or share, got {dict(given)}; without one of them "
