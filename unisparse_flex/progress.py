@@ -21,7 +21,7 @@ CUT = "..."
 class Progress:
     """One line that says what is being done and for how long, once that takes two seconds.
 
-    Beside the seconds of all steps stand those of the step itself, ``2 s of 14 s``.
+    Beside the seconds of all steps stand those of the step itself, ``2 s, all 14 s``.
 
     A terminal has the line overwritten, also while a step goes on, and cut to its width. Elsewhere,
     as in a file or a pipe, there is a new line every 15 seconds.
@@ -119,7 +119,7 @@ class Progress:
     def _write(self, step: str, now: float, *, end: str) -> None:
         title = f"{self.title}: " if self.title else ""
         own, total = (f"{now - start:.0f} s" for start in (self._step_start, self._start))
-        what, seconds = f"{title}{step}", f", {total}" if own == total else f", {own} of {total}"
+        what, seconds = f"{title}{step}", f", {total}" if own == total else f", {own}, all {total}"
         if sys.stderr.isatty():
             # A line that wraps is not overwritten; some terminals wrap after the last column.
             what = "\r\x1b[K" + cut(what, terminal_columns() - 1 - len(seconds))

@@ -43,7 +43,7 @@ def test_a_pipe_gets_a_line_every_fifteen_seconds_after_two(capsys, clock):
     with Progress("calibrate") as progress:
         for step in ("one", "two", "three", "four"):
             progress.show(step)
-    assert capsys.readouterr().err == ("calibrate: two, 0 s of 2 s\ncalibrate: four, 0 s of 60 s\n")
+    assert capsys.readouterr().err == ("calibrate: two, 0 s, all 2 s\ncalibrate: four, 0 s, all 60 s\n")
 
 
 def test_a_terminal_has_one_line_that_is_overwritten(capsys, clock, monkeypatch):
@@ -52,7 +52,7 @@ def test_a_terminal_has_one_line_that_is_overwritten(capsys, clock, monkeypatch)
     with Progress("calibrate") as progress:
         for step in ("one", "two", "three"):
             progress.show(step)
-    lines = ("calibrate: two, 0 s of 3 s", "calibrate: three, 0 s of 3 s")
+    lines = ("calibrate: two, 0 s, all 3 s", "calibrate: three, 0 s, all 3 s")
     assert capsys.readouterr().err == "".join(OVERWRITE + line for line in lines) + "\n"
 
 
@@ -66,8 +66,8 @@ def test_a_line_is_shorter_than_the_terminal_is_wide(capsys, clock, monkeypatch,
         progress.show("end")
     first, second = capsys.readouterr().err.removeprefix(OVERWRITE).split(OVERWRITE)
     assert len(first) == columns - 1
-    assert first.endswith("..., 0 s of 4 s")
-    assert second == ("expl..." if columns == 20 else "explain: end") + ", 0 s of 5 s\n"
+    assert first.endswith("..., 0 s, all 4 s")
+    assert second == ("ex..." if columns == 20 else "explain: end") + ", 0 s, all 5 s\n"
 
 
 def test_the_width_of_no_terminal_is_80(capsys):
@@ -102,7 +102,7 @@ def test_parts_are_counted_in_a_bar(capsys, clock):
     with Progress("explain", total=3) as progress:
         progress.advance("early")
         progress.advance("late")
-    assert capsys.readouterr().err == f"explain: [{'#' * 8}{'-' * 16}] 1/3 late, 0 s of 3 s\n"
+    assert capsys.readouterr().err == f"explain: [{'#' * 8}{'-' * 16}] 1/3 late, 0 s, all 3 s\n"
 
 
 def test_a_pipe_keeps_a_line_for_every_step_that_is_over(capsys, clock):
