@@ -52,6 +52,15 @@ def test_allow_download_hands_the_name_to_the_hub(monkeypatch):
     assert "local_files_only" not in options
 
 
+def test_a_folder_without_a_tokenizer_is_refused_before_it_is_loaded(run, model_folder, tmp_path):
+    for path in model_folder.iterdir():
+        if not path.name.startswith("token"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    ran = run("explain", tmp_path)
+    assert ran.code == 2
+    assert f"tokenizer.save_pretrained('{tmp_path}')" in " ".join(ran.err.split())
+
+
 def test_pickled_weights_are_refused(run, model_folder, tmp_path):
     folder = tmp_path / "pickled"
     folder.mkdir()

@@ -22,6 +22,9 @@ SELECTORS = (
     "'UniSparse(top_p=0.95)'"
 )
 
+# Of every kind of tokenizer that transformers reads from a folder one file is called so.
+TOKENIZER_FILES = ("token*", "*vocab*", "*.model", "*.spm", "*merges*", "*bpe*", "*.tiktoken")
+
 
 def model_argument(ctx: click.Context, _: click.Parameter, name: str) -> str:
     """MODEL names what can be loaded."""
@@ -59,6 +62,15 @@ def check_model(name: str, *, allow_download: bool = False, otherwise: str = "")
             f"{_wanted(otherwise)}, got {name!r}, which is not there; to download it from the "
             "Hugging Face hub give --allow-download"
         )
+    elif (path / "config.json").is_file() and not _has_tokenizer(path):
+        raise click.UsageError(
+            f"MODEL must be a folder with a tokenizer, got {name!r} without one; write it there: "
+            f"tokenizer.save_pretrained({name!r})"
+        )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 def _wanted(otherwise: str) -> str:
