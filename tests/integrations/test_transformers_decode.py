@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from unisparse_flex.block_masks.pages import DecodeSelector
 from unisparse_flex.integrations import transformers_decode
-from unisparse_flex.integrations.transformers import register, unregister
-from unisparse_flex.integrations.transformers_decode import SparseStaticCache, SparseStaticLayer
+from unisparse_flex.integrations.transformers import (
+    DecodeSelector,
+    SparseStaticCache,
+    register,
+    unregister,
+)
+from unisparse_flex.integrations.transformers_decode import SparseStaticLayer
 
 ALMOST_ALL = DecodeSelector(share=0.999, min_keys=0, unit=16)
 FEW = DecodeSelector(budget=64, min_keys=0, unit=16, sink_keys=16, last_keys=16)

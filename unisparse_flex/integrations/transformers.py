@@ -6,14 +6,18 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from types import CellType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..block_masks import Selector
+from ..block_masks.pages import DecodeSelector
 from ..catching import set_up_key
 from ..optimization import registered_names
 from .transformers_attention import create_attention_function
 from .transformers_config import AttentionSettings, configure, create_settings
 from .transformers_masks import create_mask_function
+
+if TYPE_CHECKING:
+    from .transformers_decode import SparseStaticCache
 
 OLDEST = "5.4"
 # Hub kernels have a slash in their name, paged implementations a bar, and flash_attention_2 and
@@ -194,4 +198,14 @@ def _import_transformers() -> _Functions:
     )
 
 
-__all__ = ["configure", "register", "unregister"]
+def __getattr__(name: str) -> Any:
+    """`SparseStaticCache` derives from a class of transformers', which is imported for it alone."""
+    if name != "SparseStaticCache":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _import_transformers()
+    from . import transformers_decode
+
+    return transformers_decode.SparseStaticCache
+
+
+__all__ = ["DecodeSelector", "SparseStaticCache", "configure", "register", "unregister"]
