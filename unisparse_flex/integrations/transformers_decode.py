@@ -152,13 +152,6 @@ class SparseStaticLayer(StaticLayer):
             ValueError: The mask hides a key of a prompt.
         """
         self._awaits_attention = False
-        units = self.keys.shape[0] * self.keys.shape[1] * -(-self.length // self.selector.unit)
-        self.visible += units
-        if not self.pays:
-            self._read_whole += 1
-            if self._read_whole % RETRY:
-                self.kept += units
-                return None
         if attention_mask is not None:
             own = attention_mask[..., : self.length]
             if not bool(own.all() if own.dtype == torch.bool else (own == 0).all()):
@@ -166,13 +159,20 @@ class SparseStaticLayer(StaticLayer):
                     "SparseStaticCache must have prompts without padding, got a mask that hides "
                     "keys; generate for prompts of one length at a time"
                 )
+        count = self.keys.shape[0] * self.keys.shape[1] * -(-self.length // self.selector.unit)
+        self.visible += count
+        if not self.pays:
+            self._read_whole += 1
+            if self._read_whole % RETRY:
+                self.kept += count
+                return None
         self._follow(self.length - self._followed)
         before = self.kept
         rows = [
             self._attend_one(query[b, :, 0], self.keys[b], self.values[b], units, scale)
             for b, units in enumerate(self._units)
         ]
-        self._density = (self.kept - before) / units
+        self._density = (self.kept - before) / count
         return torch.stack(rows)[:, :, None]
 
     def _attend_one(
