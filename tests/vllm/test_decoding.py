@@ -17,7 +17,12 @@ from torch import Tensor
 from unisparse_flex.block_masks import pages
 from unisparse_flex.block_masks.pages import UnitSummaries
 from unisparse_flex.block_masks.pages.summaries import LARGEST
-from unisparse_flex.integrations.vllm import Reason, create_backend, decode_rows, read_counts
+from unisparse_flex.integrations.vllm import (
+    Reason,
+    create_backend,
+    decode_rows,
+    read_counts,
+)
 from unisparse_flex.integrations.vllm.cache_view import CacheView
 from unisparse_flex.integrations.vllm.options import Options
 from unisparse_flex.integrations.vllm.warm_up import warm_up
@@ -172,6 +177,28 @@ def test_the_cost_model_keeps_small_batches_dense(llama: Path) -> None:
     counts = read_counts()
     assert counts.decode_rows == 0
     assert counts.dense_rows[Reason.FEW_KEYS] == 4
+
+
+def test_batches_of_a_graph_decode_as_it_was_recorded(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unisparse_flex.integrations.vllm.cpu import CpuBackend
+
+    builder = CpuBackend.get_builder_cls()
+    decode = builder._decode
+
+    def recorded(self: Any, common: Any, prefix: int) -> Any:
+        # Requests as long as the engine admits would be worth a choice.
+        self.captured, self.longest = {1}, 10**6
+        return decode(self, common, prefix)
+
+    monkeypatch.setattr(builder, "_decode", recorded)
+    settings = {"selector": "UniSparse()", "decode": {"budget": 600}}
+    with serving(llama, settings, **PAGES, max_num_batched_tokens=MAX_LENGTH) as engine:
+        ask(engine, PROMPTS[:1], tokens=5)
+    counts = read_counts()
+    assert counts.decode_rows == 4
+    assert Reason.FEW_KEYS not in counts.dense_rows
 
 
 @pytest.mark.parametrize(

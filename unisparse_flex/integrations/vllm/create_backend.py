@@ -113,6 +113,8 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
             self.decode_keys = DECODE_KEYS if self.options.min_length is None else 1
             self.requests = scheduler.max_num_seqs
             self.is_capturing = False
+            # Requests of the batches that graphs hold.
+            self.captured: set[int] = set()
             self.is_reported = False
 
         def _create_states(self, vllm_config: Any) -> dict[str, LayerState]:
@@ -244,8 +246,10 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
             """The split of a batch of rows that decode, all of them."""
             reason = refuse_batch(common, prefix)
             bounds = common.seq_lens_cpu_upper_bound
-            if self.is_capturing or reason is Reason.SPLIT_BATCH:
-                # A graph is for requests of any length.
+            if self.is_capturing:
+                self.captured.add(common.num_reqs)
+            if reason is Reason.SPLIT_BATCH or common.num_reqs in self.captured:
+                # A graph was recorded for requests of any length, and is replayed for these.
                 reason, most = None, common.num_reqs * self.longest
             else:
                 most = 0 if reason else int(bounds[: common.num_reqs].sum())
