@@ -43,7 +43,9 @@ def test_a_pipe_gets_a_line_every_fifteen_seconds_after_two(capsys, clock):
     with Progress("calibrate") as progress:
         for step in ("one", "two", "three", "four"):
             progress.show(step)
-    assert capsys.readouterr().err == ("calibrate: two, 0 s, all 2 s\ncalibrate: four, 0 s, all 60 s\n")
+    assert capsys.readouterr().err == (
+        "calibrate: two, 0 s, all 2 s\ncalibrate: four, 0 s, all 60 s\n"
+    )
 
 
 def test_a_terminal_has_one_line_that_is_overwritten(capsys, clock, monkeypatch):
