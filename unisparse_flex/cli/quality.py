@@ -68,9 +68,9 @@ NOTES = (
     "top-1 the share whose likeliest token is the dense model's; ratio: perplexity over dense.",
     "The prompts are read as they are, without a chat template.",
 )
-FORCED_NOTE = (
-    "Every call that can be is sparse, also where optimize would leave it dense because that is "
-    "predicted to be faster (--min-length)."
+FORCED = (
+    "Every call that can be was sparse, also where optimize would leave it dense because that is "
+    "predicted to be faster (--min-length); unisparse-flex explain says where."
 )
 LONGBENCH_NOTE = (
     "LongBench's prompts, cut in the middle to the longest length, its rules of scoring; the first "
@@ -301,9 +301,9 @@ def quality(
         "dense_layers": list(dense_layers),
         "backend": backend,
     }
-    values["verdict"] = say_verdict(values["means"], quality)
-    forced = [FORCED_NOTE] if min_length == 0 else []
-    values["notes"] = [*NOTES, *forced, *([TASK_NOTE] if tasks else [])]
+    forced = [FORCED] if min_length == 0 else []
+    values["verdict"] = [*say_verdict(values["means"], quality), *forced]
+    values["notes"] = [*NOTES, *([TASK_NOTE] if tasks else [])]
     values["notes"] += [LONGBENCH_NOTE] if longbench is not None else []
     write_results(
         values,
