@@ -45,7 +45,7 @@ def library(rows: Rows) -> Tensor:
     """The library's: mean and standard deviation of every coordinate in 8 bits."""
     units = UnitSummaries.create(rows.pages, rows.page)
     at = torch.arange(len(rows.pages), device=rows.pages.device)
-    units.write(rows.pages.float(), at, torch.zeros_like(at), _held(rows))
+    units.write(rows.pages, at, torch.zeros_like(at), _held(rows))
     return estimate_masses(rows.query, units, rows.tables, rows.lengths, scale=rows.scale)
 
 

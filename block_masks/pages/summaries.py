@@ -66,11 +66,12 @@ class UnitSummaries:
         """Summarizes units.
 
         Args:
-            keys: [n, Hkv, U, D] of n units, floating.
+            keys: [n, Hkv, U, D] of n units, any floating dtype.
             at: int64 [n], their pages.
             part: int64 [n], which units of these.
             held: bool [n, 1, U, 1], which keys there are.
         """
+        keys = _floating(keys)
         count = held.sum(2).clamp_min(1)
         mean = keys.where(held, 0.0).sum(2) / count
         squares = (keys - mean[:, :, None]).where(held, 0.0).square().sum(2)
@@ -145,7 +146,7 @@ class PageSummaries:
         goes_on = slots.diff(append=slots.new_full((1,), -2)) == 1
         last = slots[(slots >= 0) & ~(goes_on & (slots % unit < unit - 1))]
         at, part = last // page, last % page // unit
-        keys = _floating(self.pages.unflatten(2, (-1, unit))[at, :, part])
+        keys = self.pages.unflatten(2, (-1, unit))[at, :, part]
         held = torch.arange(unit, device=slots.device) <= (last % unit)[:, None]
         self.units.write(keys, at, part, held[:, None, :, None])
 

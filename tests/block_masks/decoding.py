@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unisparse_flex.block_masks.pages import PageSummaries, PageTables, UnitSummaries
+from unisparse_flex.block_masks.pages import (
+    DecodeSelector,
+    PageSummaries,
+    PageTables,
+    UnitSummaries,
+    choose_units,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,19 @@ class Decoding:
         batch, width = self.tables.shape
         counter = torch.zeros(2, dtype=torch.int64, device=self.query.device)
         return PageTables.create(batch * heads, width * units, counter)
+
+    def choose(self, selector: DecodeSelector, out: PageTables, *, scale: float) -> None:
+        """Writes what the requests read."""
+        choose_units(
+            self.query,
+            self.units,
+            self.tables,
+            self.lengths,
+            out,
+            selector=selector,
+            scale=scale,
+            steps=self.steps,
+        )
 
 
 def create_decoding(

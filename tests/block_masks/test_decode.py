@@ -14,7 +14,6 @@ from unisparse_flex.block_masks.pages import (
     DecodeSelector,
     PageTables,
     UnitSummaries,
-    choose_units,
     estimate_masses,
     keep_units,
     units_share,
@@ -33,16 +32,7 @@ def estimate(call: Decoding) -> Tensor:
 
 def choose(call: Decoding, selector: DecodeSelector) -> PageTables:
     out = call.outputs()
-    choose_units(
-        call.query,
-        call.units,
-        call.tables,
-        call.lengths,
-        out,
-        selector=selector,
-        scale=SCALE,
-        steps=call.steps,
-    )
+    call.choose(selector, out, scale=SCALE)
     return out
 
 

@@ -8,25 +8,12 @@ import pytest
 import torch
 
 from tests.block_masks.decoding import Decoding, create_decoding
-from unisparse_flex.block_masks.pages import DecodeSelector, PageSummaries, PageTables, choose_units
+from unisparse_flex.block_masks.pages import DecodeSelector, PageSummaries, PageTables
 
 pytestmark = pytest.mark.gpu
 
 LENGTHS = [0, 1, 33, 4000, 3970, 9999]
 SCALE = 0.1
-
-
-def choose(call: Decoding, selector: DecodeSelector, out: PageTables) -> None:
-    choose_units(
-        call.query,
-        call.units,
-        call.tables,
-        call.lengths,
-        out,
-        selector=selector,
-        scale=SCALE,
-        steps=call.steps,
-    )
 
 
 def on_cpu(call: Decoding) -> Decoding:
@@ -70,8 +57,8 @@ def test_units_are_those_of_plain_pytorch(
     plain = on_cpu(call)
     selector = selector.of_unit(unit)
     found, expected = call.outputs(), plain.outputs()
-    choose(call, selector, found)
-    choose(plain, selector, expected)
+    call.choose(selector, found, scale=SCALE)
+    plain.choose(selector, expected, scale=SCALE)
     if selector.top_p == 1.0:
         assert_same(found, expected, unit)
         assert torch.equal(found.counter.cpu(), expected.counter)
@@ -85,16 +72,16 @@ def test_a_graph_chooses_for_other_lengths_and_queries() -> None:
     call = create_decoding(LENGTHS, page=128, unit=32, head_dim=64, device="cuda")
     selector = DecodeSelector(share=0.2, min_keys=64)
     found, expected = call.outputs(), call.outputs()
-    choose(call, selector, found)
+    call.choose(selector, found, scale=SCALE)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        choose(call, selector, found)
+        call.choose(selector, found, scale=SCALE)
     for seed in range(3):
         generator = torch.Generator("cuda").manual_seed(seed)
         call.query.normal_(generator=generator)
         call.lengths.copy_(torch.tensor([10 * seed, 1, 20, 4000 - 7 * seed, 100, 5000]))
         graph.replay()
-        choose(call, selector, expected)
+        call.choose(selector, expected, scale=SCALE)
         assert torch.equal(found.lengths, expected.lengths)
         for i, length in enumerate(expected.lengths.tolist()):
             count = -(-length // 32)

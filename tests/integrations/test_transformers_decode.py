@@ -93,7 +93,7 @@ def test_fewer_units_are_read_and_summaries_are_those_of_the_keys(llama: LlamaFo
     assert isinstance(layer, SparseStaticLayer)
     followed = layer._units
     layer._summarize()
-    layer._follow(layer.length)
+    layer._follow()
     for ours, fresh in zip(followed, layer._units, strict=True):
         assert torch.equal(ours.numbers, fresh.numbers)
         assert torch.equal(ours.scales, fresh.scales)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.block_masks.decoding import Decoding, create_decoding
-from unisparse_flex.block_masks.pages import DecodeSelector, PageTables, choose_units
+from unisparse_flex.block_masks.pages import DecodeSelector, PageTables
 
 from .interpreter import Kernels
 
@@ -55,16 +55,7 @@ def test_units_are_those_of_plain_pytorch(
     monkeypatch.setattr(kernels.decode, "PROGRAMS", 24)
     call = create_decoding([0, 1, 33, 400, 397, 1000], page=page, dtype=dtype)
     found, expected = call.outputs(), call.outputs()
-    choose_units(
-        call.query,
-        call.units,
-        call.tables,
-        call.lengths,
-        expected,
-        selector=selector,
-        scale=SCALE,
-        steps=call.steps,
-    )
+    call.choose(selector, expected, scale=SCALE)
     run(kernels, call, selector, found)
     assert torch.equal(found.lengths, expected.lengths)
     assert torch.equal(found.counter, expected.counter)

@@ -6,7 +6,6 @@ their own.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from unisparse_flex.block_masks import pages
 from unisparse_flex.block_masks.pages import UnitSummaries
 from unisparse_flex.block_masks.pages.summaries import LARGEST
 from unisparse_flex.integrations.vllm import (
@@ -87,20 +85,15 @@ def test_fewer_pages_are_read_and_the_last_ones_among_them(
 def checking_summaries(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Checks what decoding is told before it chooses; the list has the rows of every choice."""
     found: list[int] = []
-    choose = pages.choose_units
-
-    def check(*tensors: Any, cache: Tensor, **more: Any) -> None:
-        assert_summaries_are_fresh(cache, *tensors[1:4])
-        found.append(tensors[3].shape[0])
-        choose(*tensors, **more)
-
-    def bound(impl: Any, layer: Any, kernel: Any, view: CacheView, *rest: Any) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(decode_rows, "choose_units", partial(check, cache=view.pages))
-            attend(impl, layer, kernel, view, *rest)
-
     attend = decode_rows.attend_decode
-    monkeypatch.setattr(create_backend, "attend_decode", bound)
+
+    def check(impl: Any, layer: Any, kernel: Any, view: CacheView, *rest: Any) -> None:
+        units, _, rows = rest[:3]
+        assert_summaries_are_fresh(view.pages, units, rows.tables, rows.lengths)
+        found.append(rows.lengths.shape[0])
+        attend(impl, layer, kernel, view, *rest)
+
+    monkeypatch.setattr(create_backend, "attend_decode", check)
     return found
 
 

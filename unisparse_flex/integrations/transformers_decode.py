@@ -101,7 +101,7 @@ class SparseStaticLayer(StaticLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes keys and values, and brings the summaries up to date.
+        """Writes keys and values; they are summarized when a choice asks for it.
 
         Raises:
             RuntimeError: The last token's attention did not come here.
@@ -166,7 +166,7 @@ class SparseStaticLayer(StaticLayer):
             if self._read_whole % RETRY:
                 self.kept += count
                 return None
-        self._follow(self.length - self._followed)
+        self._follow()
         before = self.kept
         rows = [
             self._attend_one(query[b, :, 0], self.keys[b], self.values[b], units, scale)
@@ -212,15 +212,14 @@ class SparseStaticLayer(StaticLayer):
         """[n, Hkv, U, D], a view of keys [Hkv, S, D]."""
         return key.unflatten(1, (-1, self.selector.unit)).transpose(0, 1)
 
-    def _follow(self, count: int) -> None:
-        """Brings the summaries of the last ``count`` keys up to date."""
-        if not count:
+    def _follow(self) -> None:
+        """Summarizes the keys that came since the last time."""
+        if self._followed == self.length:
             return
-        self._followed = self.length
         unit = self.selector.unit
-        at = torch.arange((self.length - count) // unit, -(-self.length // unit))
+        at = torch.arange(self._followed // unit, -(-self.length // unit))
+        self._followed = self.length
         held = torch.arange(unit) < (self.length - at * unit)[:, None]
         for key, units in zip(self.keys, self._units, strict=True):
             keys = self._in_units(key)[at[0] : at[-1] + 1]
-            keys = keys if keys.dtype == torch.float64 else keys.float()
             units.write(keys, at, torch.zeros_like(at), held[:, None, :, None])
