@@ -172,8 +172,9 @@ def test_the_cost_model_keeps_small_batches_dense(llama: Path) -> None:
     assert counts.dense_rows[Reason.FEW_KEYS] == 4
 
 
+@pytest.mark.parametrize("is_plain", [True, False])
 def test_batches_of_a_graph_decode_as_it_was_recorded(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Path, monkeypatch: pytest.MonkeyPatch, is_plain: bool
 ) -> None:
     from unisparse_flex.integrations.vllm.cpu import CpuBackend
 
@@ -183,15 +184,17 @@ def test_batches_of_a_graph_decode_as_it_was_recorded(
     def recorded(self: Any, common: Any, prefix: int) -> Any:
         # Requests as long as the engine admits would be worth a choice.
         self.captured, self.longest = {1}, 10**6
-        return decode(self, common, prefix)
+        return decode(self, common if is_plain else common.replace(mm_req_doc_ranges={}), prefix)
 
     monkeypatch.setattr(builder, "_decode", recorded)
     settings = {"selector": "UniSparse()", "decode": {"budget": 600}}
     with serving(llama, settings, **PAGES, max_num_batched_tokens=MAX_LENGTH) as engine:
         ask(engine, PROMPTS[:1], tokens=5)
     counts = read_counts()
-    assert counts.decode_rows == 4
+    assert counts.decode_rows == 4 * is_plain
     assert Reason.FEW_KEYS not in counts.dense_rows
+    # What is refused is, in a graph too.
+    assert counts.dense_rows.get(Reason.PREFIX_IMAGES, 0) == 4 * (not is_plain)
 
 
 @pytest.mark.parametrize(

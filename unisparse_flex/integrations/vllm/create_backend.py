@@ -245,16 +245,14 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
         def _decode(self, common: Any, prefix: int) -> Split | None:
             """The split of a batch of rows that decode, all of them."""
             reason = refuse_batch(common, prefix)
-            bounds = common.seq_lens_cpu_upper_bound
             if self.is_capturing:
                 self.captured.add(common.num_reqs)
-            if reason is Reason.SPLIT_BATCH or common.num_reqs in self.captured:
+            if reason is None or reason is Reason.SPLIT_BATCH:
                 # A graph was recorded for requests of any length, and is replayed for these.
-                reason, most = None, common.num_reqs * self.longest
-            else:
-                most = 0 if reason else int(bounds[: common.num_reqs].sum())
-            if reason is None and most < self.decode_keys:
-                reason = Reason.FEW_KEYS
+                most = common.num_reqs * self.longest
+                if reason is None and common.num_reqs not in self.captured:
+                    most = int(common.seq_lens_cpu_upper_bound[: common.num_reqs].sum())
+                reason = Reason.FEW_KEYS if most < self.decode_keys else None
             # What a graph writes to is made for so many.
             assert common.num_reqs <= self.requests
             if reason is not None:
