@@ -162,24 +162,39 @@ def measure_lengths(bench: Bench) -> Iterator[dict[str, Any]]:
     # None is a multiple of a block.
     wanted = [least + i * step + 37 * i + 1 for i in range(bench.lengths)]
 
-    def run() -> None:
-        server = bench.server(chunk, sparse_settings(bench.prompt), requests=8)
-        with serve(server) as engine, counting_compilations() as before:
-            client = Client(engine, bench.shape.vocabulary)
-            client.first_token(bench.prompt)
-            with counting_compilations() as after:
-                for length in wanted:
-                    pair = [1e3 * client.first_token(length, seed) for seed in (1, 2)]
-                    row["lengths"].append({"prompt": length, "ms": pair})
-            row["compiled_while_warming_up"] = dict(before)
-            row["compiled_afterwards"] = dict(after)
-            row.update(counts_row())
+    found: dict[int, dict[str, Any]] = {length: {"prompt": length} for length in wanted}
+    for side, server in bench.sides(chunk, sparse_settings(bench.prompt), requests=8).items():
 
-    guarded(row, "sparse", run)
-    if row["lengths"]:
-        pairs = [found["ms"] for found in row["lengths"]]
-        row["first_over_second"] = sorted(first / second for first, second in pairs)
+        def run(server: Server = server, side: str = side) -> None:
+            with serve(server) as engine, counting_compilations() as before:
+                client = Client(engine, bench.shape.vocabulary)
+                client.first_token(bench.prompt)
+                counts_row()
+                with counting_compilations() as after:
+                    for length in wanted:
+                        pair, taken = [], []
+                        for seed in (1, 2):
+                            allocations = device_allocations()
+                            pair.append(1e3 * client.first_token(length, seed))
+                            taken.append(device_allocations() - allocations)
+                        found[length][f"{side}_ms"] = pair
+                        found[length][f"{side}_device_allocations"] = taken
+                if side == "sparse":
+                    row["compiled_while_warming_up"] = dict(before)
+                    row["compiled_afterwards"] = dict(after)
+                    row.update(counts_row())
+
+        guarded(row, side, run)
+    row["lengths"] = [pair for pair in found.values() if "sparse_ms" in pair]
+    for side in ("parent", "sparse"):
+        pairs = [pair[f"{side}_ms"] for pair in found.values() if f"{side}_ms" in pair]
+        row[f"{side}_first_over_second"] = sorted(first / second for first, second in pairs)
     yield row
+
+
+def device_allocations() -> int:
+    """How often the allocator has asked the device for memory, which it waits for."""
+    return torch.cuda.memory_stats()["num_device_alloc"] if torch.cuda.is_available() else 0
 
 
 def measure_batch(bench: Bench) -> Iterator[dict[str, Any]]:

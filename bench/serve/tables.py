@@ -72,19 +72,20 @@ def _lengths(rows: Sequence[Mapping[str, Any]]) -> str:
         "compiled afterwards": "{}",
         "first / second request, median": "{:.2f}",
         "worst": "{:.2f}",
+        "parent, median": "{:.2f}",
+        "parent, worst": "{:.2f}",
     }
     lines = []
     for row in rows:
-        ratios = row.get("first_over_second", [])
-        lines.append(
-            [
-                len(row["lengths"]),
-                sum(row.get("compiled_while_warming_up", {}).values()),
-                sum(row.get("compiled_afterwards", {}).values()),
-                median(ratios) if ratios else None,
-                max(ratios, default=None),
-            ]
-        )
+        line = [
+            len(row["lengths"]),
+            sum(row.get("compiled_while_warming_up", {}).values()),
+            sum(row.get("compiled_afterwards", {}).values()),
+        ]
+        for side in ("sparse", "parent"):
+            ratios = row.get(f"{side}_first_over_second", [])
+            line += [median(ratios) if ratios else None, max(ratios, default=None)]
+        lines.append(line)
     return markdown.table(columns, lines)
 
 
