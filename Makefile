@@ -101,5 +101,6 @@ $(VENV)/.stamp-weights: constraints.txt | $(VENV)/.stamp-venv
 	@touch $@
 
 $(VENV)/.stamp-%: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
+	@echo "installing what .[$*] needs into $(VENV): with torch to download, some minutes"
 	$(INSTALL) --editable ".[$*]"
 	@touch $@

@@ -7,8 +7,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Self
+from contextlib import contextmanager, redirect_stderr
+from typing import Any, Self, TextIO
 
 QUIET_SECONDS = 2.0
 # Between two lines where they cannot overwrite one another.
@@ -16,6 +16,8 @@ LINE_SECONDS = 15.0
 TICK_SECONDS = 0.5
 BAR_CHARACTERS = 24
 CUT = "..."
+# To the start of the line, and what stands after it away.
+ERASE = "\r\x1b[K"
 
 
 class Progress:
@@ -23,8 +25,9 @@ class Progress:
 
     Beside the seconds of all steps stand those of the step itself, ``2 s, all 14 s``.
 
-    A terminal has the line overwritten, also while a step goes on, and cut to its width. Elsewhere,
-    as in a file or a pipe, there is a new line every 15 seconds.
+    A terminal has the line overwritten, also while a step goes on, and cut to its width; what
+    others write to standard error takes its place. Elsewhere, as in a file or a pipe, there is a
+    new line every 15 seconds. All goes where standard error went when the block began.
 
     Args:
         title: Who is at work, before every step; nobody where it is empty.
@@ -36,13 +39,18 @@ class Progress:
         self.title, self.total, self.done, self.shown = title, total, 0, shown
         self._step = ""
         self._unfinished = False
-        self._lock = threading.Lock()
+        self._yielded = False
+        # What is collected while it is held may write a warning.
+        self._lock = threading.RLock()
         self._over = threading.Event()
         self._ticker = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> Self:
         self._start = self._next_line = self._step_start = time.monotonic()
+        self._stream: TextIO = sys.stderr
+        self._others = redirect_stderr(_Others(self, self._stream))
         if self.shown:
+            self._others.__enter__()
             self._ticker.start()
         return self
 
@@ -51,8 +59,9 @@ class Progress:
             return
         self._over.set()
         self._ticker.join()
+        self._others.__exit__(None, None, None)
         if self._unfinished:
-            sys.stderr.write("\n")
+            self._stream.write("\n")
 
     def show(self, step: str, *, at_once: bool = False) -> None:
         """Says what comes next.
@@ -109,9 +118,9 @@ class Progress:
                     self._show(time.monotonic())
 
     def _show(self, now: float, *, at_once: bool = False) -> None:
-        if not self.shown or (now - self._start < QUIET_SECONDS and not at_once):
+        if not self.shown or self._yielded or (now - self._start < QUIET_SECONDS and not at_once):
             return
-        if sys.stderr.isatty():
+        if self._stream.isatty():
             self._write(self._step, now, end="")
         elif now >= self._next_line:
             self._write(self._step, now, end="\n")
@@ -120,18 +129,41 @@ class Progress:
         title = f"{self.title}: " if self.title else ""
         own, total = (f"{now - start:.0f} s" for start in (self._step_start, self._start))
         what, seconds = f"{title}{step}", f", {total}" if own == total else f", {own}, all {total}"
-        if sys.stderr.isatty():
+        if self._stream.isatty():
             # A line that wraps is not overwritten; some terminals wrap after the last column.
-            what = "\r\x1b[K" + cut(what, terminal_columns() - 1 - len(seconds))
-        sys.stderr.write(f"{what}{seconds}{end}")
-        sys.stderr.flush()
+            what = ERASE + cut(what, terminal_columns(self._stream) - 1 - len(seconds))
+        self._stream.write(f"{what}{seconds}{end}")
+        self._stream.flush()
         self._next_line, self._unfinished = now + LINE_SECONDS, not end
 
+    def _let_write(self, text: str) -> int:
+        """What others write to standard error, in place of the line of now."""
+        with self._lock:
+            if self._unfinished and self._stream.isatty():
+                self._stream.write(ERASE)
+            self._unfinished = False
+            # Until their line ends.
+            self._yielded = not text.endswith("\n")
+            return self._stream.write(text)
 
-def terminal_columns() -> int:
-    """Columns of the terminal on standard error; 80 where it does not say."""
+
+class _Others:
+    """Standard error for all but the `Progress` that shows its line there."""
+
+    def __init__(self, progress: Progress, stream: TextIO) -> None:
+        self._progress, self._stream = progress, stream
+
+    def write(self, text: str) -> int:
+        return self._progress._let_write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def terminal_columns(stream: TextIO | None = None) -> int:
+    """Columns of the terminal behind a stream, by default standard error; 80 if it does not say."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        return os.get_terminal_size((stream or sys.stderr).fileno()).columns or 80
     except (OSError, ValueError):
         return 80
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 
 import pytest
 
@@ -61,7 +63,7 @@ def test_a_terminal_has_one_line_that_is_overwritten(capsys, clock, monkeypatch)
 @pytest.mark.parametrize("columns", [20, 60, 80])
 def test_a_line_is_shorter_than_the_terminal_is_wide(capsys, clock, monkeypatch, columns):
     make_terminal(monkeypatch)
-    monkeypatch.setattr(progress_module, "terminal_columns", lambda: columns)
+    monkeypatch.setattr(progress_module, "terminal_columns", lambda stream: columns)
     clock([0.0, 4.0, 5.0])
     with Progress("explain", total=30) as progress:
         progress.advance("model.decoder.layers.11.self_attention.inner")
@@ -145,3 +147,45 @@ def test_progress_that_is_not_wanted_is_not_shown(capsys):
             advance()
     assert capsys.readouterr().err == ""
     assert progress._ticker.ident is None
+
+
+def test_a_step_is_shown_where_standard_error_is_redirected_meanwhile(capsys, clock):
+    clock([0.0, 3.0, 20.0])
+    with Progress("speed") as progress, redirect_stderr(io.StringIO()) as kept:
+        progress.show("load")
+        print("of a library", file=sys.stderr)
+        progress.show("read")
+    assert capsys.readouterr().err == "speed: load, 0 s, all 3 s\nspeed: read, 0 s, all 20 s\n"
+    assert kept.getvalue() == "of a library\n"
+
+
+def test_messages_of_others_take_the_place_of_the_line_in_a_terminal(capsys, clock, monkeypatch):
+    make_terminal(monkeypatch)
+    stream = sys.stderr
+    clock([0.0, 3.0, 4.0, 5.0])
+    with Progress("quality") as progress:
+        progress.show("one")
+        sys.stderr.write("sparse attention")
+        progress.show("two")
+        print(" runs uncompiled", file=sys.stderr)
+        progress.show("three")
+    assert sys.stderr is stream
+    assert capsys.readouterr().err == (
+        f"{OVERWRITE}quality: one, 0 s, all 3 s{OVERWRITE}sparse attention runs uncompiled\n"
+        f"{OVERWRITE}quality: three, 0 s, all 5 s\n"
+    )
+
+
+def test_messages_of_others_pass_through_a_pipe_as_they_are(capsys, clock):
+    clock([0.0, 3.0])
+    with Progress("quality") as progress:
+        progress.show("one")
+        print("sparse attention runs uncompiled", file=sys.stderr)
+    shown = "quality: one, 0 s, all 3 s\nsparse attention runs uncompiled\n"
+    assert capsys.readouterr().err == shown
+
+
+def test_what_is_not_shown_leaves_standard_error_alone():
+    stream = sys.stderr
+    with Progress("quality", shown=False):
+        assert sys.stderr is stream
