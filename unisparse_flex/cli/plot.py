@@ -43,6 +43,7 @@ def sources_argument(
         raise click.UsageError(f"SOURCE must be one MODEL or files *.json, got {' '.join(sources)}")
     if ctx.resilient_parsing:
         return sources
+    require(["matplotlib"], purpose="plot", install="'unisparse-flex[viz]'")
     for file in files:
         if not os.path.isfile(file):
             raise click.UsageError(f"there is no file {file}; write one with: {WRITE}")
@@ -107,7 +108,6 @@ def plot(
 
     SOURCE is one MODEL, which reads a prompt, or files that explain --json or the demo wrote.
     """
-    require(["matplotlib"], purpose="plot", install="'unisparse-flex[viz]'")
     files = [Path(source) for source in sources if source.endswith(".json")]
     density = output / f"density-by-layer.{suffix}"
     if files:

