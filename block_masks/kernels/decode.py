@@ -19,8 +19,13 @@ from .scratch import power_of_two
 ROWS, PROGRAMS = 64, 1024
 # Units of a sequence that a warp of the choice holds, if there are no more than so many warps.
 OF_WARP, WARPS = 256, 8
+# Numbers of masses that a thread of the choice holds at once.
+HELD = 64
 # Units of requests that are chosen from with less work where others may be longer.
 SMALL = 512
+# Shares are ranked by so many bits: 5 of their exponents, for below 2^-31 they are alike, and 7 of
+# their mantissas.
+KEY_BITS = 12
 
 
 @triton.jit(do_not_specialize=["width", "fewest", "table_stride"])
@@ -86,12 +91,12 @@ def _estimate(
 
 
 @triton.jit
-def _largest(bits, weights, least, BITS: tl.constexpr):
-    """The largest number at which what is no smaller still weighs ``least``."""
+def _largest(keys, weights, least, BITS: tl.constexpr):
+    """The largest key of BITS bits at which those that are no smaller still weigh ``least``."""
     found = tl.zeros([], dtype=tl.int32)
     for i in range(BITS):
         tried = found | (1 << (BITS - 1 - i))
-        weighs = tl.sum(tl.where(bits >= tried, weights, 0.0), 0)
+        weighs = tl.sum(tl.where(keys >= tried, weights, 0.0), 0)
         found = tl.where(weighs >= least, tried, found)
     return found
 
@@ -116,53 +121,68 @@ def _choose_of(
     last,
     UNITS: tl.constexpr,
     HEADS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     TOP_P: tl.constexpr,
+    BITS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """Names the units of one sequence that are kept, of at most SIZE; how many these are."""
     place = tl.arange(0, SIZE)
     exists = place < count
+    # Read long before it is wanted.
+    number = tl.load(table + place // UNITS, mask=exists, other=0) * page_step
+    number += sequence % kv_heads * head_step + place % UNITS * unit_step
     kept = exists
+    at = place
+    total = count
     if count > fewest:
         shares = tl.zeros([SIZE], dtype=tl.float32)
-        unknown = tl.zeros([SIZE], dtype=tl.int1)
-        for i in tl.static_range(HEADS):
-            line = (sequence * HEADS + i).to(tl.int64) * width
-            mass = tl.load(masses + line + place, mask=exists, other=float("-inf"))
-            unknown = unknown | (mass != mass)
+        unknown = tl.zeros([SIZE], dtype=tl.int32)
+        for i in tl.static_range(0, HEADS, TOGETHER):
+            head = i + tl.arange(0, TOGETHER)
+            line = (sequence * HEADS + head).to(tl.int64) * width
+            read = (head < HEADS)[:, None] & exists[None, :]
+            mass = tl.load(masses + line[:, None] + place[None, :], mask=read, other=float("-inf"))
+            unknown += tl.sum((mass != mass).to(tl.int32), 0)
             mass = tl.where(mass != mass, float("-inf"), mass)
-            most = tl.max(mass, 0)
-            mass = tl.exp(mass - tl.where(most == float("-inf"), 0.0, most))
-            shares += mass / tl.maximum(tl.sum(mass, 0), 1e-30)
+            most = tl.max(mass, 1)
+            mass = tl.exp(mass - tl.where(most == float("-inf"), 0.0, most)[:, None])
+            shares += tl.sum(mass / tl.maximum(tl.sum(mass, 1), 1e-30)[:, None], 0)
         shares = shares / HEADS
-        forced = exists & ((place < sinks) | (place >= count - last) | unknown)
-        rank = tl.where(exists, shares + 2.0 * forced.to(tl.float32), -1.0)
-        # Numbers from 0 on are ordered as their bits, those below 0 lie below all of them. Of 31
-        # bits 21 rank: 13 of the mantissa.
-        bits = rank.to(tl.int32, bitcast=True) >> 10
+        forced = exists & ((place < sinks) | (place >= count - last) | (unknown > 0))
+        # Numbers from 0 on are ordered as their bits.
+        keys = (shares.to(tl.int32, bitcast=True) >> 16) - (96 << 7)
+        keys = tl.minimum(tl.maximum(keys, 0), (1 << BITS) - 1)
+        keys = tl.where(exists & (forced == 0), keys, -1)
+        always = tl.sum(forced.to(tl.int32), 0)
         limit = count
         if budget >= 0:
             limit = tl.minimum(limit, budget)
         limit = tl.minimum(limit, tl.ceil(count * share).to(tl.int32))
         wanted = count
         if TOP_P:
-            needed = _largest(bits, shares, top_p * tl.sum(shares, 0), 21)
-            wanted = tl.sum((bits >= needed).to(tl.int32), 0)
+            needed = top_p * tl.sum(shares, 0) - tl.sum(tl.where(forced, shares, 0.0), 0)
+            least = _largest(keys, shares, needed, BITS)
+            needed -= tl.sum(tl.where(keys > least, shares, 0.0), 0)
+            same = tl.where(keys == least, shares, 0.0)
+            taken = (keys > least) | ((keys == least) & (tl.cumsum(same, 0) - same < needed))
+            wanted = always + tl.where(needed > 0, tl.sum(taken.to(tl.int32), 0), 0)
         wanted = tl.maximum(tl.minimum(wanted, limit), fewest)
-        wanted = tl.maximum(wanted, tl.sum(forced.to(tl.int32), 0))
+        total = tl.maximum(wanted, always)
         ones = tl.full([SIZE], 1.0, dtype=tl.float32)
-        least = _largest(bits, ones, wanted.to(tl.float32), 21)
-        kept = exists & (bits >= least)
-        more = tl.sum(kept.to(tl.int32), 0) - wanted
-        if more > 0:
-            # Of those that are alike the first ones.
-            same = exists & (bits == least)
-            left = tl.sum(same.to(tl.int32), 0) - more
-            kept = kept & ((bits > least) | (tl.cumsum(same.to(tl.int32), 0) <= left))
-    number = tl.load(table + place // UNITS, mask=kept, other=0) * page_step
-    number += sequence % kv_heads * head_step + place % UNITS * unit_step
-    tl.store(out + tl.cumsum(kept.to(tl.int32), 0) - 1, number, mask=kept)
-    return tl.sum(kept.to(tl.int32), 0)
+        least = _largest(keys, ones, (total - always).to(tl.float32), BITS)
+        more = keys > least
+        left = total - always - tl.sum(more.to(tl.int32), 0)
+        # Of those that are alike the first ones. One sum counts them and the others.
+        more = more | forced
+        same = keys == least
+        wide: tl.constexpr = tl.int64 if SIZE > 16384 else tl.int32
+        both = tl.cumsum(more.to(wide) + same.to(wide) * 65536, 0)
+        alike = (both >> 16).to(tl.int32)
+        kept = more | (same & (alike <= left))
+        at = (both & 65535).to(tl.int32) + tl.minimum(alike, left) - 1
+    tl.store(out + at, number, mask=kept)
+    return total
 
 
 @triton.jit(
@@ -191,7 +211,9 @@ def _choose(
     UNITS: tl.constexpr,
     UNIT: tl.constexpr,
     HEADS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     TOP_P: tl.constexpr,
+    BITS: tl.constexpr,
     SMALL: tl.constexpr,
     SIZE: tl.constexpr,
 ):
@@ -223,7 +245,9 @@ def _choose(
             last,
             UNITS,
             HEADS,
+            TOGETHER,
             TOP_P,
+            BITS,
             SMALL,
         )
     else:
@@ -246,7 +270,9 @@ def _choose(
             last,
             UNITS,
             HEADS,
+            TOGETHER,
             TOP_P,
+            BITS,
             SIZE,
         )
     tl.store(out_lengths + sequence, total * UNIT - (count * UNIT - length))
@@ -322,6 +348,7 @@ def choose_units(
         enable_fp_fusion=True,
     )
     size = power_of_two(width)
+    warps = min(WARPS, max(1, size // OF_WARP))
     _launch_choose(
         (sequences, 1, 1),
         masses,
@@ -344,9 +371,11 @@ def choose_units(
         UNITS=units,
         UNIT=unit,
         HEADS=heads,
+        TOGETHER=min(power_of_two(heads), max(1, HELD * 32 * warps // size)),
         TOP_P=rule.top_p < 1.0,
+        BITS=KEY_BITS,
         SMALL=min(SMALL, size),
         SIZE=size,
-        num_warps=min(WARPS, max(1, size // OF_WARP)),
+        num_warps=warps,
         enable_fp_fusion=True,
     )

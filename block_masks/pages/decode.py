@@ -22,8 +22,9 @@ class DecodeSelector:
     """Which keys are kept for a decoding query; one choice for the query heads of a key head.
 
     Keys are kept or left out in units, parts of a page. Units are ranked by their share of the
-    attention as summaries estimate it, the mean over the query heads of a key head. Whatever the
-    numbers say, the first units and the last ones stay.
+    attention as summaries estimate it, the mean over the query heads of a key head; where shares
+    agree in 8 significant bits the earlier unit goes first. Whatever the numbers say, the first
+    units and the last ones stay.
 
     Attributes:
         top_p: Least share of the estimated attention that kept units hold; 1 keeps everything.
@@ -144,7 +145,7 @@ def keep_units(masses: Tensor, lengths: Tensor, selector: DecodeSelector) -> Ten
     unknown = masses.isnan().any(2)
     shares = masses.nan_to_num(-torch.inf, torch.inf, -torch.inf).softmax(-1).nan_to_num().mean(2)
     forced = ((order < rule.sinks) | (order >= count - rule.last) | unknown) & exists
-    rank = torch.where(exists, shares + 2.0 * forced, -1.0)
+    rank = torch.where(exists, _rank(shares) + 2.0 * forced, -1.0)
     ranked, by_rank = rank.sort(dim=-1, descending=True, stable=True)
     share = shares.gather(-1, by_rank)
     held = share.cumsum(-1)
@@ -157,6 +158,13 @@ def keep_units(masses: Tensor, lengths: Tensor, selector: DecodeSelector) -> Ten
     wanted = torch.maximum(wanted, forced.sum(-1, keepdim=True))
     kept = torch.zeros_like(exists.expand_as(rank)).scatter(-1, by_rank, order < wanted)
     return kept & exists
+
+
+def _rank(shares: Tensor) -> Tensor:
+    """Shares of at least 2^-31 cut to 8 significant bits, of less 0: alike to who ranks them."""
+    mantissa, exponent = torch.frexp(shares)
+    cut = torch.ldexp((mantissa * 256).floor(), exponent - 8)
+    return torch.where(shares < 2.0**-31, 0.0, cut)
 
 
 def choose_units(
