@@ -65,6 +65,8 @@ ORDERS: dict[str, OrderKind | None] = {
     "heavy128": OrderKind(order=orders.heavy_first(4, 128), rows=8),
     "heavy128x1": OrderKind(order=orders.heavy_first(1, 128), rows=2),
     "heavy64x1": OrderKind(order=orders.heavy_first(1, 64), rows=2),
+    # By one row of every fourth block.
+    "heavy128of4": OrderKind(order=orders.heavy_first(0.25, 128), rows=0.5),
     "heavy256": OrderKind(order=orders.heavy_first(4, 256), rows=8),
     "heavy512": OrderKind(order=orders.heavy_first(4, 512), rows=8),
     "content": OrderKind(order=orders.by_content(), key_passes=_halvings()),

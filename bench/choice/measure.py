@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     texts, device = list(product(options.texts.split(","), options.seeds)), default_device()
     if options.encode:
         torch.save(
-            {f"{text} {seed}": _encode(options, text, seed) for text, seed in texts}, options.encode
+            {f"{text} {seed}": _encode(options, text, seed).int() for text, seed in texts},
+            options.encode,
         )
         return
     lines = options.choices.split(",")
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
         readings = {}
         for text, seed in texts:
             ids = stored[f"{text} {seed}"] if stored else _encode(options, text, seed)
-            ids = ids[:, : options.tokens].to(device)
+            ids = ids[:, : options.tokens].long().to(device)
             readings[text, seed] = Reading(model, chooser, ids, options.judged)
         for choice, threshold in _in_turn(groups):
             for (text, seed), reading in readings.items():

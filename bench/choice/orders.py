@@ -1,6 +1,7 @@
 """Orders of keys within segments, one for every key head: by weight, by content, by both.
 
-An order is int64 [Hkv, S], positions of keys; every segment holds its own keys.
+An order is int64 [Hkv, whole segments], positions of keys; every segment holds its own. What is
+left of the keys at the end stays as it is.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def by_weight(rows: int, *, highest: bool = False) -> Order:
     return order
 
 
-def heavy_first(rows: int, count: int) -> Order:
+def heavy_first(rows: float, count: int) -> Order:
     """The ``count`` heaviest keys of a segment, then the others as they are."""
 
     def order(call: Call, segment: int, lag: int) -> Tensor:
@@ -99,10 +100,11 @@ def content_then_weight(rows: int, groups: int) -> Order:
 
 
 def column_masses(
-    call: Call, segment: int, lag: int, rows: int, *, highest: bool = False
+    call: Call, segment: int, lag: int, rows: float, *, highest: bool = False
 ) -> Tensor:
-    """What sampled rows that see a key in its sorted place give it: float32 [Hkv, S]."""
-    found = torch.zeros(call.key.shape[:2], device=call.key.device)
+    """What sampled rows that see a key in its sorted place give it: float32 [Hkv, segments]."""
+    whole = call.tokens - call.tokens % segment
+    found = torch.zeros(call.key.shape[0], whole, device=call.key.device)
     for split, shares in _later_rows(call, segment, lag, rows):
         if highest:
             seen = shares.amax((1, 2))
@@ -124,7 +126,7 @@ def uses(call: Call, segment: int, lag: int, rows: int, width: int) -> Tensor:
     return found
 
 
-def _later_rows(call: Call, segment: int, lag: int, rows: int) -> Iterator[tuple[int, Tensor]]:
+def _later_rows(call: Call, segment: int, lag: int, rows: float) -> Iterator[tuple[int, Tensor]]:
     """For every segment with sorted keys before it: their number, and shares of its rows."""
     for first in range((lag + 1) * segment, call.tokens, segment):
         last = min(first + segment, call.tokens)

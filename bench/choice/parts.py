@@ -124,7 +124,10 @@ class Part:
         position = torch.arange(self.key.shape[1], device=self.key.device)
         return found.masked_fill_(position > self.positions[:, :, rows, None], -math.inf)
 
-    def sampled(self, count: int) -> Tensor:
-        """``count`` rows of every block, the last of it included: int64 [Nq * count]."""
-        step = self.tile.rows // count
+    def sampled(self, count: float) -> Tensor:
+        """``count`` rows of every block, the last of it included: int64 [Nq * count].
+
+        Below 1 it is a row of every ``1 / count`` blocks.
+        """
+        step = int(self.tile.rows / count)
         return torch.arange(step - 1, self.rows, step, device=self.key.device)

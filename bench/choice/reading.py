@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -166,7 +167,7 @@ class Chooser:
 
 
 def sort_keys(call: Call, choice: Choice) -> Tensor:
-    """Positions of keys in the choice's order, int64 [Hkv, S]."""
+    """Positions of keys in the choice's order, int64 [Hkv, whole segments]."""
     assert choice.order is not None
     found = choice.order.order(call, choice.segment, choice.lag)
     if choice.natural_in_blocks:
@@ -198,21 +199,24 @@ def _attend_blocks(
     With ``rows``, blocks before ``split`` are those of rows in that order.
     """
     heads, group = part.query.shape[:2]
-    mask = keep.repeat_interleave(part.tile.rows, -2).repeat_interleave(part.tile.keys, -1)
+    # What is added to logits; made once for a block, as memory is what this takes.
+    bias = torch.zeros_like(keep, dtype=part.query.dtype).masked_fill_(~keep, -math.inf)
+    count, blocks = keep.shape[2:]
+    tile = (heads, group, count, part.tile.rows, blocks, part.tile.keys)
+    bias = bias[:, :, :, None, :, None].expand(tile).reshape(heads, group, part.rows, -1)
     if rows is not None:
         index = rows.argsort(-1)
-        mask[..., :split] = _take(mask[..., :split], index)
+        bias[..., :split] = _take(bias[..., :split], index)
         if is_last:
-            mask[:, :, -BLOCK:, :split] = True
-    mask[..., part.first :] &= torch.ones(
-        part.rows, part.rows, dtype=torch.bool, device=mask.device
-    ).tril()
+            bias[:, :, -BLOCK:, :split] = 0.0
+    later = torch.ones(part.rows, part.rows, dtype=torch.bool, device=bias.device).triu(1)
+    bias[..., part.first :].masked_fill_(later, -math.inf)
     key, value = (tokens.repeat_interleave(group, 0) for tokens in (part.key, value))
     found = F.scaled_dot_product_attention(
         part.query.flatten(0, 1)[None],
         key[None],
         value[None],
-        attn_mask=mask.flatten(0, 1)[None],
+        attn_mask=bias.flatten(0, 1)[None],
         scale=part.scale,
     )
     return found[0].unflatten(0, (heads, group))

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench.choice import curves, describe, estimates, orders, tiles
+from bench.choice import curves, describe, estimates, orders, tasks, tiles
 from bench.choice.choices import ORDERS, Choice
 from bench.choice.curves import DEFAULT
 from bench.choice.parts import BLOCK, Call, Part, Tile
 from bench.choice.reading import Chooser, attend_window
 from bench.choice.seconds import Clock, Shape
+from unisparse_flex.evaluation import TaskSample
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 TOKENS, SEGMENT = 1024, 256
@@ -72,6 +73,8 @@ def test_default_keeps_what_the_library_keeps() -> None:
         "content:q@256/r4+v128x2^2",
         "natural:q@256+1/k128x4",
         "weight<1@256/r4+p16",
+        "heavy128of4@256/r2+p16",
+        "heavy128x1@384/r4+p16",
         "weight1?0.9@256/r4+p16#128x64",
         "none/r4+p16>r16:4~2",
         "none/r4+p16#128x64",
@@ -96,6 +99,43 @@ def test_orders_hold_every_key_of_their_segments(name: str) -> None:
     call, segment = make_call(2048), 1024
     found = kind.order(call, segment, 0).unflatten(1, (-1, segment)).sort(-1).values
     assert torch.equal(found.flatten(1), torch.arange(2048).expand(2, -1))
+
+
+def test_keys_after_the_last_whole_segment_have_no_place_in_an_order() -> None:
+    kind = ORDERS["heavy128of4"]
+    assert kind is not None
+    found = kind.order(make_call(2560), 1024, 0)
+    assert torch.equal(found.sort(-1).values, torch.arange(2048).expand(2, -1))
+
+
+def test_a_row_of_every_fourth_block_is_the_last_of_it() -> None:
+    assert make_part(make_call(2048), 1024).sampled(0.25).tolist() == [511, 1023]
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    eos_token_id = bos_token_id = 0
+
+    def decode(self, ids: Any) -> str:
+        return "".join(map(chr, ids))
+
+
+def test_prompts_are_cut_between_needles() -> None:
+    text = "magic 1234567. " + "a" * 700 + " magic 7654321. " + "b" * 700
+    sample = TaskSample(
+        name="niah_single",
+        input_ids=torch.tensor([list(map(ord, text))]),
+        answers=("7654321",),
+        max_new_tokens=8,
+    )
+    found = tasks.cut(sample, Letters(), 1280)
+    assert found.input_ids.shape == (1, 1280)
+    left = Letters().decode(found.input_ids[0].tolist())
+    assert left.startswith("magic 1234567. ")
+    assert "magic 7654321. " in left
+    with pytest.raises(ValueError, match="at most"):
+        tasks.cut(sample, Letters(), 2048)
 
 
 def test_all_rows_have_the_true_masses() -> None:
