@@ -73,7 +73,7 @@ def test_default_keeps_what_the_library_keeps() -> None:
         "content:q@256/r4+v128x2^2",
         "natural:q@256+1/k128x4",
         "weight<1@256/r4+p16",
-        "heavy128of4@256/r2+p16",
+        "heavy128of4@512/r2+p16",
         "heavy128x1@384/r4+p16",
         "weight1?0.9@256/r4+p16#128x64",
         "none/r4+p16>r16:4~2",
