@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from ..record import guarded
 from .engines import Client, Server, Shape, counts_row, serve
 from .setup import Bench, sparse_settings
 
+if TYPE_CHECKING:
+    from unisparse_flex.integrations.vllm.decode_rows import DecodeRows
+
 # Of a request's keys.
 SHARE = 0.1
 DECODE: dict[str, Any] = {"share": SHARE, "min_keys": 0}
@@ -21,6 +24,8 @@ DECODE: dict[str, Any] = {"share": SHARE, "min_keys": 0}
 STEPS, UNTIMED = 48, 4
 PAGE = 128
 REPEATS = 20
+# Of a model, in one graph.
+LAYERS = 8
 
 
 def measure_decode(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -110,116 +115,156 @@ def measure_decode_attention(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def time_layer(shape: Shape, requests: int, length: int) -> dict[str, Any]:
-    """Microseconds of the parent's attention, of choice and attention, and of its parts."""
-    from vllm.v1.attention.backends.fa_utils import (
-        flash_attn_varlen_func,
-        get_flash_attn_version,
-        get_scheduler_metadata,
-    )
+    """Microseconds of a layer: the parent's attention, choice and attention, and its parts.
 
-    from unisparse_flex.block_masks.pages import DecodeSelector, PageSummaries
-    from unisparse_flex.integrations.vllm.cache_view import CacheView
-    from unisparse_flex.integrations.vllm.decode_rows import (
-        DecodeRows,
-        DecodeSpace,
-        attend_decode,
-        choose,
-    )
-    from unisparse_flex.integrations.vllm.kernels import FlashKernel
+    Layers with caches of their own follow one another, as in a model: what one of them read is no
+    longer in the GPU's own cache when its turn comes again.
+    """
+    layers = [Layer(shape, requests, length, seed) for seed in range(LAYERS)]
+    first = layers[0]
+    # Where keys stand that are written in one step; none is the last of its page.
+    places = torch.arange(requests, device=first.tables.device) * PAGE // requests + PAGE // 2
+    middle = first.tables[:, -1].long() * PAGE + places % (PAGE - 1)
+    end = first.tables[:, -1].long() * PAGE + PAGE - 1
 
-    device, version = torch.device("cuda", 0), get_flash_attn_version()
-    generator = torch.Generator(device).manual_seed(0)
+    def each(call: Callable[[Layer], None]) -> float:
+        return time_graph(lambda: [call(layer) for layer in layers]) / LAYERS
 
-    def draw(*size: int) -> Tensor:
-        found = torch.empty(size, dtype=torch.bfloat16, device=device)
-        return found.normal_(generator=generator)
+    def sparse(layer: Layer) -> None:
+        layer.attend_sparse(first.rows)
 
-    width = -(-length // PAGE)
-    count = requests * width + 1
-    cache = draw(count, shape.kv_heads, PAGE, 2 * shape.head_dim)
-    tables = 1 + torch.randperm(count - 1, generator=generator, device=device)
-    tables = tables.view(requests, width).int()
-    lengths = torch.full((requests,), length, dtype=torch.int32, device=device)
-    query = draw(requests, shape.heads, shape.head_dim)
-    output = torch.empty_like(query)
-    starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
-    scale = shape.head_dim**-0.5
-    impl = SimpleNamespace(
-        num_heads=shape.heads,
-        num_kv_heads=shape.kv_heads,
-        head_size=shape.head_dim,
-        scale=scale,
-        vllm_flash_attn_version=version,
-    )
-    kernel, selector = FlashKernel(), DecodeSelector(**DECODE)
-    view = kernel.view(None, cache, selector.unit)
-    assert isinstance(view, CacheView)
-    summaries = PageSummaries.create(view.pages, PAGE, unit=selector.unit)
-    summaries.update(torch.arange(count * PAGE, device=device))
-    units = summaries.units
-    assert units is not None
-    space = DecodeSpace.create(
-        selector,
-        rows=requests,
-        kv_heads=shape.kv_heads,
-        units=width * (PAGE // selector.unit),
-        device=device,
-    )
-    rows = DecodeRows(lengths=lengths, tables=tables, tokens=slice(0, requests))
-    # As vLLM's builder makes it for a graph of decoding.
-    schedule = None
-    if version == 3:
-        schedule = get_scheduler_metadata(
-            batch_size=requests,
-            max_seqlen_q=1,
-            max_seqlen_k=length,
-            num_heads_q=shape.heads,
-            num_heads_kv=shape.kv_heads,
-            headdim=shape.head_dim,
-            cache_seqlens=lengths,
-            qkv_dtype=torch.bfloat16,
-            cu_seqlens_q=starts,
-            page_size=PAGE,
-            causal=True,
-            window_size=(-1, -1),
-            num_splits=32,
-        )
-    head_dim = shape.head_dim
-    # [pages, P, Hkv, D], as the parent hands them over.
-    key, value = (cache.transpose(1, 2)[..., at : at + head_dim] for at in (0, head_dim))
-
-    def parent() -> None:
-        flash_attn_varlen_func(
-            q=query,
-            k=key,
-            v=value,
-            out=output,
-            cu_seqlens_q=starts,
-            max_seqlen_q=1,
-            seqused_k=lengths,
-            max_seqlen_k=length,
-            softmax_scale=scale,
-            causal=True,
-            window_size=[-1, -1],
-            block_table=tables,
-            scheduler_metadata=schedule,
-            fa_version=version,
-            num_splits=32 if version == 3 else 0,
-        )
-
-    def sparse() -> None:
-        attend_decode(impl, None, kernel, view, units, space, rows, query, output)
-
-    slots = tables[:, -1].long() * PAGE + (length - 1) % PAGE
     return {
-        "parent_us": time_graph(parent),
-        "sparse_us": time_graph(sparse),
-        "choice_us": time_graph(lambda: choose(impl, view, units, space, rows, query)),
-        "update_us": time_graph(lambda: summaries.update(slots)),
+        "layers": LAYERS,
+        "parent_us": each(Layer.attend_parent),
+        "sparse_us": each(sparse),
+        "choice_us": each(Layer.choose),
+        "update_us": each(lambda layer: layer.summaries.update(middle)),
+        "update_page_us": each(lambda layer: layer.summaries.update(end)),
     }
 
 
-def time_graph(function: Callable[[], None]) -> float:
+class Layer:
+    """A layer's cache of random keys for requests of one length, and a query for each."""
+
+    def __init__(self, shape: Shape, requests: int, length: int, seed: int) -> None:
+        from vllm.v1.attention.backends.fa_utils import (
+            get_flash_attn_version,
+            get_scheduler_metadata,
+        )
+
+        from unisparse_flex.block_masks.pages import DecodeSelector, PageSummaries
+        from unisparse_flex.integrations.vllm.cache_view import CacheView
+        from unisparse_flex.integrations.vllm.decode_rows import DecodeRows, DecodeSpace
+        from unisparse_flex.integrations.vllm.kernels import FlashKernel
+
+        device, self.version = torch.device("cuda", 0), get_flash_attn_version()
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def draw(*size: int) -> Tensor:
+            found = torch.empty(size, dtype=torch.bfloat16, device=device)
+            return found.normal_(generator=generator)
+
+        self.length, self.head_dim = length, shape.head_dim
+        width = -(-length // PAGE)
+        count = requests * width + 1
+        self.cache = draw(count, shape.kv_heads, PAGE, 2 * shape.head_dim)
+        tables = 1 + torch.randperm(count - 1, generator=generator, device=device)
+        self.tables = tables.view(requests, width).int()
+        self.lengths = torch.full((requests,), length, dtype=torch.int32, device=device)
+        self.query = draw(requests, shape.heads, shape.head_dim)
+        self.output = torch.empty_like(self.query)
+        self.starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
+        self.impl = SimpleNamespace(
+            num_heads=shape.heads,
+            num_kv_heads=shape.kv_heads,
+            head_size=shape.head_dim,
+            scale=shape.head_dim**-0.5,
+            vllm_flash_attn_version=self.version,
+        )
+        self.kernel, selector = FlashKernel(), DecodeSelector(**DECODE)
+        view = self.kernel.view(None, self.cache, selector.unit)
+        assert isinstance(view, CacheView)
+        self.view = view
+        self.summaries = PageSummaries.create(view.pages, PAGE, unit=selector.unit)
+        self.summaries.update(torch.arange(count * PAGE, device=device))
+        assert self.summaries.units is not None
+        self.units = self.summaries.units
+        self.space = DecodeSpace.create(
+            selector,
+            rows=requests,
+            kv_heads=shape.kv_heads,
+            units=width * (PAGE // selector.unit),
+            device=device,
+        )
+        self.rows = DecodeRows(lengths=self.lengths, tables=self.tables, tokens=slice(0, requests))
+        # As vLLM's builder makes it for a graph of decoding.
+        self.schedule = None
+        if self.version == 3:
+            self.schedule = get_scheduler_metadata(
+                batch_size=requests,
+                max_seqlen_q=1,
+                max_seqlen_k=length,
+                num_heads_q=shape.heads,
+                num_heads_kv=shape.kv_heads,
+                headdim=shape.head_dim,
+                cache_seqlens=self.lengths,
+                qkv_dtype=torch.bfloat16,
+                cu_seqlens_q=self.starts,
+                page_size=PAGE,
+                causal=True,
+                window_size=(-1, -1),
+                num_splits=32,
+            )
+
+    def attend_parent(self) -> None:
+        """The parent's attention."""
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+        at = self.head_dim
+        # [pages, P, Hkv, D], as the parent hands them over.
+        key, value = (self.cache.transpose(1, 2)[..., i : i + at] for i in (0, at))
+        flash_attn_varlen_func(
+            q=self.query,
+            k=key,
+            v=value,
+            out=self.output,
+            cu_seqlens_q=self.starts,
+            max_seqlen_q=1,
+            seqused_k=self.lengths,
+            max_seqlen_k=self.length,
+            softmax_scale=self.impl.scale,
+            causal=True,
+            window_size=[-1, -1],
+            block_table=self.tables,
+            scheduler_metadata=self.schedule,
+            fa_version=self.version,
+            num_splits=32 if self.version == 3 else 0,
+        )
+
+    def attend_sparse(self, rows: DecodeRows) -> None:
+        """Choice and attention of rows that the layers share, over this layer's pages."""
+        from unisparse_flex.integrations.vllm.decode_rows import attend_decode
+
+        attend_decode(
+            self.impl,
+            None,
+            self.kernel,
+            self.view,
+            self.units,
+            self.space,
+            rows,
+            self.query,
+            self.output,
+        )
+
+    def choose(self) -> None:
+        """The choice alone."""
+        from unisparse_flex.integrations.vllm.decode_rows import choose
+
+        choose(self.impl, self.view, self.units, self.space, self.rows, self.query)
+
+
+def time_graph(function: Callable[[], Any]) -> float:
     """Microseconds of what a graph replays, the median of some."""
     function()
     graph = torch.cuda.CUDAGraph()

@@ -175,9 +175,11 @@ def _decode_attention(rows: Sequence[Mapping[str, Any]]) -> str:
         "parent / sparse": "{:.2f}",
         "choice alone, us": "{:.1f}",
         "summaries of new keys, us": "{:.1f}",
+        "at the end of pages, us": "{:.1f}",
     }
-    names = ("requests", "prompt", "parent_us", "sparse_us", "ratio", "choice_us", "update_us")
-    return markdown.table(columns, [[row.get(name) for name in names] for row in rows])
+    names = ("requests", "prompt", "parent_us", "sparse_us", "ratio")
+    parts = ("choice_us", "update_us", "update_page_us")
+    return markdown.table(columns, [[row.get(name) for name in (*names, *parts)] for row in rows])
 
 
 def _summaries(row: Mapping[str, Any]) -> float | None:

@@ -22,6 +22,7 @@ from unisparse_flex.integrations.vllm import (
     read_counts,
 )
 from unisparse_flex.integrations.vllm.cache_view import CacheView
+from unisparse_flex.integrations.vllm.decode_rows import Schedule
 from unisparse_flex.integrations.vllm.options import Options
 from unisparse_flex.integrations.vllm.warm_up import warm_up
 
@@ -213,3 +214,18 @@ def test_settings_of_decoding_are_checked(
 ) -> None:
     with pytest.raises(error, match=words):
         Options.read({"decode": decode})
+
+
+def test_a_schedule_is_made_once_a_forward() -> None:
+    schedule = Schedule()
+    made: list[torch.Tensor] = []
+
+    def make() -> torch.Tensor:
+        made.append(torch.tensor(len(made)))
+        return made[-1]
+
+    layers = [object(), object(), object()]
+    for forward in range(3):
+        for layer in layers:
+            assert schedule.read(layer, make) is made[forward]
+    assert len(made) == 3

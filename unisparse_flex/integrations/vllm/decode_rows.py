@@ -5,7 +5,8 @@ Symbols: B rows, Hq/Hkv heads, G query heads of a key head, D head_dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +22,26 @@ from .kernels import ParentKernel, Sequences
 MOST_SPLITS = 32
 
 
+class Schedule:
+    """What a parent's kernel computes of lengths, once a forward for the layers of a group.
+
+    It says how work is divided, which is as right for the lengths of another layer.
+    """
+
+    def __init__(self) -> None:
+        self._first: Any = None
+        self._made: Tensor | None = None
+
+    def read(self, layer: Any, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """The schedule, made anew for the layer that asked first: it begins a forward.
+
+        So a graph that records a forward records it too, whoever ran these rows before.
+        """
+        if self._first is None or self._first is layer:
+            self._first, self._made = layer, make()
+        return self._made
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DecodeRows:
     """Rows of a batch that decode.
@@ -29,11 +50,13 @@ class DecodeRows:
         lengths: int32 [B], keys of each; 0 for rows that only fill up a graph.
         tables: int32 [B, pages], their page tables.
         tokens: Which tokens of the batch these are: a range, or int64 [B].
+        schedule: The kernel's, for the layers that compute these rows.
     """
 
     lengths: Tensor
     tables: Tensor
     tokens: slice | Tensor
+    schedule: Schedule = field(default_factory=Schedule)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -101,21 +124,18 @@ def attend_decode(
     query = query.view(batch, heads, head_dim)
     choose(impl, view, units, space, rows, query)
     sequences = batch * kv_heads
-    kernel.attend(
-        impl,
-        layer,
-        view,
-        Sequences(
-            query=query.reshape(sequences, heads // kv_heads, head_dim),
-            output=output.view(sequences, heads // kv_heads, head_dim),
-            starts=space.starts[: sequences + 1],
-            rows=1,
-            lengths=space.names.lengths[:sequences],
-            keys=rows.tables.shape[1] * page,
-            tables=space.names.tables[:sequences, :width],
-            splits=splits_of(sequences, query.device),
-        ),
+    given = Sequences(
+        query=query.reshape(sequences, heads // kv_heads, head_dim),
+        output=output.view(sequences, heads // kv_heads, head_dim),
+        starts=space.starts[: sequences + 1],
+        rows=1,
+        lengths=space.names.lengths[:sequences],
+        keys=rows.tables.shape[1] * page,
+        tables=space.names.tables[:sequences, :width],
+        splits=splits_of(sequences, query.device),
     )
+    schedule = rows.schedule.read(impl, lambda: kernel.schedule(impl, view, given))
+    kernel.attend(impl, layer, view, replace(given, schedule=schedule))
 
 
 def choose(

@@ -32,6 +32,8 @@ class Sequences:
         keys: Most keys of one, or more.
         tables: int32 [N, width], the pages of each.
         splits: Into how many parts a kernel may cut the keys of a sequence.
+        schedule: From `ParentKernel.schedule` for the same numbers of sequences, rows, keys and
+            parts, whatever the lengths were; ``None`` for a kernel to make it or to have none.
     """
 
     query: Tensor
@@ -42,6 +44,7 @@ class Sequences:
     keys: int
     tables: Tensor
     splits: int = 1
+    schedule: Tensor | None = None
 
 
 class ParentKernel(Protocol):
@@ -57,6 +60,9 @@ class ParentKernel(Protocol):
 
     def attend(self, impl: Any, layer: Any, view: CacheView, sequences: Sequences) -> None:
         """Causal attention of every sequence, its last row aligned with its last key."""
+
+    def schedule(self, impl: Any, view: CacheView, sequences: Sequences) -> Tensor | None:
+        """What a kernel would compute of the lengths before it starts; ``None`` for nothing."""
 
 
 class FlashKernel:
@@ -91,7 +97,32 @@ class FlashKernel:
             block_table=sequences.tables,
             fa_version=impl.vllm_flash_attn_version,
             num_splits=_splits(sequences, impl.vllm_flash_attn_version),
+            scheduler_metadata=sequences.schedule,
         )
+
+    def schedule(self, impl: Any, view: CacheView, sequences: Sequences) -> Tensor | None:
+        """See `ParentKernel.schedule`."""
+        if impl.vllm_flash_attn_version != 3:
+            return None
+        from vllm.v1.attention.backends.fa_utils import get_scheduler_metadata
+
+        query, key = sequences.query, view.key
+        schedule: Tensor = get_scheduler_metadata(
+            batch_size=sequences.lengths.shape[0],
+            max_seqlen_q=sequences.rows,
+            max_seqlen_k=sequences.keys,
+            num_heads_q=query.shape[1],
+            num_heads_kv=key.shape[2],
+            headdim=query.shape[2],
+            cache_seqlens=sequences.lengths,
+            qkv_dtype=query.dtype,
+            cu_seqlens_q=sequences.starts,
+            page_size=key.shape[1],
+            causal=True,
+            window_size=(-1, -1),
+            num_splits=_splits(sequences, 3),
+        )
+        return schedule
 
 
 class TritonKernel:
@@ -102,6 +133,10 @@ class TritonKernel:
     def view(self, layer: Any, cache: Tensor, unit: int | None = None) -> CacheView | Reason:
         """See `ParentKernel.view`."""
         return view_packed(cache, unit)
+
+    def schedule(self, impl: Any, view: CacheView, sequences: Sequences) -> Tensor | None:
+        """See `ParentKernel.schedule`."""
+        return None
 
     def attend(self, impl: Any, layer: Any, view: CacheView, sequences: Sequences) -> None:
         """See `ParentKernel.attend`."""
@@ -150,6 +185,10 @@ class CpuKernel:
     def view(self, layer: Any, cache: Tensor, unit: int | None = None) -> CacheView | Reason:
         """See `ParentKernel.view`."""
         return view_transposed(cache) if _isa(layer, cache).startswith("vec") else Reason.LAYOUT
+
+    def schedule(self, impl: Any, view: CacheView, sequences: Sequences) -> Tensor | None:
+        """See `ParentKernel.schedule`."""
+        return None
 
     def attend(self, impl: Any, layer: Any, view: CacheView, sequences: Sequences) -> None:
         """See `ParentKernel.attend`."""
