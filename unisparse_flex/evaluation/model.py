@@ -60,14 +60,23 @@ def find_gguf() -> Path:
 
 
 def load_tokenizer() -> Any:
-    """Returns the tokenizer stored beside the weights."""
+    """Returns the tokenizer that the weights come with."""
+    with quiet_transformers():
+        return load_gguf_tokenizer(find_gguf())
+
+
+def load_gguf_tokenizer(file: Path) -> Any:
+    """Returns the tokenizer of ``tokenizer.json`` beside a GGUF file, or the file's own.
+
+    Raises:
+        ValueError: It is not what the model was trained with.
+    """
     from transformers import AutoTokenizer
 
-    path = find_gguf()
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(
-            path.parent, gguf_file=path.name, local_files_only=True
-        )
+    place: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if not file.with_name("tokenizer.json").is_file():
+        place["gguf_file"] = file.name
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
     validate_gguf_tokenizer(tokenizer)
     return tokenizer
 
@@ -88,8 +97,8 @@ def validate_gguf_tokenizer(tokenizer: Any) -> None:
     if count > 2 * words:
         raise ValueError(
             f"the tokenizer of the GGUF file must know English words, got {count} tokens for "
-            f"{words} words from transformers {transformers.__version__}; install a newer one, or "
-            "use the model's folder with its own tokenizer"
+            f"{words} words from transformers {transformers.__version__}; put the model's "
+            "tokenizer.json and tokenizer_config.json beside the file, or install a newer one"
         )
 
 
