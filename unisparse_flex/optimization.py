@@ -46,17 +46,18 @@ def optimize(
     backend: str = "auto",
     context: ContextParallel | None = None,
 ) -> ModelT:
-    """Makes the attention of ``model`` dynamically block-sparse; call it before `torch.compile`.
+    """Makes the attention of ``model`` dynamically block-sparse; call it before it is compiled.
 
     The model is changed in place: every ``F.scaled_dot_product_attention`` and every
     `nn.MultiheadAttention` without weights inside its forward, and nowhere else, selects blocks
     and attends to these. Parameters, ``state_dict``, hooks,
     ``isinstance`` and saving stay as they were. Calls that cannot or should not be sparse stay
     dense; `explain` says which and why. Optimizing again replaces the settings of the whole
-    model; optimizing a submodule afterwards overrides them there.
+    model; optimizing a submodule afterwards overrides them there. What is compiled already compiles
+    anew at its next call, unless `torch.compile` was told to skip guards on modules.
 
     Args:
-        model: Any module whose attention goes through these.
+        model: Any module whose attention goes through these, or what `torch.compile` made of it.
         selector: Which blocks are kept; `UniSparse()` by default. A `Calibration`, or the path of
             the file of one, gives each of the layers that it names settings of its own; all other
             attention stays dense. A quality in words is taken here too.
@@ -81,12 +82,12 @@ def optimize(
     Raises:
         TypeError: ``model`` is no module or already a graph, ``selector`` is no selector,
             ``quality`` neither text nor a number, ``dense_layers`` no collection of integers.
-        ValueError: ``model`` is compiled already, ``backend`` is unknown, a layer index is out of
-            range, there is no such quality or ``selector`` is given beside it, or the calibration
-            is malformed or names what is no module of ``model``.
+        ValueError: ``backend`` is unknown, a layer index is out of range, there is no such quality
+            or ``selector`` is given beside it, or the calibration is malformed or names what is no
+            module of ``model``.
         OSError: ``selector`` is a path that cannot be read.
     """
-    validate_model(model)
+    module = validate_model(model)
     if selector is not None and quality is not None:
         got = repr(selector)
         if isinstance(selector, Calibration):
@@ -95,18 +96,18 @@ def optimize(
             f"selector and quality must not both be given, got {got} and {quality!r}; give "
             "selector or quality, not both"
         )
-    await_first_forward(model)
+    await_first_forward(module)
     if isinstance(selector, str) and selector in QUALITIES:
         selector, quality = None, selector
     if isinstance(selector, (str, PathLike)):
         selector = _load(selector)
-    excluded = _excluded_prefixes(model, dense_layers)
+    excluded = _excluded_prefixes(module, dense_layers)
     if isinstance(selector, Calibration):
         layers = dict(selector.layers)
         for name in layers:
             if _is_below(name, excluded):
                 layers[name] = DENSE
-        optimize_layers(model, layers, min_length=min_length, backend=backend, context=context)
+        optimize_layers(module, layers, min_length=min_length, backend=backend, context=context)
         return model
     selector = choose_selector(selector, quality)
     name_of = None if context is None else context.name
@@ -115,10 +116,10 @@ def optimize(
     )
     dense = SparseConfig(selector=selector, dense=True, context=sparse.context)
     _intercept_only(
-        model,
+        module,
         {
-            module: (dense if _is_below(name, excluded) else sparse).encode()
-            for name, module in _own_modules(model)
+            submodule: (dense if _is_below(name, excluded) else sparse).encode()
+            for name, submodule in _own_modules(module)
         },
     )
     return model
@@ -262,8 +263,8 @@ def temporarily_optimize(
             ``context`` is given.
         OSError: The same.
     """
-    validate_model(model)
-    before = _settings(model)
+    module = validate_model(model)
+    before = _settings(module)
     if context is None and any(SparseConfig.decode(config).context for config in before.values()):
         raise ValueError(
             "context must be given for a model that was optimized with one, got None: its ranks "
@@ -282,9 +283,9 @@ def temporarily_optimize(
         )
     finally:
         release_all(model)
-        for module, config in before.items():
-            intercept(module, config)
-            split_fused_layers(module)
+        for submodule, config in before.items():
+            intercept(submodule, config)
+            split_fused_layers(submodule)
 
 
 def is_optimized(model: nn.Module) -> bool:
@@ -303,26 +304,21 @@ def _registered_name(model: nn.Module) -> str | None:
     return name if isinstance(name, str) and name in registered_names else None
 
 
-def validate_model(model: object) -> None:
-    """Raises unless `optimize` takes ``model``."""
-    if not isinstance(model, nn.Module):
+def validate_model(model: object) -> nn.Module:
+    """Raises unless `optimize` takes ``model``; the module that it is, or was compiled from."""
+    module: object = original_module(model)
+    if not isinstance(module, nn.Module):
         raise TypeError(
-            f"model must be a torch.nn.Module, got {type(model).__name__}; of a pipeline pass the "
+            f"model must be a torch.nn.Module, got {type(module).__name__}; of a pipeline pass the "
             "model inside (pipe.transformer), for an exported program or an FX graph call "
             "unisparse_flex.passes.rewrite_sdpa"
         )
-    if _is_graph(model):
+    if _is_graph(module):
         raise TypeError(
-            f"model must be a module in Python, got the graph {type(model).__name__}; "
+            f"model must be a module in Python, got the graph {type(module).__name__}; "
             "optimize the module before tracing it, or call unisparse_flex.passes.rewrite_sdpa"
         )
-    compiled = isinstance(model, torch._dynamo.OptimizedModule)
-    if compiled or any(m._compiled_call_impl is not None for m in model.modules()):
-        raise ValueError(
-            "model must not be compiled yet, got a compiled "
-            f"{type(original_module(model)).__name__}; call optimize first, torch.compile second, "
-            "on a model that was loaded anew if this one was compiled in place (model.compile())"
-        )
+    return module
 
 
 def _settings(model: nn.Module) -> dict[nn.Module, str]:

@@ -13,6 +13,7 @@ from .marker import (
     run_compiled,
 )
 from .multihead import MULTIHEAD_TARGETS, lowered_multihead, marked_multihead, refuse_multihead
+from .outcomes import Outcomes, are_counted, count_outcome, count_outcomes
 from .selected_attention import attend_selected
 from .shared_tokens import context_sdpa, register_context
 from .sparse_attention import (
@@ -25,11 +26,15 @@ from .sparse_attention import (
 
 __all__ = [
     "MULTIHEAD_TARGETS",
+    "Outcomes",
     "apply_autocast",
+    "are_counted",
     "attend_selected",
     "call_geometry",
     "computed_sdpa",
     "context_sdpa",
+    "count_outcome",
+    "count_outcomes",
     "has_stated_range",
     "is_traced",
     "is_watched",

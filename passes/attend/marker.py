@@ -35,6 +35,7 @@ from .alignment import align
 from .decided_at_run import has_stated_range, implement, sdpa_at_run
 from .first_output import proved
 from .mask_contents import read_call
+from .outcomes import count_outcome
 from .region import compiled_in_loop, compiled_inline, compiled_once
 from .shared_tokens import context_sdpa
 from .sparse_attention import (
@@ -197,6 +198,7 @@ def _compute(
             return run_on_shards(call, lambda local, _: _compute(local, config, lower))
         call = call.with_constants()
     if config.context is not None:
+        count_outcome(None)
         return context_sdpa(call, config)
     tracing = not plain and (lower is not None or is_traced(call))
     if not plain and lower is None and not config.strict and _asks_shape(call):
@@ -209,6 +211,8 @@ def _compute(
     if tracing and not config.dense and has_stated_range(call, unknown=lower is None):
         return sdpa_at_run(apply_autocast(call), config)
     reason = refuse(call, config)
+    if not tracing:
+        count_outcome(reason)
     if reason is not None:
         if observer is not None:
             observer(call, config, None, reason)

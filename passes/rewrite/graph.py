@@ -255,21 +255,48 @@ def _settle(
     return call, proved, reason
 
 
-def guard_given(graph: fx.Graph) -> None:
+def settings_in(graph: fx.Graph) -> frozenset[str]:
+    """The settings that markers of ``graph`` carry, encoded."""
+    markers = (node for node in graph.nodes if node.target in MARKER_TARGETS)
+    return frozenset(str(node.kwargs.get("config", "")) for node in markers)
+
+
+def guard_given(graph: fx.Graph) -> RewriteReport | None:
     """Guards what the masks of markers rely on of the tensors that ``graph`` is given.
 
     `rewrite_sdpa` does so too: this is for graphs that a cache may have in its stead.
+
+    Returns:
+        Which markers are to be rewritten and which stay dense; ``None`` where that is not known of
+        some, or the graph is a step of decoding.
     """
-    masks = MaskCache()
+    report, masks, all_known = RewriteReport(), MaskCache(), not _has_bodies(graph)
     for node in graph.nodes:
         call, config = _bind(node, None) or (None, None)
-        if call is None or config is None or config.context is not None or config.dense:
+        if call is None or config is None:
             continue
-        if not isinstance(call.attn_mask, fx.Node) or _decides_at_run(call):
-            continue
-        call, proved, reason = _settle(call, config, masks)
-        if isinstance(proved, ProvedMask) and (reason is None or _is_flagged(call, config, proved)):
-            masks.guard(proved)
+        reason = DenseReason.EXCLUDED if config.dense else None
+        masked = isinstance(call.attn_mask, fx.Node)
+        asked = config.context is None and not config.dense and not _decides_at_run(call)
+        shape = _shape(call)
+        known = shape is not None and all(isinstance(size, int) for size in shape)
+        all_known = all_known and (config.dense or (asked and known and shape[2] > 1))
+        # Lengths that are asked become guards.
+        if asked and (masked or known):
+            call, proved, reason = _settle(call, config, masks)
+            used = reason is None or _is_flagged(call, config, proved)
+            if isinstance(proved, ProvedMask) and used:
+                masks.guard(proved)
+        if reason is None:
+            report.rewritten.append(node.name)
+        else:
+            report.left[node.name] = reason
+    return report if all_known else None
+
+
+def _has_bodies(graph: fx.Graph) -> bool:
+    children = graph.owning_module.children() if graph.owning_module is not None else ()
+    return any(isinstance(child, fx.GraphModule) for child in children)
 
 
 def _is_flagged(call: SdpaCall, config: SparseConfig, proved: ProvedMask | Unproved | None) -> bool:

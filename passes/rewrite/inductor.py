@@ -17,7 +17,8 @@ from ... import block_masks
 from ...block_masks.selectors import Selector
 from ..calls import SDPA_TARGETS
 from ..masks import given_identity
-from .graph import guard_given, rewrite_sdpa
+from .all_dense import warn_of_dense
+from .graph import guard_given, rewrite_sdpa, settings_in
 
 CONFIG_KEY = "pre_grad_custom_pass"
 
@@ -31,12 +32,14 @@ class SparseAttentionPass(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites ``graph`` in place."""
-        rewrite_sdpa(graph, None, lower=True)
+        settings = settings_in(graph)
+        report = rewrite_sdpa(graph, None, lower=True)
+        warn_of_dense(report, settings, may_decode=True)
 
     def uuid(self) -> Any:
         """Identity in Inductor's cache keys; ``None``, no caching, where a source is unknown."""
         identity = _identity()
-        return None if identity is None else (*identity, *given_identity(guard_given))
+        return None if identity is None else (*identity, *given_identity(_examine))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseAttentionPass:
         return self
@@ -60,6 +63,13 @@ class ChainedPass(CustomGraphPass):
         """Identity in Inductor's cache keys; ``None``, no caching, where the first has none."""
         first, ours = getattr(self.first, "uuid", lambda: None)(), SparseAttentionPass().uuid()
         return None if first is None or ours is None else (first, ours)
+
+
+def _examine(graph: fx.Graph) -> None:
+    """Looks at what Dynamo traced, of which a cache may have the compiled graph."""
+    report = guard_given(graph)
+    if report is not None:
+        warn_of_dense(report, settings_in(graph))
 
 
 def _identity() -> tuple[str, ...] | None:

@@ -423,6 +423,12 @@ def test_a_file_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> None:
         optimize(create(), tmp_path / "missing.json")
 
 
+def with_compiled(name: str) -> Any:
+    model = create()
+    model.get_submodule(name).compile()
+    return model
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -444,6 +450,9 @@ def test_a_file_that_is_no_text_or_not_there_is_refused(tmp_path: Path) -> None:
         ),
         ({"recall": 0.9, "model": create().train()}, ValueError, "evaluation mode"),
         ({"recall": 0.9, "model": optimize(create())}, ValueError, "must not be optimized yet"),
+        ({"recall": 0.9, "model": with_compiled("")}, ValueError, r"calibrate copy\.deepcopy"),
+        ({"recall": 0.9, "model": with_compiled("layers.1")}, ValueError, "not be compiled yet"),
+        ({"recall": 0.9, "model": torch.compile(create())}, ValueError, "the module that torch"),
         ({"recall": 0.9, "model": nn.Linear(64, 64).eval()}, ValueError, "must make attention"),
         ({"recall": 0.9, "model": None}, TypeError, r"model must be a torch.nn.Module"),
         ({"recall": 0.9, "batches": []}, ValueError, "batches must hold at least one"),

@@ -13,11 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from unisparse_flex import UniSparse, explain, is_optimized, optimize, restore
+from unisparse_flex import (
+    UniSparse,
+    explain,
+    is_optimized,
+    optimize,
+    restore,
+    temporarily_optimize,
+)
 from unisparse_flex.catching import dispatch_key as dispatch
 from unisparse_flex.passes import DenseReason
 
-from .capture import captured
+from .capture import captured, compiles
 from .models import FINE, SELECTOR, Attention, Layer, Transformer, create, embeddings
 from .reference import assert_computes, assert_is_sparse, defined_output, rmse
 
@@ -176,6 +183,55 @@ def test_restoring_a_compiled_model_makes_it_dense() -> None:
     assert restore(compiled) is compiled
     assert not is_optimized(compiled)
     assert_computes(output(compiled), create(layers=1), None, X)
+
+
+def compiled_in_place(model: Any) -> Any:
+    model.compile(backend="aot_eager", fullgraph=True)
+    return model
+
+
+def layers_compiled_in_place(model: Any) -> Any:
+    for layer in model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    return model
+
+
+def wrapped(model: Any) -> Any:
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("compile_", [compiled_in_place, layers_compiled_in_place, wrapped])
+def test_a_compiled_model_follows_the_settings_that_it_is_given(compile_: Any) -> None:
+    torch._dynamo.reset()
+    model = compile_(create())
+    assert_computes(output(model), create(), None, X)
+    for selector in (SELECTOR, FINE, SELECTOR):
+        assert optimize(model, selector, min_length=0) is model
+        assert is_optimized(model)
+        assert_is_sparse(output(model), create(), selector, X)
+        assert restore(model) is model
+        assert_computes(output(model), create(), None, X)
+        with temporarily_optimize(model, FINE, min_length=0) as inside:
+            assert inside is model
+            assert_is_sparse(output(model), create(), FINE, X)
+        assert_computes(output(model), create(), None, X)
+
+
+def test_settings_that_come_back_compile_nothing_anew() -> None:
+    torch._dynamo.reset()
+    model = compiled_in_place(create())
+    for selector in (SELECTOR, FINE):
+        output(optimize(model, selector, min_length=0))
+    with compiles(at_most=0):
+        for selector in (SELECTOR, FINE):
+            output(optimize(model, selector, min_length=0))
+
+
+def test_dense_layers_of_a_compiled_model_are_counted_as_of_a_plain_one() -> None:
+    torch._dynamo.reset()
+    model = wrapped(create())
+    optimize(model, SELECTOR, min_length=0, dense_layers=(0,))
+    assert [call.decision for call in explain(model, X).calls] == ["dense", "sparse"]
 
 
 def test_layers_compiled_one_by_one_follow_the_settings() -> None:

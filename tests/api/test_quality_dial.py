@@ -15,6 +15,7 @@ from unisparse_flex import (
     Calibration,
     UniSparse,
     attention,
+    explain,
     is_optimized,
     optimize,
     patch_attention,
@@ -22,10 +23,11 @@ from unisparse_flex import (
     temporarily_optimize,
 )
 from unisparse_flex.catching import settings_of
-from unisparse_flex.passes import SparseConfig
+from unisparse_flex.passes import DenseReason, SparseConfig
+from unisparse_flex.passes.rewrite import all_dense
 from unisparse_flex.selectors import PatchOrder, Selector, selector_of_quality
 
-from .models import Layer, Transformer, create, embeddings, qkv
+from .models import SELECTOR, Layer, Transformer, create, embeddings, qkv
 
 HIGH = selector_of_quality("high")
 
@@ -236,3 +238,106 @@ def test_attention_that_stays_dense_is_none_that_was_missed(
     model(embeddings(40))
     assert isinstance(model.layers[0], Layer)
     assert not warnings_of(caplog)
+
+
+def reasons_said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    said = [" ".join(record.getMessage().split()) for record in caplog.records]
+    caplog.clear()
+    return [text for text in said if "stay dense" in text or "stayed dense" in text]
+
+
+@pytest.mark.parametrize("quality", ["fast", "high", 2.0])
+def test_a_model_all_of_whose_calls_stay_dense_is_told_why(
+    quality: str | float, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = optimize(create(), quality=quality)
+    with torch.no_grad():
+        for tokens, reason in ((8, DenseReason.FEW_QUERIES), (200, DenseReason.SLOWER)):
+            model(embeddings(tokens))
+            (said,) = reasons_said(caplog)
+            assert "all 2 calls of its attention stayed dense" in said
+            assert reason in said
+            model(embeddings(tokens))
+            assert not reasons_said(caplog)
+        model(embeddings(8))
+    assert not reasons_said(caplog)
+
+
+def test_only_a_model_without_a_sparse_call_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    one_dense = optimize(create(), quality="high", min_length=0, dense_layers=(0,))
+    all_excluded = optimize(create(), quality="high", min_length=0, dense_layers=(0, 1))
+    layers_compiled = optimize(create(), quality="high")
+    for layer in layers_compiled.layers:
+        layer.compile(backend="eager")
+    for model in (one_dense, all_excluded, layers_compiled):
+        with torch.no_grad():
+            model(embeddings(200))
+        assert not reasons_said(caplog)
+
+
+def test_explaining_a_model_leaves_the_word_to_its_first_forward(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = optimize(create(), quality="high")
+    explain(model, embeddings(200))
+    assert not reasons_said(caplog)
+    model(embeddings(200))
+    assert reasons_said(caplog)
+
+
+def test_a_multihead_attention_that_returns_weights_is_told_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x)[0]
+
+    optimize(Attends(), min_length=0)(torch.randn(1, 200, 32))
+    (said,) = reasons_said(caplog)
+    assert DenseReason.NEEDS_WEIGHTS in said
+    assert "the only call of its attention stayed dense" in said
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "reason"), [(24, DenseReason.FEW_QUERIES), (200, DenseReason.SLOWER)]
+)
+def test_a_compiled_model_all_of_whose_calls_stay_dense_is_told_why_once(
+    cached: bool,
+    tokens: int,
+    reason: DenseReason,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where Inductor's cache has the graph, and no pass sees it."""
+    for _ in range(1 + cached):
+        monkeypatch.setattr(all_dense, "_told", set())
+        monkeypatch.setattr(all_dense, "_sparse", set())
+        caplog.clear()
+        torch.compiler.reset()
+        model = optimize(create(), quality="high")
+        model.compile(dynamic=False)
+        with torch.no_grad():
+            model(embeddings(tokens))
+            model(embeddings(tokens))
+    (said,) = reasons_said(caplog)
+    assert "all 2 attention calls stay dense" in said
+    assert reason in said
+
+
+def test_graphs_beside_a_sparse_one_are_told_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(all_dense, "_told", set())
+    monkeypatch.setattr(all_dense, "_sparse", set())
+    torch.compiler.reset()
+    model = optimize(create(), SELECTOR, min_length=150)
+    model.compile(dynamic=False)
+    with torch.no_grad():
+        for tokens in (200, 140, 8, 1):
+            model(embeddings(tokens))
+    assert not reasons_said(caplog)

@@ -120,9 +120,6 @@ def test_what_is_refused_eagerly_is_refused_by_its_name_when_compiled() -> None:
             TypeError,
             "model must be .*got ExportedProgram; .*rewrite_sdpa",
         ),
-        (lambda: torch.compile(create()), ValueError, "compiled Transformer; call optimize first"),
-        (lambda: with_compiled(create()), ValueError, "model must not be compiled yet"),
-        (lambda: with_compiled(create(), "layers.1"), ValueError, "must not be compiled yet"),
     ],
 )
 def test_what_cannot_be_optimized_is_refused(
@@ -130,11 +127,6 @@ def test_what_cannot_be_optimized_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         optimize(make())
-
-
-def with_compiled(model: nn.Module, name: str = "") -> nn.Module:
-    model.get_submodule(name).compile()
-    return model
 
 
 # torch.jit is deprecated, from torch 2.14 on as a FutureWarning.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unisparse_flex import UniSparse, explain, is_optimized, optimize, restore, temporarily_optimize
 
-from .models import FINE, SELECTOR, Attention, Transformer, create, embeddings
+from .models import FINE, SELECTOR, Transformer, create, embeddings
 from .reference import assert_computes, assert_is_sparse
 
 X = embeddings(200)
@@ -159,10 +159,13 @@ def test_what_is_no_module_is_refused_with_the_way_out() -> None:
         raise AssertionError("entered")
 
 
-def test_a_compiled_model_is_refused_and_left_alone() -> None:
-    compiled: Any = torch.compile(create(Attention))
-    with pytest.raises(ValueError, match="compiled"), temporarily_optimize(compiled):
-        raise AssertionError("entered")
+def test_a_compiled_model_is_sparse_inside_and_plain_again_outside() -> None:
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(create(layers=1), backend="aot_eager", fullgraph=True)
+    with temporarily_optimize(compiled, SELECTOR, min_length=0):
+        assert_is_sparse(output(compiled), create(layers=1), SELECTOR, X)
+    assert not is_optimized(compiled)
+    assert_computes(output(compiled), create(layers=1), None, X)
 
 
 def test_what_is_compiled_inside_compiles_anew_outside() -> None:

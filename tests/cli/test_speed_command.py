@@ -70,13 +70,15 @@ def test_the_whole_model_is_compiled_where_that_is_asked_for(run, model_folder, 
     assert found["settings"]["lengths"] == [300]
 
 
-def test_calls_that_stay_dense_are_said_to(run, model_folder, uncompiled):
+def test_calls_that_stay_dense_are_said_to(run, model_folder, uncompiled, caplog):
     found = timed(run, model_folder)
     assert found["rows"][2]["sparse_calls"] == 0
     assert found["rows"][2]["density"] is None
     assert found["verdict"][0] == (
         "At 256 tokens balanced leaves every attention call dense; unisparse-flex explain says why."
     )
+    # Advice for who works in Python.
+    assert not [record for record in caplog.records if "unisparse_flex.explain" in record.msg]
 
 
 def test_what_one_way_cannot_do_stays_in_its_row(run, model_folder, monkeypatch):

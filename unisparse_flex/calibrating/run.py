@@ -88,7 +88,15 @@ def calibrate(
         ValueError: Not exactly one target, a target out of range, no batch, an empty ladder, a
             model that is compiled, optimized or in training mode or that makes no attention call.
     """
-    validate_model(model)
+    module = validate_model(model)
+    if module is not model or any(m._compiled_call_impl is not None for m in model.modules()):
+        way_out = "copy.deepcopy(model), which leaves out what model.compile() did"
+        if module is not model:
+            way_out = "the module that torch.compile was given"
+        raise ValueError(
+            f"model must not be compiled yet, got a compiled {type(module).__name__}; calibrate "
+            f"{way_out}"
+        )
     _validate_targets(recall, kl)
     settings = default_ladder(per_head=per_head) if ladder is None else tuple(ladder)
     _validate_ladder(settings, per_head=per_head)

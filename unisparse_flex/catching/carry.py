@@ -19,6 +19,7 @@ from torch._inductor.output_code import CompiledFxGraph
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..passes.attend import count_outcome
 from .dispatch_key import in_force, scope_in_force
 from .function_mode import SparseAttentionMode
 from .scopes import config_in_force, run_sparse
@@ -103,6 +104,7 @@ def _enter_mode() -> Callable[[], object]:
         return _nothing
     # Without context managers: every layer that is compiled by itself pays for what stands here.
     in_force.scope = None
+    count_outcome(None)
     mode = SparseAttentionMode(scope.config)
     torch._C._push_on_torch_function_stack(mode)
 

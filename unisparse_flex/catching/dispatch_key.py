@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias
 
-from ..passes import SparseConfig
-from ..passes.attend import computed_sdpa, is_watched, marked_sdpa
+from ..passes import DenseReason, SparseConfig
+from ..passes.attend import computed_sdpa, count_outcome, is_watched, marked_sdpa
 from ..passes.calls import SDPA_TARGETS, TORCH_SDPA, SdpaCall, is_tracing
 from .causal_bias import resolve_causal_bias
 
@@ -47,12 +47,10 @@ class Scope:
     Attributes:
         config: The settings in force inside.
         min_queries: Calls of fewer stay dense, whatever else they are.
-        seen: Whether an attention call came by, whatever became of it.
     """
 
     config: str
     min_queries: float
-    seen: bool = False
 
     @classmethod
     def create(cls, config: str) -> Scope:
@@ -158,19 +156,17 @@ def can_catch_attention() -> bool:
 
 
 @contextmanager
-def catch_attention(config: str) -> Iterator[Scope]:
+def catch_attention(config: str) -> Iterator[None]:
     """Turns the attention calls of this thread into the marker operator with these settings."""
     assert _key is not None
     outer, was_on = in_force.scope, _key.is_on()
-    in_force.scope = scope = Scope.create(config)
+    in_force.scope = Scope.create(config)
     _key.switch(True)
     try:
-        yield scope
+        yield
     finally:
         _key.switch(was_on)
         in_force.scope = outer
-        if outer is not None:
-            outer.seen |= scope.seen
 
 
 def leave_attention() -> AbstractContextManager[None]:
@@ -190,9 +186,10 @@ def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     # Without a context manager: decoding pays for what stands here.
     _key.switch(False)
     try:
-        if scope is not None:
-            scope.seen = True
-        if scope is None or query.is_nested:
+        if scope is None:
+            return TORCH_SDPA(query, *args, **kwargs)
+        if query.is_nested:
+            count_outcome(DenseReason.NOT_DENSE)
             return TORCH_SDPA(query, *args, **kwargs)
         if (
             type(query) is Tensor
@@ -201,6 +198,8 @@ def _sdpa(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             and not torch._C._len_torch_dispatch_stack()
             and not is_watched()
         ):
+            dense = math.isinf(scope.min_queries)
+            count_outcome(DenseReason.EXCLUDED if dense else DenseReason.FEW_QUERIES)
             return TORCH_SDPA(query, *args, **kwargs)
         if torch.compiler.is_compiling():
             logger.warning("attention that a forward traces by itself stays dense")

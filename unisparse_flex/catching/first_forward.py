@@ -1,47 +1,86 @@
-"""A model that makes no attention call is told so once, by its first uncompiled forward."""
+"""A model none of whose attention is sparse is told so once, by its first uncompiled forward."""
 
 from __future__ import annotations
 
 import logging
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch._dynamo.utils import counters
 
+from ..passes import DenseReason
+from ..passes.attend import Outcomes, are_counted, count_outcomes, is_watched
+
 logger = logging.getLogger(__name__)
 
-# Models, each with how much had been compiled when it was optimized.
-_waiting: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+COLUMNS = 80
+
+# Models that were optimized, each with whether it was told that its prompt was short.
+_waiting: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def await_first_forward(model: nn.Module) -> None:
-    """Has the next `check_first_forward` of a model that was optimized look at it."""
-    _waiting[model] = _compiled_frames()
+    """Has the next `first_forward` of a model that was optimized look at it."""
+    _waiting[model] = False
 
 
-def check_first_forward(model: object, *, seen: bool) -> None:
-    """Warns of a model whose first forward is over and made no attention call.
+def is_awaited(model: nn.Module) -> bool:
+    """Whether this forward of a model is the first, and nobody else looks at its calls."""
+    return bool(_waiting) and model in _waiting and not (are_counted() or is_watched())
 
-    Args:
-        model: Whose forward it was.
-        seen: Whether it made a call that can be caught, sparse or not.
+
+@contextmanager
+def first_forward(model: nn.Module) -> Iterator[None]:
+    """Warns after the block, in which the forward runs, if it made no sparse call, and why.
+
+    Of calls of few queries, as in decoding, a model is told too, and waits on for a longer prompt.
     """
-    if not _waiting or not isinstance(model, nn.Module):
-        return
-    before = _waiting.pop(model, None)
+    before = _compiled_frames()
+    with count_outcomes() as outcomes:
+        yield
+    was_told = _waiting.pop(model, True)
     # What compiled parts of a model call is not seen here.
-    if before is None or seen or _compiled_frames() != before:
+    if _compiled_frames() != before or outcomes[None]:
         return
+    if not outcomes:
+        logger.warning(_name_no_call(model))
+        return
+    # Of what is excluded somebody knows already.
+    reasons = set(outcomes) - {DenseReason.EXCLUDED}
+    is_short = reasons == {DenseReason.FEW_QUERIES}
+    if is_short:
+        _waiting[model] = True
+    if reasons and not (is_short and was_told):
+        logger.warning(_name_reason(model, outcomes))
+
+
+def _name_no_call(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     implementation = getattr(config, "_attn_implementation", None)
     found = f" (attn_implementation={implementation!r})" if isinstance(implementation, str) else ""
-    logger.warning(
-        "nothing of %s%s is sparse: its forward called neither\n"
+    return (
+        f"nothing of {type(model).__name__}{found} is sparse: its forward called neither\n"
         "  F.scaled_dot_product_attention nor nn.MultiheadAttention; of a Hugging Face\n"
         "  model set attn_implementation='sdpa', in code of your own call one of them or\n"
-        "  unisparse_flex.attention",
-        type(model).__name__,
-        found,
+        "  unisparse_flex.attention"
+    )
+
+
+def _name_reason(model: nn.Module, outcomes: Outcomes) -> str:
+    (reason, count), *others = outcomes.most_common()
+    total = outcomes.total()
+    calls = f"all {total} calls" if total > 1 else "the only call"
+    which = f"; {count} of them" if others else ""
+    return textwrap.fill(
+        f"nothing of {type(model).__name__} is sparse: {calls} of its attention stayed dense"
+        f"{which}: {reason}; print(unisparse_flex.explain(model, ...)) says what to do",
+        COLUMNS,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 

@@ -15,7 +15,13 @@ from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from ..passes.attend import MULTIHEAD_TARGETS, marked_multihead, marked_sdpa, refuse_multihead
+from ..passes.attend import (
+    MULTIHEAD_TARGETS,
+    count_outcome,
+    marked_multihead,
+    marked_sdpa,
+    refuse_multihead,
+)
 from ..passes.calls import (
     POSITIONAL,
     SDPA_TARGETS,
@@ -80,8 +86,11 @@ class SparseAttentionMode(TorchFunctionMode):
         if func is UNFLATTEN:
             # Dynamo cannot trace the method through a function mode, the function it can.
             return torch.unflatten(*args, **kwargs)
-        elif refuse_multihead(func, args, kwargs) is None:
+        reason = refuse_multihead(func, args, kwargs)
+        if reason is None:
             return marked_multihead(func.__name__, *args, **kwargs, config=self.config)
+        if not torch.compiler.is_compiling():
+            count_outcome(reason)
         return func(*args, **kwargs)
 
 

@@ -23,6 +23,7 @@ from torch import nn
 from . import carry
 from .dispatch_key import set_up_key
 from .encoder_padding import fill_padding
+from .first_forward import first_forward, is_awaited
 from .scopes import is_in_force, run_sparse, run_under_mode
 
 CONFIG_ATTRIBUTE = "_unisparse_config"
@@ -97,9 +98,13 @@ def _run_forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **k
     # A module without settings was made by calling the class of an optimized one: it is plain.
     if config is None or is_in_force(config):
         return forward(*args, **kwargs)
-    if module.__dict__.get(MODE_ATTRIBUTE) and not torch.compiler.is_compiling():
-        return run_under_mode(config, forward, *args, **kwargs)
-    return run_sparse(config, forward, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        return run_sparse(config, forward, *args, **kwargs)
+    run = run_under_mode if module.__dict__.get(MODE_ATTRIBUTE) else run_sparse
+    if is_awaited(module):
+        with first_forward(module):
+            return run(config, forward, *args, **kwargs)
+    return run(config, forward, *args, **kwargs)
 
 
 def _is_wrapped_here(forward: Any) -> bool:

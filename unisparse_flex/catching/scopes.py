@@ -9,7 +9,6 @@ import torch
 
 from ..passes.attend import is_watched
 from .dispatch_key import can_catch_attention, catch_attention, in_force, leave_attention
-from .first_forward import check_first_forward
 from .function_mode import SparseAttentionMode
 
 
@@ -20,11 +19,8 @@ def run_sparse(config: str, function: Callable[..., Any], *args: Any, **kwargs: 
             return function(*args, **kwargs)
     if not can_catch_attention():
         return run_under_mode(config, function, *args, **kwargs)
-    with catch_attention(config) as scope:
-        output = function(*args, **kwargs)
-    if in_force.scope is None:
-        check_first_forward(getattr(function, "__self__", None), seen=scope.seen)
-    return output
+    with catch_attention(config):
+        return function(*args, **kwargs)
 
 
 def run_under_mode(config: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

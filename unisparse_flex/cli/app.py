@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import wraps
 from importlib import import_module
@@ -16,7 +18,7 @@ import click
 from ..progress import Progress, terminal_columns
 from . import PROGRAM
 from .failures import all_missing_at_once
-from .library import is_library_loaded, load_library
+from .library import PACKAGE, is_library_loaded, load_library
 from .output import wrap
 
 # Each in the module of its name, imported when it is asked for.
@@ -31,6 +33,7 @@ COMMANDS = {
     "bench": "List the benchmarks, or run one from a checkout.",
 }
 NEEDS_NO_LIBRARY = ("bench",)
+ADVISE = ("catching.first_forward", "passes.rewrite.all_dense")
 EXIT_CODES = """\b
 Exit codes:
   0    did what was asked
@@ -68,9 +71,24 @@ def _with_library(callback: Callable[..., Any]) -> Callable[..., Any]:
                 # The import takes many seconds where files are cold.
                 progress.show(f"load {subject or 'torch'}", at_once=True)
                 load_library()
-        return callback(*args, **kwargs)
+        with _without_advice():
+            return callback(*args, **kwargs)
 
     return call
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keeps back why nothing is sparse, with advice in Python: commands say it themselves."""
+    loggers = [logging.getLogger(f"{PACKAGE}.{name}") for name in ADVISE]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
