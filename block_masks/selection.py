@@ -367,13 +367,18 @@ def valid_blocks(valid: Tensor | None, blocks: int, size: int, device: torch.dev
 
 def _per_head(shares: tuple[float, ...], name: str, scores: Tensor) -> Tensor:
     """One share for each head of the scores: [H, 1, 1]."""
-    if len(shares) != scores.shape[1]:
-        raise ValueError(
-            f"{name} must hold one share for each of {scores.shape[1]} heads, got {len(shares)}; "
-            "where ranks hold some of the heads, give each the shares of its own"
-        )
+    validate_per_head(shares, name, scores.shape[1])
     # Filled on the device: a tensor made from a tuple would wait for the copy.
     return torch.cat([scores.new_full((1, 1, 1), share) for share in shares])
+
+
+def validate_per_head(shares: tuple[float, ...], name: str, heads: int) -> None:
+    """Raises ValueError unless there is one share for each head."""
+    if len(shares) != heads:
+        raise ValueError(
+            f"{name} must hold one share for each of {heads} heads, got {len(shares)}; "
+            "where ranks hold some of the heads, give each the shares of its own"
+        )
 
 
 def scale_threshold(

@@ -55,6 +55,7 @@ def compute_lists(
     scale: float,
     are_composites: bool = False,
     intervals: IntervalTables | None = None,
+    head_thresholds: Tensor | None = None,
 ) -> BlockLists:
     """Chooses key blocks for every query block and head.
 
@@ -67,6 +68,7 @@ def compute_lists(
         are_composites: Whether ``key`` holds what `pool_keys` made of the keys of all blocks;
             nothing can be sampled then.
         intervals: What the geometry's mask hides, where it has one.
+        head_thresholds: float32 [Hq], those of the settings, where they have any.
 
     Returns:
         The block lists.
@@ -107,6 +109,7 @@ def compute_lists(
         geometry=geometry,
         scale=scale,
         intervals=intervals,
+        head_thresholds=head_thresholds,
     )
 
 
@@ -119,6 +122,7 @@ def compute_lists_from_pages(
     *,
     geometry: BlockGeometry,
     scale: float,
+    head_thresholds: Tensor | None = None,
 ) -> BlockLists:
     """`compute_lists` for the keys of one sequence in the pages of a cache.
 
@@ -130,6 +134,7 @@ def compute_lists_from_pages(
         settings: See `compute_lists`, as what follows.
         geometry: The block grid.
         scale: Factor on the logits.
+        head_thresholds: See `compute_lists`.
 
     Returns:
         The block lists; blocks are counted along the sequence, not by page.
@@ -157,6 +162,7 @@ def compute_lists_from_pages(
         geometry=geometry,
         scale=scale,
         table=table,
+        head_thresholds=head_thresholds,
     )
 
 
@@ -183,6 +189,7 @@ def _fill(
     scale: float,
     intervals: IntervalTables | None = None,
     table: Tensor | None = None,
+    head_thresholds: Tensor | None = None,
 ) -> BlockLists:
     """Scores what was pooled and picked, and selects, in turns."""
     size, c_q, c_k = settings.block_size, settings.c_q, settings.c_k
@@ -212,6 +219,7 @@ def _fill(
                 lists,
                 settings,
                 composite_heads=composite_heads,
+                head_thresholds=head_thresholds,
                 least_power=1 if table is None else LEAST_POWER,
                 **turn,
             )

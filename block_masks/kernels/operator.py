@@ -20,6 +20,7 @@ from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
 from ..key_intervals import BLOCK_FIELDS, ROW_FIELDS, IntervalTables, interval_tables
 from ..masks import MaskProgram, has_intervals
+from .head_thresholds import prepare_thresholds, thresholds_of_text, thresholds_on
 from .recording import Recordings
 from .self_check import failure_of
 from .settings import KernelSettings, decode_settings, encode_settings
@@ -96,6 +97,8 @@ def select_lists(
         Block lists of B batches and Hq heads.
     """
     settings = settings.of_part(geometry)
+    if settings.head_thresholds:
+        prepare_thresholds(settings.head_thresholds, query.shape[1], query.device)
     intervals = None
     if geometry.mask is not None:
         intervals = list(geometry.mask.prepared) or prepare_mask(
@@ -132,15 +135,26 @@ def select_lists_from_pages(
     from .lists import compute_lists_from_pages
 
     settings = settings.of_part(geometry)
+    if settings.head_thresholds:
+        prepare_thresholds(settings.head_thresholds, query.shape[1], query.device)
+    thresholds = thresholds_on(settings, query.device)
 
     def compute() -> tuple[Tensor, ...]:
         return compute_lists_from_pages(
-            query, pages, table, means, settings, geometry=geometry, scale=scale
+            query,
+            pages,
+            table,
+            means,
+            settings,
+            geometry=geometry,
+            scale=scale,
+            head_thresholds=thresholds[0] if thresholds else None,
         ).tensors()
 
     kind = ("pages", settings, geometry, scale)
     with on_device(query.device):
-        return BlockLists(*_recordings.run(kind, (query, pages, table, means), compute))
+        inputs = (query, pages, table, means, *thresholds)
+        return BlockLists(*_recordings.run(kind, inputs, compute))
 
 
 def supports_pages(pages: Tensor, block_size: int) -> bool:
@@ -260,6 +274,8 @@ def _run(
     kv_len: int | None = None,
     intervals: list[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
+    thresholds = thresholds_of_text(settings, query.device)
+
     def compute() -> tuple[Tensor, ...]:
         # Triton need not be there for what runs on the CPU.
         from .lists import compute_lists
@@ -278,11 +294,13 @@ def _run(
             scale=scale,
             are_composites=kv_len is not None,
             intervals=None if intervals is None else IntervalTables(*intervals),
+            head_thresholds=thresholds[0] if thresholds else None,
         ).tensors()
 
     kind = (scale, settings, causal_offset, kv_len)
     with on_device(query.device):
-        return tuple(_recordings.run(kind, (query, key, *(intervals or ())), compute))
+        inputs = (query, key, *(intervals or ()), *thresholds)
+        return tuple(_recordings.run(kind, inputs, compute))
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
@@ -208,6 +209,7 @@ def _select(
     key_flags,
     coarse_bounds,
     fine_bounds,
+    head_thresholds,
     stride_rows,
     stride_blocks,
     stride_flags,
@@ -245,8 +247,12 @@ def _select(
     SELF: tl.constexpr,
     P: tl.constexpr,
     INTERVALS: tl.constexpr,
+    PER_HEAD: tl.constexpr,
 ):
-    """COARSE and FINE are rows a query block and head have in either scratch, 0 for none."""
+    """COARSE and FINE are rows a query block and head have in either scratch, 0 for none.
+
+    With PER_HEAD a threshold is that of the query head.
+    """
     head = tl.program_id(0)
     slot = tl.program_id(2)
     local_block = tl.program_id(1)
@@ -308,6 +314,12 @@ def _select(
     sees = tl.maximum(lane + tl.sum(tl.where(visible, 1, 0), 0), 1).to(tl.float32)
     root = tl.sqrt_rn(tl.div_rn(threshold_blocks + 0.0 * sees, sees))
     root = tl.where(lane + threshold_blocks > 0.0, root, 1.0)
+    if PER_HEAD:
+        own = tl.load(head_thresholds + (first_head + slot) % kv_heads * HEADS + head)
+        if RULE == "threshold":
+            value = own
+        else:
+            least = own
     if RULE == "threshold":
         chosen = candidate & (score >= value * root)
         # A row that would keep nothing keeps its highest.
@@ -380,6 +392,7 @@ def select(
     q_blocks: slice,
     composite_heads: int,
     intervals: IntervalTables | None = None,
+    head_thresholds: Tensor | None = None,
     least_power: int = 1,
 ) -> None:
     """Fills the lines of ``lists`` that belong to these heads and query blocks.
@@ -394,6 +407,7 @@ def select(
         q_blocks: Which query blocks.
         composite_heads: Composite heads that share a key head.
         intervals: What the geometry's mask hides, where it has one.
+        head_thresholds: float32 [Hq], those of the settings, where they have any.
         least_power: Key blocks that a program has room for at least, a power of two: fewer
             lengths are compiled for.
     """
@@ -418,6 +432,7 @@ def select(
         *(tensor for m, _ in parts for tensor in (m.blocks, m.totals)),
         *lists.tensors(),
         *tables,
+        lists.kv_num_blocks if head_thresholds is None else head_thresholds,
         *(batch_stride(table) for table in tables),
         kv_heads,
         heads.start,
@@ -449,6 +464,7 @@ def select(
         SELF=geometry.q_len == geometry.kv_len,
         P=power,
         INTERVALS=intervals is not None,
+        PER_HEAD=head_thresholds is not None,
         num_warps=warps,
         # Lanes that hold the same row add its parts in different orders. Fused with the products
         # before them, the sums would differ in their last bit, and with them what each lane keeps.

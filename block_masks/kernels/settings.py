@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..geometry import BlockGeometry
-from ..selection import ForcedBlocks, SelectionRule, Threshold, TopK, TopP, TopPOrThreshold
+from ..selection import (
+    ForcedBlocks,
+    HeadThreshold,
+    SelectionRule,
+    Threshold,
+    TopK,
+    TopP,
+    TopPOrThreshold,
+)
 
 if TYPE_CHECKING:
     from ..selectors import UniSparse
@@ -30,6 +38,8 @@ class KernelSettings(NamedTuple):
         sink_blocks: See `ForcedBlocks`.
         local_blocks: See `ForcedBlocks`.
         last_query_blocks: See `ForcedBlocks`.
+        head_thresholds: Of every query head, instead of the threshold in ``values``; empty where
+            all have that.
     """
 
     block_size: int
@@ -42,6 +52,7 @@ class KernelSettings(NamedTuple):
     sink_blocks: int
     local_blocks: int
     last_query_blocks: int
+    head_thresholds: tuple[float, ...] = ()
 
     @property
     def forced_blocks(self) -> ForcedBlocks:
@@ -67,7 +78,8 @@ def settings_of(selector: UniSparse) -> KernelSettings:
     Raises:
         TypeError: The kernels have no such rule.
     """
-    name, values = spell(selector.rule)
+    rule = selector.rule
+    name, values = spell(rule)
     return KernelSettings(
         selector.block_size,
         selector.c_q,
@@ -79,11 +91,12 @@ def settings_of(selector: UniSparse) -> KernelSettings:
         selector.sink_blocks,
         selector.local_blocks,
         selector.last_query_blocks,
+        rule.thresholds if isinstance(rule, HeadThreshold) else (),
     )
 
 
 def spell(rule: SelectionRule) -> tuple[str, tuple[float, ...]]:
-    """A rule as the kernels take it: its name and its numbers.
+    """A rule as the kernels take it: its name and its numbers, without those of heads.
 
     Raises:
         TypeError: The kernels have no such rule.
@@ -97,8 +110,14 @@ def spell(rule: SelectionRule) -> tuple[str, tuple[float, ...]]:
     if isinstance(rule, TopPOrThreshold):
         blocks = float(rule.threshold_blocks or 0)
         return "top_p_or_threshold", (rule.top_p, rule.threshold, blocks)
+    if isinstance(rule, HeadThreshold):
+        blocks = float(rule.threshold_blocks or 0)
+        if rule.top_p is None:
+            return "threshold", (0.0, 0.0, blocks)
+        return "top_p_or_threshold", (rule.top_p, 0.0, blocks)
     raise TypeError(
-        "rule must be TopP, TopK, Threshold or TopPOrThreshold, got " + type(rule).__name__
+        "rule must be TopP, TopK, Threshold, TopPOrThreshold or HeadThreshold, got "
+        + type(rule).__name__
     )
 
 
@@ -113,4 +132,6 @@ def encode_settings(*settings: Any) -> str:
 def decode_settings(text: str) -> KernelSettings:
     """What `encode_settings` was given."""
     settings = KernelSettings(*json.loads(text))
-    return settings._replace(values=tuple(settings.values))
+    return settings._replace(
+        values=tuple(settings.values), head_thresholds=tuple(settings.head_thresholds)
+    )

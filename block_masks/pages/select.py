@@ -30,8 +30,6 @@ def paged_obstacle(selector: Selector, pages: Tensor) -> str | None:
         return f"{type(selector).__name__} reads keys that lie in one piece"
     if pages.device.type != "cuda":
         return "plain PyTorch scores keys that lie in one piece"
-    if selector.head_thresholds is not None:
-        return "head_thresholds are selected by plain PyTorch"
     if selector.sampled_queries and not kernels.supports_pages(pages, selector.block_size):
         return f"the kernels read pages of 64 keys or a multiple of it, got {pages.shape[2]}"
     return None

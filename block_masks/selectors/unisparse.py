@@ -69,8 +69,7 @@ class UniSparse(ForcesBlocks, Selector):
             it times ``sqrt(threshold_blocks / n)``. The end of a prompt then costs less for the
             same quality, its beginning is read less exactly. ``None``: all rows alike.
         head_thresholds: A threshold for each query head, in [0, 1], instead of ``threshold``; 0
-            keeps every block. Needs ``c_h`` 1, and selects only in plain PyTorch: the Triton
-            kernels take one threshold.
+            keeps every block. Needs ``c_h`` 1.
         sampled_queries: Rows of a block that meet every key exactly, the last of them included;
             their scores and those of the composite tokens are averaged. Divides ``block_size``; 0
             for none.
@@ -213,7 +212,7 @@ class UniSparse(ForcesBlocks, Selector):
             c_k=self.c_k,
             c_h=self.c_h,
             sampled_queries=self.sampled_queries,
-            has_kernels=self._has_kernels,
+            has_kernels=True,
             row_blocks=forced if self.top_k is None else max(forced, self.top_k),
             last_query_blocks=self.last_query_blocks,
             share=0.0 if self.top_p is None else top_p_share(self.top_p),
@@ -271,8 +270,6 @@ class UniSparse(ForcesBlocks, Selector):
         attn_mask: Tensor | None,
     ) -> str | None:
         """See `Selector.kernel_obstacle`."""
-        if not self._has_kernels:
-            return "head_thresholds have none"
         if attn_mask is not None:
             return "the mask is a tensor of pairs, no proved formula"
         return kernels.obstacle(query, key, geometry, scale)
@@ -287,10 +284,6 @@ class UniSparse(ForcesBlocks, Selector):
         return kernels.prepare_mask(
             kernels.settings_of(self), geometry, query.shape[0], query.device
         )
-
-    @property
-    def _has_kernels(self) -> bool:
-        return self.head_thresholds is None
 
     def _select_by_kernels(
         self,
@@ -319,7 +312,7 @@ class UniSparse(ForcesBlocks, Selector):
 
     def pool_keys(self, key: Tensor, *, blocks: int) -> Tensor:
         """See `Selector.pool_keys`; by the kernels, and then in key's dtype, where these select."""
-        if self._has_kernels and kernels.supports_keys(key):
+        if kernels.supports_keys(key):
             return kernels.pool_keys(key, c_k=self.c_k, block_size=self.block_size, blocks=blocks)
         return Selector.pool_keys(self, key, blocks=blocks)
 

@@ -164,7 +164,7 @@ def test_thresholds_of_heads_are_a_rule_of_their_own() -> None:
     assert selector.top_p is None
     both = UniSparse(head_thresholds=(0.01, 0.02), top_p=0.8)
     assert both.rule == HeadThreshold(thresholds=(0.01, 0.02), top_p=0.8)
-    assert not selector.cost.has_kernels
+    assert selector.cost.has_kernels
 
 
 def test_the_density_of_heads_is_the_mean_of_theirs() -> None:
@@ -199,22 +199,12 @@ def test_each_head_selects_as_with_its_threshold_for_all(top_p: float | None) ->
     assert keep[:, 3].equal(everything[:, 3])
 
 
-def test_kernels_are_not_asked_for_thresholds_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-
-    def obstacle(*call: object) -> str:
-        asked.append(call)
-        return "none here"
-
-    monkeypatch.setattr(kernels, "obstacle", obstacle)
-    query = torch.randn(1, 2, 256, 16)
-    UniSparse(threshold=0.1).select(query, query, is_causal=True)
-    assert len(asked) == 1
-    UniSparse(head_thresholds=(0.1, 0.1)).select(query, query, is_causal=True)
-    assert len(asked) == 1
-
-
-def test_thresholds_of_heads_are_as_many_as_the_heads() -> None:
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_thresholds_of_heads_are_as_many_as_the_heads(
+    by_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_kernels:
+        monkeypatch.setattr(kernels, "obstacle", lambda *_: None)
     query = torch.randn(1, 2, 256, 16)
     with pytest.raises(ValueError, match="one share for each of 2 heads, got 3"):
         UniSparse(head_thresholds=(0.1, 0.1, 0.1)).select(query, query, is_causal=True)

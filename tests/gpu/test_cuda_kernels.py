@@ -84,6 +84,7 @@ def run(call: KernelCall, query: Tensor, key: Tensor) -> BlockLists:
     return BlockLists(*torch.ops.unisparse.select_blocks(query, key, **arguments(call)))
 
 
+BY_HEAD = (0.05, 0.02, 0.0, 0.01, 0.2, 0.004, 1.0, 0.03)
 CALLS = {
     "keys of a block": cuda_call(
         4096, c_q=16, c_k=128, top_p=0.9, threshold=0.01, sampled_queries=4
@@ -99,6 +100,12 @@ CALLS = {
     ),
     "root of the blocks, chunk": cuda_call(
         1000, 4097, dtype=FP32, threshold=0.02, threshold_blocks=8, sampled_queries=4
+    ),
+    "thresholds of heads": cuda_call(
+        4096, c_q=16, c_k=128, top_p=0.6, head_thresholds=BY_HEAD, sampled_queries=4
+    ),
+    "thresholds of heads, by the root of the blocks": cuda_call(
+        777, dtype=FP32, head_thresholds=BY_HEAD, threshold_blocks=8, sampled_queries=4, batch=2
     ),
     "float32, ragged": cuda_call(777, dtype=FP32, top_p=0.9, sampled_queries=4),
     "float32": cuda_call(4096, dtype=FP32, threshold=0.01, c_h=4, sampled_queries=4),
@@ -291,6 +298,32 @@ def test_the_selector_runs_its_kernels_in_a_compiled_graph() -> None:
     compiled = torch.compile(keep, fullgraph=True, dynamic=False)
     query, key = tokens_of(call)
     assert compiled(query, key).equal(run(call, query, key).kept())
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_graph_has_the_thresholds_of_its_heads(mode: str) -> None:
+    torch._dynamo.reset()
+    call = cuda_call(777, head_thresholds=tuple(t / 2 for t in BY_HEAD), sampled_queries=4)
+
+    def keep(query: Tensor, key: Tensor) -> Tensor:
+        return call.selector.select(query, key, is_causal=True).keep
+
+    compiled = torch.compile(keep, fullgraph=True, dynamic=False, mode=mode)
+    query, key = tokens_of(call)
+    found = [compiled(query, key).clone() for _ in range(4)]
+    expected = run(call, query, key).kept()
+    assert all(kept.equal(expected) for kept in found)
+
+
+def test_a_captured_graph_has_the_thresholds_of_its_heads() -> None:
+    call = cuda_call(1000, head_thresholds=BY_HEAD, sampled_queries=4)
+    query, key = tokens_of(call)
+    first = run(call, query, key)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(call, query, key)
+    graph.replay()
+    assert_same_lists(captured, first)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -55,7 +55,15 @@ def test_means_are_those_of_plain_pytorch(page: int) -> None:
 @pytest.mark.parametrize("heads_inside", [False, True])
 @pytest.mark.parametrize("page", [64, 128])
 @pytest.mark.parametrize(("q_len", "length"), [(300, 300), (2048, 9001), (4096, 40000)])
-@pytest.mark.parametrize("selector", [UniSparse(), UniSparse(top_k=9), UniSparse.paper()])
+@pytest.mark.parametrize(
+    "selector",
+    [
+        UniSparse(),
+        UniSparse(top_k=9),
+        UniSparse.paper(),
+        UniSparse(head_thresholds=(0.0, *(0.01,) * 6, 0.3), top_p=0.8, threshold_blocks=64),
+    ],
+)
 def test_lists_from_pages_are_those_from_the_keys(
     selector: UniSparse, q_len: int, length: int, page: int, heads_inside: bool
 ) -> None:

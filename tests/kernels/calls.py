@@ -114,7 +114,14 @@ def run(
         scale=default_scale(query.shape[3]) if scale is None else scale,
         are_composites=are_composites,
         intervals=intervals,
+        head_thresholds=head_thresholds_of(call),
     )
+
+
+def head_thresholds_of(call: Call) -> Tensor | None:
+    """Those of the query heads, where they have some of their own."""
+    thresholds = call.selector.head_thresholds
+    return None if thresholds is None else torch.tensor(thresholds)
 
 
 def exact_scores(call: Call, query: Tensor, key: Tensor) -> Tensor:
@@ -144,15 +151,17 @@ def decided(
     forced = forced & visible
     candidates = visible & ~forced
     low, high = scores * (1 - tolerance), scores * (1 + tolerance)
-    if selector.threshold is not None:
+    thresholds = selector.head_thresholds or (selector.threshold,)
+    has_threshold = thresholds != (None,)
+    if has_threshold:
         # Its root, too, is rounded.
         reached = scale_threshold(
-            torch.tensor(selector.threshold, dtype=torch.float64, device=scores.device),
+            torch.tensor(thresholds, dtype=torch.float64, device=scores.device)[:, None, None],
             selector.threshold_blocks,
             visible,
         )
         reaching, missing = low >= reached, high < reached
-    if selector.threshold is not None and selector.top_p is None:
+    if has_threshold and selector.top_p is None:
         # A row of which nothing reaches it keeps its highest.
         peak = low.masked_fill(~candidates, -1.0).amax(-1, keepdim=True)
         none = ~(forced | (reaching & candidates)).any(-1, keepdim=True)
@@ -172,7 +181,7 @@ def decided(
         least = mass + (weight[..., None, :] * must).sum(-1)
         kept = (most * (1 + slack) < wanted) | (selector.top_p == 1.0)
         dropped = (least * (1 - slack) >= wanted) & (selector.top_p != 1.0)
-        if selector.threshold is not None:
+        if has_threshold:
             kept, dropped = kept | reaching, dropped & missing
     return forced | (kept & candidates), ~visible | (dropped & candidates)
 
@@ -233,6 +242,13 @@ RULES: dict[str, tuple[dict[str, Any], ...]] = {
         ),
         *({"top_p": 0.3, "threshold": t, "threshold_blocks": 4} for t in (0.05, 0.2)),
     ),
+    # Those of the heads are drawn.
+    "head_thresholds": (
+        {},
+        {"threshold_blocks": 3},
+        {"top_p": 0.4},
+        {"top_p": 0.3, "threshold_blocks": 4},
+    ),
 }
 HEADS = ((2, 1), (4, 2), (6, 2), (3, 1))
 
@@ -249,11 +265,16 @@ def kernel_calls(draw: st.DrawFn, *, rule: str) -> KernelCall:
     if causal:
         kv_len = q_len + draw(offsets(size))
     options: Any = draw(st.sampled_from(RULES[rule]))
+    c_h = draw(st.sampled_from([1, group]))
+    if rule == "head_thresholds":
+        share = st.sampled_from([0.0, 1.0]) | st.floats(0.01, 0.6)
+        thresholds = draw(st.lists(share, min_size=q_heads, max_size=q_heads))
+        options, c_h = {**options, "head_thresholds": tuple(thresholds)}, 1
     selector = UniSparse(
         block_size=size,
         c_q=draw(st.sampled_from([1, 2, 4, 8, 16])),
         c_k=draw(st.sampled_from([1, 2, 4, 8, 16])),
-        c_h=draw(st.sampled_from([1, group])),
+        c_h=c_h,
         sampled_queries=draw(st.sampled_from([0, 1, 2, 4])),
         sink_blocks=draw(st.integers(0, 2)),
         local_blocks=draw(st.integers(1, 2)),

@@ -42,6 +42,20 @@ def test_the_lists_are_those_of_the_reference(
     assert_selects(call, run(kernels, call, query, key), query, key)
 
 
+@pytest.mark.parametrize("top_p", [None, 0.3])
+def test_each_head_has_its_threshold_and_0_keeps_all(kernels: Kernels, top_p: float | None) -> None:
+    options: dict[str, Any] = {"batch": 2, "kv_heads": 2, "top_p": top_p, "sampled_queries": 2}
+    thresholds = (0.4, 0.1, 0.0, 0.02)
+    call = fixed_call(90, **options, head_thresholds=thresholds)
+    query, key = call.query_key()
+    found = run(kernels, call, query, key).kept()
+    for head, threshold in enumerate(thresholds):
+        if threshold:
+            alone = fixed_call(90, **options, threshold=threshold)
+            assert found[:, head].equal(run(kernels, alone, query, key).kept()[:, head])
+    assert found[:, 2].equal(call.geometry.visible_blocks(CPU).expand(2, -1, -1))
+
+
 @pytest.mark.parametrize("sampled_queries", [0, 2])
 def test_every_causal_offset_selects_as_the_reference(
     kernels: Kernels, sampled_queries: int

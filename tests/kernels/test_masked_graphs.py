@@ -19,7 +19,11 @@ from unisparse_flex.passes.rewrite.graph import PreparedMasks
 
 from .interpreter import Kernels
 
-SELECTOR = UniSparse(block_size=16, c_q=4, c_k=4, sampled_queries=2, top_k=3)
+SIZES: dict[str, Any] = {"block_size": 16, "c_q": 4, "c_k": 4, "sampled_queries": 2}
+RULES: dict[str, dict[str, Any]] = {
+    "blocks of a row": {"top_k": 3},
+    "a threshold for each head": {"head_thresholds": (0.05, 0.3)},
+}
 HEADS, HEAD_DIM = 2, 16
 
 
@@ -100,10 +104,14 @@ def inputs(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return tokens, starts.cumsum(-1)
 
 
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", MASKS)
-def test_compiled_calls_attend_to_what_plain_pytorch_selects(runs: Runs, kind: str) -> None:
+def test_compiled_calls_attend_to_what_plain_pytorch_selects(
+    runs: Runs, kind: str, rule: str
+) -> None:
+    selector = UniSparse(**SIZES, **RULES[rule])
     model = TwoLayers(MASKS[kind]).requires_grad_(False)
-    optimized = optimize(TwoLayers(MASKS[kind]).requires_grad_(False), SELECTOR, min_length=0)
+    optimized = optimize(TwoLayers(MASKS[kind]).requires_grad_(False), selector, min_length=0)
     optimized.load_state_dict(model.state_dict())
     compilations = 0
 

@@ -13,7 +13,7 @@ from unisparse_flex.block_masks.block_lists import BlockLists
 from unisparse_flex.block_masks.kernels import settings_of
 from unisparse_flex.block_masks.pages import PageSummaries, PageTables, name_pages
 
-from .calls import KernelCall, fixed_call, run
+from .calls import KernelCall, fixed_call, head_thresholds_of, run
 from .interpreter import Kernels
 
 
@@ -30,16 +30,24 @@ def run_paged(kernels: Kernels, call: KernelCall, query: Tensor, cache: Cache) -
         settings_of(call.selector),
         geometry=call.geometry,
         scale=0.25,
+        head_thresholds=head_thresholds_of(call),
     )
 
 
+RULES: dict[str, dict[str, Any]] = {
+    "blocks of a row": {"top_k": 3},
+    "a threshold for each head": {"head_thresholds": (0.05, 0.3)},
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("heads_inside", [False, True])
 @pytest.mark.parametrize("c_k", [4, 16])
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 16), (19, 19), (40, 101), (33, 160)])
 def test_lists_from_pages_are_those_from_the_keys(
-    kernels: Kernels, q_len: int, kv_len: int, c_k: int, heads_inside: bool
+    kernels: Kernels, q_len: int, kv_len: int, c_k: int, heads_inside: bool, rule: str
 ) -> None:
-    call = fixed_call(q_len, kv_len, c_h=1, c_k=c_k, sampled_queries=2, top_k=3)
+    call = fixed_call(q_len, kv_len, c_h=1, c_k=c_k, sampled_queries=2, **RULES[rule])
     query, key = call.query_key()
     query, key = query[:1], key[:1]
     cache = cache_of(call, key, 16, heads_inside=heads_inside)

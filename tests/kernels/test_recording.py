@@ -92,6 +92,19 @@ def test_a_repeated_call_selects_what_the_kernels_do(kernels: Kernels, data: st.
         assert counted.computed == 1
 
 
+@pytest.mark.parametrize("top_p", [None, 0.3])
+@pytest.mark.usefixtures("interpreted_operator")
+def test_a_repeated_call_reads_the_thresholds_of_its_heads(
+    kernels: Kernels, recordings: Counted, top_p: float | None
+) -> None:
+    for thresholds in ((0.4, 0.0), (0.01, 0.2)):
+        call = fixed_call(90, sampled_queries=2, top_p=top_p, head_thresholds=thresholds)
+        query, key = call.query_key()
+        select(call, query + 1, key - 1)
+        assert_same_lists(select(call, query, key), run(kernels, call, query, key))
+    assert recordings.computed == 2
+
+
 @settings(max_examples=3)
 @given(data=st.data())
 @pytest.mark.usefixtures("interpreted_operator")

@@ -80,6 +80,7 @@ class Call:
         kernels: Those that this call adds; the scores of composites alone are ``coarse``, of
             sampled rows ``fine``.
         paged: Whether its keys lie in pages.
+        per_head: Whether heads have thresholds of their own.
     """
 
     dtype: torch.dtype
@@ -88,11 +89,13 @@ class Call:
     masked: bool
     kernels: tuple[str, ...]
     paged: bool = False
+    per_head: bool = False
 
 
 CALLS = (
     Call(torch.bfloat16, 128, 32768, False, ("fine", "select", "coarse", "pool")),
     Call(torch.bfloat16, 128, 32768, True, ("coarse", "select")),
+    Call(torch.bfloat16, 128, 32768, False, ("select",), per_head=True),
     Call(torch.float32, 128, 4096, False, ("fine",)),
     Call(torch.float16, 64, 2048, False, ("score_both", "pool")),
     Call(torch.bfloat16, 128, 1024, True, ("score_both", "pool")),
@@ -154,7 +157,14 @@ def compute(lists: Any, call: Call) -> None:
     shape = (1, 32, call.length, call.head_dim)
     query = torch.empty(shape, dtype=call.dtype, device="meta")
     options: dict[str, Any] = {"c_q": 16, "c_k": 64, "sampled_queries": 4}
-    selector = UniSparse(top_p=0.9, threshold=0.01, threshold_blocks=64, **options)
+    thresholds = (0.01,) * 32 if call.per_head else None
+    selector = UniSparse(
+        top_p=0.9,
+        threshold=None if call.per_head else 0.01,
+        head_thresholds=thresholds,
+        threshold_blocks=64,
+        **options,
+    )
     geometry = BlockGeometry(q_len=call.length, kv_len=call.length, block_size=128, causal_offset=0)
     lists.compute_lists(
         query,
@@ -163,6 +173,7 @@ def compute(lists: Any, call: Call) -> None:
         geometry=geometry,
         scale=0.1,
         intervals=tables(call.length, options) if call.masked else None,
+        head_thresholds=torch.empty(32, device="meta") if call.per_head else None,
     )
 
 
