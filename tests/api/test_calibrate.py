@@ -500,7 +500,7 @@ def test_tokens_that_the_model_rules_out_weigh_nothing() -> None:
     assert ruled.reached == pytest.approx(plain.reached)
 
 
-def test_heads_are_priced_without_kernels_and_slow_layers_are_dense() -> None:
+def test_slow_layers_of_heads_are_dense() -> None:
     short = found(recall=0.5, min_length=None, per_head=True)
     assert set(short.layers.values()) == {DENSE}
     fast = [UniSparse(c_q=64, c_k=64, threshold=t) for t in (1.0, 0.5)]

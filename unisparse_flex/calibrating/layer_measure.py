@@ -132,9 +132,6 @@ class LayerMeasure:
         """Cost of sparse attention by unit, and of dense attention: seconds, or blocks read."""
         if min_length is not None:
             return kept, float(visible.sum())
-        if self.per_head:
-            # It selects without kernels.
-            selector = with_head_thresholds(selector, (1.0,))
         shape = call_shape(call)
         found = [forecast(shape, selector, density) for density in (kept / visible).tolist()]
         seconds = [prediction.sparse_seconds / len(found) for prediction in found]

@@ -74,8 +74,7 @@ def calibrate(
             the density that was measured, and layers for which no setting is predicted to be
             faster stay dense; with a number, it is the blocks that are read, whatever the device.
         per_head: Gives each head a threshold of its own (``UniSparse.head_thresholds``); the ladder
-            must then differ only in ``threshold``. Such layers select in plain PyTorch, which on
-            a GPU is slower than the kernels.
+            must then differ only in ``threshold``.
         progress: Writes what is being done to stderr, once it has taken two seconds.
 
     Returns:
