@@ -272,6 +272,16 @@ def test_on_the_command_line_advice_names_its_options() -> None:
     assert verdict.endswith("leave them dense (--dense-layers 0,2-4)")
 
 
+def test_layers_that_are_excluded_already_stay_in_what_is_advised() -> None:
+    calls = [sparse_call(i, 0.97 if i == 2 else 0.2, 12 if i == 2 else 4) for i in range(2, 8)]
+    excluded = [
+        replace(sparse_call(i, 0.2, 4), decision="dense", density=None, reason=DenseReason.EXCLUDED)
+        for i in (0, 5)
+    ]
+    verdict = Explanation((*excluded, *(call for call in calls if "5" not in call.layer))).verdict
+    assert verdict.endswith("layer 2 keeps 97%: leave it dense (dense_layers=(0,2,5))")
+
+
 def test_a_layer_that_is_slower_in_one_of_two_stacks_is_not_named() -> None:
     calls = (
         sparse_call(0, 0.97, 12),

@@ -111,6 +111,18 @@ def test_every_call_and_reason_stands_on_the_page(mixed):
     assert "2 of 6" in text
 
 
+def test_a_reason_stands_once_below_the_tree_as_in_the_terminal():
+    same = [call(f"layers.{i}", reason=DenseReason.SLOWER) for i in range(3)]
+    page = report(call("a", 0.5), *same, call("b", reason=DenseReason.NEEDS_WEIGHTS))
+    text = " ".join(" ".join(Page(render_page(page)).text).split())
+    assert text.count(DenseReason.SLOWER) == text.count(DenseReason.NEEDS_WEIGHTS) == 1
+    assert (text.count("[1]"), text.count("[2]")) == (4, 2)
+    table = " ".join(page.explanation.table().split())
+    for footnote in (f"[1] {DenseReason.SLOWER} (3 calls)", f"[2] {DenseReason.NEEDS_WEIGHTS}"):
+        assert footnote in text
+        assert footnote in table
+
+
 def test_tags_are_closed_in_their_order(mixed):
     page = Page(render_page(mixed))
     assert page.open == []

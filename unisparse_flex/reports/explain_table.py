@@ -6,7 +6,7 @@ import re
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .attention_record import AttentionRecord
 from .verdict import predicted_ms, prefill_ms
@@ -56,7 +56,7 @@ def format_table(
     """See `Explanation.table`; its lines."""
     if not calls:
         return []
-    reasons = list(dict.fromkeys(str(call.reason) for call in calls if call.reason is not None))
+    reasons = count_reasons(calls)
     rows = collapse([_cells(call, reasons) for call in calls])
     if all(call.q_len == call.kv_len for call in calls):
         left_out = HEADER.index("queries")
@@ -78,9 +78,8 @@ def format_table(
         gap.join("-" * width for width in widths),
         *(_line(row, widths, left, gap) for row in rows),
     ]
-    counts = Counter(str(call.reason) for call in calls)
-    for number, reason in enumerate(reasons, 1):
-        of = f" ({counts[reason]} calls)" if counts[reason] > 1 else ""
+    for number, (reason, count) in enumerate(reasons.items(), 1):
+        of = f" ({count} calls)" if count > 1 else ""
         lines.append(wrap(f"[{number}] {reason}{of}", columns, indent=4))
     if known := sum(call.prediction is not None for call in calls):
         lines.append(wrap(FROM_NOTE, columns))
@@ -161,14 +160,19 @@ def three_digits(milliseconds: float) -> str:
     return f"{milliseconds:.{max(0, 3 - len(str(int(milliseconds))))}f}"
 
 
-def _cells(call: AttentionRecord, reasons: Sequence[str]) -> list[str]:
+def count_reasons(calls: Sequence[AttentionRecord]) -> dict[str, int]:
+    """Why calls stay dense, in the order of the footnotes, and how many for each reason."""
+    return Counter(str(call.reason) for call in calls if call.reason is not None)
+
+
+def _cells(call: AttentionRecord, reasons: Mapping[str, int]) -> list[str]:
     lengths = [str(n) if n else "" for n in (call.q_len, call.kv_len)]
     density = "" if call.density is None else f"{call.density:.3f}"
     predicted = ["", "", ""]
     if (p := call.prediction) is not None:
         predicted = [three_digits(p.dense_ms), three_digits(p.sparse_ms), str(p.break_even)]
         predicted[2] = "never" if p.break_even is None else predicted[2]
-    why = "" if call.reason is None else f"[{reasons.index(str(call.reason)) + 1}]"
+    why = "" if call.reason is None else f"[{[*reasons].index(str(call.reason)) + 1}]"
     return [call.layer, *lengths, call.heads, call.decision, density, *predicted, why]
 
 

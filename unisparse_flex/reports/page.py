@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import density_chart
 from .explain_report import ExplainReport
+from .explain_table import count_reasons
 from .tree import build_tree
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def render_page(report: ExplainReport) -> str:
         report=report,
         explanation=report.explanation,
         rows=build_tree(report.calls, report.model_class),
+        reasons=count_reasons([call.record for call in report.calls]),
         bars=density_chart.compute_bars(report.calls),
         chart=chart,
         style=read_part(STYLE),

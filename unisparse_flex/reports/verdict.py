@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from ..passes import DenseReason
 from .attention_record import AttentionRecord, chosen_densities
 from .wording import Wording, name_runs, runs_of
 
@@ -55,7 +56,8 @@ def verdict(
         verb = "keeps" if len(indices) == 1 else "keep"
         parts.append(
             f"{_name_layers(indices)} {verb} {sum(density) / len(density):.0%}: leave "
-            f"{'it' if len(indices) == 1 else 'them'} dense ({wording.dense_layers(indices)})"
+            f"{'it' if len(indices) == 1 else 'them'} dense "
+            f"({wording.dense_layers(sorted({*indices, *_excluded_layers(calls)}))})"
         )
     elif slower:
         parts.append(f"{len(slower)} of them predicted slower than dense: calibrate, or set top_k")
@@ -99,6 +101,13 @@ def _slower_layers(sparse: Sequence[AttentionRecord]) -> list[int]:
     slower = slower_calls(sparse)
     faster = {_index(call) for call in sparse if call not in slower}
     return sorted({i for call in slower if (i := _index(call)) is not None} - faster)
+
+
+def _excluded_layers(calls: Sequence[AttentionRecord]) -> set[int]:
+    """Indices of which every call is excluded already."""
+    found = {_index(call) for call in calls if call.reason is DenseReason.EXCLUDED}
+    others = {_index(call) for call in calls if call.reason is not DenseReason.EXCLUDED}
+    return {index for index in found - others if index is not None}
 
 
 def _index(call: AttentionRecord) -> int | None:
