@@ -28,12 +28,14 @@ class Point:
         density: Kept over visible blocks.
         kl: In nats.
         score_rows: What scoring cost, in rows.
+        sorted_share: Of the layers, where keys were sorted.
     """
 
     threshold: float
     density: float
     kl: float
     score_rows: float
+    sorted_share: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,18 +45,23 @@ class Reached:
     Attributes:
         density: Where its curve has it.
         score_rows: What scoring costs there.
+        sorted_share: See `Point`.
     """
 
     density: float
     score_rows: float
+    sorted_share: float = 1.0
 
 
-def curve(result: Result, choice: str) -> list[Point]:
-    """The points of a choice at which every excerpt was read, by density."""
-    excerpts = excerpts_of(result)
+Excerpt = tuple[str, int]
+
+
+def curve(result: Result, choice: str, excerpt: Excerpt | None = None) -> list[Point]:
+    """The points of a choice at which every excerpt was read, or one of them, by density."""
+    excerpts = excerpts_of(result) if excerpt is None else [excerpt]
     found: dict[float, dict[tuple[str, int], Mapping[str, Any]]] = {}
     for row in result["rows"]:
-        if row["choice"] == choice and row.get("kl"):
+        if row["choice"] == choice and row.get("kl") and (row["text"], row["seed"]) in excerpts:
             found.setdefault(row["threshold"], {})[row["text"], row["seed"]] = row
     points = [
         Point(
@@ -62,11 +69,17 @@ def curve(result: Result, choice: str) -> list[Point]:
             density=mean(row["density"] for row in rows.values()),
             kl=geometric_mean([row["kl"] for row in rows.values()]),
             score_rows=mean(row["score_rows"] for row in rows.values()),
+            sorted_share=mean(_sorted_share(choice, row) for row in rows.values()),
         )
         for threshold, rows in found.items()
         if len(rows) == len(excerpts)
     ]
     return sorted(points, key=lambda point: point.density)
+
+
+def _sorted_share(choice: str, row: Mapping[str, Any]) -> float:
+    layers = Choice.parse(choice).sorted_layers
+    return min(1.0, layers / len(row["densities"])) if layers and "densities" in row else 1.0
 
 
 def reach(points: Sequence[Point], kl: float) -> Reached | None:
@@ -75,20 +88,34 @@ def reach(points: Sequence[Point], kl: float) -> Reached | None:
     if density is None:
         return None
     nearest = min(points, key=lambda point: abs(math.log(point.kl / kl)))
-    return Reached(density=density, score_rows=nearest.score_rows)
+    return Reached(
+        density=density, score_rows=nearest.score_rows, sorted_share=nearest.sorted_share
+    )
 
 
-def default_kl(result: Result) -> float | None:
+def density_ratios(result: Result, choice: str, part: float) -> list[float]:
+    """Of every excerpt: the density of a choice over the default's at a part of its KL there."""
+    found = []
+    for excerpt in excerpts_of(result):
+        kl = default_kl(result, excerpt)
+        if kl is None:
+            continue
+        own, usual = (reach(curve(result, n, excerpt), part * kl) for n in (choice, DEFAULT))
+        if own is not None and usual is not None:
+            found.append(own.density / usual.density)
+    return found
+
+
+def default_kl(result: Result, excerpt: Excerpt | None = None) -> float | None:
     """That of the default's own setting."""
-    points = curve(result, DEFAULT)
+    points = curve(result, DEFAULT, excerpt)
     return next((p.kl for p in points if p.threshold == DEFAULT_THRESHOLD), None)
 
 
 def seconds(choice: Choice, reached: Reached, clock: Clock) -> float:
     """Choosing and attending."""
-    return clock.choosing(choice, reached.score_rows) + clock.attending(
-        reached.density, choice.tile
-    )
+    choosing = clock.choosing(choice, reached.score_rows, reached.sorted_share)
+    return choosing + clock.attending(reached.density, choice.tile)
 
 
 def shapes_of(result: Result) -> list[Shape]:
@@ -110,7 +137,7 @@ def shapes_of(result: Result) -> list[Shape]:
     return found
 
 
-def excerpts_of(result: Result) -> list[tuple[str, int]]:
+def excerpts_of(result: Result) -> list[Excerpt]:
     """Texts and seeds."""
     return list(dict.fromkeys((row["text"], row["seed"]) for row in result["rows"]))
 

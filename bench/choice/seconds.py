@@ -101,15 +101,15 @@ class Clock:
             **_tiles(shape),
         )
 
-    def choosing(self, choice: Choice, score_rows: float) -> float:
-        """Selection, the order and the sorted copy."""
+    def choosing(self, choice: Choice, score_rows: float, sorted_share: float = 1.0) -> float:
+        """Selection, and the order and the sorted copy in so many of the layers."""
         found = self.fixed + self.row * score_rows
         found += (self.finer - 1) * (BLOCK / choice.tile.keys - 1) * (self.fixed + 4 * self.row)
         if choice.order is not None:
             order = choice.order
             # Keys and values are read and written once.
             passes = order.key_passes + 4
-            found += self.launch + self.row * order.rows + passes * self.keys
+            found += sorted_share * (self.launch + self.row * order.rows + passes * self.keys)
         if choice.sorts_rows:
             found += self.launch + QUERY_PASSES * self.queries
         return found

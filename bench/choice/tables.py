@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from .. import markdown
@@ -18,6 +18,7 @@ from .curves import (
     choices_of,
     curve,
     default_kl,
+    density_ratios,
     excerpts_of,
     reach,
     seconds,
@@ -27,12 +28,16 @@ from .parts import Tile
 from .seconds import Clock, key_reads, operations
 
 NAMES = {1.0: "KL", 0.5: "KL / 2", 0.25: "KL / 4"}
+# Excerpts of which nothing can be said one by one.
+FEW = 3
 
 
 def describe(result: Mapping[str, Any], name: str) -> str:
     """Density and time at equal KL of every choice, then the points; or block sizes."""
     if result.get("part") == "tiles":
         return _describe_tiles(result, name)
+    if result.get("part") == "tasks":
+        return _describe_tasks(result, name)
     texts = Counter(text for text, _ in excerpts_of(result))
     excerpts = ", ".join(f"{count} of {text}" for text, count in texts.items())
     title = (
@@ -42,7 +47,10 @@ def describe(result: Mapping[str, Any], name: str) -> str:
     kl = default_kl(result)
     shapes = "; ".join(f"{chr(ord('a') + place)}: {s}" for place, s in enumerate(shapes_of(result)))
     note = f"Times: {shapes}." if kl is None else f"The default's KL: {kl:.4f}. Times: {shapes}."
-    parts = [note, _ratios(result), "Density and KL by threshold.", _points(result)]
+    parts = [note, _ratios(result)]
+    if len(excerpts_of(result)) > FEW:
+        parts += ["Density over the default's, excerpt by excerpt.", _spread(result)]
+    parts += ["Density and KL by threshold.", _points(result)]
     if layers := _layers(result):
         parts += ["Density by layer, threshold 0.006.", layers]
     return markdown.page(*markdown.heading(title, result), *parts)
@@ -86,6 +94,70 @@ def _ratios(result: Mapping[str, Any]) -> str:
             lines.append(line)
     lines.sort(key=lambda line: next(value for value in line[4:] if value is not None))
     return markdown.table(columns, lines)
+
+
+def _spread(result: Mapping[str, Any]) -> str:
+    """How the excerpts differ: the mean ratio with its standard error, the least and the most."""
+    columns: dict[str, markdown.Format] = {"choice": "`{}`"}
+    for part in PARTS:
+        columns |= {f"{NAMES[part]}: mean": "{}", f"{NAMES[part]}: from, to": "{}"}
+        columns[f"{NAMES[part]}: excerpts"] = "{}"
+    lines = []
+    for choice in choices_of(result):
+        line: list[Any] = [choice]
+        for part in PARTS:
+            found = density_ratios(result, choice, part) if choice != DEFAULT else []
+            if len(found) < 2:
+                line += [None] * 3
+                continue
+            error = stdev(found) / math.sqrt(len(found))
+            line += [f"{mean(found):.3f} ± {error:.3f}"]
+            line += [f"{min(found):.2f}, {max(found):.2f}", len(found)]
+        if any(line[1:]):
+            lines.append(line)
+    return markdown.table(columns, lines)
+
+
+def _describe_tasks(result: Mapping[str, Any], name: str) -> str:
+    """Mean scores, and how they differ from the dense ones of the same samples."""
+    title = (
+        f"{name}: {result['model']}, prompts of {result['tokens']} tokens, answers of at most "
+        f"{result['answer']}, {result['device']}"
+    )
+    tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
+    scores: dict[tuple[str, float | None], dict[str, list[float]]] = {}
+    densities: dict[tuple[str, float | None], list[float]] = {}
+    for row in result["rows"]:
+        setting = row["choice"], row["threshold"]
+        scores.setdefault(setting, {}).setdefault(row["task"], []).extend(row["scores"])
+        densities.setdefault(setting, []).append(row["density"])
+    [dense] = [found for (choice, _), found in scores.items() if choice == "dense"]
+    columns: dict[str, markdown.Format] = {
+        "choice": "`{}`",
+        "threshold": "{:g}",
+        "density": "{:.3f}",
+        **dict.fromkeys(tasks, "{:.3f}"),
+        "all": "{:.3f}",
+        "over dense": "{}",
+        "samples": "{}",
+    }
+    lines = []
+    for (choice, threshold), found in scores.items():
+        pairs = [p for t in tasks for p in zip(found[t], dense[t], strict=True)]
+        apart = [own - usual for own, usual in pairs]
+        error = stdev(apart) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
+        lines.append(
+            [
+                choice,
+                threshold,
+                mean(densities[choice, threshold]),
+                *(mean(found[task]) for task in tasks),
+                mean(own for own, _ in pairs),
+                f"{mean(apart):+.3f} ± {error:.3f}" if choice != "dense" else None,
+                len(pairs),
+            ]
+        )
+    return markdown.page(*markdown.heading(title, result), markdown.table(columns, lines))
 
 
 def _points(result: Mapping[str, Any]) -> str:

@@ -268,6 +268,42 @@ def test_tables_compare_at_the_kl_of_the_default() -> None:
     assert "| 0 | 0.50 | 0.50 |" in text
 
 
+def test_excerpts_are_compared_one_by_one() -> None:
+    result = make_result()
+    for row in result["rows"]:
+        if row["text"] == "code" and row["choice"] == DEFAULT:
+            row["density"] *= 0.8
+    found = curves.density_ratios(result, "weight1@1024/r4+p16", 1.0)
+    assert found == pytest.approx([0.5, 0.625])
+
+
+def test_an_order_in_some_layers_costs_as_much_of_its_time() -> None:
+    result, name = make_result(), "weight1<1@1024/r4+p16"
+    for row in result["rows"]:
+        if row["choice"] != DEFAULT:
+            row["choice"] = name
+    reached = curves.reach(curves.curve(result, name), 0.015)
+    assert reached is not None
+    # Two layers, of which one is sorted.
+    assert reached.sorted_share == 0.5
+    clock = Clock.of(Shape(q_heads=32, kv_heads=8, head_dim=128, tokens=8192))
+    none, half, all_ = (clock.choosing(Choice.parse(name), 4, share) for share in (0, 0.5, 1))
+    assert half == pytest.approx((none + all_) / 2)
+    assert none < all_
+
+
+def test_scores_of_tasks_stand_beside_the_dense_ones_of_the_same_samples() -> None:
+    rows = [
+        {"task": task, "choice": choice, "threshold": None, "density": d, "scores": scores}
+        for task, (dense, sparse) in {"a": ([1.0, 0.0], [1.0, 1.0]), "b": ([1.0], [0.0])}.items()
+        for choice, d, scores in (("dense", 1.0, dense), (DEFAULT, 0.25, sparse))
+    ]
+    named = {"model": "smollm2", "tokens": 8064, "answer": 40, "device": "GPU"}
+    text = describe({"part": "tasks", **named, "command": ["python"], "rows": rows}, "x")
+    line = "| `none/r4+p16` |  | 0.250 | 1.000 | 0.000 | 0.667 | +0.000 ± 0.577 | 3 |"
+    assert line in text
+
+
 @pytest.mark.parametrize("name", ["unknown/r4", "none", "none/r4+", "none/x4"])
 def test_other_names_are_no_choice(name: str) -> None:
     with pytest.raises(ValueError, match="must be"):
