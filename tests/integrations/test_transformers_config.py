@@ -75,6 +75,20 @@ def test_a_quality_is_one_setting(tmp_path: Path, quality: Any) -> None:
         assert selectors_of(loaded) == [selectors.selector_of_quality(quality)] * 2
 
 
+def test_a_saved_model_needs_the_name_and_the_name_needs_register(tmp_path: Path) -> None:
+    """docs/faq.md quotes the message, which is transformers' own."""
+    model = BY_NAME["Llama"].create()
+    configure(model.config, SELECTOR, min_length=0)
+    model.save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert {decision for decision, _ in kept(plain)} == {"dense"}
+    message = 'Specified `attn_implementation="unisparse"` is not supported'
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+    with registered(OTHER):
+        assert {decision for decision, _ in kept(load(tmp_path))} == {"sparse"}
+
+
 def test_compiled_models_follow_what_their_configuration_says() -> None:
     with registered(OTHER):
         model = create("Llama")
