@@ -131,3 +131,20 @@ def test_compiled_calls_attend_to_what_plain_pytorch_selects(
             expected = optimized(*given)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert compilations == 1
+
+
+def test_a_traced_selection_has_the_thresholds_of_its_heads(runs: Runs) -> None:
+    selector = UniSparse(**SIZES, head_thresholds=(0.07, 0.2))
+
+    def keep(query: Tensor, key: Tensor) -> Tensor:
+        return selector.select(query, key, is_causal=True).keep
+
+    compiled = torch.compile(keep, fullgraph=True, dynamic=False, backend="aot_eager")
+    generator = torch.Generator().manual_seed(0)
+    for length in (70, 101):
+        query, key = 2 * torch.randn(2, 1, HEADS, length, HEAD_DIM, generator=generator)
+        found = compiled(query, key)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(operator, "keys_obstacle", lambda _: "plain")
+            assert found.equal(keep(query, key))
+    assert runs.selections == 2
