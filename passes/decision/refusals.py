@@ -38,6 +38,7 @@ class DenseReason(StrEnum):
     SHORT = "fewer keys than min_length"
     SLOWER = "the cost model predicts that dense is faster"
     NO_KERNEL = "only masked SDPA could apply the blocks: never faster than dense"
+    CPU_GRADIENT = "gradients are recorded, for which no CPU kernel is sparse: use torch.no_grad() if not needed"
     HEADS = "heads, batch or lengths do not go together: left to SDPA's own error"
     DTYPE = "dtypes differ or are not floating"
     DEVICE = "not on CPU or CUDA, or on several devices"
@@ -226,7 +227,8 @@ def _refuse_kernel(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
 
 def _refuse_slow(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
     if not flex_lowers(call):
-        return DenseReason.NO_KERNEL
+        on_cpu = call.query.device.type == "cpu"
+        return DenseReason.CPU_GRADIENT if on_cpu and needs_grad(call) else DenseReason.NO_KERNEL
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
     shape = call_shape(call)
     if isinstance(kv_len, torch.SymInt):

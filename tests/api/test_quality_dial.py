@@ -263,6 +263,14 @@ def test_a_model_all_of_whose_calls_stay_dense_is_told_why(
     assert not reasons_said(caplog)
 
 
+def test_gradients_on_a_cpu_are_named_as_what_keeps_calls_dense(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    optimize(create())(embeddings(200))
+    (said,) = reasons_said(caplog)
+    assert DenseReason.CPU_GRADIENT in said
+
+
 def test_only_a_model_without_a_sparse_call_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
     one_dense = optimize(create(), quality="high", min_length=0, dense_layers=(0,))
     all_excluded = optimize(create(), quality="high", min_length=0, dense_layers=(0, 1))

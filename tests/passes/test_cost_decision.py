@@ -191,17 +191,25 @@ def test_a_shape_is_predicted_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "reason"),
     [
-        {"attn_mask": torch.ones(8192, 8192, dtype=torch.bool), "is_causal": False},
-        {name: torch.zeros(1, 9, 8192, 64).double() for name in ("query", "key", "value")},
-        {"query": torch.zeros(1, 9, 8192, 64, requires_grad=True)},
+        (
+            {"attn_mask": torch.ones(8192, 8192, dtype=torch.bool), "is_causal": False},
+            DenseReason.NO_KERNEL,
+        ),
+        (
+            {name: torch.zeros(1, 9, 8192, 64).double() for name in ("query", "key", "value")},
+            DenseReason.NO_KERNEL,
+        ),
+        ({"query": torch.zeros(1, 9, 8192, 64, requires_grad=True)}, DenseReason.CPU_GRADIENT),
     ],
     ids=["mask", "float64", "gradient"],
 )
-def test_what_only_masked_sdpa_could_run_stays_dense(changes: Any) -> None:
+def test_what_only_masked_sdpa_could_run_stays_dense(changes: Any, reason: DenseReason) -> None:
     call = causal_call(8192, **changes)
-    assert refuse(call, AUTOMATIC) is DenseReason.NO_KERNEL
+    assert refuse(call, AUTOMATIC) is reason
+    with torch.no_grad():
+        assert (refuse(call, AUTOMATIC) is None) == (reason is DenseReason.CPU_GRADIENT)
     assert refuse(call, replace(AUTOMATIC, min_length=0)) is None
 
 

@@ -108,6 +108,7 @@ REFUSED: list[tuple[DenseReason, dict[str, Any], dict[str, Any]]] = [
     ),
     (DenseReason.SLOWER, {}, {"min_length": None}),
     (DenseReason.NO_KERNEL, {"attn_mask": BOOL}, {"min_length": None}),
+    (DenseReason.CPU_GRADIENT, {"query": tensor(requires_grad=True)}, {"min_length": None}),
     (DenseReason.KERNEL, on_cuda(dtype=torch.float64), {}),
     (DenseReason.KERNEL, on_cuda(head_dim=8), {}),
     (DenseReason.BACKWARD_BLOCK, on_cuda(requires_grad=True), {}),
