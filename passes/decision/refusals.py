@@ -38,7 +38,9 @@ class DenseReason(StrEnum):
     SHORT = "fewer keys than min_length"
     SLOWER = "the cost model predicts that dense is faster"
     NO_KERNEL = "only masked SDPA could apply the blocks: never faster than dense"
-    CPU_GRADIENT = "gradients are recorded, for which no CPU kernel is sparse: use torch.no_grad() if not needed"
+    CPU_GRADIENT = (
+        "no sparse CPU kernel has gradients: call under torch.no_grad() where none are needed"
+    )
     HEADS = "heads, batch or lengths do not go together: left to SDPA's own error"
     DTYPE = "dtypes differ or are not floating"
     DEVICE = "not on CPU or CUDA, or on several devices"
