@@ -49,6 +49,16 @@ def test_wrong_arguments_exit_with_2(run, arguments):
     assert "Error" in ran.err
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("explian", "did you mean explain?"), ("xyz", "there are doctor, explain, quality, speed")],
+)
+def test_a_command_that_does_not_exist_gets_advice(run, name, advice):
+    ran = run(name, "smollm2")
+    assert ran.code == 2
+    assert f"there is no command '{name}'; {advice}" in ran.err
+
+
 def test_an_interrupt_exits_with_130(run, monkeypatch):
     def interrupt(**_):
         raise KeyboardInterrupt

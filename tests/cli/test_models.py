@@ -35,6 +35,14 @@ def test_a_hub_name_is_refused_unless_downloads_are_allowed(run, no_network):
     assert "give --allow-download" in ran.err
 
 
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/there", "../nothing", "a/b/c", "~/model"])
+def test_a_path_is_not_taken_for_a_name_on_the_hub(run, name):
+    ran = run("explain", name)
+    assert ran.code == 2
+    assert "which is not there" in ran.err
+    assert "--allow-download" not in ran.err
+
+
 def test_allow_download_hands_the_name_to_the_hub(monkeypatch):
     asked = []
 

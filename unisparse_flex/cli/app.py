@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from difflib import get_close_matches
 from functools import wraps
 from importlib import import_module
 from typing import Any
@@ -57,6 +58,16 @@ class _Commands(click.Group):
             command.callback = _with_library(command.callback)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not ctx.resilient_parsing:
+            near = get_close_matches(name, COMMANDS, n=1)
+            way_out = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise click.UsageError(f"there is no command {name!r}; {way_out}", ctx)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -66,10 +77,9 @@ def _with_library(callback: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(callback)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not is_library_loaded():
-            subject = kwargs.get("model") or " ".join(kwargs.get("sources", ()))
             with Progress(callback.__name__, shown=not kwargs.get("quiet")) as progress:
                 # The import takes many seconds where files are cold.
-                progress.show(f"load {subject or 'torch'}", at_once=True)
+                progress.show("load torch", at_once=True)
                 load_library()
         with _without_advice():
             return callback(*args, **kwargs)

@@ -57,9 +57,11 @@ def check_model(name: str, *, allow_download: bool = False, otherwise: str = "")
         holder = "; give the folder that holds it" if path.suffix in WEIGHTS else ""
         raise click.UsageError(f"{_wanted(otherwise)}, got {name!r}, {what}{holder}")
     elif not os.path.isdir(name) and not allow_download:
+        # A name on the hub is one word, or two with a slash between.
+        on_hub = re.fullmatch(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?", name)
+        way_out = "; to download it from the Hugging Face hub give --allow-download"
         raise click.UsageError(
-            f"{_wanted(otherwise)}, got {name!r}, which is not there; to download it from the "
-            "Hugging Face hub give --allow-download"
+            f"{_wanted(otherwise)}, got {name!r}, which is not there{way_out if on_hub else ''}"
         )
     elif (path / "config.json").is_file() and not _has_tokenizer(path):
         raise click.UsageError(
