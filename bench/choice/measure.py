@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     texts, device = list(product(options.texts.split(","), options.seeds)), default_device()
     if options.encode:
         torch.save(
-            {f"{text} {seed}": _encode(options, text, seed).int() for text, seed in texts},
+            {f"{text} {seed}": encode(options, text, seed).int() for text, seed in texts},
             options.encode,
         )
         return
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     with record.stopping():
         readings = {}
         for text, seed in texts:
-            ids = stored[f"{text} {seed}"] if stored else _encode(options, text, seed)
+            ids = stored[f"{text} {seed}"] if stored else encode(options, text, seed)
             ids = ids[:, : options.tokens].long().to(device)
             readings[text, seed] = Reading(model, chooser, ids, options.judged)
         for choice, threshold in _in_turn(groups):
@@ -132,11 +132,11 @@ class Reading:
         last = ids.shape[1] - 1
         self.positions = torch.arange(last - judged, last, device=ids.device)
         self.targets = ids[0, self.positions + 1]
-        self.dense = self._read()
+        self.dense = self.read()
         self.perplexity = compute_perplexity(self.dense, self.targets)
 
     @torch.inference_mode()
-    def _read(self) -> Tensor:
+    def read(self) -> Tensor:
         """Log-probabilities [judged, V] of the tokens after ``positions``."""
         output = self.model(self.ids, use_cache=False, logits_to_keep=self.positions)
         return compute_log_probs(output.logits[0])
@@ -145,7 +145,7 @@ class Reading:
         """Density, KL and perplexity ratio, and what scoring cost in rows."""
         start = time.perf_counter()
         with self.chooser.set(choice, threshold):
-            found = self._read()
+            found = self.read()
             densities = [float(density) for density in self.chooser.densities]
             rows = self.chooser.rows
             heads = [float(share) for share in self.chooser.sorted_heads]
@@ -162,7 +162,7 @@ class Reading:
         }
 
 
-def _encode(options: Any, text: Any, seed: int) -> Tensor:
+def encode(options: Any, text: Any, seed: int) -> Tensor:
     from transformers import AutoTokenizer
 
     weights, device = options.weights, torch.device("cpu")

@@ -38,6 +38,8 @@ def describe(result: Mapping[str, Any], name: str) -> str:
         return _describe_tiles(result, name)
     if result.get("part") == "tasks":
         return _describe_tasks(result, name)
+    if result.get("part") == "rounding":
+        return _describe_rounding(result, name)
     texts = Counter(text for text, _ in excerpts_of(result))
     excerpts = ", ".join(f"{count} of {text}" for text, count in texts.items())
     title = (
@@ -157,6 +159,22 @@ def _describe_tasks(result: Mapping[str, Any], name: str) -> str:
                 len(pairs),
             ]
         )
+    return markdown.page(*markdown.heading(title, result), markdown.table(columns, lines))
+
+
+def _describe_rounding(result: Mapping[str, Any], name: str) -> str:
+    title = (
+        f"{name}: {result['model']} in bfloat16, {result['tokens']} tokens, attention in float32 "
+        f"instead of bfloat16; KL of the last {result['judged']} tokens, {result['device']}"
+    )
+    columns: dict[str, markdown.Format] = {
+        "text": "{}",
+        "excerpt": "{}",
+        "KL": "{:.4f}",
+        "perplexity ratio": "{:.4f}",
+    }
+    fields = ("text", "seed", "kl", "perplexity_ratio")
+    lines = [[row[field] for field in fields] for row in result["rows"]]
     return markdown.page(*markdown.heading(title, result), markdown.table(columns, lines))
 
 
