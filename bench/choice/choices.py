@@ -41,7 +41,8 @@ class OrderKind:
 
     Attributes:
         order: How it is found.
-        rows: Exact rows, two passes over keys for each (peak and sum, then columns).
+        rows: Exact rows of a block of 128, two passes over keys for each (peak and sum, then
+            columns). Smaller blocks have as many each.
         key_passes: How often keys are read beside that.
     """
 
@@ -65,7 +66,8 @@ ORDERS: dict[str, OrderKind | None] = {
     "heavy128": OrderKind(order=orders.heavy_first(4, 128), rows=8),
     "heavy128x1": OrderKind(order=orders.heavy_first(1, 128), rows=2),
     "heavy64x1": OrderKind(order=orders.heavy_first(1, 64), rows=2),
-    # By one row of every fourth block.
+    # By one row of every second or fourth block.
+    "heavy128of2": OrderKind(order=orders.heavy_first(0.5, 128), rows=1),
     "heavy128of4": OrderKind(order=orders.heavy_first(0.25, 128), rows=0.5),
     "heavy256": OrderKind(order=orders.heavy_first(4, 256), rows=8),
     "heavy512": OrderKind(order=orders.heavy_first(4, 512), rows=8),

@@ -109,7 +109,8 @@ class Clock:
             order = choice.order
             # Keys and values are read and written once.
             passes = order.key_passes + 4
-            found += sorted_share * (self.launch + self.row * order.rows + passes * self.keys)
+            rows = order.rows * BLOCK / choice.tile.rows
+            found += sorted_share * (self.launch + self.row * rows + passes * self.keys)
         if choice.sorts_rows:
             found += self.launch + QUERY_PASSES * self.queries
         return found
@@ -158,7 +159,7 @@ def operations(choice: Choice, score_rows: float) -> float:
 
     A row of every block against every key is one of 128, and one of two products.
     """
-    order = 0.0 if choice.order is None else choice.order.rows
+    order = 0.0 if choice.order is None else choice.order.rows * BLOCK / choice.tile.rows
     return (score_rows + order) / BLOCK / 2
 
 
