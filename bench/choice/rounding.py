@@ -89,8 +89,15 @@ def register() -> None:
         scale, window = more["scaling"], more.get("sliding_window")
         tokens = (query.float(), key.float(), value.float())
         if window is None:
+            # Fused kernels in float32 know no groups.
+            group = query.shape[1] // key.shape[1]
+            query32, key32, value32 = tokens
             found = F.scaled_dot_product_attention(
-                *tokens, is_causal=True, scale=scale, enable_gqa=True
+                query32,
+                key32.repeat_interleave(group, 1),
+                value32.repeat_interleave(group, 1),
+                is_causal=True,
+                scale=scale,
             )
         else:
             found = attend_window(*tokens, scale, window)

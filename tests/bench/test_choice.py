@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
-from bench.choice import curves, describe, estimates, orders, tasks, tiles
+from bench.choice import curves, describe, estimates, orders, rounding, tasks, tiles
 from bench.choice.choices import ORDERS, Choice
 from bench.choice.curves import DEFAULT
 from bench.choice.parts import BLOCK, Call, Part, Tile
@@ -227,6 +228,23 @@ def test_blocks_of_any_size_are_causal_and_kept_as_often_as_is_said() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
         assert 0.8 < kept <= 1
         assert tiles.random_blocks(2, 512, tile, 0.0, "cpu")[1] < 0.5
+
+
+def test_attention_in_float32_is_dense_attention() -> None:
+    transformers = pytest.importorskip("transformers")
+    rounding.register()
+    attend = transformers.AttentionInterface()[rounding.IN_FLOAT32]
+    call = make_call()
+    query, key, value = (
+        t.flatten(0, -3)[None].bfloat16() for t in (call.query, call.key, call.value)
+    )
+    found, _ = attend(None, query, key, value, None, scaling=call.scale)
+    assert found.dtype is torch.bfloat16
+    exact = replace(call, query=query[0].float().view_as(call.query), key=key[0].float())
+    expected = dense(replace(exact, value=value[0].float())).flatten(0, 1)
+    torch.testing.assert_close(
+        found[0].transpose(0, 1).float(), expected.bfloat16().float(), rtol=2**-7, atol=1e-3
+    )
 
 
 def make_result() -> dict[str, Any]:
