@@ -307,6 +307,9 @@ def _registered_name(model: nn.Module) -> str | None:
 def validate_model(model: object) -> nn.Module:
     """Raises unless `optimize` takes ``model``; the module that it is, or was compiled from."""
     module: object = original_module(model)
+    if isinstance(module, type):
+        name = module.__name__
+        raise TypeError(f"model must be a torch.nn.Module, got the class {name}; give {name}(...)")
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(module).__name__}; of a pipeline pass the "

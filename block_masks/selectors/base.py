@@ -338,7 +338,7 @@ def _make(cls: type[Selector], values: dict[str, Any]) -> Selector:
 def validate_selector(selector: object) -> None:
     """Raises TypeError unless ``selector`` is an instance of a Selector dataclass."""
     if not isinstance(selector, Selector) or not is_dataclass(selector):
-        raise TypeError(
-            "selector must be a selector such as UniSparse(top_p=0.95), "
-            f"got {selector!r} of type {type(selector).__name__}"
-        )
+        got = f"{selector!r} of type {type(selector).__name__}"
+        if isinstance(selector, type):
+            got = f"the class {selector.__name__}; give {selector.__name__}()"
+        raise TypeError(f"selector must be a selector such as UniSparse(top_p=0.95), got {got}")

@@ -74,7 +74,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"attn_mask": causal_lower_right(30, 40)}, ValueError, "attn_mask"),
     ({"attn_mask": causal_lower_right(40, 40), "is_causal": True}, ValueError, "attn_mask"),
     ({"selector": 0.95}, TypeError, "selector must be a selector"),
-    ({"selector": UniSparse}, TypeError, "selector must be a selector"),
+    ({"selector": UniSparse}, TypeError, r"got the class UniSparse; give UniSparse\(\)"),
 ]
 
 
@@ -114,6 +114,7 @@ def test_what_is_refused_eagerly_is_refused_by_its_name_when_compiled() -> None:
     [
         (lambda: create().forward, TypeError, "model must be a torch.nn.Module, got method"),
         (lambda: None, TypeError, "model must be a torch.nn.Module, got NoneType"),
+        (lambda: Attention, TypeError, r"got the class Attention; give Attention\(\.\.\.\)"),
         (lambda: fx.symbolic_trace(nn.Linear(2, 2)), TypeError, "model must be a module in Python"),
         (
             lambda: torch.export.export(create(), (embeddings(200),)),
@@ -140,7 +141,7 @@ def test_a_scripted_module_is_refused() -> None:
     ("options", "error", "message"),
     [
         ({"selector": 0.95}, TypeError, "selector must be a selector"),
-        ({"selector": UniSparse}, TypeError, "selector must be a selector"),
+        ({"selector": UniSparse}, TypeError, r"got the class UniSparse; give UniSparse\(\)"),
         ({"min_length": -1}, ValueError, "min_length must be at least 0, got -1"),
         ({"min_length": "long"}, TypeError, "min_length must be an int"),
         ({"dense_layers": (2,)}, ValueError, r"dense_layers .*\(0 to 1\), got 2"),
