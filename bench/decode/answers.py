@@ -19,7 +19,7 @@ from unisparse_flex.evaluation import (
 
 from ..quality import Subject
 from .attention import Setting, decoding
-from .continuation import decode, read_prompt
+from .continuation import Prompt, decode, read_prompt
 
 # Prompts whose dense answers are generated in one batch, by device: their caches are in memory
 # twice.
@@ -37,7 +37,7 @@ class Solved:
     """
 
     sample: TaskSample
-    start: Prefill
+    start: Prompt
     answer: list[int]
 
 
@@ -112,11 +112,15 @@ class Exam:
         model, found, strayed = self.subject.loaded.model, [], []
         with decoding(model, setting) as decoder:
             for one in self.solved:
+                if decoder is not None:
+                    decoder.observed = [one.start.observed]
                 begun = self._follow(one)
                 if begun is None:
                     found.append(1.0)
                 else:
                     strayed.append((one, *begun))
+            if decoder is not None:
+                decoder.observed = [one.start.observed for one, _, _ in strayed]
             found += self._finish(strayed)
         return {
             "answers_kept": sum(found) / len(found),

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from unisparse_flex import optimize, restore
 from unisparse_flex.block_masks import DEFAULT_SELECTOR
+from unisparse_flex.block_masks.pages import PROMPT_ROWS
 from unisparse_flex.evaluation import (
+    Prefill,
     TextName,
     cache_name,
     compute_kl,
@@ -22,28 +24,50 @@ from unisparse_flex.evaluation import (
 
 from ..excerpts import encode_excerpt
 from ..quality import Subject
-from .attention import Setting, decoding
+from .attention import Observed, Setting, decoding, observing
 
 PREFILLS = ("dense", "sparse")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt(Prefill):
+    """A prompt as the model read it.
+
+    Attributes:
+        observed: What its last rows looked at.
+    """
+
+    observed: Observed
+
+
 @torch.inference_mode()
-def read_prompt(subject: Subject, input_ids: Tensor, kind: str) -> Any:
-    """The cache of a prompt, int64 [1, S], and the logits of its last token.
+def read_prompt(subject: Subject, input_ids: Tensor, kind: str) -> Prompt:
+    """The cache of a prompt, the logits of its last token, and what its last rows looked at.
+
+    These rows are dense whatever the kind: what they look at is what is asked for.
 
     Args:
         subject: The model.
-        input_ids: The prompt.
+        input_ids: The prompt, int64 [1, S].
         kind: One of `PREFILLS`; sparse is with the library's default selector.
     """
     model = subject.loaded.model
-    if kind == "dense":
-        return prefill(model, input_ids, logits_to_keep=1)
-    optimize(model, DEFAULT_SELECTOR, min_length=0, dense_layers=subject.dense_layers)
+    if kind == "sparse":
+        optimize(model, DEFAULT_SELECTOR, min_length=0, dense_layers=subject.dense_layers)
     try:
-        return prefill(model, input_ids, logits_to_keep=1)
+        start = prefill(model, input_ids[:, :-PROMPT_ROWS], logits_to_keep=1)
     finally:
-        restore(model)
+        if kind == "sparse":
+            restore(model)
+    with observing(model) as observed:
+        last = {cache_name(): start.cache, "use_cache": True, "logits_to_keep": 1}
+        output = model(input_ids[:, -PROMPT_ROWS:], **last)
+    return Prompt(
+        logits=output.logits,
+        cache=output[cache_name()],
+        seconds=start.seconds,
+        observed=observed,
+    )
 
 
 @torch.inference_mode()
@@ -61,12 +85,14 @@ class Continuation:
         subject: The model.
         input_ids: int64 [1, S], the tokens that follow the prompt.
         cache: That of the prompt.
+        observed: What its last rows looked at.
         dense: Log-probabilities [S, V] of prefill and decoding that are both dense.
     """
 
     subject: Subject
     input_ids: Tensor
     cache: Any
+    observed: Observed
     dense: Tensor
 
     @classmethod
@@ -83,17 +109,22 @@ class Continuation:
         """By kind of prefill, an excerpt of ``tokens`` tokens, the last ``decoded`` decoded."""
         ids = encode_excerpt(subject.loaded, text, tokens=tokens, seed=seed)
         prompt, further = ids[:, :-decoded], ids[:, -decoded:]
-        caches = {kind: read_prompt(subject, prompt, kind).cache for kind in {"dense", *kinds}}
-        dense = compute_log_probs(decode(subject, further, caches["dense"])[0])
+        starts = {kind: read_prompt(subject, prompt, kind) for kind in {"dense", *kinds}}
+        dense = compute_log_probs(decode(subject, further, starts["dense"].cache)[0])
         return {
-            kind: cls(subject=subject, input_ids=further, cache=cache, dense=dense)
-            for kind, cache in caches.items()
-            if kind in kinds
+            kind: cls(
+                subject=subject,
+                input_ids=further,
+                cache=starts[kind].cache,
+                observed=starts[kind].observed,
+                dense=dense,
+            )
+            for kind in kinds
         }
 
     def judge(self, setting: Setting) -> dict[str, float]:
         """KL per token, the share of equal likeliest tokens, and what was kept."""
-        with decoding(self.subject.loaded.model, setting) as decoder:
+        with decoding(self.subject.loaded.model, setting, [self.observed]) as decoder:
             logits, _ = decode(self.subject, self.input_ids, self.cache)
         found = compute_log_probs(logits)
         same = (found.argmax(-1) == self.dense.argmax(-1)).float().mean()

@@ -8,7 +8,8 @@ python -m bench.decode --model gemma3-270m --weights FILE.gguf --tokens 32768
 The tokens after a prompt are decoded with teacher forcing: their KL is to prefill and decoding
 that are both dense. Every row keeps units of keys for itself, one choice for the query heads of a
 key head, by the library's rule whatever the summary. Tasks are those samples that dense decoding
-solves. `bench/decode/summaries.py` says what summaries are.
+solves. The last rows of a prompt are dense in either prefill. `bench/decode/summaries.py` says
+what summaries are.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shares", type=numbers(float), default=SHARES, help="for the first unit")
     parser.add_argument("--top-ps", type=numbers(float), default=(), help="for the first unit")
     parser.add_argument("--further", type=numbers(float), default=(0.1,), help="for other units")
+    parser.add_argument(
+        "--prompt-share",
+        type=float,
+        default=DecodeSelector().prompt_share,
+        help="of the keys, that stay because the end of the prompt looked at them",
+    )
     parser.add_argument("--tasks", default="", help=f"of {','.join(TASK_NAMES)}")
     parser.add_argument("--samples", type=int, default=50, help="samples of each task")
     parser.add_argument("--answer-tokens", type=int, help="of the longest answer, or the task's")
@@ -65,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.shares,
             options.top_ps,
             options.further,
+            options.prompt_share,
         )
         subject = load(options.model, options.weights)
     except ValueError as error:
@@ -98,6 +106,7 @@ def list_settings(
     shares: Sequence[float],
     top_ps: Sequence[float],
     further: Sequence[float],
+    prompt_share: float = DecodeSelector().prompt_share,
 ) -> list[Setting]:
     """Dense decoding, and the points of every summary.
 
@@ -107,6 +116,7 @@ def list_settings(
         shares: Of the keys, for the first unit.
         top_ps: For the first unit.
         further: Shares for the other units.
+        prompt_share: Of the keys, pinned by summaries that pin.
 
     Raises:
         ValueError: An unknown summary.
@@ -118,7 +128,8 @@ def list_settings(
     rules: list[dict[str, Any]] = [{"unit": first, "share": share} for share in shares]
     rules += [{"unit": first, "top_p": top_p} for top_p in top_ps]
     rules += [{"unit": unit, "share": share} for unit in others for share in further]
-    selectors = [DecodeSelector(min_keys=0, **rule) for rule in rules]
+    options: dict[str, Any] = {"min_keys": 0, "prompt_share": prompt_share}
+    selectors = [DecodeSelector(**options, **rule) for rule in rules]
     dense = Setting(summary=None, selector=DecodeSelector())
     return [dense, *(Setting(summary=n, selector=s) for n in summaries for s in selectors)]
 

@@ -29,11 +29,13 @@ class Summary:
         estimate: How masses are estimated from it.
         of_coordinate: Bytes that are kept of every coordinate, beside a cache of 16 bits.
         of_unit: Bytes that are kept beside these.
+        pins: Whether units that the end of the prompt looked at stay.
     """
 
     estimate: Estimate
     of_coordinate: int = 0
     of_unit: int = 0
+    pins: bool = False
 
     def memory(self, unit: int, head_dim: int) -> float:
         """Its share of a cache of 16 bits; keys and values count."""
@@ -72,9 +74,11 @@ def quest(rows: Rows) -> Tensor:
 
 # The true masses, which nothing that is kept gives, are a bound.
 SUMMARIES = {
-    "unisparse": Summary(estimate=library, of_coordinate=2, of_unit=4),
+    "unisparse": Summary(estimate=library, of_coordinate=2, of_unit=5, pins=True),
+    "unpinned": Summary(estimate=library, of_coordinate=2, of_unit=4),
     "mean": Summary(estimate=mean, of_coordinate=2),
     "quest": Summary(estimate=quest, of_coordinate=4),
+    "quest-pinned": Summary(estimate=quest, of_coordinate=4, of_unit=1, pins=True),
     "oracle": Summary(estimate=Rows.masses),
 }
 

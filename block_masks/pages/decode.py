@@ -35,6 +35,8 @@ class DecodeSelector:
         sink_keys: First keys that are always kept, in whole units.
         last_keys: Last keys that are always kept, in whole units; the unit of the query's own
             token is, whatever this says.
+        prompt_share: Keys that are always kept because the last rows of the prompt looked at them,
+            as a share of the prompt's, in whole units; 0 for none.
     """
 
     top_p: float = 1.0
@@ -44,6 +46,7 @@ class DecodeSelector:
     unit: int = 32
     sink_keys: int = 32
     last_keys: int = 64
+    prompt_share: float = 0.0125
 
     def __post_init__(self) -> None:
         validate_fraction(self.top_p, "top_p")
@@ -57,6 +60,8 @@ class DecodeSelector:
             raise ValueError(f"unit must be a power of two, got {self.unit}; use 32")
         validate_int(self.sink_keys, "sink_keys", minimum=0)
         validate_int(self.last_keys, "last_keys", minimum=0)
+        if self.prompt_share != 0:
+            validate_fraction(self.prompt_share, "prompt_share")
 
     @property
     def keeps_all(self) -> bool:
@@ -127,13 +132,16 @@ def estimate_masses(
     return torch.where(held > 0, logits, -torch.inf)
 
 
-def keep_units(masses: Tensor, lengths: Tensor, selector: DecodeSelector) -> Tensor:
+def keep_units(
+    masses: Tensor, lengths: Tensor, selector: DecodeSelector, pinned: Tensor | None = None
+) -> Tensor:
     """Which units of each request are kept.
 
     Args:
         masses: From `estimate_masses`, [B, Hkv, G, units].
         lengths: int32 [B].
         selector: The rule, with the unit of the masses.
+        pinned: Units that stay, bool [B, Hkv, units]; ``None`` for none.
 
     Returns:
         bool [B, Hkv, units].
@@ -144,7 +152,8 @@ def keep_units(masses: Tensor, lengths: Tensor, selector: DecodeSelector) -> Ten
     exists = order < count
     unknown = masses.isnan().any(2)
     shares = masses.nan_to_num(-torch.inf, torch.inf, -torch.inf).softmax(-1).nan_to_num().mean(2)
-    forced = ((order < rule.sinks) | (order >= count - rule.last) | unknown) & exists
+    forced = (order < rule.sinks) | (order >= count - rule.last) | unknown
+    forced = (forced if pinned is None else forced | pinned) & exists
     rank = torch.where(exists, _rank(shares) + 2.0 * forced, -1.0)
     ranked, by_rank = rank.sort(dim=-1, descending=True, stable=True)
     share = shares.gather(-1, by_rank)

@@ -136,7 +136,7 @@ def test_memory_counts_keys_and_values() -> None:
     assert SUMMARIES["oracle"].memory(32, 64) == 0
     keys = torch.zeros(10, KV_HEADS, 32, WIDTH, dtype=torch.bfloat16)
     units = UnitSummaries.create(keys, 32)
-    assert SUMMARIES["unisparse"].memory(32, WIDTH) == units.nbytes / (2 * keys.nbytes)
+    assert SUMMARIES["unpinned"].memory(32, WIDTH) == units.nbytes / (2 * keys.nbytes)
 
 
 def test_settings_are_dense_decoding_and_every_summary_at_the_same_points() -> None:
@@ -215,19 +215,22 @@ def make_exam(subject: Subject, kind: str, lengths: list[int]) -> Exam:
     return Exam(subject=subject, name="niah_single", drawn=len(lengths), solved=solved)
 
 
+@pytest.mark.parametrize("summary", ["mean", "unisparse"])
 @pytest.mark.parametrize("share", [0.05, 0.3])
-def test_answers_are_those_of_decoding_token_by_token(share: float) -> None:
+def test_answers_are_those_of_decoding_token_by_token(share: float, summary: str) -> None:
     subject = make_subject()
     exam = make_exam(subject, "dense", [170, 203, 210])
     setting = Setting(
-        summary="mean",
-        selector=DecodeSelector(share=share, unit=16, min_keys=0, sink_keys=16, last_keys=16),
+        summary=summary,
+        selector=DecodeSelector(
+            share=share, unit=16, min_keys=0, sink_keys=16, last_keys=16, prompt_share=0.1
+        ),
     )
     found = exam.judge(setting)
     scores, same = [], []
     for one in exam.solved:
         start = replace(one.start, cache=copy.deepcopy(one.start.cache))
-        with decoding(subject.loaded.model, setting):
+        with decoding(subject.loaded.model, setting, [one.start.observed]):
             answer = generate_greedily(
                 subject.loaded.model, start, max_tokens=10, stop_ids=stop_ids(subject)
             )
@@ -251,15 +254,55 @@ def test_dense_decoding_and_all_keys_keep_every_answer() -> None:
 def test_decoding_of_all_keys_is_dense_and_of_few_is_not() -> None:
     subject = make_subject()
     ids = torch.randint(63, (1, 250), generator=torch.Generator().manual_seed(0))
-    cache = read_prompt(subject, ids[:, :230], "dense").cache
+    start = read_prompt(subject, ids[:, :230], "dense")
+    cache = start.cache
     dense = compute_log_probs(decode(subject, ids[:, 230:], cache)[0])
-    one = Continuation(subject=subject, input_ids=ids[:, 230:], cache=cache, dense=dense)
+    one = Continuation(
+        subject=subject,
+        input_ids=ids[:, 230:],
+        cache=cache,
+        observed=start.observed,
+        dense=dense,
+    )
     everything = one.judge(Setting(summary="unisparse", selector=DecodeSelector(unit=16)))
     few = DecodeSelector(share=0.05, unit=16, min_keys=0)
     some = one.judge(Setting(summary="unisparse", selector=few))
     assert everything["kl"] < 1e-6 < some["kl"]
     assert everything["kept"] == 1 > some["kept"] > 0.05
     assert cache.get_seq_length() == 230
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_what_the_last_rows_look_at_is_their_attention(kind: str) -> None:
+    subject = make_subject()
+    ids = torch.randint(63, (1, 250), generator=torch.Generator().manual_seed(0))
+    start = read_prompt(subject, ids, kind)
+    assert start.cache.get_seq_length() == 250
+    shares = start.observed.shares[0]
+    assert shares.shape == (16, KV_HEADS, HEADS // KV_HEADS, 32)
+    torch.testing.assert_close(shares.float().sum(-1), torch.ones(16, 2, 2), rtol=0, atol=0.01)
+    seen = torch.arange(235, 251)[:, None] > torch.arange(32) * 8
+    assert torch.equal((shares > 0).all(1).all(1), seen)
+    if kind == "dense":
+        whole = subject.loaded.model(ids).logits[:, -1:]
+        torch.testing.assert_close(start.logits, whole, rtol=0, atol=1e-4)
+
+
+def test_units_that_are_pinned_stay() -> None:
+    subject = make_subject()
+    ids = torch.randint(63, (1, 320), generator=torch.Generator().manual_seed(0))
+    observed = read_prompt(subject, ids[:, :319], "dense").observed
+    selector = DecodeSelector(share=0.1, unit=16, min_keys=0, prompt_share=0.1, last_keys=16)
+    tensors = draw(320, 1)
+    recalls = {}
+    for name in ("unisparse", "unpinned"):
+        decoder = Decoder(setting=Setting(summary=name, selector=selector), observed=[observed])
+        decoder.attend(*tensors, None, SCALE)
+        recalls[name] = decoder.row()
+    assert recalls["unisparse"] != recalls["unpinned"]
+    assert recalls["unisparse"]["kept"] == pytest.approx(5 / 20)
+    assert recalls["unpinned"]["kept"] == pytest.approx(3 / 20)
+    assert observed.pinned(0, selector, 21).sum(-1).tolist() == [2, 2]
 
 
 def make_rows() -> list[dict[str, Any]]:
