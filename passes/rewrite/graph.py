@@ -280,7 +280,8 @@ def guard_given(graph: fx.Graph) -> RewriteReport | None:
         asked = config.context is None and not config.dense and not _decides_at_run(call)
         shape = _shape(call)
         known = shape is not None and all(isinstance(size, int) for size in shape)
-        all_known = all_known and (config.dense or (asked and known and shape[2] > 1))
+        is_prompt = shape is not None and known and shape[2] > 1
+        all_known = all_known and (config.dense or (asked and is_prompt))
         # Lengths that are asked become guards.
         if asked and (masked or known):
             call, proved, reason = _settle(call, config, masks)
