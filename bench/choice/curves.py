@@ -63,23 +63,22 @@ def curve(result: Result, choice: str, excerpt: Excerpt | None = None) -> list[P
     for row in result["rows"]:
         if row["choice"] == choice and row.get("kl") and (row["text"], row["seed"]) in excerpts:
             found.setdefault(row["threshold"], {})[row["text"], row["seed"]] = row
+    sorted_layers = Choice.parse(choice).sorted_layers
+    # Not every row says what each layer kept.
+    layers = max((len(row.get("densities", ())) for row in result["rows"]), default=0)
+    share = min(1.0, sorted_layers / layers) if sorted_layers and layers else 1.0
     points = [
         Point(
             threshold=threshold,
             density=mean(row["density"] for row in rows.values()),
             kl=geometric_mean([row["kl"] for row in rows.values()]),
             score_rows=mean(row["score_rows"] for row in rows.values()),
-            sorted_share=mean(_sorted_share(choice, row) for row in rows.values()),
+            sorted_share=share,
         )
         for threshold, rows in found.items()
         if len(rows) == len(excerpts)
     ]
     return sorted(points, key=lambda point: point.density)
-
-
-def _sorted_share(choice: str, row: Mapping[str, Any]) -> float:
-    layers = Choice.parse(choice).sorted_layers
-    return min(1.0, layers / len(row["densities"])) if layers and "densities" in row else 1.0
 
 
 def reach(points: Sequence[Point], kl: float) -> Reached | None:
