@@ -17,12 +17,16 @@ from .scratch import power_of_two
 
 # Units that one program scores at a time, and programs for all sequences together at least.
 ROWS, PROGRAMS = 64, 1024
-# Units of a sequence that a warp of the choice holds, if there are no more than so many warps.
-OF_WARP, WARPS = 256, 8
+# Units of a sequence that a warp of the choice holds, and how many warps there are at most: for
+# very many units twice as many.
+OF_WARP, WARPS, VERY_MANY = 256, 16, 16384
+# Sequences that are few: each has a multiprocessor to itself.
+FEW = 132
 # Numbers of masses that a thread of the choice holds at once.
 HELD = 64
-# Units of requests that are chosen from with less work where others may be longer.
-SMALL = 512
+# Sizes of a choice begin here, and those of many sequences have a launch of their own up to here,
+# for what larger ones hold in registers leaves room for few programs.
+SMALL, MIDDLE = 512, 1024
 # Shares are ranked by so many bits: 5 of their exponents, for below 2^-31 they are alike, and 7 of
 # their mantissas.
 KEY_BITS = 12
@@ -36,6 +40,7 @@ def _estimate(
     tables,
     lengths,
     masses,
+    packed,
     stride_row,
     stride_head,
     table_stride,
@@ -51,11 +56,22 @@ def _estimate(
     TYPE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    PACK: tl.constexpr,
 ):
-    """Logarithms of the masses of units, ROWS at a time, for the query heads of one key head."""
+    """Logarithms of the masses of units, ROWS at a time, for the query heads of one key head.
+
+    With PACK the query is copied besides, rows and heads side by side.
+    """
     request = tl.program_id(1) // kv_heads
     head = tl.program_id(1) % kv_heads
     length = tl.load(lengths + request)
+    if PACK and tl.program_id(0) == 0:
+        row = tl.arange(0, PADDED)[:, None]
+        at = tl.arange(0, WIDTH)[None, :]
+        inside = (row < HEADS) & (at < head_dim)
+        rows = query + request.to(tl.int64) * stride_row + (head * HEADS + row) * stride_head
+        out = packed + (tl.program_id(1) * HEADS + row).to(tl.int64) * head_dim
+        tl.store(out + at, tl.load(rows + at, mask=inside), mask=inside)
     # A request that keeps everything is not scored.
     if tl.cdiv(length, UNIT) > fewest:
         table = tables + request.to(tl.int64) * table_stride
@@ -185,6 +201,72 @@ def _choose_of(
     return total
 
 
+@triton.jit
+def _choose_within(
+    masses,
+    tables,
+    lengths,
+    out_tables,
+    out_lengths,
+    counter,
+    table_stride,
+    width,
+    out_width,
+    kv_heads,
+    page_step,
+    head_step,
+    unit_step,
+    top_p,
+    share,
+    budget,
+    fewest,
+    sinks,
+    last,
+    UNITS: tl.constexpr,
+    UNIT: tl.constexpr,
+    HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
+    HELD: tl.constexpr,
+    TOP_P: tl.constexpr,
+    BITS: tl.constexpr,
+    ABOVE: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Chooses and names the units of a request and key head, if above ABOVE and within SIZE."""
+    sequence = tl.program_id(0)
+    request = sequence // kv_heads
+    length = tl.load(lengths + request)
+    count = tl.cdiv(length, UNIT)
+    if (count > ABOVE) & (count <= SIZE):
+        total = _choose_of(
+            masses,
+            tables + request.to(tl.int64) * table_stride,
+            out_tables + sequence.to(tl.int64) * out_width,
+            sequence,
+            count,
+            width,
+            kv_heads,
+            page_step,
+            head_step,
+            unit_step,
+            top_p,
+            share,
+            budget,
+            fewest,
+            sinks,
+            last,
+            UNITS,
+            HEADS,
+            PADDED if PADDED * SIZE <= HELD else (HELD // SIZE if HELD > SIZE else 1),
+            TOP_P,
+            BITS,
+            SIZE,
+        )
+        tl.store(out_lengths + sequence, total * UNIT - (count * UNIT - length))
+        tl.atomic_add(counter, total.to(tl.int64))
+        tl.atomic_add(counter + 1, count.to(tl.int64))
+
+
 @triton.jit(
     do_not_specialize=["width", "out_width", "table_stride", "budget", "fewest", "sinks", "last"]
 )
@@ -211,28 +293,30 @@ def _choose(
     UNITS: tl.constexpr,
     UNIT: tl.constexpr,
     HEADS: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    PADDED: tl.constexpr,
+    HELD: tl.constexpr,
     TOP_P: tl.constexpr,
     BITS: tl.constexpr,
-    SMALL: tl.constexpr,
-    SIZE: tl.constexpr,
+    ABOVE: tl.constexpr,
+    LEAST: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
-    """Chooses and names the units of one request and key head."""
-    sequence = tl.program_id(0)
-    request = sequence // kv_heads
-    length = tl.load(lengths + request)
-    count = tl.cdiv(length, UNIT)
-    table = tables + request.to(tl.int64) * table_stride
-    out = out_tables + sequence.to(tl.int64) * out_width
-    # Short requests of an engine for long ones take no longer than in one for short ones.
-    if count <= SMALL:
-        total = _choose_of(
+    """Chooses and names the units of one request and key head, if these are more than ABOVE.
+
+    A request takes the least of SIZES sizes, each twice the one before, that holds its units: in an
+    engine for long requests short ones take no longer than in one for short ones.
+    """
+    for i in tl.static_range(SIZES):
+        _choose_within(
             masses,
-            table,
-            out,
-            sequence,
-            count,
+            tables,
+            lengths,
+            out_tables,
+            out_lengths,
+            counter,
+            table_stride,
             width,
+            out_width,
             kv_heads,
             page_step,
             head_step,
@@ -244,40 +328,15 @@ def _choose(
             sinks,
             last,
             UNITS,
+            UNIT,
             HEADS,
-            TOGETHER,
+            PADDED,
+            HELD,
             TOP_P,
             BITS,
-            SMALL,
+            (LEAST << i) // 2 if i > 0 else ABOVE,
+            LEAST << i,
         )
-    else:
-        total = _choose_of(
-            masses,
-            table,
-            out,
-            sequence,
-            count,
-            width,
-            kv_heads,
-            page_step,
-            head_step,
-            unit_step,
-            top_p,
-            share,
-            budget,
-            fewest,
-            sinks,
-            last,
-            UNITS,
-            HEADS,
-            TOGETHER,
-            TOP_P,
-            BITS,
-            SIZE,
-        )
-    tl.store(out_lengths + sequence, total * UNIT - (count * UNIT - length))
-    tl.atomic_add(counter, total.to(tl.int64))
-    tl.atomic_add(counter + 1, count.to(tl.int64))
 
 
 _launch_estimate = Launch(_estimate)
@@ -298,6 +357,7 @@ def choose_units(
     rule: DecodeRule,
     scale: float,
     steps: tuple[int, int, int],
+    packed: Tensor | None = None,
 ) -> None:
     """`pages.choose_units` on the GPU.
 
@@ -314,6 +374,7 @@ def choose_units(
         rule: Which units are kept.
         scale: Factor on the logits.
         steps: What a page, a key head, and a unit of a page, adds to the number of a unit.
+        packed: [B, Hq, D], contiguous, where the query is copied to; ``None`` for nowhere.
     """
     batch, q_heads, head_dim = query.shape
     kv_heads, units = numbers.shape[1:3]
@@ -329,6 +390,7 @@ def choose_units(
         tables,
         lengths,
         masses,
+        query if packed is None else packed,
         query.stride(0),
         query.stride(1),
         tables.stride(0),
@@ -344,38 +406,44 @@ def choose_units(
         TYPE=tl.float32 if query.dtype == torch.float32 else tl.bfloat16,
         ROWS=ROWS,
         WIDTH=power_of_two(head_dim),
+        PACK=packed is not None,
         num_warps=4,
         enable_fp_fusion=True,
     )
     size = power_of_two(width)
-    warps = min(WARPS, max(1, size // OF_WARP))
-    _launch_choose(
-        (sequences, 1, 1),
-        masses,
-        tables,
-        lengths,
-        out_tables,
-        out_lengths,
-        counter,
-        tables.stride(0),
-        width,
-        out_tables.stride(0),
-        kv_heads,
-        *steps,
-        rule.top_p,
-        rule.share,
-        rule.budget,
-        rule.fewest,
-        rule.sinks,
-        rule.last,
-        UNITS=units,
-        UNIT=unit,
-        HEADS=heads,
-        TOGETHER=min(power_of_two(heads), max(1, HELD * 32 * warps // size)),
-        TOP_P=rule.top_p < 1.0,
-        BITS=KEY_BITS,
-        SMALL=min(SMALL, size),
-        SIZE=size,
-        num_warps=warps,
-        enable_fp_fusion=True,
-    )
+    together = sequences <= FEW or size <= MIDDLE
+    for above, largest in [(-1, size)] if together else [(-1, MIDDLE), (MIDDLE, size)]:
+        least = min(SMALL, size) if above < 0 else 2 * above
+        warps = min(WARPS if size < VERY_MANY else 2 * WARPS, max(1, largest // OF_WARP))
+        _launch_choose(
+            (sequences, 1, 1),
+            masses,
+            tables,
+            lengths,
+            out_tables,
+            out_lengths,
+            counter,
+            tables.stride(0),
+            width,
+            out_tables.stride(0),
+            kv_heads,
+            *steps,
+            rule.top_p,
+            rule.share,
+            rule.budget,
+            rule.fewest,
+            rule.sinks,
+            rule.last,
+            UNITS=units,
+            UNIT=unit,
+            HEADS=heads,
+            PADDED=power_of_two(heads),
+            HELD=HELD * 32 * warps,
+            TOP_P=rule.top_p < 1.0,
+            BITS=KEY_BITS,
+            ABOVE=above,
+            LEAST=least,
+            SIZES=(largest // least).bit_length(),
+            num_warps=warps,
+            enable_fp_fusion=True,
+        )

@@ -186,6 +186,7 @@ def choose_units(
     selector: DecodeSelector,
     scale: float,
     steps: tuple[int, int, int],
+    packed: Tensor | None = None,
 ) -> None:
     """Writes the units that decoding queries read as the pages of B * Hkv sequences.
 
@@ -202,6 +203,8 @@ def choose_units(
         selector: Which units are kept, of as many keys.
         scale: Factor on the logits.
         steps: What a page, a key head, and a unit of a page, adds to the number of a unit.
+        packed: [B, Hq, D], contiguous, where the query is copied to: kernels that attend take
+            key heads for sequences, and rows of them side by side. ``None`` for nowhere.
     """
     unit, page, kv_heads = units.unit, units.page, units.numbers.shape[1]
     if query.device.type == "cuda":
@@ -218,8 +221,11 @@ def choose_units(
             rule=selector.rule,
             scale=scale,
             steps=steps,
+            packed=packed,
         )
         return
+    if packed is not None:
+        packed.copy_(query)
     masses = estimate_masses(query, units, tables, lengths, scale=scale)
     kept = keep_units(masses, lengths, selector)
     counts = kept.sum(-1)

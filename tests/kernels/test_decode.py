@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from tests.block_masks.decoding import Decoding, create_decoding
 from unisparse_flex.block_masks.pages import DecodeSelector, PageTables
@@ -13,7 +16,13 @@ from .interpreter import Kernels
 UNIT, SCALE = 16, 0.3
 
 
-def run(kernels: Kernels, call: Decoding, selector: DecodeSelector, out: PageTables) -> None:
+def run(
+    kernels: Kernels,
+    call: Decoding,
+    selector: DecodeSelector,
+    out: PageTables,
+    packed: Tensor | None = None,
+) -> None:
     """The kernels, interpreted."""
     kernels.decode.choose_units(
         call.query,
@@ -28,6 +37,7 @@ def run(kernels: Kernels, call: Decoding, selector: DecodeSelector, out: PageTab
         rule=selector.rule,
         scale=SCALE,
         steps=call.steps,
+        packed=packed,
     )
 
 
@@ -49,8 +59,10 @@ def test_units_are_those_of_plain_pytorch(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Sequences on both sides, and more rounds than one.
-    monkeypatch.setattr(kernels.decode, "SMALL", 32)
+    # Sequences of every size, and more rounds than one; in two launches where they are many.
+    monkeypatch.setattr(kernels.decode, "SMALL", 16)
+    monkeypatch.setattr(kernels.decode, "MIDDLE", 32)
+    monkeypatch.setattr(kernels.decode, "FEW", 100 if page == 16 else 0)
     monkeypatch.setattr(kernels.decode, "ROWS", 16)
     monkeypatch.setattr(kernels.decode, "PROGRAMS", 24)
     call = create_decoding([0, 1, 33, 400, 397, 1000], page=page, dtype=dtype)
@@ -76,3 +88,19 @@ def test_a_unit_of_keys_that_are_not_finite_is_kept(kernels: Kernels) -> None:
     run(kernels, call, selector, found)
     assert found.tables[1, 1] == page * 2 + 1
     assert found.lengths.tolist() == [UNIT + 300 % UNIT, 2 * UNIT + 300 % UNIT]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_among_keys_and_values_is_packed(kernels: Kernels, dtype: torch.dtype) -> None:
+    call = create_decoding([0, 33, 400], dtype=dtype)
+    heads, width = call.query.shape[1:]
+    wide = torch.zeros(3, heads + 4, width, dtype=dtype)
+    wide[:, :heads] = call.query
+    packed = torch.full_like(call.query, torch.nan)
+    apart = replace(call, query=wide[:, :heads])
+    found, expected = call.outputs(), call.outputs()
+    selector = DecodeSelector(share=0.2, min_keys=0, unit=UNIT)
+    run(kernels, apart, selector, found, packed)
+    run(kernels, call, selector, expected)
+    assert torch.equal(packed, call.query)
+    assert torch.equal(found.lengths, expected.lengths)
