@@ -62,10 +62,11 @@ class Observed:
 
     def pinned(self, layer: int, selector: DecodeSelector, units: int) -> Tensor:
         """Which of so many units stay: bool [Hkv, units]."""
-        per_unit = selector.unit // PART
+        per_half = selector.unit // PART // 2
         shares = self.shares[layer].float()
-        shares = F.pad(shares, (0, units * per_unit - shares.shape[-1]))
-        return pin_units(weigh_units(shares, per_unit), self.length[layer], selector)
+        shares = F.pad(shares, (0, 2 * units * per_half - shares.shape[-1]))
+        weights = weigh_units(shares.unflatten(-1, (-1, per_half)).sum(-1))
+        return pin_units(weights, self.length[layer], selector)
 
 
 @dataclass(kw_only=True)

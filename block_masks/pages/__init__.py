@@ -2,7 +2,7 @@
 
 from .decode import DecodeSelector, choose_units, estimate_masses, keep_units
 from .paged_keys import PagedKeys
-from .pinned import PROMPT_ROWS, pin_units, weigh_units
+from .pinned import PROMPT_ROWS, pin_prompt, pin_units, weigh_units
 from .select import paged_obstacle, select_from_pages
 from .summaries import PageSummaries, UnitSummaries, mean_group, units_share
 from .tables import PageTables, name_pages
@@ -20,6 +20,7 @@ __all__ = [
     "mean_group",
     "name_pages",
     "paged_obstacle",
+    "pin_prompt",
     "pin_units",
     "select_from_pages",
     "units_share",

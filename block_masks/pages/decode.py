@@ -24,7 +24,7 @@ class DecodeSelector:
     Keys are kept or left out in units, parts of a page. Units are ranked by their share of the
     attention as summaries estimate it, the mean over the query heads of a key head; where shares
     agree in 8 significant bits the earlier unit goes first. Whatever the numbers say, the first
-    units and the last ones stay.
+    units and the last ones stay, and those that the end of the prompt looked at most.
 
     Attributes:
         top_p: Least share of the estimated attention that kept units hold; 1 keeps everything.
@@ -227,7 +227,9 @@ def choose_units(
     if packed is not None:
         packed.copy_(query)
     masses = estimate_masses(query, units, tables, lengths, scale=scale)
-    kept = keep_units(masses, lengths, selector)
+    order = torch.arange(tables.shape[1], device=tables.device)
+    at = tables.where(order < -(-lengths // page)[:, None], 0).long()
+    kept = keep_units(masses, lengths, selector, units.read_pinned(at))
     counts = kept.sum(-1)
     order = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     heads = torch.arange(kv_heads, device=tables.device)[:, None] * steps[1]

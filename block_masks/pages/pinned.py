@@ -1,9 +1,10 @@
 """Which units of a prompt stay while it is answered: those that its last rows looked at.
 
-What is kept of a unit's keys says little of a single one that differs from the others, and that is
-what a question about a long text looks for. The end of a prompt has read all keys already.
+What is kept of a unit says little of one key that differs from the others, and that is what a
+question about a long text looks for. The end of a prompt has read all of its keys.
 
-Symbols: R rows of the prompt, Hkv key heads, G query heads of a key head, S keys, U keys of a unit.
+Symbols: R rows of a prompt, Hq/Hkv heads, G query heads of a key head, S keys, U keys of a unit, D
+head_dim.
 """
 
 from __future__ import annotations
@@ -17,23 +18,53 @@ from .decode import DecodeSelector
 
 # Rows at the end of a prompt that are asked.
 PROMPT_ROWS = 16
+# Logits that are held at a time.
+MOST_LOGITS = 1 << 25
 
 
-def weigh_units(shares: Tensor, per_unit: int) -> Tensor:
-    """How much of its attention any row and query head of a key head gives to each unit, at most.
+def pin_prompt(
+    query: Tensor, key: Tensor, *, length: int, selector: DecodeSelector, scale: float
+) -> Tensor:
+    """The units that stay while a prompt is answered.
 
-    What lies in the second half of a unit counts for the next one too, but for the first unit: who
+    Args:
+        query: [R, Hq, D], the last rows of the prompt.
+        key: [Hkv, S, D], its keys in whole units; what lies after ``length`` is not read.
+        length: Keys of the prompt, those of the rows included.
+        selector: Says how many.
+        scale: Factor on the logits.
+
+    Returns:
+        bool [Hkv, S / U].
+    """
+    rows, heads = query.shape[0], key.shape[0]
+    position = torch.arange(key.shape[1], device=key.device)
+    last = torch.arange(length - rows, length, device=key.device)[:, None, None, None]
+    grouped = query.to(key.dtype).unflatten(1, (heads, -1)).transpose(0, 1)
+    step = max(1, MOST_LOGITS // (query.shape[1] * key.shape[1]))
+    weights = []
+    for own, seen in zip(grouped.split(step, 1), last.split(step), strict=True):
+        # [Hkv, rows * G, S]
+        logits = (own.flatten(1, 2) @ key.mT).float() * scale
+        logits = logits.unflatten(1, own.shape[1:3]).transpose(0, 1)
+        shares = logits.masked_fill(position > seen, -torch.inf).softmax(-1)
+        weights.append(weigh_units(shares.unflatten(-1, (-1, selector.unit // 2)).sum(-1)))
+    return pin_units(torch.stack(weights).amax(0), length, selector)
+
+
+def weigh_units(shares: Tensor) -> Tensor:
+    """How much of its attention any row and query head gives to each unit, at most.
+
+    The second half of a unit counts for the next one too, unless it is the first unit's: who
     copies a passage looks at what comes after it.
 
     Args:
-        shares: [R, Hkv, G, n], the attention that parts of units have.
-        per_unit: Parts of a unit, an even number that divides n.
+        shares: [R, Hkv, G, 2 * units], the attention that halves of units have.
 
     Returns:
-        [Hkv, n / per_unit].
+        [Hkv, units].
     """
-    parts = shares.unflatten(-1, (-1, per_unit))
-    whole, late = parts.sum(-1), parts[..., per_unit // 2 :].sum(-1)
+    whole, late = shares.unflatten(-1, (-1, 2)).sum(-1), shares[..., 1::2]
     before = torch.cat([torch.zeros_like(late[..., :2]), late[..., 1:-1]], -1)
     return torch.maximum(whole, before).amax((0, 2))
 
@@ -44,16 +75,16 @@ def pin_units(weights: Tensor, length: int, selector: DecodeSelector) -> Tensor:
     Args:
         weights: From `weigh_units`, [Hkv, units].
         length: Keys of the prompt.
-        selector: With the unit of the weights; ``prompt_share`` of the keys are pinned.
+        selector: With the unit of the weights.
 
     Returns:
-        bool [Hkv, units].
+        bool [Hkv, units]; ``prompt_share`` of the prompt's, rounded up.
     """
     rule = selector.rule
     count = -(-length // selector.unit)
     order = torch.arange(weights.shape[-1], device=weights.device)
     free = (order >= rule.sinks) & (order < count - rule.last)
-    weights = weights.masked_fill(~free, -1.0)
+    weights = weights.masked_fill(~free, 0.0)
     number = min(ceil(selector.prompt_share * count), weights.shape[-1])
     best = weights.topk(number, dim=-1).indices
     return torch.zeros_like(weights, dtype=torch.bool).scatter(-1, best, True) & (weights > 0)

@@ -25,11 +25,13 @@ class UnitSummaries:
         unit: U, a power of two that divides P.
         numbers: int8 [N, Hkv, P / U, 2, D]: of a mean and of deviations, in multiples of a scale.
         scales: [N, Hkv, P / U, 2] in keys' dtype; NaN where keys are not finite.
+        pinned: bool [N, Hkv, P / U], units that stay whatever the numbers say: `pin_prompt`.
     """
 
     unit: int
     numbers: Tensor
     scales: Tensor
+    pinned: Tensor
 
     @classmethod
     def create(cls, pages: Tensor, unit: int) -> UnitSummaries:
@@ -42,7 +44,8 @@ class UnitSummaries:
         count, heads, page, head_dim = pages.shape
         shape = (count, heads, page // unit, 2)
         numbers = pages.new_zeros((*shape, head_dim), dtype=torch.int8)
-        return cls(unit=unit, numbers=numbers, scales=pages.new_zeros(shape))
+        pinned = pages.new_zeros(shape[:3], dtype=torch.bool)
+        return cls(unit=unit, numbers=numbers, scales=pages.new_zeros(shape), pinned=pinned)
 
     @property
     def page(self) -> int:
@@ -52,7 +55,7 @@ class UnitSummaries:
     @property
     def nbytes(self) -> int:
         """Memory that they take up."""
-        return self.numbers.nbytes + self.scales.nbytes
+        return self.numbers.nbytes + self.scales.nbytes + self.pinned.nbytes
 
     def read(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """Means and deviations of pages: for int64 [...] twice [..., Hkv, P / U, D].
@@ -61,6 +64,19 @@ class UnitSummaries:
         """
         found = _floating(self.scales[at])[..., None] * self.numbers[at]
         return found[..., 0, :], found[..., 1, :]
+
+    def read_pinned(self, at: Tensor) -> Tensor:
+        """Which units of requests stay: bool [B, Hkv, n * P / U] for their pages, int64 [B, n]."""
+        return self.pinned[at].transpose(1, 2).flatten(2)
+
+    def pin(self, at: Tensor, kept: Tensor) -> None:
+        """Says which units of a sequence stay, and that its others do not.
+
+        Args:
+            at: int64 [n], its pages in order.
+            kept: bool [Hkv, n * P / U].
+        """
+        self.pinned[at] = kept.unflatten(1, (len(at), -1)).transpose(0, 1)
 
     def write(self, keys: Tensor, at: Tensor, part: Tensor, held: Tensor) -> None:
         """Summarizes units.
@@ -123,7 +139,8 @@ class PageSummaries:
         """Brings summaries up to date with keys just written; graphs may record it on CUDA.
 
         A page is finished when its last place is written, so a page that another sequence takes
-        over has means of its own as soon as it is full again, and units of its own at once.
+        over has means of its own as soon as it is full again, and units of its own at once. Units
+        that are written to are pinned no longer.
 
         Args:
             slots: int64 [tokens], where keys were written: page * P + place, those of a sequence
@@ -149,11 +166,12 @@ class PageSummaries:
         keys = self.pages.unflatten(2, (-1, unit))[at, :, part]
         held = torch.arange(unit, device=slots.device) <= (last % unit)[:, None]
         self.units.write(keys, at, part, held[:, None, :, None])
+        self.units.pinned[at, :, part] = False
 
 
 def units_share(unit: int, head_dim: int) -> float:
     """What `UnitSummaries` take up, as a share of a cache of 16 bits, keys and values."""
-    return (2 * head_dim + 4) / (4 * unit * head_dim)
+    return (2 * head_dim + 5) / (4 * unit * head_dim)
 
 
 def mean_group(c_k: int, page: int) -> int:

@@ -17,7 +17,10 @@ SCALE = 0.1
 
 
 def on_cpu(call: Decoding) -> Decoding:
-    units = replace(call.units, numbers=call.units.numbers.cpu(), scales=call.units.scales.cpu())
+    held = call.units
+    units = replace(
+        held, numbers=held.numbers.cpu(), scales=held.scales.cpu(), pinned=held.pinned.cpu()
+    )
     summaries = PageSummaries(
         pages=call.summaries.pages.cpu(), means=call.summaries.means.cpu(), units=units
     )

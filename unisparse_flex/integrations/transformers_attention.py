@@ -59,6 +59,9 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
         )
         outer = config_in_force()
         own = dense if dense_layers and _is_excluded(module, dense_layers) else sparse
+        layer = getattr(key, DECODE_LAYER, None)
+        if layer is not None and query.shape[-2] > 1:
+            layer.observe(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
         if isinstance(attention_mask, DeferredMask):
             traced = torch.compiler.is_compiling()
             if not (traced or dropout or _adds_to_the_call(options)):
@@ -67,7 +70,6 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
                 if call is not None:
                     return marked_sdpa(call, text).transpose(1, 2).contiguous(), None
             attention_mask = attention_mask.compute()
-        layer = getattr(key, DECODE_LAYER, None)
         if layer is not None and query.shape[-2] == 1:
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             found = layer.attend(query, attention_mask, scale)

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
-from ..block_masks.pages import DecodeSelector, UnitSummaries, estimate_masses, keep_units
+from ..block_masks.pages import (
+    PROMPT_ROWS,
+    DecodeSelector,
+    UnitSummaries,
+    estimate_masses,
+    keep_units,
+    pin_prompt,
+)
 from .transformers_attention import DECODE_LAYER
 
 # What choosing takes for a token and layer, and copying what was chosen for each of its bytes, in
@@ -128,14 +135,38 @@ class SparseStaticLayer(StaticLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """See transformers."""
+        pinned = [self._units[int(b)].pinned for b in beam_idx]
         super().reorder_cache(beam_idx)
         self._summarize()
+        for units, stay in zip(self._units, pinned, strict=True):
+            units.pinned.copy_(stay)
 
     @property
     def pays(self) -> bool:
         """Whether reading a part, as much as it was lately, is faster than reading everything."""
         size = self.length * (self.keys[:, :, 0].nbytes + self.values[:, :, 0].nbytes)
         return CHOICE_BYTES + COPY * self._density * size < size
+
+    def observe(self, query: Tensor, scale: float) -> None:
+        """Pins the units that the last rows of a prompt look at.
+
+        Args:
+            query: [B, Hq, S, D], rows that end at the last key.
+            scale: Factor on the logits.
+        """
+        if not self.selector.prompt_share or self.length <= self.selector.min_keys:
+            return
+        count = -(-self.length // self.selector.unit)
+        rows = query[:, :, -PROMPT_ROWS:].transpose(1, 2)
+        for own, key, units in zip(rows, self.keys, self._units, strict=True):
+            kept = pin_prompt(
+                own,
+                key[:, : count * self.selector.unit],
+                length=self.length,
+                selector=self.selector,
+                scale=scale,
+            )
+            units.pin(torch.arange(count), kept)
 
     def attend(self, query: Tensor, attention_mask: Tensor | None, scale: float) -> Tensor | None:
         """Attention of one row to the keys that are chosen for it.
@@ -184,7 +215,8 @@ class SparseStaticLayer(StaticLayer):
         table = torch.arange(count, dtype=torch.int32)[None]
         lengths = torch.tensor([self.length], dtype=torch.int32)
         masses = estimate_masses(query[None], units, table, lengths, scale=scale)
-        kept = keep_units(masses, lengths, self.selector)[0]
+        pinned = units.read_pinned(table.long())
+        kept = keep_units(masses, lengths, self.selector, pinned)[0]
         counts = kept.sum(-1, keepdim=True)
         most = int(counts.max())
         self.kept += int(counts.sum())
