@@ -106,7 +106,7 @@ def measure_decode_attention(bench: Bench) -> Iterator[dict[str, Any]]:
         }
 
         def run(requests: int = requests, length: int = length, row: Any = row) -> None:
-            row.update(time_layer(bench.shape, requests, length))
+            row.update(time_layer(bench.shape, requests, length, bench.longest))
 
         guarded(row, "all", run)
         if "sparse_us" in row:
@@ -114,18 +114,20 @@ def measure_decode_attention(bench: Bench) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def time_layer(shape: Shape, requests: int, length: int) -> dict[str, Any]:
+def time_layer(shape: Shape, requests: int, length: int, longest: int) -> dict[str, Any]:
     """Microseconds of a layer: the parent's attention, choice and attention, and its parts.
+
+    As in an engine for requests of up to ``longest`` tokens.
 
     Layers with caches of their own follow one another, as in a model: what one of them read is no
     longer in the GPU's own cache when its turn comes again.
     """
-    layers = [Layer(shape, requests, length, seed) for seed in range(LAYERS)]
+    layers = [Layer(shape, requests, length, longest, seed) for seed in range(LAYERS)]
     first = layers[0]
     # Where keys stand that are written in one step; none is the last of its page.
     places = torch.arange(requests, device=first.tables.device) * PAGE // requests + PAGE // 2
-    middle = first.tables[:, -1].long() * PAGE + places % (PAGE - 1)
-    end = first.tables[:, -1].long() * PAGE + PAGE - 1
+    middle = first.last_pages * PAGE + places % (PAGE - 1)
+    end = first.last_pages * PAGE + PAGE - 1
 
     def each(call: Callable[[Layer], None]) -> float:
         return time_graph(lambda: [call(layer) for layer in layers]) / LAYERS
@@ -146,7 +148,7 @@ def time_layer(shape: Shape, requests: int, length: int) -> dict[str, Any]:
 class Layer:
     """A layer's cache of random keys for requests of one length, and a query for each."""
 
-    def __init__(self, shape: Shape, requests: int, length: int, seed: int) -> None:
+    def __init__(self, shape: Shape, requests: int, length: int, longest: int, seed: int) -> None:
         from vllm.v1.attention.backends.fa_utils import (
             get_flash_attn_version,
             get_scheduler_metadata,
@@ -169,10 +171,15 @@ class Layer:
         count = requests * width + 1
         self.cache = draw(count, shape.kv_heads, PAGE, 2 * shape.head_dim)
         tables = 1 + torch.randperm(count - 1, generator=generator, device=device)
-        self.tables = tables.view(requests, width).int()
+        # As wide as the engine's, which admits longer requests.
+        self.tables = torch.zeros(requests, -(-longest // PAGE), dtype=torch.int32, device=device)
+        self.tables[:, :width] = tables.view(requests, width)
+        self.last_pages = self.tables[:, width - 1].long()
         self.lengths = torch.full((requests,), length, dtype=torch.int32, device=device)
-        self.query = draw(requests, shape.heads, shape.head_dim)
-        self.output = torch.empty_like(self.query)
+        # Among keys and values, as a layer's projection leaves it.
+        self.query = draw(requests, shape.heads + 2 * shape.kv_heads, shape.head_dim)
+        self.query = self.query[:, : shape.heads]
+        self.output = torch.empty(self.query.shape, dtype=self.query.dtype, device=device)
         self.starts = torch.arange(requests + 1, dtype=torch.int32, device=device)
         self.impl = SimpleNamespace(
             num_heads=shape.heads,
@@ -191,10 +198,9 @@ class Layer:
         self.units = self.summaries.units
         self.space = DecodeSpace.create(
             selector,
-            rows=requests,
+            torch.zeros_like(self.output),
             kv_heads=shape.kv_heads,
-            units=width * (PAGE // selector.unit),
-            device=device,
+            units=self.tables.shape[1] * (PAGE // selector.unit),
         )
         self.rows = DecodeRows(lengths=self.lengths, tables=self.tables, tokens=slice(0, requests))
         # As vLLM's builder makes it for a graph of decoding.

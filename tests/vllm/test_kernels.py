@@ -173,15 +173,12 @@ def test_the_kernels_of_gpus_decode_over_the_kept_units(
     tables = torch.cat([tables, tables], 1)[:, :width].to("cuda", torch.int32)
     held = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     selector = DecodeSelector(share=0.2, min_keys=0, unit=unit)
+    # Rows lie among keys and values.
+    query = random(batch, HEADS + 2 * KV_HEADS, HEAD_DIM, seed=3, like=like)[:, :HEADS]
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
     space = DecodeSpace.create(
-        selector,
-        rows=batch,
-        kv_heads=KV_HEADS,
-        units=width * page // unit,
-        device=torch.device("cuda", 0),
+        selector, torch.zeros_like(output), kv_heads=KV_HEADS, units=width * page // unit
     )
-    query = random(batch, HEADS, HEAD_DIM, seed=3, like=like)
-    output = torch.empty_like(query)
     rows = DecodeRows(lengths=held, tables=tables, tokens=slice(0, batch))
     attend_decode(impl, layer, kernel, view, summaries.units, space, rows, query, output)
     masses = estimate_masses(query, summaries.units, tables, held, scale=SCALE)

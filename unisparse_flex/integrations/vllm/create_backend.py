@@ -226,12 +226,12 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
             assert decode is not None
             assert units is not None
             page = units.pages.shape[2]
+            shape = (self.requests, impl.num_heads, impl.head_size)
             self.space = DecodeSpace.create(
                 decode,
-                rows=self.requests,
+                torch.zeros(shape, dtype=self.dtype, device=self.device),
                 kv_heads=impl.num_kv_heads,
                 units=(-(-self.longest // page) + 1) * (page // units.unit),
-                device=torch.device(self.device),
             )
             for state in found:
                 state.space = self.space
@@ -467,6 +467,7 @@ def _reserved_bytes(impl: Any) -> int:
             rows=config.scheduler_config.max_num_seqs,
             q_heads=impl.num_heads,
             kv_heads=impl.num_kv_heads,
+            head_dim=impl.head_size,
             length=model.max_model_len,
         )
     return summaries + workspace_bytes(

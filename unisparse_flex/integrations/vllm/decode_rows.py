@@ -67,31 +67,41 @@ class DecodeSpace:
         selector: Which units are kept.
         names: Room for the units of every row and key head of the largest batch.
         starts: int32 [B * Hkv + 1], 0 and up: every sequence is one row.
+        query: [B, Hq, D], rows side by side, which in a batch lie among keys and values.
     """
 
     selector: DecodeSelector
     names: PageTables
     starts: Tensor
+    query: Tensor
 
     @classmethod
     def create(
-        cls, selector: DecodeSelector, *, rows: int, kv_heads: int, units: int, device: torch.device
+        cls, selector: DecodeSelector, query: Tensor, *, kv_heads: int, units: int
     ) -> DecodeSpace:
-        """Room for so many rows of so many units."""
+        """Room for the rows of ``query``, [B, Hq, D] and written to, and so many units of each."""
+        rows, device = query.shape[0], query.device
         sequences = rows * kv_heads
         names = PageTables.create(sequences, units, counting.decode_units_on(device))
         # What a graph reads before anything was written must name a unit that is there.
         names.tables.zero_()
         names.lengths.zero_()
         starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
-        return cls(selector=selector, names=names, starts=starts)
+        return cls(selector=selector, names=names, starts=starts, query=query)
 
     @staticmethod
     def bytes(
-        selector: DecodeSelector, *, rows: int, q_heads: int, kv_heads: int, length: int
+        selector: DecodeSelector,
+        *,
+        rows: int,
+        q_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        length: int,
     ) -> int:
-        """Of page tables and of what units weigh, for so many rows of so many keys."""
-        return 4 * rows * (q_heads + kv_heads) * -(-length // selector.unit)
+        """Of page tables, of what units weigh and of queries, for so many rows of so many keys."""
+        units = -(-length // selector.unit)
+        return 4 * rows * ((q_heads + kv_heads) * units + q_heads * head_dim)
 
 
 def attend_decode(
@@ -122,10 +132,12 @@ def attend_decode(
     batch, page = rows.lengths.shape[0], view.pages.shape[2]
     width = rows.tables.shape[1] * (page // view.unit)
     query = query.view(batch, heads, head_dim)
-    choose(impl, view, units, space, rows, query)
+    apart = None if query.is_contiguous() else space.query[:batch]
+    choose(impl, view, units, space, rows, query, apart)
+    packed = query if apart is None else apart
     sequences = batch * kv_heads
     given = Sequences(
-        query=query.reshape(sequences, heads // kv_heads, head_dim),
+        query=packed.view(sequences, heads // kv_heads, head_dim),
         output=output.view(sequences, heads // kv_heads, head_dim),
         starts=space.starts[: sequences + 1],
         rows=1,
@@ -145,8 +157,12 @@ def choose(
     space: DecodeSpace,
     rows: DecodeRows,
     query: Tensor,
+    packed: Tensor | None = None,
 ) -> None:
-    """Writes the units that rows read to ``space``; arguments as of `attend_decode`."""
+    """Writes the units that rows read to ``space``; arguments as of `attend_decode`.
+
+    ``packed``, as large as the query, is where the query is copied to.
+    """
     choose_units(
         query,
         units,
@@ -156,6 +172,7 @@ def choose(
         selector=space.selector,
         scale=impl.scale,
         steps=view.steps,
+        packed=packed,
     )
 
 
