@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from .expr import Affine, And, Bool, Compare, Constant, FloorDiv, Load, Not, Or, Symbol, Truth
 
 Position = dict[str, Tensor]
+_PLAIN: dict[str, Callable[[Tensor, Any], Tensor]] = {"<": torch.lt, "<=": torch.le, "==": torch.eq}
+# With the sides changed.
+_MIRRORED = {**_PLAIN, "<": torch.gt, "<=": torch.ge}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +39,7 @@ class Evaluation:
             case Truth():
                 return self.load(value.load)
             case Compare():
-                left, right = self.integer(value.left), self.integer(value.right)
-                if value.op == "==":
-                    return torch.eq(left, right)
-                return left <= right if value.op == "<=" else left < right
+                return self.compare(value)
             case Not():
                 return ~self.truth(value.of)
             case And() | Or():
@@ -47,6 +48,24 @@ class Evaluation:
                     other = self.truth(part)
                     result = result & other if isinstance(value, And) else result | other
                 return result
+
+    def compare(self, value: Compare) -> Tensor:
+        """A comparison at every position; a number as one side stays a number.
+
+        As a tensor it would be cast to the other side's dtype, for which Inductor's CuTe code
+        (torch 2.11 to 2.13) writes ``1.to(...)``.
+        """
+        left, right = value.left, value.right
+        if left.terms and not right.terms:
+            entry = self.integer(left)
+            # Narrow integers do not compare with numbers that they cannot hold.
+            if entry.dtype in (torch.int32, torch.int64):
+                return _PLAIN[value.op](entry, right.const)
+        if right.terms and not left.terms:
+            entry = self.integer(right)
+            if entry.dtype in (torch.int32, torch.int64):
+                return _MIRRORED[value.op](entry, left.const)
+        return _PLAIN[value.op](self.integer(left), self.integer(right))
 
     def integer(self, value: Affine) -> Tensor:
         """An integer at every position."""

@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from unisparse_flex.block_masks import BlockGeometry, UniSparse
 from unisparse_flex.block_masks.masks import MaskProgram, hull_of, says_intervals
@@ -325,3 +326,26 @@ def test_entries_at_the_ends_of_their_type_compare_as_they_are() -> None:
         assert program.pairs(rows, rows)[0, 0].equal(expected)
         for bound in tile_bounds(program, Tiles(1, 4, 1, 4), CPU):
             assert bound[0, 0].equal(expected)
+
+
+def test_a_number_beside_a_tensor_stays_a_number() -> None:
+    # Inductor's CuTe code cannot cast a constant.
+    ids = torch.tensor([[1, 2, 3, 4]])
+    program = parse("(kv <= q) | (t0[b, kv] == 3) | (2 < t1[b, q])", 4, tensors=(ids, ids))
+
+    def mask_mod(b: Tensor, q: Tensor, kv: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return program.evaluate(b, q, kv, tensors=(first, second))
+
+    position = torch.tensor([1], dtype=torch.int32)
+    graph = make_fx(mask_mod)(position * 0, position, position, ids, ids)
+    made = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+    assert {"aten.eq.Scalar", "aten.gt.Scalar"} <= made
+    assert not [name for name in made if "full" in name]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+def test_narrow_integers_compare_with_any_number(dtype: torch.dtype) -> None:
+    ids = torch.tensor([[1, 2, 100, 4]], dtype=dtype)
+    program = parse("(t0[b, kv] <= 300) & (-300 < t0[b, kv])", 4, tensors=(ids,))
+    kv = torch.arange(4)
+    assert bool(program.evaluate(kv * 0, kv, kv).all())

@@ -140,12 +140,17 @@ def with_images(ids: Tensor) -> Tensor:
     return (causal(ids) | same)[:, None]
 
 
+def with_numbers(ids: Tensor) -> Tensor:
+    return (causal(ids) | (ids == 3)[:, None, :])[:, None]
+
+
+MASKS = [padded, with_documents, padded_documents, window_and_padding, with_images, with_numbers]
+
+
 @needs_flash
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(
-    "mask", [padded, with_documents, padded_documents, window_and_padding, with_images]
-)
+@pytest.mark.parametrize("mask", MASKS)
 def test_flash_attends_under_masks_that_read_tensors(
     mask: Callable[[Tensor], Tensor], compiled: bool, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
