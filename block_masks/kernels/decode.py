@@ -120,6 +120,7 @@ def _largest(keys, weights, least, BITS: tl.constexpr):
 @triton.jit
 def _choose_of(
     masses,
+    pinned,
     table,
     out,
     sequence,
@@ -146,18 +147,22 @@ def _choose_of(
     place = tl.arange(0, SIZE)
     exists = place < count
     # Read long before it is wanted.
-    number = tl.load(table + place // UNITS, mask=exists, other=0) * page_step
-    number += sequence % kv_heads * head_step + place % UNITS * unit_step
+    page = tl.load(table + place // UNITS, mask=exists, other=0)
+    head = sequence % kv_heads
+    number = page * page_step
+    number += head * head_step + place % UNITS * unit_step
     kept = exists
     at = place
     total = count
     if count > fewest:
+        unit = (page.to(tl.int64) * kv_heads + head) * UNITS + place % UNITS
+        stays = tl.load(pinned + unit, mask=exists, other=0) > 0
         shares = tl.zeros([SIZE], dtype=tl.float32)
         unknown = tl.zeros([SIZE], dtype=tl.int32)
         for i in tl.static_range(0, HEADS, TOGETHER):
-            head = i + tl.arange(0, TOGETHER)
-            line = (sequence * HEADS + head).to(tl.int64) * width
-            read = (head < HEADS)[:, None] & exists[None, :]
+            row = i + tl.arange(0, TOGETHER)
+            line = (sequence * HEADS + row).to(tl.int64) * width
+            read = (row < HEADS)[:, None] & exists[None, :]
             mass = tl.load(masses + line[:, None] + place[None, :], mask=read, other=float("-inf"))
             unknown += tl.sum((mass != mass).to(tl.int32), 0)
             mass = tl.where(mass != mass, float("-inf"), mass)
@@ -165,7 +170,8 @@ def _choose_of(
             mass = tl.exp(mass - tl.where(most == float("-inf"), 0.0, most)[:, None])
             shares += tl.sum(mass / tl.maximum(tl.sum(mass, 1), 1e-30)[:, None], 0)
         shares = shares / HEADS
-        forced = exists & ((place < sinks) | (place >= count - last) | (unknown > 0))
+        forced = (place < sinks) | (place >= count - last) | (unknown > 0) | stays
+        forced = exists & forced
         # Numbers from 0 on are ordered as their bits.
         keys = (shares.to(tl.int32, bitcast=True) >> 16) - (96 << 7)
         keys = tl.minimum(tl.maximum(keys, 0), (1 << BITS) - 1)
@@ -204,6 +210,7 @@ def _choose_of(
 @triton.jit
 def _choose_within(
     masses,
+    pinned,
     tables,
     lengths,
     out_tables,
@@ -240,6 +247,7 @@ def _choose_within(
     if (count > ABOVE) & (count <= SIZE):
         total = _choose_of(
             masses,
+            pinned,
             tables + request.to(tl.int64) * table_stride,
             out_tables + sequence.to(tl.int64) * out_width,
             sequence,
@@ -272,6 +280,7 @@ def _choose_within(
 )
 def _choose(
     masses,
+    pinned,
     tables,
     lengths,
     out_tables,
@@ -309,6 +318,7 @@ def _choose(
     for i in tl.static_range(SIZES):
         _choose_within(
             masses,
+            pinned,
             tables,
             lengths,
             out_tables,
@@ -347,6 +357,7 @@ def choose_units(
     query: Tensor,
     numbers: Tensor,
     scales: Tensor,
+    pinned: Tensor,
     tables: Tensor,
     lengths: Tensor,
     out_tables: Tensor,
@@ -365,6 +376,7 @@ def choose_units(
         query: [B, Hq, D], numbers of a row side by side.
         numbers: int8 [all pages, Hkv, P / U, 2, D], contiguous.
         scales: [all pages, Hkv, P / U, 2], contiguous.
+        pinned: uint8 [all pages, Hkv, P / U], contiguous; units other than 0 stay.
         tables: int32 [B, n], numbers of a row side by side.
         lengths: int32 [B].
         out_tables: int32 [B * Hkv or more, n * P / U or more].
@@ -418,6 +430,7 @@ def choose_units(
         _launch_choose(
             (sequences, 1, 1),
             masses,
+            pinned,
             tables,
             lengths,
             out_tables,

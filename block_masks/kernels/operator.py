@@ -165,7 +165,7 @@ def supports_pages(pages: Tensor, block_size: int) -> bool:
 
 
 def summarize_pages(
-    pages: Tensor, means: Tensor, units: tuple[Tensor, Tensor] | None, slots: Tensor
+    pages: Tensor, means: Tensor, units: tuple[Tensor, Tensor, Tensor] | None, slots: Tensor
 ) -> None:
     """`pages.PageSummaries.update` on the GPU."""
     from .pages import summarize

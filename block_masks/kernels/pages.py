@@ -43,6 +43,7 @@ def _summarize(
     means,
     numbers,
     scales,
+    pinned,
     slots,
     stride_page,
     stride_head,
@@ -102,6 +103,7 @@ def _summarize(
                 line = (page * heads + head) * (PAGE // UNIT) + place // UNIT
                 _write_unit(mean, numbers, scales, line * 2, head_dim, column)
                 _write_unit(spread, numbers, scales, line * 2 + 1, head_dim, column)
+                tl.store(pinned + line, tl.zeros([], dtype=tl.uint8))
 
 
 @triton.jit(do_not_specialize=["length", "composites"], do_not_specialize_on_alignment=["table"])
@@ -214,19 +216,20 @@ _launch_names = Launch(_name_pages)
 
 
 def summarize(
-    pages: Tensor, means: Tensor, units: tuple[Tensor, Tensor] | None, slots: Tensor
+    pages: Tensor, means: Tensor, units: tuple[Tensor, Tensor, Tensor] | None, slots: Tensor
 ) -> None:
     """Brings summaries up to date; `pages.PageSummaries.update` on the GPU.
 
     Args:
         pages: [all pages, Hkv, P, D], numbers of a key side by side; P is a power of two.
         means: [all pages, Hkv, R, D], contiguous.
-        units: Numbers and scales of `pages.UnitSummaries`, contiguous; ``None`` for none.
+        units: Numbers, scales and pinned ones of `pages.UnitSummaries`, contiguous; ``None`` for
+            none.
         slots: int64 [tokens]: page * P + place of keys that were written; below 0 for none.
     """
     count, heads, page = slots.shape[0], pages.shape[1], pages.shape[2]
     group = page // means.shape[2]
-    numbers, scales = (means, means) if units is None else units
+    numbers, scales, pinned = (means, means, means) if units is None else units
     # Tokens that decode have pages of their own, those of a prompt share them.
     tokens = 1 if count <= FEW else TOKENS
     _launch_summarize(
@@ -235,6 +238,7 @@ def summarize(
         means,
         numbers,
         scales,
+        pinned,
         slots,
         *pages.stride()[:3],
         count,

@@ -2,12 +2,13 @@
 
 from .decode import DecodeSelector, choose_units, estimate_masses, keep_units
 from .paged_keys import PagedKeys
-from .pinned import PROMPT_ROWS, pin_prompt, pin_units, weigh_units
+from .pinned import MOST_LOGITS, PROMPT_ROWS, pin_prompt, pin_units, weigh_units
 from .select import paged_obstacle, select_from_pages
 from .summaries import PageSummaries, UnitSummaries, mean_group, units_share
 from .tables import PageTables, name_pages
 
 __all__ = [
+    "MOST_LOGITS",
     "PROMPT_ROWS",
     "DecodeSelector",
     "PageSummaries",

@@ -212,6 +212,7 @@ def choose_units(
             query,
             units.numbers,
             units.scales,
+            units.pinned,
             tables,
             lengths,
             out.tables,

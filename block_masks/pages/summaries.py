@@ -25,7 +25,7 @@ class UnitSummaries:
         unit: U, a power of two that divides P.
         numbers: int8 [N, Hkv, P / U, 2, D]: of a mean and of deviations, in multiples of a scale.
         scales: [N, Hkv, P / U, 2] in keys' dtype; NaN where keys are not finite.
-        pinned: bool [N, Hkv, P / U], units that stay whatever the numbers say: `pin_prompt`.
+        pinned: uint8 [N, Hkv, P / U], 1 for units that stay whatever the numbers say: `pin_prompt`.
     """
 
     unit: int
@@ -44,7 +44,7 @@ class UnitSummaries:
         count, heads, page, head_dim = pages.shape
         shape = (count, heads, page // unit, 2)
         numbers = pages.new_zeros((*shape, head_dim), dtype=torch.int8)
-        pinned = pages.new_zeros(shape[:3], dtype=torch.bool)
+        pinned = pages.new_zeros(shape[:3], dtype=torch.uint8)
         return cls(unit=unit, numbers=numbers, scales=pages.new_zeros(shape), pinned=pinned)
 
     @property
@@ -67,7 +67,7 @@ class UnitSummaries:
 
     def read_pinned(self, at: Tensor) -> Tensor:
         """Which units of requests stay: bool [B, Hkv, n * P / U] for their pages, int64 [B, n]."""
-        return self.pinned[at].transpose(1, 2).flatten(2)
+        return self.pinned[at].transpose(1, 2).flatten(2).bool()
 
     def pin(self, at: Tensor, kept: Tensor) -> None:
         """Says which units of a sequence stay, and that its others do not.
@@ -76,7 +76,7 @@ class UnitSummaries:
             at: int64 [n], its pages in order.
             kept: bool [Hkv, n * P / U].
         """
-        self.pinned[at] = kept.unflatten(1, (len(at), -1)).transpose(0, 1)
+        self.pinned[at] = kept.unflatten(1, (len(at), -1)).transpose(0, 1).to(torch.uint8)
 
     def write(self, keys: Tensor, at: Tensor, part: Tensor, held: Tensor) -> None:
         """Summarizes units.
@@ -149,7 +149,8 @@ class PageSummaries:
         if slots.shape[0] == 0:
             return
         if self.pages.device.type == "cuda":
-            units = None if self.units is None else (self.units.numbers, self.units.scales)
+            held = self.units
+            units = None if held is None else (held.numbers, held.scales, held.pinned)
             kernels.summarize_pages(self.pages, self.means, units, slots)
             return
         page = self.pages.shape[2]
@@ -166,7 +167,7 @@ class PageSummaries:
         keys = self.pages.unflatten(2, (-1, unit))[at, :, part]
         held = torch.arange(unit, device=slots.device) <= (last % unit)[:, None]
         self.units.write(keys, at, part, held[:, None, :, None])
-        self.units.pinned[at, :, part] = False
+        self.units.pinned[at, :, part] = 0
 
 
 def units_share(unit: int, head_dim: int) -> float:

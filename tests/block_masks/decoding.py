@@ -77,6 +77,7 @@ def create_decoding(
     kv_heads: int = 2,
     head_dim: int = 8,
     shared: int = 0,
+    pinned: float = 0.0,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
@@ -91,6 +92,7 @@ def create_decoding(
         kv_heads: Key heads.
         head_dim: Numbers of a row.
         shared: Pages at their beginning that all long enough requests share.
+        pinned: Share of all units that stay.
         dtype: Of queries and keys.
         device: Where they are.
         seed: Of the random numbers.
@@ -128,5 +130,8 @@ def create_decoding(
         held = slots.to(device)
         keys.append(cache[held // page, :, held % page].transpose(0, 1))
     query = draw(len(lengths), heads, head_dim) * 2
+    assert summaries.units is not None
+    stays = torch.rand(summaries.units.pinned.shape, generator=generator) < pinned
+    summaries.units.pinned.copy_(stays)
     count = torch.tensor(lengths, dtype=torch.int32, device=device)
     return Decoding(query, summaries, tables.to(device), count, keys)

@@ -55,7 +55,14 @@ def test_units_are_those_of_plain_pytorch(
     selector: DecodeSelector, page: int, unit: int, dtype: torch.dtype
 ) -> None:
     call = create_decoding(
-        LENGTHS, page=page, unit=unit, heads=8, head_dim=128, dtype=dtype, device="cuda"
+        LENGTHS,
+        page=page,
+        unit=unit,
+        heads=8,
+        head_dim=128,
+        pinned=0.02,
+        dtype=dtype,
+        device="cuda",
     )
     plain = on_cpu(call)
     selector = selector.of_unit(unit)

@@ -28,6 +28,7 @@ def run(
         call.query,
         call.units.numbers,
         call.units.scales,
+        call.units.pinned,
         call.tables,
         call.lengths,
         out.tables,
@@ -42,7 +43,7 @@ def run(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize(("page", "pinned"), [(16, 0.0), (64, 0.0), (64, 0.1)])
 @pytest.mark.parametrize(
     "selector",
     [
@@ -56,6 +57,7 @@ def test_units_are_those_of_plain_pytorch(
     kernels: Kernels,
     selector: DecodeSelector,
     page: int,
+    pinned: float,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -65,7 +67,7 @@ def test_units_are_those_of_plain_pytorch(
     monkeypatch.setattr(kernels.decode, "FEW", 100 if page == 16 else 0)
     monkeypatch.setattr(kernels.decode, "ROWS", 16)
     monkeypatch.setattr(kernels.decode, "PROGRAMS", 24)
-    call = create_decoding([0, 1, 33, 400, 397, 1000], page=page, dtype=dtype)
+    call = create_decoding([0, 1, 33, 400, 397, 1000], page=page, pinned=pinned, dtype=dtype)
     found, expected = call.outputs(), call.outputs()
     call.choose(selector, expected, scale=SCALE)
     run(kernels, call, selector, found)

@@ -84,10 +84,16 @@ def test_units_follow_every_token(
     for slots in ([-1, 15, 16, 17, 40, *range(62, 80), -1], [18], [19, 41, 0, 1], [-1, -1]):
         written = torch.tensor(slots)
         assert found.units is not None
+        assert expected.units is not None
+        units = found.units
+        for one in (units, expected.units):
+            one.pinned.fill_(1)
         kernels.pages.summarize(
-            pages, found.means, (found.units.numbers, found.units.scales), written
+            pages, found.means, (units.numbers, units.scales, units.pinned), written
         )
         expected.update(written)
+        assert torch.equal(units.pinned, expected.units.pinned)
+        assert units.pinned.any() or unit == page
     assert found.units is not None
     assert expected.units is not None
     every = torch.arange(5)

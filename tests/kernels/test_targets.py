@@ -224,11 +224,13 @@ def decode_paged(decode: Any, pages: Any, call: Call) -> None:
     means = empty(16 * blocks, 8, 1, call.head_dim)
     numbers = empty(16 * blocks, 8, 4, 2, call.head_dim, dtype=torch.int8)
     scales = empty(16 * blocks, 8, 4, 2)
-    pages.summarize(keys, means, (numbers, scales), empty(16, dtype=torch.int64))
+    pinned = empty(16 * blocks, 8, 4, dtype=torch.uint8)
+    pages.summarize(keys, means, (numbers, scales, pinned), empty(16, dtype=torch.int64))
     decode.choose_units(
         empty(16, 32, call.head_dim),
         numbers,
         scales,
+        pinned,
         empty(16, blocks, dtype=torch.int32),
         empty(16, dtype=torch.int32),
         empty(16 * 8, 4 * blocks, dtype=torch.int32),
