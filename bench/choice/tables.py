@@ -28,6 +28,8 @@ from .parts import Tile
 from .seconds import Clock, key_reads, operations
 
 NAMES = {1.0: "KL", 0.5: "KL / 2", 0.25: "KL / 4"}
+# True masses in natural order.
+TRUE = "none/r128"
 # Excerpts of which nothing can be said one by one.
 FEW = 3
 
@@ -52,7 +54,11 @@ def describe(result: Mapping[str, Any], name: str) -> str:
     parts = [note, _ratios(result)]
     if len(excerpts_of(result)) > FEW:
         parts += ["Density over the default's, excerpt by excerpt.", _spread(result)]
+        if over := _over_true(result):
+            parts += [f"Density over that of `{TRUE}` at its KL, by its threshold.", over]
     parts += ["Density and KL by threshold.", _points(result)]
+    if len(excerpts_of(result)) > FEW:
+        parts += ["Perplexity ratio by threshold: mean, least and most.", _perplexities(result)]
     if layers := _layers(result):
         parts += ["Density by layer, threshold 0.006.", layers]
     return markdown.page(*markdown.heading(title, result), *parts)
@@ -118,6 +124,38 @@ def _spread(result: Mapping[str, Any]) -> str:
         if any(line[1:]):
             lines.append(line)
     return markdown.table(columns, lines)
+
+
+def _over_true(result: Mapping[str, Any]) -> str:
+    points = curve(result, TRUE)
+    columns: dict[str, markdown.Format] = {"choice": "`{}`"}
+    columns |= {f"{point.threshold:g}": "{:.2f}" for point in points}
+    lines = []
+    for choice in choices_of(result):
+        found = [reach(curve(result, choice), point.kl) for point in points]
+        ratios = [f and f.density / p.density for f, p in zip(found, points, strict=True)]
+        if any(ratios):
+            lines.append([choice, *ratios])
+    return markdown.table(columns, lines) if points else ""
+
+
+def _perplexities(result: Mapping[str, Any]) -> str:
+    thresholds = sorted({row["threshold"] for row in result["rows"]})
+    found: dict[tuple[str, float], list[float]] = {}
+    for row in result["rows"]:
+        if "perplexity_ratio" in row:
+            found.setdefault((row["choice"], row["threshold"]), []).append(row["perplexity_ratio"])
+    count = len(excerpts_of(result))
+    texts = {
+        key: f"{mean(some):.4f} ({min(some):.3f}, {max(some):.3f})"
+        for key, some in found.items()
+        if len(some) == count
+    }
+    columns: dict[str, markdown.Format] = {"choice": "`{}`"}
+    columns |= {f"{threshold:g}": "{}" for threshold in thresholds}
+    return markdown.table(
+        columns, [[c, *(texts.get((c, t)) for t in thresholds)] for c in choices_of(result)]
+    )
 
 
 def _describe_tasks(result: Mapping[str, Any], name: str) -> str:

@@ -296,6 +296,30 @@ def test_excerpts_are_compared_one_by_one() -> None:
     assert found == pytest.approx([0.5, 0.625])
 
 
+def test_several_excerpts_have_their_spread_and_true_masses_their_own_table() -> None:
+    result = make_result()
+    found = []
+    for seed in (0, 1):
+        for row in result["rows"]:
+            if row["threshold"] < 0.01:
+                ratio = 1.01 if seed else 0.99
+                found.append({**row, "seed": seed, "perplexity_ratio": ratio})
+                if row["choice"] == DEFAULT:
+                    found.append({**found[-1], "choice": "none/r128", "kl": row["kl"] / 2})
+    text = describe({**result, "rows": found}, "choice-x.json")
+    assert "| `weight1@1024/r4+p16` | 0.500 ± 0.000 | 0.50, 0.50 | 4 |" in text
+    assert "| `none/r4+p16` | 1.25 |  |" in text
+    assert "| `none/r128` | 1.00 | 1.00 |" in text
+    assert "| `none/r128` | 1.0000 (0.990, 1.010) | 1.0000 (0.990, 1.010) |" in text
+
+
+def test_kl_of_rounding_is_told_by_excerpt() -> None:
+    rows = [{"text": "code", "seed": 2, "kl": 0.0012, "perplexity_ratio": 1.0}]
+    named = {"model": "smollm2", "tokens": 8192, "judged": 64, "device": "CPU"}
+    text = describe({"part": "rounding", **named, "command": ["python"], "rows": rows}, "x")
+    assert "| code | 2 | 0.0012 | 1.0000 |" in text
+
+
 def test_an_order_in_some_layers_costs_as_much_of_its_time() -> None:
     result, name = make_result(), "weight1<1@1024/r4+p16"
     for row in result["rows"]:
