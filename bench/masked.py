@@ -2,7 +2,7 @@
 
 python -m bench.masked [--parts models,calls,lengths,host] [--cases none,ones,padded,...]
     [--tokens 32768,...] [--batches 1,...] [--density 0.1] [--layers 4]
-    [--modes eager,compiled] [--variants dense,forced,default] [--sharpen 2]
+    [--modes eager,compiled] [--variants dense,forced,default,without] [--sharpen 2]
     [--max-seconds N] [--output FILE]
 
 models: milliseconds to the logits of a Llama-3.1-8B-shaped model with random weights, stock
@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,8 @@ class Bench:
         layers: Of the model.
         sharpen: Factor on the projections of queries, and of keys.
         modes: ``eager``, ``compiled``.
-        names: Of the variants of a model: ``dense``, ``forced``, ``default``.
+        names: Of the variants of a model: ``dense``, ``forced``, ``default``, and ``without``
+            attention, which is what any attention leaves to be done.
     """
 
     device: str
@@ -156,6 +158,7 @@ class Bench:
             "dense": None,
             "forced": {"selector": self.forced(tokens), "min_length": 0},
             "default": {},
+            "without": None,
         }
         return {name: every[name] for name in self.names}
 
@@ -182,6 +185,11 @@ class Bench:
             return found
 
         device = torch.device(self.device)
+        if row["variant"] == "without":
+            with patch.object(F, "scaled_dot_product_attention", values_alone):
+                row["first_call_seconds"] = timed(logits, device)[1]
+                row["ms"] = median(timed(logits, device)[1] for _ in range(REPEATS)) * 1e3
+            return
         found, row["first_call_seconds"] = timed(logits, device)
         reference = exact.setdefault("dense", found.double())
         row["logits_relative_error"] = float((found - reference).norm() / reference.norm())
@@ -289,6 +297,12 @@ class Bench:
     def dtype(self) -> torch.dtype:
         """Of its tensors."""
         return torch.bfloat16 if self.device == "cuda" else torch.float32
+
+
+def values_alone(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """In the place of attention: the values, a copy for each query head."""
+    group = query.shape[1] // value.shape[1]
+    return value[:, :, -query.shape[2] :].repeat_interleave(group, 1)
 
 
 class Masked(nn.Module):
