@@ -99,6 +99,24 @@ def test_fewer_units_are_read_and_summaries_are_those_of_the_keys(llama: LlamaFo
         assert torch.equal(ours.scales, fresh.scales)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_what_the_end_of_a_prompt_looks_at_is_read_by_every_token(
+    llama: LlamaForCausalLM, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[tuple[Tensor, Tensor]] = []
+    keep = transformers_decode.keep_units
+
+    def keeps(masses: Tensor, lengths: Tensor, selector: Any, pinned: Tensor) -> Tensor:
+        chosen.append((pinned, keep(masses, lengths, selector, pinned)))
+        return chosen[-1][1]
+
+    monkeypatch.setattr(transformers_decode, "keep_units", keeps)
+    selector = DecodeSelector(budget=128, min_keys=0, unit=16, prompt_share=0.15)
+    generate(llama, prompt(400, 2), SparseStaticCache(llama.config, 512, selector), **options)
+    assert {int(n) for pinned, _ in chosen for n in pinned.sum(-1).flatten()} == {4}
+    assert all(not bool((pinned & ~kept).any()) for pinned, kept in chosen)
+
+
 def test_short_caches_and_those_that_are_chosen_whole_are_read_whole(
     llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

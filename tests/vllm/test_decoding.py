@@ -114,6 +114,51 @@ def assert_summaries_are_fresh(
                 assert bool(((found[:, 0] - fresh).abs() <= 0.51 * scale + 1e-6).all())
 
 
+def test_what_the_ends_of_prompts_look_at_is_read_by_every_token(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pin, choose = create_backend.pin_prompts, decode_rows.choose_units
+    ended: list[int] = []
+    read: list[int] = []
+
+    def pins(impl: Any, view: CacheView, units: UnitSummaries, *rest: Any) -> None:
+        pin(impl, view, units, *rest)
+        selector, rows, tables, _ = rest
+        for row in rows:
+            count = -(-row.length // units.unit)
+            stays = units.read_pinned(tables[row.index, None, :count].long())[0]
+            rule = selector.rule
+            assert not stays[:, : rule.sinks].any()
+            assert not stays[:, max(0, count - rule.last) :].any()
+            wanted = min(-(-count // 5), max(0, count - rule.sinks - rule.last))
+            assert stays.sum(-1).tolist() == [wanted] * len(stays)
+            ended.append(row.length)
+
+    def chooses(
+        query: Tensor, units: UnitSummaries, tables: Tensor, lengths: Tensor, out: Any, **rest: Any
+    ) -> None:
+        choose(query, units, tables, lengths, out, **rest)
+        heads, per_page = units.numbers.shape[1:3]
+        for request, length in enumerate(lengths.tolist()):
+            at = tables[request, : -(-length // units.page)].long()
+            stays = units.read_pinned(at[None])[0]
+            for head in range(heads):
+                pages = at[stays[head].nonzero().flatten() // per_page]
+                step, apart, _ = rest["steps"]
+                sequence = request * heads + head
+                kept = out.tables[sequence, : -(-int(out.lengths[sequence]) // units.unit)]
+                assert {int(page) * step + head * apart for page in pages} <= set(kept.tolist())
+                read.append(len(pages))
+
+    monkeypatch.setattr(create_backend, "pin_prompts", pins)
+    monkeypatch.setattr(decode_rows, "choose_units", chooses)
+    settings = {**ALL_BLOCKS, "decode": {"budget": 256, "min_keys": 0, "prompt_share": 0.2}}
+    with serving(llama, settings, block_size=64, max_num_batched_tokens=640) as engine:
+        ask(engine, [prompt_of(n, n) for n in (1000, 1500, 30)], tokens=TOKENS)
+    assert set(ended) >= {1000, 1500, 30}
+    assert max(read) == 5
+
+
 def test_summaries_stay_fresh_where_pages_are_shared_and_taken_over(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

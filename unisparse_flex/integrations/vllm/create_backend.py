@@ -27,6 +27,7 @@ from .layers import (
 from .options import KEY, Options
 from .planning import Plan, Row, plan_rows, refuse_batch
 from .policy import Policy
+from .prompt_rows import pin_prompts, prompt_bytes
 from .reasons import Reason
 from .report import describe
 from .settings import options_of
@@ -47,6 +48,7 @@ class Split:
         rest: The parent's metadata of the other rows; ``None`` for no rows.
         tokens: Which tokens these are: a range, or int64 [tokens].
         tables: int32 [requests, pages] of the whole batch.
+        ends: Rows of prompts that end here, where decoding keeps what they look at.
     """
 
     sparse: SparseRows | None
@@ -54,6 +56,12 @@ class Split:
     rest: Any
     tokens: slice | Tensor | None
     tables: Tensor
+    ends: tuple[Row, ...] = ()
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the parent computes the whole batch, by its own metadata."""
+        return self.sparse is None and self.decode is None
 
 
 def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = False) -> Any:
@@ -285,14 +293,24 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 decode_keys=None if self.space is None else self.decode_keys,
             )
             counting.dense_rows.update(plan.reasons)
-            if not plan.sparse and not plan.decode:
+            if not plan.sparse and not plan.decode and not self._ends_of(plan):
                 return None
             counting.sparse_rows += len(plan.sparse)
             counting.sparse_tokens += sum(row.queries for row in plan.sparse)
             counting.decode_rows += len(plan.decode)
             return plan
 
+        def _ends_of(self, plan: Plan) -> tuple[Row, ...]:
+            """The ends of prompts of which decoding keeps what they look at."""
+            decode = None if self.space is None else self.space.selector
+            if decode is None or decode.keeps_all or not decode.prompt_share:
+                return ()
+            return tuple(row for row in plan.ends if row.length > decode.min_keys)
+
         def _split(self, common: Any, plan: Plan) -> Split:
+            ends, tables = self._ends_of(plan), common.block_table_tensor
+            if not plan.sparse and not plan.decode:
+                return Split(None, None, None, None, tables, ends)
             device = common.query_start_loc.device
             tokens = _tokens_of(plan.rest, device)
             metadata = None
@@ -309,7 +327,7 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                     tables=common.block_table_tensor[index],
                     tokens=decoded,
                 )
-            return Split(sparse, decode, metadata, tokens, common.block_table_tensor)
+            return Split(sparse, decode, metadata, tokens, tables, ends)
 
     class Impl(parent_impl):  # type: ignore[misc, valid-type]
         """Computes sparse rows, and has the parent compute the others."""
@@ -357,13 +375,26 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 # The engine measures its peak: a sparse batch's memory is to be part of it.
                 torch.empty(self.reserved, dtype=torch.uint8, device=query.device)
             reason = None
-            if split is not None and state is not None:
+            if split is not None and state is not None and not split.is_dense:
                 reason = state.reason
                 if any(scale is not None for scale in scales):
                     reason = Reason.QUANTIZED_OUTPUT
                 if reason is not None:
                     counting.dense_calls[reason] += 1
-            if split is None or state is None or reason is not None:
+            if split is not None and state is not None and state.space is not None and split.ends:
+                assert state.view is not None
+                assert state.summaries is not None
+                assert state.summaries.units is not None
+                pin_prompts(
+                    self,
+                    state.view,
+                    state.summaries.units,
+                    state.space.selector,
+                    split.ends,
+                    split.tables,
+                    query,
+                )
+            if split is None or state is None or reason is not None or split.is_dense:
                 return super().forward(
                     layer, query, key, value, kv_cache, attn_metadata, output, *scales, **more
                 )
@@ -470,6 +501,8 @@ def _reserved_bytes(impl: Any) -> int:
             head_dim=impl.head_size,
             length=model.max_model_len,
         )
+        itemsize = model.dtype.itemsize
+        summaries += prompt_bytes(model.max_model_len, impl.num_kv_heads, impl.head_size, itemsize)
     return summaries + workspace_bytes(
         config.scheduler_config.max_num_batched_tokens,
         model.max_model_len,

@@ -46,12 +46,15 @@ class Plan:
         sparse: Rows that run sparse.
         rest: All others.
         decode: Rows of one token whose pages are chosen.
+        ends: Of the rows of prompts, however they run, those of several tokens that no others of
+            their prompts are known to follow.
         reasons: How many rows stay with the parent, and why.
     """
 
     sparse: tuple[Row, ...]
     rest: tuple[Row, ...]
     decode: tuple[Row, ...] = ()
+    ends: tuple[Row, ...] = ()
     reasons: Counter[Reason] = field(default_factory=Counter)
 
 
@@ -110,6 +113,7 @@ def plan_rows(
     sparse: list[Row] = []
     rest: list[Row] = []
     decode: list[Row] = []
+    ends: list[Row] = []
     reasons: Counter[Reason] = Counter()
     for index, length in enumerate(lengths):
         start, stop = starts[index], starts[index + 1]
@@ -126,6 +130,8 @@ def plan_rows(
         if queries == 1 and decodes:
             decode.append(row)
             continue
+        if queries > 1 and is_prompt[index] and not row.is_cut:
+            ends.append(row)
         if queries < min_queries:
             reason: Reason | None = Reason.DECODE
         elif not is_prompt[index]:
@@ -137,4 +143,10 @@ def plan_rows(
         else:
             rest.append(row)
             reasons[reason] += 1
-    return Plan(sparse=tuple(sparse), rest=tuple(rest), decode=tuple(decode), reasons=reasons)
+    return Plan(
+        sparse=tuple(sparse),
+        rest=tuple(rest),
+        decode=tuple(decode),
+        ends=tuple(ends),
+        reasons=reasons,
+    )
