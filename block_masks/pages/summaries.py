@@ -149,8 +149,8 @@ class PageSummaries:
         if slots.shape[0] == 0:
             return
         if self.pages.device.type == "cuda":
-            held = self.units
-            units = None if held is None else (held.numbers, held.scales, held.pinned)
+            own = self.units
+            units = None if own is None else (own.numbers, own.scales, own.pinned)
             kernels.summarize_pages(self.pages, self.means, units, slots)
             return
         page = self.pages.shape[2]
