@@ -72,10 +72,11 @@ def quest(rows: Rows) -> Tensor:
     return _seen(bound, rows)
 
 
-# The true masses, which nothing that is kept gives, are a bound.
+# The library's is the first; the second has nothing pinned. The true masses, which nothing that is
+# kept gives, are a bound.
 SUMMARIES = {
-    "unisparse": Summary(estimate=library, of_coordinate=2, of_unit=5, pins=True),
-    "unpinned": Summary(estimate=library, of_coordinate=2, of_unit=4),
+    "pinned": Summary(estimate=library, of_coordinate=2, of_unit=5, pins=True),
+    "unisparse": Summary(estimate=library, of_coordinate=2, of_unit=4),
     "mean": Summary(estimate=mean, of_coordinate=2),
     "quest": Summary(estimate=quest, of_coordinate=4),
     "quest-pinned": Summary(estimate=quest, of_coordinate=4, of_unit=1, pins=True),

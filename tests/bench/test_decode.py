@@ -136,7 +136,7 @@ def test_memory_counts_keys_and_values() -> None:
     assert SUMMARIES["oracle"].memory(32, 64) == 0
     keys = torch.zeros(10, KV_HEADS, 32, WIDTH, dtype=torch.bfloat16)
     units = UnitSummaries.create(keys, 32)
-    assert SUMMARIES["unpinned"].memory(32, WIDTH) == units.nbytes / (2 * keys.nbytes)
+    assert SUMMARIES["pinned"].memory(32, WIDTH) == units.nbytes / (2 * keys.nbytes)
 
 
 def test_settings_are_dense_decoding_and_every_summary_at_the_same_points() -> None:
@@ -215,7 +215,7 @@ def make_exam(subject: Subject, kind: str, lengths: list[int]) -> Exam:
     return Exam(subject=subject, name="niah_single", drawn=len(lengths), solved=solved)
 
 
-@pytest.mark.parametrize("summary", ["mean", "unisparse"])
+@pytest.mark.parametrize("summary", ["mean", "pinned"])
 @pytest.mark.parametrize("share", [0.05, 0.3])
 def test_answers_are_those_of_decoding_token_by_token(share: float, summary: str) -> None:
     subject = make_subject()
@@ -295,13 +295,13 @@ def test_units_that_are_pinned_stay() -> None:
     selector = DecodeSelector(share=0.1, unit=16, min_keys=0, prompt_share=0.1, last_keys=16)
     tensors = draw(320, 1)
     recalls = {}
-    for name in ("unisparse", "unpinned"):
+    for name in ("pinned", "unisparse"):
         decoder = Decoder(setting=Setting(summary=name, selector=selector), observed=[observed])
         decoder.attend(*tensors, None, SCALE)
         recalls[name] = decoder.row()
-    assert recalls["unisparse"] != recalls["unpinned"]
-    assert recalls["unisparse"]["kept"] == pytest.approx(5 / 20)
-    assert recalls["unpinned"]["kept"] == pytest.approx(3 / 20)
+    assert recalls["pinned"] != recalls["unisparse"]
+    assert recalls["pinned"]["kept"] == pytest.approx(5 / 20)
+    assert recalls["unisparse"]["kept"] == pytest.approx(3 / 20)
     assert observed.pinned(0, selector, 21).sum(-1).tolist() == [2, 2]
 
 
