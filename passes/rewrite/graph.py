@@ -261,6 +261,12 @@ def settings_in(graph: fx.Graph) -> frozenset[str]:
     return frozenset(str(node.kwargs.get("config", "")) for node in markers)
 
 
+def may_decode(graph: fx.Graph) -> bool:
+    """Whether markers of ``graph`` may stand for a step of one query."""
+    bound = (_bind(node, None) for node in graph.nodes)
+    return any(found is not None and not _is_prompt(found[0]) for found in bound)
+
+
 def guard_given(graph: fx.Graph) -> RewriteReport | None:
     """Guards what the masks of markers rely on of the tensors that ``graph`` is given.
 
@@ -280,8 +286,7 @@ def guard_given(graph: fx.Graph) -> RewriteReport | None:
         asked = config.context is None and not config.dense and not _decides_at_run(call)
         shape = _shape(call)
         known = shape is not None and all(isinstance(size, int) for size in shape)
-        is_prompt = shape is not None and known and shape[2] > 1
-        all_known = all_known and (config.dense or (asked and is_prompt))
+        all_known = all_known and (config.dense or (asked and known and _is_prompt(call)))
         # Lengths that are asked become guards.
         if asked and (masked or known):
             call, proved, reason = _settle(call, config, masks)
@@ -293,6 +298,11 @@ def guard_given(graph: fx.Graph) -> RewriteReport | None:
         else:
             report.left[node.name] = reason
     return report if all_known else None
+
+
+def _is_prompt(call: SdpaCall) -> bool:
+    shape = _shape(call)
+    return shape is not None and isinstance(shape[2], int) and shape[2] > 1
 
 
 def _has_bodies(graph: fx.Graph) -> bool:

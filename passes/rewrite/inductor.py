@@ -18,7 +18,7 @@ from ...block_masks.selectors import Selector
 from ..calls import SDPA_TARGETS
 from ..masks import given_identity
 from .all_dense import warn_of_dense
-from .graph import guard_given, rewrite_sdpa, settings_in
+from .graph import guard_given, may_decode, rewrite_sdpa, settings_in
 
 CONFIG_KEY = "pre_grad_custom_pass"
 
@@ -32,9 +32,8 @@ class SparseAttentionPass(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites ``graph`` in place."""
-        settings = settings_in(graph)
-        report = rewrite_sdpa(graph, None, lower=True)
-        warn_of_dense(report, settings, may_decode=True)
+        settings, decodes = settings_in(graph), may_decode(graph)
+        warn_of_dense(rewrite_sdpa(graph, None, lower=True), settings, may_decode=decodes)
 
     def uuid(self) -> Any:
         """Identity in Inductor's cache keys; ``None``, no caching, where a source is unknown."""
