@@ -38,16 +38,18 @@ def pin_prompt(
         bool [Hkv, S / U].
     """
     rows, heads = query.shape[0], key.shape[0]
-    position = torch.arange(key.shape[1], device=key.device)
-    last = torch.arange(length - rows, length, device=key.device)[:, None, None, None]
-    grouped = query.to(key.dtype).unflatten(1, (heads, -1)).transpose(0, 1)
+    # Keys that some row does not see lie from the first row's on.
+    first = length - rows
+    position = torch.arange(first, key.shape[1], device=key.device)
+    hidden = position > torch.arange(first, length, device=key.device)[:, None, None]
+    grouped = (query * scale).to(key.dtype).unflatten(1, (heads, -1)).transpose(0, 1)
     step = max(1, MOST_LOGITS // (query.shape[1] * key.shape[1]))
     weights = []
-    for own, seen in zip(grouped.split(step, 1), last.split(step), strict=True):
-        # [Hkv, rows * G, S]
-        logits = (own.flatten(1, 2) @ key.mT).float() * scale
-        logits = logits.unflatten(1, own.shape[1:3]).transpose(0, 1)
-        shares = logits.masked_fill(position > seen, -torch.inf).softmax(-1)
+    for own, unseen in zip(grouped.split(step, 1), hidden.split(step), strict=True):
+        # [Hkv, rows, G, S]
+        logits = (own.flatten(1, 2) @ key.mT).unflatten(1, own.shape[1:3])
+        logits[..., first:].masked_fill_(unseen, -torch.inf)
+        shares = logits.softmax(-1, dtype=torch.float32).transpose(0, 1)
         weights.append(weigh_units(shares.unflatten(-1, (-1, selector.unit // 2)).sum(-1)))
     return pin_units(torch.stack(weights).amax(0), length, selector)
 
