@@ -106,7 +106,8 @@ def create_bench(device: str, folder: Path, options: argparse.Namespace) -> Benc
         many=32 if on_gpu else 4,
         answer=128 if on_gpu else 8,
         lengths=20 if on_gpu else 4,
-        decoding=((16, prompt // 3), (1, prompt * 4 // 3), (64, 2048))
+        # The second one with its answer as long as the model's context.
+        decoding=((16, prompt // 3), (1, prompt * 4 // 3 - 256), (64, 2048))
         if on_gpu
         else ((2, 512), (1, 1536), (4, 64)),
         decode_layers=options.layers or (20 if on_gpu else shape.layers),
