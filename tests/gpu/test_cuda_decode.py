@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from tests.block_masks.decoding import Decoding, create_decoding
-from unisparse_flex.block_masks.pages import DecodeSelector, PageSummaries, PageTables
+from unisparse_flex.block_masks.pages import (
+    DecodeSelector,
+    PageSummaries,
+    PageTables,
+    pin_prompt,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -96,3 +101,26 @@ def test_a_graph_chooses_for_other_lengths_and_queries() -> None:
         for i, length in enumerate(expected.lengths.tolist()):
             count = -(-length // 32)
             assert torch.equal(found.tables[i, :count], expected.tables[i, :count])
+
+
+@pytest.mark.parametrize("length", [500, 4001])
+def test_what_the_end_of_a_prompt_looks_at_is_that_of_the_cpu(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    query = torch.randn(16, 8, 128, generator=generator) * 3
+    key = torch.randn(2, -(-length // 128) * 128, 128, generator=generator)
+    selector = DecodeSelector(prompt_share=0.1)
+    expected = pin_prompt(query, key, length=length, selector=selector, scale=SCALE)
+    found = pin_prompt(query.cuda(), key.cuda(), length=length, selector=selector, scale=SCALE)
+    assert torch.equal(found.sum(-1).cpu(), expected.sum(-1))
+    # Weights that round alike may change places.
+    assert int((found.cpu() & ~expected).sum(-1).max()) <= 1
+
+
+def test_units_that_are_written_to_are_pinned_no_longer() -> None:
+    call = create_decoding([900], page=128, unit=32, head_dim=64, device="cuda")
+    call.units.pinned.fill_(1)
+    at = call.tables[0, 2].long() * 128
+    call.summaries.update(torch.cat([at + 40, at + 96 + torch.arange(32, device="cuda")]))
+    page = int(call.tables[0, 2])
+    freed = call.units.pinned.eq(0).nonzero().tolist()
+    assert freed == [[page, head, part] for head in (0, 1) for part in (1, 3)]
