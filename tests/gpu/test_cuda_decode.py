@@ -119,8 +119,8 @@ def test_what_the_end_of_a_prompt_looks_at_is_that_of_the_cpu(length: int) -> No
 def test_units_that_are_written_to_are_pinned_no_longer() -> None:
     call = create_decoding([900], page=128, unit=32, head_dim=64, device="cuda")
     call.units.pinned.fill_(1)
-    at = call.tables[0, 2].long() * 128
-    call.summaries.update(torch.cat([at + 40, at + 96 + torch.arange(32, device="cuda")]))
     page = int(call.tables[0, 2])
+    places = torch.tensor([40, *range(96, 128)], device="cuda")
+    call.summaries.update(page * 128 + places)
     freed = call.units.pinned.eq(0).nonzero().tolist()
     assert freed == [[page, head, part] for head in (0, 1) for part in (1, 3)]
