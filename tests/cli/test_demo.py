@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from unisparse_flex.cli.demo import show
+from unisparse_flex.cli import failures
 
 
 def test_help_has_every_option_and_examples(run):
@@ -21,7 +21,7 @@ def test_exit_codes(run, monkeypatch):
     assert ran.code == 2
     assert "tokens must be in [512, 8192]" in ran.err
     assert run("demo", "-x").code == 2
-    monkeypatch.setattr(show, "find_spec", lambda name: None)
+    monkeypatch.setattr(failures, "find_spec", lambda name: None)
     assert run("demo", "--quiet").code == 1
 
 

@@ -77,10 +77,10 @@ def load_gguf_tokenizer(file: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    place: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if not file.with_name("tokenizer.json").is_file():
-        place["gguf_file"] = file.name
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
+    place = {} if file.with_name("tokenizer.json").is_file() else {"gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(
+        file.parent, local_files_only=True, trust_remote_code=False, **place
+    )
     validate_gguf_tokenizer(tokenizer)
     return tokenizer
 
