@@ -247,12 +247,15 @@ def plan(*rows: tuple[int, int], prefilling: list[bool] | None = None, **options
 
 
 class TestPlanning:
-    def test_the_ends_of_prompts_are_rows_that_no_others_are_known_to_follow(self) -> None:
+    def test_the_ends_of_prompts_are_rows_that_may_be_their_last(self) -> None:
         rows = [(1, 900), (200, 200), (40, 1000), (16, 500), (128, 640)]
         prefilling = [True, True, True, False, True]
         assert [r.index for r in plan(*rows, prefilling=prefilling).ends] == [1, 2, 4]
-        assert [r.index for r in plan(*rows, prefilling=prefilling, threshold=128).ends] == [1, 2]
-        assert plan((400, 400), budget=400).ends == ()
+        assert [r.length for r in plan((400, 400), budget=400).ends] == [400]
+        assert [r.length for r in plan((400, 6400), budget=400).ends] == [6400]
+        assert plan((400, 6401), budget=400).ends == ()
+        assert plan((400, 6401), budget=400, threshold=400).ends == ()
+        assert [r.length for r in plan((300, 6401), budget=400).ends] == [6401]
         dense = plan(*rows, prefilling=prefilling, decide=lambda q, k: Reason.FEW_KEYS)
         assert [r.index for r in dense.ends] == [1, 2, 4]
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from .reasons import Reason
 
+# Rows like this one that a prompt may have had, for what was cut to be taken for its end.
+MOST_CUTS = 16
+
 # Why a row of so many queries and keys stays with the parent; ``None`` where it runs sparse.
 Decide = Callable[[int, int], Reason | None]
 
@@ -46,8 +49,8 @@ class Plan:
         sparse: Rows that run sparse.
         rest: All others.
         decode: Rows of one token whose pages are chosen.
-        ends: Of the rows of prompts, however they run, those of several tokens that no others of
-            their prompts are known to follow.
+        ends: Of the rows of prompts, however they run, those of several tokens that may be the last
+            of their prompts; of very many of one prompt, those that were not cut.
         reasons: How many rows stay with the parent, and why.
     """
 
@@ -130,7 +133,8 @@ def plan_rows(
         if queries == 1 and decodes:
             decode.append(row)
             continue
-        if queries > 1 and is_prompt[index] and not row.is_cut:
+        # A prompt may end with a batch that it fills.
+        if queries > 1 and is_prompt[index] and (not row.is_cut or length <= MOST_CUTS * queries):
             ends.append(row)
         if queries < min_queries:
             reason: Reason | None = Reason.DECODE
