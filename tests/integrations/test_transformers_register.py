@@ -18,6 +18,7 @@ from tests.models.families import BY_NAME
 from tests.models.family import EVERYTHING, SELECTOR, token_ids
 from tests.models.modes import padded_batch
 from unisparse_flex import UniSparse, calibrate, explain, optimize, restore
+from unisparse_flex.integrations import first_prompt
 from unisparse_flex.integrations.transformers import register, unregister
 from unisparse_flex.passes import DenseReason
 
@@ -347,3 +348,30 @@ def test_training_gives_the_gradients_of_sdpa(side: str, checkpointing: bool | N
     with registered(EVERYTHING) as name:
         for ours, theirs in zip(gradients(name), gradients("sdpa"), strict=True):
             assert rmse(ours, theirs) < 1e-5
+
+
+def test_a_registered_model_without_a_sparse_call_is_told_why_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, kind in (("_settled", set), ("_outcomes", dict), ("_told_short", set)):
+        monkeypatch.setattr(first_prompt, name, kind())
+
+    def said(length: int) -> list[str]:
+        caplog.clear()
+        with torch.no_grad():
+            for _ in range(2):
+                model(token_ids(length=length))
+        texts = [" ".join(record.getMessage().split()) for record in caplog.records]
+        return [text for text in texts if text.startswith("nothing of a Llama model is sparse")]
+
+    with registered(UniSparse(), min_length=None):
+        model = create("Llama")
+        for length, reason in ((9, DenseReason.FEW_QUERIES), (203, DenseReason.SLOWER)):
+            (text,) = said(length)
+            assert "all 2 calls of its attention stayed dense" in text
+            assert reason in text
+        assert not said(9)
+    with registered(SELECTOR, dense_layers=[0]):
+        model = create("Llama")
+        assert not said(203)
+        assert not said(9)

@@ -2,7 +2,7 @@
 
 from .causal_bias import resolve_causal_bias
 from .dispatch_key import leave_attention, set_up_key
-from .first_forward import await_first_forward
+from .first_forward import await_first_forward, name_reason
 from .modules import (
     CONFIG_ATTRIBUTE,
     fuse_split_layers,
@@ -24,6 +24,7 @@ __all__ = [
     "is_intercepted",
     "is_seen_here",
     "leave_attention",
+    "name_reason",
     "original_module",
     "release",
     "resolve_causal_bias",

@@ -54,7 +54,7 @@ def first_forward(model: nn.Module) -> Iterator[None]:
     if is_short:
         _waiting[model] = True
     if reasons and not (is_short and was_told):
-        logger.warning(_name_reason(model, outcomes))
+        logger.warning(name_reason(type(model).__name__, outcomes))
 
 
 def _name_no_call(model: nn.Module) -> str:
@@ -69,13 +69,14 @@ def _name_no_call(model: nn.Module) -> str:
     )
 
 
-def _name_reason(model: nn.Module, outcomes: Outcomes) -> str:
+def name_reason(model: str, outcomes: Outcomes) -> str:
+    """What a model is told none of whose calls was sparse."""
     (reason, count), *others = outcomes.most_common()
     total = outcomes.total()
     calls = f"all {total} calls" if total > 1 else "the only call"
     which = f"; {count} of them" if others else ""
     return textwrap.fill(
-        f"nothing of {type(model).__name__} is sparse: {calls} of its attention stayed dense"
+        f"nothing of {model} is sparse: {calls} of its attention stayed dense"
         f"{which}: {reason}; print(unisparse_flex.explain(model, ...)) says what to do",
         COLUMNS,
         subsequent_indent="  ",

@@ -19,6 +19,7 @@ from ..passes.attend import marked_sdpa
 from ..passes.calls import SdpaCall
 from ..passes.decision import refuse
 from .deferred_mask import DeferredMask
+from .first_prompt import attend_first, is_first_forward, settle
 from .transformers_config import AttentionSettings, CallTexts, read_texts, stored_values
 from .transformers_refusals import refuse_arguments, refuse_module
 
@@ -68,6 +69,8 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
                 text = own if outer is None else outer
                 call = _proved_call(module, query, key, value, attention_mask, scaling, text)
                 if call is not None:
+                    if outer is None:
+                        settle(sparse)
                     return marked_sdpa(call, text).transpose(1, 2).contiguous(), None
             attention_mask = attention_mask.compute()
         if layer is not None and query.shape[-2] == 1:
@@ -80,7 +83,8 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
         if outer is not None or few:
             # Caught by who optimized the model; decoding, plain and 20 microseconds faster.
             attend = sdpa
-        return attend(
+        attend = partial(
+            attend,
             module,
             query,
             key,
@@ -90,6 +94,9 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
             scaling=scaling,
             **options,
         )
+        if outer is None and query.shape[-2] > 1 and is_first_forward(sparse):
+            return attend_first(sparse, module, attend)
+        return attend()
 
     return unisparse_attention
 
