@@ -15,6 +15,7 @@ from unisparse_flex.block_masks import BlockSelection
 from unisparse_flex.block_masks.pages import (
     DecodeSelector,
     PageSummaries,
+    PageTables,
     estimate_masses,
     keep_units,
     select_from_pages,
@@ -182,7 +183,11 @@ def test_the_kernels_of_gpus_decode_over_the_kept_units(
     rows = DecodeRows(lengths=held, tables=tables, tokens=slice(0, batch))
     attend_decode(impl, layer, kernel, view, summaries.units, space, rows, query, output)
     masses = estimate_masses(query, summaries.units, tables, held, scale=SCALE)
-    kept = keep_units(masses, held, selector).repeat_interleave(unit, -1)
+    units = units_of(space.names, view, tables)
+    # Shares that round to another rank may change places.
+    differ = units ^ keep_units(masses, held, selector)
+    assert int(differ.sum((1, 2)).max()) <= 2
+    kept = units.repeat_interleave(unit, -1)
     keys, values = (
         packed[tables.long()][..., part].transpose(1, 2).flatten(2, 3).float()
         for part in (slice(0, HEAD_DIM), slice(HEAD_DIM, None))
@@ -193,3 +198,22 @@ def test_the_kernels_of_gpus_decode_over_the_kept_units(
     logits = (grouped @ keys.mT).masked_fill(~kept[:, :, None], -torch.inf)
     expected = (logits.softmax(-1) @ values).flatten(1, 2)
     torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def units_of(names: PageTables, view: CacheView, tables: Tensor) -> Tensor:
+    """Which units were named, in order: bool [batch, key heads, units]."""
+    parts = view.pages.shape[2] // view.unit
+    found = torch.zeros(len(tables), KV_HEADS, tables.shape[1] * parts, dtype=torch.bool)
+    for sequence in range(len(tables) * KV_HEADS):
+        request, head = divmod(sequence, KV_HEADS)
+        every = [
+            page * view.steps[0] + head * view.steps[1] + part * view.steps[2]
+            for page in tables[request].tolist()
+            for part in range(parts)
+        ]
+        unit = -1
+        count = -(-int(names.lengths[sequence]) // view.unit)
+        for number in names.tables[sequence, :count].tolist():
+            unit = every.index(number, unit + 1)
+            found[request, head, unit] = True
+    return found.to(tables.device)
