@@ -18,8 +18,6 @@ from .scratch import power_of_two
 # Tokens whose pages one program looks at, where there are more than a few.
 TOKENS = 16
 FEW = 256
-# Keys that it holds at once.
-AT_ONCE = 32
 
 
 @triton.jit
@@ -54,7 +52,6 @@ def _summarize(
     TOKENS: tl.constexpr,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
-    AT_ONCE: tl.constexpr,
     UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -72,19 +69,15 @@ def _summarize(
         page = (slot // PAGE).to(tl.int64)
         base = keys + page * stride_page + head.to(tl.int64) * stride_head
         if (slot >= 0) & (slot % PAGE == PAGE - 1):
-            # Few keys at a time: what this needs of registers, all programs are given.
-            row = tl.arange(0, AT_ONCE).to(tl.int64)
-            for group in range(groups):
-                mean = tl.zeros([WIDTH], dtype=tl.float32)
-                for part in range(GROUP // AT_ONCE):
-                    first = group * GROUP + part * AT_ONCE
-                    at = base + (first + row)[:, None] * stride_row + column[None, :]
-                    mean += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32), 0)
-                mean = mean / GROUP
-                # As composite keys that are pooled in place.
-                mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
-                out = means + ((page * heads + head) * groups + group) * head_dim + column
-                tl.store(out, mean.to(means.dtype.element_ty), mask=column < head_dim)
+            row = tl.arange(0, PAGE).to(tl.int64)
+            at = base + row[:, None] * stride_row + column[None, :]
+            key = tl.load(at, mask=inside & (row < PAGE)[:, None], other=0.0).to(tl.float32)
+            mean = tl.sum(tl.reshape(key, [groups, GROUP, WIDTH]), 1) / GROUP
+            # As composite keys that are pooled in place.
+            mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
+            line = (page * heads + head) * groups + tl.arange(0, groups)
+            out = means + line[:, None] * head_dim + column[None, :]
+            tl.store(out, mean.to(means.dtype.element_ty), mask=inside)
         if UNIT:
             behind = tl.load(slots + token + 1, mask=token + 1 < count, other=-1)
             place = slot % PAGE
@@ -228,7 +221,6 @@ def summarize(
         slots: int64 [tokens]: page * P + place of keys that were written; below 0 for none.
     """
     count, heads, page = slots.shape[0], pages.shape[1], pages.shape[2]
-    group = page // means.shape[2]
     numbers, scales, pinned = (means, means, means) if units is None else units
     # Tokens that decode have pages of their own, those of a prompt share them.
     tokens = 1 if count <= FEW else TOKENS
@@ -246,8 +238,7 @@ def summarize(
         pages.shape[3],
         TOKENS=tokens,
         PAGE=page,
-        GROUP=group,
-        AT_ONCE=min(group, AT_ONCE),
+        GROUP=page // means.shape[2],
         UNIT=0 if units is None else page // numbers.shape[2],
         WIDTH=power_of_two(pages.shape[3]),
         num_warps=4,
