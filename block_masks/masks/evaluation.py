@@ -12,9 +12,10 @@ from torch import Tensor
 from .expr import Affine, And, Bool, Compare, Constant, FloorDiv, Load, Not, Or, Symbol, Truth
 
 Position = dict[str, Tensor]
-_PLAIN: dict[str, Callable[[Tensor, Any], Tensor]] = {"<": torch.lt, "<=": torch.le, "==": torch.eq}
+Operation = Callable[[Tensor, Any], Tensor]
+_PLAIN: dict[str, Operation] = {"<": torch.lt, "<=": torch.le, "==": torch.eq}
 # With the sides changed.
-_MIRRORED = {**_PLAIN, "<": torch.gt, "<=": torch.ge}
+_MIRRORED: dict[str, Operation] = {"<": torch.gt, "<=": torch.ge, "==": torch.eq}
 
 
 @dataclass(frozen=True, slots=True)

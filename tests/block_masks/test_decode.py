@@ -223,8 +223,8 @@ def test_units_take_the_stated_share_of_a_cache(page: int, head_dim: int) -> Non
 
 def test_of_units_that_are_alike_the_earlier_ones_are_kept() -> None:
     # They sum to one; all but two lie between 204 and 205 parts of 2^-11.
-    shares = [0.0997, 0.0998, 0.0999, 0.2, 0.0997, 0.1, 0.0997, 0.0998, 0.1014]
-    shares = torch.tensor(shares, dtype=torch.float64)
+    numbers = [0.0997, 0.0998, 0.0999, 0.2, 0.0997, 0.1, 0.0997, 0.0998, 0.1014]
+    shares = torch.tensor(numbers, dtype=torch.float64)
     selector = DecodeSelector(share=0.5, min_keys=0, unit=UNIT, sink_keys=0, last_keys=0)
     kept = keep_units(shares.log()[None, None, None], torch.tensor([9 * UNIT]), selector)
     # Half of nine, the last of them always.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
+from unisparse_flex.block_masks.pages import keep_units
 from unisparse_flex.integrations import transformers_decode
 from unisparse_flex.integrations.transformers import (
     DecodeSelector,
@@ -104,14 +105,14 @@ def test_what_the_end_of_a_prompt_looks_at_is_read_by_every_token(
     llama: LlamaForCausalLM, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen: list[tuple[Tensor, Tensor]] = []
-    keep = transformers_decode.keep_units
+    keep = keep_units
 
     def keeps(masses: Tensor, lengths: Tensor, selector: Any, pinned: Tensor) -> Tensor:
         chosen.append((pinned, keep(masses, lengths, selector, pinned)))
         return chosen[-1][1]
 
     monkeypatch.setattr(transformers_decode, "keep_units", keeps)
-    selector = DecodeSelector(budget=128, min_keys=0, unit=16, prompt_share=0.15)
+    selector = DecodeSelector(budget=128, min_keys=0, unit=16, prompt_share=0.5)
     generate(llama, prompt(400, 2), SparseStaticCache(llama.config, 512, selector), **options)
     assert {int(n) for pinned, _ in chosen for n in pinned.sum(-1).flatten()} == {4}
     assert all(not bool((pinned & ~kept).any()) for pinned, kept in chosen)
