@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--prompt-share",
         type=float,
         default=DecodeSelector().prompt_share,
-        help="of the keys, that stay because the end of the prompt looked at them",
+        help="of the kept keys, that the end of the prompt chooses",
     )
     parser.add_argument("--tasks", default="", help=f"of {','.join(TASK_NAMES)}")
     parser.add_argument("--samples", type=int, default=50, help="samples of each task")
@@ -116,7 +116,7 @@ def list_settings(
         shares: Of the keys, for the first unit.
         top_ps: For the first unit.
         further: Shares for the other units.
-        prompt_share: Of the keys, pinned by summaries that pin.
+        prompt_share: Of the kept keys, pinned by summaries that pin.
 
     Raises:
         ValueError: An unknown summary.

@@ -35,8 +35,8 @@ class DecodeSelector:
         sink_keys: First keys that are always kept, in whole units.
         last_keys: Last keys that are always kept, in whole units; the unit of the query's own
             token is, whatever this says.
-        prompt_share: Keys that are always kept because the last rows of the prompt looked at them,
-            as a share of the prompt's, in whole units; 0 for none.
+        prompt_share: Part of the kept keys that the last rows of the prompt choose, by what they
+            looked at most; 0 for none. With ``top_p`` alone, of a tenth of the prompt's.
     """
 
     top_p: float = 1.0
@@ -46,7 +46,7 @@ class DecodeSelector:
     unit: int = 32
     sink_keys: int = 32
     last_keys: int = 64
-    prompt_share: float = 0.0125
+    prompt_share: float = 0.125
 
     def __post_init__(self) -> None:
         validate_fraction(self.top_p, "top_p")

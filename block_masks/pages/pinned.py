@@ -18,6 +18,8 @@ from .decode import DecodeSelector
 
 # Rows at the end of a prompt that are asked.
 PROMPT_ROWS = 16
+# What a top-p is taken to keep.
+USUAL_SHARE = 0.1
 # Logits that are held at a time.
 MOST_LOGITS = 1 << 25
 
@@ -80,13 +82,23 @@ def pin_units(weights: Tensor, length: int, selector: DecodeSelector) -> Tensor:
         selector: With the unit of the weights.
 
     Returns:
-        bool [Hkv, units]; ``prompt_share`` of the prompt's, rounded up.
+        bool [Hkv, units].
     """
     rule = selector.rule
     count = -(-length // selector.unit)
     order = torch.arange(weights.shape[-1], device=weights.device)
     free = (order >= rule.sinks) & (order < count - rule.last)
     weights = weights.masked_fill(~free, 0.0)
-    number = min(ceil(selector.prompt_share * count), weights.shape[-1])
-    best = weights.topk(number, dim=-1).indices
+    best = weights.topk(count_pinned(count, selector), dim=-1).indices
     return torch.zeros_like(weights, dtype=torch.bool).scatter(-1, best, True) & (weights > 0)
+
+
+def count_pinned(count: int, selector: DecodeSelector) -> int:
+    """How many of a prompt's units are pinned for a key head, if so many can be."""
+    rule = selector.rule
+    kept = ceil(count * rule.share)
+    if rule.budget >= 0:
+        kept = min(kept, rule.budget)
+    elif rule.share == 1.0 and rule.top_p < 1.0:
+        kept = ceil(count * USUAL_SHARE)
+    return int(selector.prompt_share * min(kept, count) + 0.5)

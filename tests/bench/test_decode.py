@@ -223,7 +223,7 @@ def test_answers_are_those_of_decoding_token_by_token(share: float, summary: str
     setting = Setting(
         summary=summary,
         selector=DecodeSelector(
-            share=share, unit=16, min_keys=0, sink_keys=16, last_keys=16, prompt_share=0.1
+            share=share, unit=16, min_keys=0, sink_keys=16, last_keys=16, prompt_share=0.5
         ),
     )
     found = exam.judge(setting)
@@ -292,7 +292,7 @@ def test_units_that_are_pinned_stay() -> None:
     subject = make_subject()
     ids = torch.randint(63, (1, 320), generator=torch.Generator().manual_seed(0))
     observed = read_prompt(subject, ids[:, :319], "dense").observed
-    selector = DecodeSelector(share=0.1, unit=16, min_keys=0, prompt_share=0.1, last_keys=16)
+    selector = DecodeSelector(share=0.1, unit=16, min_keys=0, prompt_share=1.0, last_keys=16)
     tensors = draw(320, 1)
     recalls = {}
     for name in ("pinned", "unisparse"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, floor
+from typing import Any
 
 import pytest
 import torch
@@ -47,21 +48,24 @@ def weigh(query: Tensor, key: Tensor, length: int, head: int, unit: int) -> floa
 @given(
     length=st.sampled_from([1, 17, 63, 127, 129, 400, 1000]),
     rows=st.integers(1, 16),
-    share=st.sampled_from([0.01, 0.1, 0.5]),
+    share=st.sampled_from([0.1, 0.5, 1.0]),
     sinks=st.sampled_from([0, 20]),
 )
 def test_units_that_are_looked_at_most_stay(
     length: int, rows: int, share: float, sinks: int
 ) -> None:
     query, key = draw(length, min(rows, length))
-    selector = DecodeSelector(unit=UNIT, prompt_share=share, sink_keys=sinks, last_keys=16)
+    rule = {"unit": UNIT, "sink_keys": sinks, "last_keys": 16}
+    selector = DecodeSelector(**rule, share=0.2, prompt_share=share)  # type: ignore[arg-type]
     stays = pin_prompt(query, key, length=length, selector=selector, scale=SCALE)
     count = -(-length // UNIT)
     free = range(-(-sinks // UNIT), count - 1)
     assert stays.shape == (KV_HEADS, count)
     for head in range(KV_HEADS):
         weights = {unit: weigh(query, key, length, head, unit) for unit in free}
-        best = sorted(free, key=lambda unit: -weights[unit])[: ceil(share * count)]
+        best = sorted(free, key=lambda unit: -weights[unit])[
+            : floor(share * ceil(0.2 * count) + 0.5)
+        ]
         assert stays[head].nonzero().flatten().tolist() == sorted(best)
 
 
@@ -70,14 +74,14 @@ def test_a_single_key_far_from_the_others_stays_and_what_follows_it() -> None:
     key *= 0.1
     place = 20 * UNIT + UNIT - 1
     key[:, place] = query[2].view(KV_HEADS, 2, WIDTH)[:, 1] * 5
-    selector = DecodeSelector(unit=UNIT, prompt_share=2 / 63)
+    selector = DecodeSelector(unit=UNIT, budget=4 * UNIT, prompt_share=0.5)
     stays = pin_prompt(query, key, length=1000, selector=selector, scale=SCALE)
     assert [head.nonzero().flatten().tolist() for head in stays] == [[20, 21]] * 2
 
 
 def test_many_keys_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = draw(500, 13)
-    selector = DecodeSelector(unit=UNIT, prompt_share=0.2)
+    selector = DecodeSelector(unit=UNIT, share=0.5, prompt_share=0.5)
     whole = pin_prompt(query, key, length=500, selector=selector, scale=SCALE)
     for rows in (1, 5):
         monkeypatch.setattr(pinned, "MOST_LOGITS", rows * HEADS * key.shape[1])
@@ -87,7 +91,7 @@ def test_many_keys_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_keys_after_the_prompt_are_not_read() -> None:
     query, key = draw(490, 16)
-    selector = DecodeSelector(unit=UNIT, prompt_share=0.2)
+    selector = DecodeSelector(unit=UNIT, share=0.5, prompt_share=0.5)
     expected = pin_prompt(query, key, length=490, selector=selector, scale=SCALE)
     key[:, 490:] = torch.nan
     found = pin_prompt(query, key, length=490, selector=selector, scale=SCALE)
@@ -125,6 +129,25 @@ def test_pins_are_replaced_by_those_of_the_next_prompt() -> None:
         stays = torch.rand(KV_HEADS, 7, generator=torch.Generator().manual_seed(seed)) < 0.5
         call.units.pin(at, stays)
         assert torch.equal(call.units.read_pinned(at[None])[0], stays)
+
+
+@pytest.mark.parametrize(
+    ("rule", "number"),
+    [
+        ({"share": 0.1}, 3),
+        ({"share": 0.05}, 2),
+        ({"share": 0.1, "prompt_share": 0.5}, 13),
+        ({"budget": 1024}, 4),
+        ({"budget": 1024, "share": 0.1}, 3),
+        ({"top_p": 0.9}, 3),
+        ({"top_p": 0.9, "share": 0.3}, 10),
+        ({"share": 0.1, "prompt_share": 0}, 0),
+    ],
+)
+def test_the_end_of_a_prompt_chooses_a_part_of_what_is_kept(
+    rule: dict[str, Any], number: int
+) -> None:
+    assert pinned.count_pinned(256, DecodeSelector(**rule)) == number
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5])

@@ -108,7 +108,7 @@ def test_what_the_end_of_a_prompt_looks_at_is_that_of_the_cpu(length: int) -> No
     generator = torch.Generator().manual_seed(length)
     query = torch.randn(16, 8, 128, generator=generator) * 3
     key = torch.randn(2, -(-length // 128) * 128, 128, generator=generator)
-    selector = DecodeSelector(prompt_share=0.1)
+    selector = DecodeSelector(share=0.5, prompt_share=0.5)
     expected = pin_prompt(query, key, length=length, selector=selector, scale=SCALE)
     found = pin_prompt(query.cuda(), key.cuda(), length=length, selector=selector, scale=SCALE)
     assert torch.equal(found.sum(-1).cpu(), expected.sum(-1))
