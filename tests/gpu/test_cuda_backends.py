@@ -37,6 +37,20 @@ def test_modes_of_compile_are_right_for_every_new_selection(mode: str) -> None:
             assert_attends(run(*tensors).clone(), tensors, BLOCKS, offset=0)
 
 
+@pytest.fixture
+def obstacles(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """What `flash_obstacle` says, call by call."""
+    found: list[str | None] = []
+    ask = flex_backend.flash_obstacle
+
+    def spy(*call: Any) -> str | None:
+        found.append(ask(*call))
+        return found[-1]
+
+    monkeypatch.setattr(flex_backend, "flash_obstacle", spy)
+    return found
+
+
 @needs_flash
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
@@ -81,22 +95,14 @@ def test_flash_attends_to_the_same_blocks(
 
 
 @needs_flash
-def test_an_optimized_model_takes_flash_at_every_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optimized_model_takes_flash_at_every_length(obstacles: list[str | None]) -> None:
     torch._dynamo.reset()
-    chosen = []
-    choose = flex_backend.flash_obstacle
-
-    def spy(*call: Any) -> str | None:
-        chosen.append(choose(*call))
-        return chosen[-1]
-
-    monkeypatch.setattr(flex_backend, "flash_obstacle", spy)
     run = torch.compile(optimize(Sdpa(), BLOCKS, min_length=0), fullgraph=True)
     with torch.no_grad():
         for length in (1000, 1500, 2048):
             tensors = on_cuda(length, dtype=BF16)
             assert_attends(run(*tensors), tensors, BLOCKS, offset=0)
-    assert set(chosen) == {None}
+    assert set(obstacles) == {None}
 
 
 @needs_flash
@@ -152,15 +158,9 @@ MASKS = [padded, with_documents, padded_documents, window_and_padding, with_imag
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
 def test_flash_attends_under_masks_that_read_tensors(
-    mask: Callable[[Tensor], Tensor], compiled: bool, batch: int, monkeypatch: pytest.MonkeyPatch
+    mask: Callable[[Tensor], Tensor], compiled: bool, batch: int, obstacles: list[str | None]
 ) -> None:
     torch._dynamo.reset()
-    chosen = []
-    choose = flex_backend.flash_obstacle
-
-    def spy(*call: Any) -> str | None:
-        chosen.append(choose(*call))
-        return chosen[-1]
 
     def run(query: Tensor, key: Tensor, value: Tensor, ids: Tensor, backend: str) -> Any:
         options: dict[str, Any] = {"selector": BLOCKS, "backend": backend, "enable_gqa": True}
@@ -181,10 +181,8 @@ def test_flash_attends_under_masks_that_read_tensors(
                 with pytest.raises(Exception, match="got a number as an index"):
                     run_it(*tensors, ids, "flash")
                 continue
-            monkeypatch.setattr(flex_backend, "flash_obstacle", spy)
             assert rmse(run_it(*tensors, ids, "flash"), expected) < 2.0**-7
-            monkeypatch.undo()
-    assert refused or set(chosen) == {None}
+    assert refused or set(obstacles) == {None}
 
 
 def test_flash_by_name_says_why_it_cannot() -> None:
