@@ -170,7 +170,7 @@ def _draw_quality(axes: Axes, name: str, title: str) -> None:
             _mark_qualities(axes, density, kl, settings)
     axes.set_yscale("log")
     axes.set_xlim(0.05, 0.85)
-    axes.set_ylim(0.003, 0.5)
+    axes.set_ylim(0.001, 0.5)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("blocks kept")
     axes.set_ylabel("KL to the dense model (less is better)")

@@ -172,30 +172,36 @@ def _speed_claims() -> Iterator[list[str]]:
 def _rivals() -> Iterator[list[str]]:
     claim = "more accurate at less cost than XAttention, FlexPrefill and MInference"
     for name, title in QUALITY.items():
-        found = {rival: _ratios(load(name), rival) for rival in RIVALS}
-        parts = [
-            f"{NAMES[rival]} {min(ratios):.2f} to {max(ratios):.2f}"
-            for rival, ratios in found.items()
-            if ratios
-        ]
-        yield [
-            claim,
-            f"blocks kept over theirs, at equal KL: {', '.join(parts)}",
-            f"{title.replace(' tokens', '')}; real",
-            _file(name),
-        ]
-        claim = ""
+        result = load(name)
+        for text in TEXTS:
+            found = {rival: _ratios(result, rival, text) for rival in RIVALS}
+            parts = [
+                f"{NAMES[rival]} {_span(ratios)}"
+                for rival, ratios in found.items()
+                if ratios
+            ]
+            yield [
+                claim,
+                f"blocks kept over theirs, at equal KL: {', '.join(parts)}",
+                f"{title.replace(' tokens', '')}, {text}; real",
+                _file(name),
+            ]
+            claim = ""
 
 
-def _ratios(result: dict[str, Any], rival: str) -> list[float]:
+def _span(ratios: Sequence[float]) -> str:
+    ends = dict.fromkeys(f"{end:.2f}" for end in (min(ratios), max(ratios)))
+    return " to ".join(ends)
+
+
+def _ratios(result: dict[str, Any], rival: str, text: str) -> list[float]:
     """Of the rival's points, the density that ours needs for their KL over theirs."""
+    ours = [(density, kl) for density, kl, _ in quality_points(result, OURS, text)]
     found = []
-    for text in TEXTS:
-        ours = [(density, kl) for density, kl, _ in quality_points(result, OURS, text)]
-        for density, kl, _ in quality_points(result, rival, text):
-            own = place_of(ours, kl)
-            if own is not None:
-                found.append(own / density)
+    for density, kl, _ in quality_points(result, rival, text):
+        own = place_of(ours, kl)
+        if own is not None:
+            found.append(own / density)
     return found
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from unisparse_flex.passes.calls import decode_selector
 
 from .. import markdown
 from . import plots
@@ -172,7 +175,17 @@ def _settings(result: Result) -> dict[str, list[str]]:
 
 
 def _keywords(setting: str) -> tuple[str, dict[str, str]]:
-    """The name and the keyword arguments of a selector's ``repr``; none of anything else."""
+    """The name and all arguments of a selector's ``repr``; of a trial's, those that it states."""
+    try:
+        selector = decode_selector(setting)
+    except ValueError:
+        return _stated_keywords(setting)
+    values = {field.name: repr(getattr(selector, field.name)) for field in fields(selector)}
+    return type(selector).__name__, values
+
+
+def _stated_keywords(setting: str) -> tuple[str, dict[str, str]]:
+    """The name and the keyword arguments of a call; none of anything else."""
     try:
         call = ast.parse(setting, mode="eval").body
     except SyntaxError:
