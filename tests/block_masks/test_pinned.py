@@ -56,7 +56,7 @@ def test_units_that_are_looked_at_most_stay(
 ) -> None:
     query, key = draw(length, min(rows, length))
     rule = {"unit": UNIT, "sink_keys": sinks, "last_keys": 16}
-    selector = DecodeSelector(**rule, share=0.2, prompt_share=share)  # type: ignore[arg-type]
+    selector = DecodeSelector(**rule, share=0.2, prompt_share=share)
     stays = pin_prompt(query, key, length=length, selector=selector, scale=SCALE)
     count = -(-length // UNIT)
     free = range(-(-sinks // UNIT), count - 1)
