@@ -175,11 +175,7 @@ def _rivals() -> Iterator[list[str]]:
         result = load(name)
         for text in TEXTS:
             found = {rival: _ratios(result, rival, text) for rival in RIVALS}
-            parts = [
-                f"{NAMES[rival]} {_span(ratios)}"
-                for rival, ratios in found.items()
-                if ratios
-            ]
+            parts = [f"{NAMES[rival]} {_span(ratios)}" for rival, ratios in found.items() if ratios]
             yield [
                 claim,
                 f"blocks kept over theirs, at equal KL: {', '.join(parts)}",
