@@ -12,9 +12,10 @@ import torch
 
 from unisparse_flex import UniSparse
 from unisparse_flex.integrations.vllm import Reason, read_counts
-from unisparse_flex.integrations.vllm.create_backend import create_backend
+from unisparse_flex.integrations.vllm.create_backend import Split, create_backend
 from unisparse_flex.integrations.vllm.kernels import CpuKernel
 from unisparse_flex.integrations.vllm.layer_state import LayerState
+from unisparse_flex.integrations.vllm.sparse_rows import SparseRows
 
 from .engine import ALL_BLOCKS, Answer, ask, differ_by, prompt_of, serving
 
@@ -93,7 +94,9 @@ def test_an_output_that_is_quantised_on_the_way_is_the_parents(block_scale: bool
     impl = create_backend(Parent, CpuKernel()).get_impl_cls()()
     impl.unisparse = LayerState("a", CpuKernel(), UniSparse(), None)
     tensors = [torch.empty(1) for _ in range(4)]
-    metadata, output, scale = SimpleNamespace(unisparse=object()), torch.empty(1), torch.ones(1)
+    rows = SparseRows([], torch.device("cpu"))
+    split = Split(rows, None, None, None, torch.empty(0))
+    metadata, output, scale = SimpleNamespace(unisparse=split), torch.empty(1), torch.ones(1)
     scales = (None, scale) if block_scale else (scale, None)
     impl.forward(None, *tensors, metadata, output, *scales)
     [asked] = impl.asked
