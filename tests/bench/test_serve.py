@@ -221,12 +221,14 @@ def test_a_prompt_beside_decoding_ends_with_its_first_token(tmp_path: Path) -> N
 def test_prompts_of_many_lengths_end_inside_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serving(monkeypatch, sparse=Engine())
+    serving(monkeypatch, parent=Engine(), sparse=Engine())
     [row] = measure.measure_lengths(bench(tmp_path, lengths=4))
     lengths = [found["prompt"] for found in row["lengths"]]
     assert len(set(lengths)) == 4
     assert all(length % 128 for length in lengths)
-    assert len(row["first_over_second"]) == 4
+    for side in ("parent", "sparse"):
+        assert len(row[f"{side}_first_over_second"]) == 4
+        assert all(len(found[f"{side}_ms"]) == 2 for found in row["lengths"])
 
 
 RESULT: dict[str, Any] = {
@@ -256,10 +258,11 @@ RESULT: dict[str, Any] = {
         {"case": "first-token", "prompt": 98304, "chunk": 2048, "errors": {"sparse": "E"}},
         {
             "case": "lengths",
-            "lengths": [{"prompt": 1, "ms": [3.0, 2.0]}, {"prompt": 2, "ms": [2.0, 2.0]}],
+            "lengths": [{"prompt": 1}, {"prompt": 2}],
             "compiled_while_warming_up": {"a": 2},
             "compiled_afterwards": {},
-            "first_over_second": [1.0, 1.5],
+            "sparse_first_over_second": [1.0, 1.5],
+            "parent_first_over_second": [1.0, 1.2],
         },
         {
             "case": "batch",
@@ -303,7 +306,7 @@ def test_every_case_has_its_table() -> None:
         "| 32 | 0.01 | True |",
         "| 98304 | 8192 | 10% | 1000 | 400 | 2.50 | 0.391% | 3 |",
         "| 98304 | 2048 |  |  |  |  |  |  |",
-        "| 2 | 2 | 0 | 1.25 | 1.50 |",
+        "| 2 | 2 | 0 | 1.25 | 1.50 | 1.10 | 1.20 |",
         "| 4096 | 32 | 0 | 1000 | 990 | 0.990 | 4 | 4.02 | 1.005 |",
         "| 98304 | 8192 | 120 | 60 | 0.50 | 200 | 70 |",
         "| prose | 20% | 8128 | 2048 | 30% | yes | yes | no |",
