@@ -154,7 +154,7 @@ def test_a_file_is_read_up_to_the_model_s_context(run, model_folder, tmp_path):
         (["--selector", "UniSparse(top_p=2)"], 2, "top_p must be in (0, 1], got 2"),
         (["--selector", "quality"], 2, "must be default, fast, balanced, high, paper, the file of"),
         (["--selector", "nowhere.json"], 2, "there is no file nowhere.json"),
-        (["--dense-layers", "9"], 2, "dense_layers must index the model's layers"),
+        (["--dense-layers", "9"], 2, "--dense-layers must be of the model's layers, 0 to 1"),
         (["--dense-layers", "0,a"], 2, "such as 0,1,-1 or ranges such as 0-10, got 'a'"),
         (["--dense-layers", "5-2"], 2, "must go from a layer up to a later one, got '5-2'"),
         (["--quality", "best"], 2, "--quality must be of fast, balanced, high and numbers"),

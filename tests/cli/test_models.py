@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 
 import click
@@ -9,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from unisparse_flex.cli import failures, models
+from unisparse_flex.cli import choices, failures, models
+from unisparse_flex.evaluation.model import find_gguf
 
 
 @pytest.fixture
@@ -144,3 +146,34 @@ def test_a_gpu_that_is_not_there_is_an_error(run, model_folder, monkeypatch):
     ran = run("explain", model_folder, "--device", "cuda:1")
     assert ran.code == 1
     assert "unisparse-flex doctor" in ran.err
+
+
+@pytest.mark.parametrize(
+    "command", [("explain",), ("plot",), ("quality", "--lengths", "256"), ("speed",)]
+)
+@pytest.mark.parametrize("layers", ["2", "0-40", "-3"])
+def test_layers_that_the_model_lacks_are_refused_before_it_is_loaded(
+    run, model_folder, monkeypatch, command, layers
+):
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    name, *options = command
+    ran = run(name, model_folder, *options, "--dense-layers", layers)
+    assert ran.code == 2
+    message = "--dense-layers must be of the model's layers, 0 to 1 (or -2 to -1, from the end)"
+    assert message in " ".join(ran.err.split())
+
+
+def test_the_bundled_model_has_as_many_layers_as_is_said():
+    from gguf import GGUFReader
+
+    field = GGUFReader(find_gguf()).get_field("llama.block_count")
+    assert field is not None
+    assert field.contents() == choices.BUNDLED_LAYERS
+    with pytest.raises(click.UsageError, match="0 to 29"):
+        models.check_layers(choices.BUNDLED, [40])
+
+
+def test_layers_of_a_model_with_towers_are_checked_once_it_is_loaded(tmp_path):
+    config = {"num_hidden_layers": 2, "text_config": {"model_type": "llama"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    models.check_layers(str(tmp_path), [40])

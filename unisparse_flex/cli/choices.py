@@ -5,6 +5,8 @@ from __future__ import annotations
 BUNDLED = "smollm2"
 # `evaluation.CONTEXT_LENGTH` and `evaluation.TEXT_NAMES`.
 BUNDLED_CONTEXT = 8192
+# Of SmolLM2-135M.
+BUNDLED_LAYERS = 30
 TEXT_NAMES = ("prose", "code", "topics")
 # `passes.calls.BACKENDS`.
 BACKENDS = ("auto", "flash", "triton")

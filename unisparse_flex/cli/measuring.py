@@ -107,14 +107,17 @@ OUTPUT_OPTIONS = (
 )
 
 
-def check_lengths(model: str, lengths: Sequence[int], texts: Sequence[str]) -> None:
+def check_before_loading(
+    model: str, lengths: Sequence[int], texts: Sequence[str], layers: Sequence[int]
+) -> None:
     """Raises where lengths go beyond the model's context or a text, as far as files say so.
 
     Raises:
-        click.UsageError: A length is too long.
+        click.UsageError: A length is too long, or the model has no such layer.
     """
-    from .models import stated_context
+    from .models import check_layers, stated_context
 
+    check_layers(model, layers)
     refuse_beyond(lengths, stated_context(model))
     for name in texts:
         if name not in TEXT_NAMES and lengths and Path(name).stat().st_size < lengths[-1]:

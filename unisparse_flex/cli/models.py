@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from ..evaluation import (
     quiet_transformers,
 )
 from .arguments import check_model
-from .choices import BUNDLED, BUNDLED_CONTEXT
+from .choices import BUNDLED, BUNDLED_CONTEXT, BUNDLED_LAYERS
 from .failures import failures
 
 # Lengths that a text model is made for, wherever its configuration says so.
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def load_model(
@@ -69,12 +71,44 @@ def stated_context(name: str) -> int | None:
     """What `context_length` will be, where MODEL says so without being loaded."""
     if name == BUNDLED:
         return BUNDLED_CONTEXT
+    return _stated_number(_stated_config(name), LENGTH_KEYS)
+
+
+def check_layers(name: str, layers: Sequence[int]) -> None:
+    """Raises where MODEL has no such layer, and says how many it has without being loaded.
+
+    Raises:
+        click.UsageError: A layer is out of range.
+    """
+    count = BUNDLED_LAYERS
+    if name != BUNDLED:
+        config = _stated_config(name)
+        # Of a model with towers the longest one counts, which is known once it is loaded.
+        nested = any(isinstance(value, dict) and "model_type" in value for value in config.values())
+        stated = None if nested else _stated_number(config, LAYER_KEYS)
+        if stated is None:
+            return
+        count = stated
+    for layer in layers:
+        if not -count <= layer < count:
+            raise click.UsageError(
+                f"--dense-layers must be of the model's layers, 0 to {count - 1} (or -{count} to "
+                f"-1, from the end), got {layer}"
+            )
+
+
+def _stated_config(name: str) -> dict[str, Any]:
+    """What the configuration in a folder says; nothing where there is none."""
     try:
         config = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    found = [config.get(key) for key in LENGTH_KEYS] if isinstance(config, dict) else []
-    return next((length for length in found if isinstance(length, int) and length > 0), None)
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _stated_number(config: dict[str, Any], keys: Sequence[str]) -> int | None:
+    found = (config.get(key) for key in keys)
+    return next((number for number in found if isinstance(number, int) and number > 0), None)
 
 
 def _load(name: str, source: str, device: torch.device, **place: Any) -> LoadedModel:

@@ -179,12 +179,13 @@ def create_subject(
 ) -> Subject:
     """Loads a model, optimizes it and tokenizes its prompt."""
     from ..optimization import optimize
-    from .models import load_model, stated_context
+    from .models import check_layers, load_model, stated_context
     from .prompts import check_tokens, create_input_ids
     from .selectors import describe, parse_quality, parse_selector
 
     chosen = parse_selector(selector) if quality is None else parse_quality(quality)
     check_tokens(tokens, stated_context(model))
+    check_layers(model, dense_layers)
     progress.show(f"load {model}")
     loaded = load_model(model, allow_download=allow_download, device=device)
     progress.show(f"tokenize {text}")

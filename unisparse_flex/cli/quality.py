@@ -19,7 +19,7 @@ from .measuring import (
     OUTPUT_OPTIONS,
     PLACE_OPTIONS,
     KeepsCommand,
-    check_lengths,
+    check_before_loading,
     create_dial,
     create_prompts,
     describe_run,
@@ -234,7 +234,7 @@ def quality(
     The model reads each text densely and with each setting, uncompiled: density, KL to dense,
     perplexity and agreement of the likeliest next token. --tasks also asks for what is hidden.
     """
-    check_lengths(model, lengths, texts)
+    check_before_loading(model, lengths, texts, dense_layers)
     settings: dict[str, Selector] = create_dial(quality) | create_baselines(against)
     from ..evaluation import (
         Sparsity,

@@ -16,7 +16,7 @@ from .measuring import (
     OUTPUT_OPTIONS,
     PLACE_OPTIONS,
     KeepsCommand,
-    check_lengths,
+    check_before_loading,
     create_dial,
     create_prompts,
     describe_run,
@@ -144,7 +144,7 @@ def speed(
 
     With --against also by packages of other work. Exits with 1 where no way could be timed.
     """
-    check_lengths(model, lengths, [text])
+    check_before_loading(model, lengths, [text], dense_layers)
     settings = create_dial(quality)
     from ..evaluation import Sparsity, measure_speed
     from ..reports import render_speed
