@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
 
 from unisparse_flex.block_masks.pages import keep_units
 from unisparse_flex.integrations import transformers_decode
@@ -21,6 +30,15 @@ from unisparse_flex.integrations.transformers import (
 from unisparse_flex.integrations.transformers_decode import SparseStaticLayer
 
 ALMOST_ALL = DecodeSelector(share=0.999, min_keys=0, unit=16)
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "vocab_size",
+    "max_position_embeddings",
+)
 FEW = DecodeSelector(budget=64, min_keys=0, unit=16, sink_keys=16, last_keys=16)
 
 
@@ -84,6 +102,42 @@ def test_all_units_answer_as_the_dense_cache(
     for ours, theirs in zip(found.scores, expected.scores, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert cache.density == 1.0
+
+
+def logits_of_steps(model: Any, ids: Tensor, cache: Any, steps: int = 3) -> Tensor:
+    """[steps, vocabulary] after a prompt that leaves so many tokens."""
+    found = []
+    with torch.no_grad():
+        model(ids[:, :-steps], past_key_values=cache, logits_to_keep=1)
+        for at in range(ids.shape[1] - steps, ids.shape[1]):
+            position = torch.tensor([[at]])
+            step = model(ids[:, at : at + 1], past_key_values=cache, position_ids=position)
+            found.append(step.logits[0, -1])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("room", [1, 2, 8])
+@pytest.mark.parametrize("kind", ["llama", "window beyond the cache", "window", "hybrid"])
+def test_places_that_were_not_written_are_not_read(
+    llama: LlamaForCausalLM, kind: str, room: int, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers_decode, "CHOICE_BYTES", 0 if pays else 1e12)
+    model: Any = llama
+    sizes = {key: getattr(llama.config, key) for key in SIZES}
+    if kind.startswith("window"):
+        window = 64 if kind == "window" else 4096
+        model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).eval()
+    elif kind == "hybrid":
+        types = ["sliding_attention", "full_attention"]
+        config = Gemma3TextConfig(**sizes, head_dim=16, sliding_window=4096, layer_types=types)
+        model = Gemma3ForCausalLM(config).eval()
+    model.set_attn_implementation("unisparse")
+    ids = prompt(130)
+    expected = logits_of_steps(model, ids, DynamicCache(config=model.config))
+    cache = SparseStaticCache(model.config, 130 * room, ALMOST_ALL)
+    found = logits_of_steps(model, ids, cache)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fewer_units_are_read_and_summaries_are_those_of_the_keys(llama: LlamaForCausalLM) -> None:
@@ -158,7 +212,7 @@ def test_an_attention_that_does_not_ask_is_refused_by_name(llama: LlamaForCausal
     cache = SparseStaticCache(llama.config, 128, FEW)
     llama.set_attn_implementation("sdpa")
     try:
-        with pytest.raises(RuntimeError, match="attn_implementation='unisparse'"):
+        with pytest.raises(RuntimeError, match=r"'sdpa'; call model.set_attn_implementation"):
             generate(llama, prompt(100), cache)
     finally:
         llama.set_attn_implementation("unisparse")
@@ -170,6 +224,6 @@ def test_selectors_are_checked(llama: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="selector must leave something out"):
         SparseStaticCache(llama.config, 128, DecodeSelector(min_keys=4))
     with pytest.raises(NotImplementedError, match="must be on a CPU"):
-        SparseStaticLayer(32, FEW).lazy_initialization(
+        SparseStaticLayer(32, FEW, llama.config).lazy_initialization(
             torch.empty(1, 2, 1, 8, device="meta"), torch.empty(1, 2, 1, 8, device="meta")
         )

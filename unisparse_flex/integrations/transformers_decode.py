@@ -63,7 +63,7 @@ class SparseStaticCache(StaticCache):
         made: list[Any] = self.layers
         for index, layer in enumerate(made):
             if type(layer) is StaticLayer:
-                made[index] = SparseStaticLayer(length, selector)
+                made[index] = SparseStaticLayer(length, selector, config)
 
     @property
     def density(self) -> float:
@@ -83,12 +83,10 @@ class SparseStaticLayer(StaticLayer):
         visible: Units that there were.
     """
 
-    # Its decisions are Python's.
-    is_compileable = False
-
-    def __init__(self, max_cache_len: int, selector: DecodeSelector) -> None:
+    def __init__(self, max_cache_len: int, selector: DecodeSelector, config: Any) -> None:
         super().__init__(max_cache_len=max_cache_len)
         self.selector = selector
+        self._config = config
         self.length = self.kept = self.visible = 0
         self._followed = self._read_whole = 0
         self._density = FIRST_DENSITY
@@ -114,9 +112,11 @@ class SparseStaticLayer(StaticLayer):
             RuntimeError: The last token's attention did not come here.
         """
         if self._awaits_attention:
+            name = getattr(self._config.get_text_config(), "_attn_implementation", None)
             raise RuntimeError(
                 "SparseStaticCache must be read by the attention of register(), which was not "
-                "called; load the model with attn_implementation='unisparse', uncompiled"
+                f"called: the model has attn_implementation={name!r}; call "
+                "model.set_attn_implementation('unisparse')"
             )
         found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
         count = key_states.shape[2]
@@ -168,6 +168,11 @@ class SparseStaticLayer(StaticLayer):
             )
             units.pin(torch.arange(count), kept)
 
+    @property
+    def written(self) -> tuple[Tensor, Tensor]:
+        """The keys and values that were written, [B, Hkv, length, D] each."""
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
     def attend(self, query: Tensor, attention_mask: Tensor | None, scale: float) -> Tensor | None:
         """Attention of one row to the keys that are chosen for it.
 
@@ -177,7 +182,7 @@ class SparseStaticLayer(StaticLayer):
             scale: Factor on the logits.
 
         Returns:
-            [B, Hq, 1, D]; ``None`` where everything is to be read.
+            [B, Hq, 1, D]; ``None`` where everything that was `written` is to be read.
 
         Raises:
             ValueError: The mask hides a key of a prompt.
