@@ -198,6 +198,8 @@ def test_a_batch_is_a_tensor_a_tuple_or_a_mapping() -> None:
     assert len(texts) == 1
     with pytest.raises(TypeError, match=r"a batch must be .* got list"):
         calibrate(create(Words), [[X]], kl=0.05)
+    with pytest.raises(TypeError, match=r"^x must be .* got a list.* return_tensors='pt'"):
+        calibrate(create(Words), [{"x": X.tolist()}], kl=0.05)
 
 
 def test_a_causal_mask_is_calibrated_as_causality_is() -> None:

@@ -510,6 +510,37 @@ def test_what_is_no_module_is_refused_by_name(model: Any) -> None:
         explain(model)
 
 
+@pytest.mark.parametrize(
+    ("args", "kwargs", "name"),
+    [
+        (("hello",), {}, "input 1 of the model must be .* got a str"),
+        (({"input_ids": torch.zeros(1, 4)},), {}, "input 1 of the model must be .* got a dict"),
+        (([1, 2, 3],), {}, "input 1 of the model must be .* got a list"),
+        ((), {"x": [1, 2, 3]}, "x must be .* got a list"),
+    ],
+)
+def test_inputs_that_are_no_tensors_are_named(args: Any, kwargs: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name}.*give token ids as a Tensor"):
+        explain(Attention(), *args, **kwargs)
+
+
+def test_a_model_that_takes_texts_is_explained() -> None:
+    class OfTexts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = Attention()
+
+        def forward(self, text: str) -> Tensor:
+            return self.attention(embeddings(8 * len(text)))
+
+    assert len(explain(OfTexts(), "hello").calls) == 1
+
+
+def test_an_error_of_the_model_itself_stays() -> None:
+    with pytest.raises(TypeError, match="must be Tensor, not int"):
+        explain(Attention(), 3)
+
+
 class Windowed(nn.Module):
     """A sliding window as a mask that the model computes, or causality by flag.
 

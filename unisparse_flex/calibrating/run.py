@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ..block_masks import DEFAULT_SELECTOR, Selector, UniSparse
 from ..block_masks.selectors import default_top_p, validate_selector
 from ..block_masks.validation import validate_fraction
 from ..calibration import Calibration
-from ..catching import is_intercepted
+from ..catching import hint_at_tensors, is_intercepted
 from ..optimization import validate_model
 from ..progress import Progress
 from .search import Run, Search
@@ -26,6 +27,8 @@ THRESHOLDS = (
 )
 # Where heads have thresholds of their own, the mass is the same for all.
 PER_HEAD_TOP_P = 0.8
+# What a language model takes.
+INPUTS = "have the tokenizer return tensors: tokenizer(text, return_tensors='pt')"
 
 
 def default_ladder(*, per_head: bool = False) -> tuple[Selector, ...]:
@@ -167,12 +170,17 @@ def _validate_targets(recall: float | None, kl: float | None) -> None:
 
 def _run(model: nn.Module, batch: Any) -> Run:
     if isinstance(batch, Tensor):
-        return lambda: model(batch)
+        return partial(model, batch)
     if isinstance(batch, tuple):
-        return lambda: model(*batch)
+        return partial(_call, model, batch, {})
     if isinstance(batch, Mapping):
-        return lambda: model(**batch)
+        return partial(_call, model, (), batch)
     raise TypeError(
         "a batch must be a tensor, a tuple of positional arguments or a mapping of keyword "
-        f"arguments, got {type(batch).__name__}"
+        f"arguments, got {type(batch).__name__}; token ids are one Tensor"
     )
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    with hint_at_tensors(args, kwargs, INPUTS):
+        return model(*args, **kwargs)

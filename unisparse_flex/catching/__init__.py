@@ -3,6 +3,7 @@
 from .causal_bias import resolve_causal_bias
 from .dispatch_key import leave_attention, set_up_key
 from .first_forward import await_first_forward, name_reason
+from .model_inputs import hint_at_tensors
 from .modules import (
     CONFIG_ATTRIBUTE,
     fuse_split_layers,
@@ -20,6 +21,7 @@ __all__ = [
     "await_first_forward",
     "config_in_force",
     "fuse_split_layers",
+    "hint_at_tensors",
     "intercept",
     "is_intercepted",
     "is_seen_here",

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..block_masks import BlockSelection, valid_blocks
 from ..block_masks.selectors import selector_of_quality
-from ..catching import original_module
+from ..catching import hint_at_tensors, original_module
 from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import MULTIHEAD_TARGETS, keeps_window, logit_scale, refuse_multihead
 from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
@@ -36,6 +36,9 @@ SELECTION_NOTE = (
 KERNEL_NOTE = (
     "FlexAttention's own kernel attends in {count} calls, slower than FlashAttention-4: {reason}"
 )
+
+# What a language model takes.
+INPUTS = "give token ids as a Tensor, or a tokenizer's tensors by name: explain(model, **inputs)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +163,14 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         One record per attention call.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or fails on a text, a list or a mapping among its inputs.
     """
     clock = RestClock(_validate_module(model))
-    with record_attention(model, clock=clock, as_compiled=True) as calls, torch.no_grad():
+    with (
+        record_attention(model, clock=clock, as_compiled=True) as calls,
+        torch.no_grad(),
+        hint_at_tensors(args, kwargs, INPUTS),
+    ):
         original_module(model)(*args, **kwargs)
     return Explanation(tuple(calls), clock.milliseconds)
 
