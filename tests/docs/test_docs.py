@@ -83,6 +83,21 @@ def test_the_tutorial_runs(
     assert (tmp_path / "calibration.json").is_file()
 
 
+def test_the_page_on_extending_shows_the_example() -> None:
+    assert code_of("extending.md") == [(ROOT / "examples" / "custom_selector.py").read_text()]
+
+
+def test_a_link_to_a_file_beside_the_pages_finds_it() -> None:
+    texts = {page: (DOCS / page).read_text() for page in PAGES}
+    links = [
+        (DOCS / page).parent / link
+        for page, text in texts.items()
+        for link in re.findall(r"\]\((\.\./[^)#]+)", text)
+    ]
+    assert any(link.name == "custom_selector.py" for link in links)
+    assert all(link.is_file() for link in links), links
+
+
 def test_every_public_name_is_on_the_api_page() -> None:
     documented = {
         name.rpartition(".")[2]
