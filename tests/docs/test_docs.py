@@ -98,6 +98,26 @@ def test_a_link_to_a_file_beside_the_pages_finds_it() -> None:
     assert all(link.is_file() for link in links), links
 
 
+def test_the_log_of_an_engine_is_what_the_code_writes() -> None:
+    sparse = vllm.Counts(
+        sparse_rows=4,
+        sparse_tokens=8128,
+        sparse_calls=120,
+        dense_rows={},
+        dense_calls={},
+        kept_blocks=198283,
+        visible_blocks=561600,
+        decode_rows=32,
+        kept_units=20160,
+        visible_units=184320,
+    )
+    nothing = dict.fromkeys(("kept_blocks", "visible_blocks"), 0)
+    nothing |= dict.fromkeys(("sparse_rows", "sparse_tokens", "sparse_calls"), 0)
+    short = vllm.Counts(dense_rows={vllm.Reason.SLOWER: 3}, dense_calls={}, **nothing)
+    shown = re.findall(r"^unisparse: .* rows .*$", (DOCS / "serving.md").read_text(), re.MULTILINE)
+    assert shown == [sparse.line(), short.line()]
+
+
 def test_every_public_name_is_on_the_api_page() -> None:
     documented = {
         name.rpartition(".")[2]
