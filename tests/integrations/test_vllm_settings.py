@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from unisparse_flex import Calibration, Selector, UniSparse
 from unisparse_flex.block_masks.pages import DecodeSelector
@@ -512,6 +513,14 @@ def test_the_plug_in_is_registered_by_the_names_that_it_says() -> None:
     module, function = path.split(":")
     assert name == ENTRY_POINT
     assert getattr(importlib.import_module(module), function) is registration.register
+
+
+def test_the_extra_installs_what_was_tested() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    [extra] = project["project"]["optional-dependencies"]["vllm"]
+    specifiers = Requirement(extra).specifier
+    releases = [*(f"0.{minor}.0" for minor in range(20, 40)), "0.27.1", "0.32.1"]
+    assert tuple(version for version in releases if version in specifiers) == TESTED
 
 
 def test_refusals_are_told_from_settings_and_lengths() -> None:

@@ -79,7 +79,7 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
             if found is not None:
                 return found.transpose(1, 2).contiguous(), None
             # The mask hid nothing else.
-            (key, value), attention_mask = layer.written, None
+            (key, value), attention_mask = layer.written(), None
         attend: Attention = partial(run_sparse, own, sdpa)
         few = not is_seen_here() and query.shape[-2] < min_queries
         if outer is not None or few:

@@ -76,6 +76,8 @@ class SparseStaticCache(StaticCache):
 class SparseStaticLayer(StaticLayer):
     """One layer of a `SparseStaticCache`.
 
+    Its decisions are Python's: compiled code is interrupted for them.
+
     Attributes:
         selector: Which keys are read.
         length: Keys that it holds.
@@ -103,6 +105,7 @@ class SparseStaticLayer(StaticLayer):
         super().lazy_initialization(key_states, value_states)
         self._summarize()
 
+    @torch.compiler.disable
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -147,6 +150,7 @@ class SparseStaticLayer(StaticLayer):
         size = self.length * (self.keys[:, :, 0].nbytes + self.values[:, :, 0].nbytes)
         return CHOICE_BYTES + COPY * self._density * size < size
 
+    @torch.compiler.disable
     def observe(self, query: Tensor, scale: float) -> None:
         """Pins the units that the last rows of a prompt look at.
 
@@ -168,11 +172,12 @@ class SparseStaticLayer(StaticLayer):
             )
             units.pin(torch.arange(count), kept)
 
-    @property
+    @torch.compiler.disable
     def written(self) -> tuple[Tensor, Tensor]:
         """The keys and values that were written, [B, Hkv, length, D] each."""
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
+    @torch.compiler.disable
     def attend(self, query: Tensor, attention_mask: Tensor | None, scale: float) -> Tensor | None:
         """Attention of one row to the keys that are chosen for it.
 
