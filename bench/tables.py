@@ -84,6 +84,7 @@ OTHERS: dict[str, Callable[[], str]] = {
     "dial": front_tables.dial_table,
     "claims": front_tables.claims_table,
     "speed": front_tables.speed_table,
+    "gain": front_tables.gain_sentence,
     "coverage": front_tables.coverage_table,
 }
 SECTIONS = "|".join([FILES, *OTHERS])

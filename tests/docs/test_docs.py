@@ -159,6 +159,14 @@ def test_a_section_is_written_where_there_is_none() -> None:
 def test_every_section_of_the_front_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     assert {"dial", "speed", "claims"} == set(re.findall(r"<!-- (\w+) -->\n\n\|", text))
+    assert "## What to expect\n\n<!-- gain -->\n\n**How much faster?**" in text
+
+
+def test_the_gain_is_that_of_the_table_of_speed() -> None:
+    said = re.findall(r"\d+\.\d+x", front_tables.gain_sentence())
+    shown = re.findall(r"\d+\.\d+x", front_tables.speed_table())
+    # Of the real prompt the first and the last of three layers; not the last two lines.
+    assert sorted(said) == sorted([shown[0], *shown[2:9]])
 
 
 def test_a_density_at_equal_kl_lies_between_two_points() -> None:
