@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from .block_masks import DEFAULT_SELECTOR
 from .passes import SparseConfig, rewrite_sdpa
+from .passes.calls import read_selector
 
 
 def unisparse(
@@ -24,8 +25,8 @@ def unisparse(
     Args:
         gm: The graph that Dynamo captured.
         example_inputs: Its inputs.
-        options: ``selector`` and ``min_length`` as in `optimize`; everything else is an Inductor
-            option, as with the default backend.
+        options: ``selector`` and ``min_length`` as in `optimize`, but for calibrations; everything
+            else is an Inductor option, as with the default backend.
 
     Returns:
         The compiled graph.
@@ -34,6 +35,8 @@ def unisparse(
 
     inductor_options = dict(options or {})
     selector = inductor_options.pop("selector", None) or DEFAULT_SELECTOR
+    if isinstance(selector, str):
+        selector = read_selector(selector)
     config = SparseConfig.of_model(selector, min_length=inductor_options.pop("min_length", None))
     rewrite_sdpa(gm, config)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=inductor_options or None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -31,6 +31,8 @@ _NUMBERS = {"target": LARGEST, "reached": LARGEST, "density": 1.0}
 MAX_DIGITS = 400
 # A message quotes the file, which may hold anything.
 MAX_MESSAGE = 1000
+# Of keys of a file that is something else.
+MOST_NAMES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,12 +121,7 @@ class Calibration:
             )
         known = {f.name for f in fields(cls)}
         if set(values) | {"uniform_density"} != known:
-            unknown = sorted(set(values) - known)
-            missing = sorted(known - set(values) - {"uniform_density"})
-            raise ValueError(
-                f"the keys must be {sorted(known)}, got {unknown} unknown and {missing} missing; "
-                f"{WAY_OUT}"
-            )
+            raise ValueError(f"{_say_keys(known, set(values))}; {WAY_OUT}")
         layers = values.pop("layers")
         if not isinstance(layers, dict):
             raise ValueError(f"layers must be a JSON object, got {layers!r}; {WAY_OUT}")
@@ -158,6 +155,24 @@ class Calibration:
             ) from None
         except ValueError as error:
             raise ValueError(f"{path}: {_shorten(str(error))}") from None
+
+
+def _say_keys(known: set[str], found: set[str]) -> str:
+    """What keeps a JSON object with such keys from being a calibration."""
+    unknown, missing = sorted(found - known), sorted(known - found - {"uniform_density"})
+    if "layers" not in found:
+        got = f"one with {_name_some(sorted(found))}" if found else "an empty one"
+        return f"a calibration must be a JSON object with layers, got {got}"
+    parts = [f"without {', '.join(missing)}"] if missing else []
+    parts += [f"with {_name_some(unknown)}, which none has"] if unknown else []
+    return f"a calibration must have the keys {', '.join(sorted(known))}, got one " + (
+        " and ".join(parts)
+    )
+
+
+def _name_some(names: Sequence[str]) -> str:
+    first, rest = names[:MOST_NAMES], len(names) - MOST_NAMES
+    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _decode(name: str, text: object) -> Setting:

@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import fx, nn
 
 from .block_masks import DEFAULT_SELECTOR, Selector
-from .block_masks.selectors import QUALITIES, choose_selector
+from .block_masks.selectors import choose_selector
 from .calibration import DENSE, Calibration, Setting
 from .catching import (
     await_first_forward,
@@ -26,6 +27,7 @@ from .catching import (
     split_fused_layers,
 )
 from .passes import SparseConfig
+from .passes.calls import NAMED_SELECTORS, read_selector
 
 if TYPE_CHECKING:
     from .distributed import ContextParallel
@@ -60,7 +62,8 @@ def optimize(
         model: Any module whose attention goes through these, or what `torch.compile` made of it.
         selector: Which blocks are kept; `UniSparse()` by default. A `Calibration`, or the path of
             the file of one, gives each of the layers that it names settings of its own; all other
-            attention stays dense. A quality in words is taken here too.
+            attention stays dense. A quality in words, ``"paper"`` (the paper's policy) or a
+            selector's text such as ``"UniSparse(top_p=0.95)"`` is taken here too.
         quality: ``"fast"``, ``"balanced"`` or ``"high"`` instead of ``selector``: how much of the
             attention mass the default selector keeps. Or a number: 1 is ``"balanced"``, and larger
             ones keep more blocks (`selectors.selector_of_quality`).
@@ -83,8 +86,8 @@ def optimize(
         TypeError: ``model`` is no module or already a graph, ``selector`` is no selector,
             ``quality`` neither text nor a number, ``dense_layers`` no collection of integers.
         ValueError: ``backend`` is unknown, a layer index is out of range, there is no such quality
-            or ``selector`` is given beside it, or the calibration is malformed or names what is no
-            module of ``model``.
+            or ``selector`` is given beside it, the text of a selector cannot be read, or the
+            calibration is malformed or names what is no module of ``model``.
         OSError: ``selector`` is a path that cannot be read.
     """
     module = validate_model(model)
@@ -97,10 +100,8 @@ def optimize(
             "selector or quality, not both"
         )
     await_first_forward(module)
-    if isinstance(selector, str) and selector in QUALITIES:
-        selector, quality = None, selector
     if isinstance(selector, (str, PathLike)):
-        selector = _load(selector)
+        selector = _read(selector)
     excluded = _excluded_prefixes(module, dense_layers)
     if isinstance(selector, Calibration):
         layers = dict(selector.layers)
@@ -125,17 +126,25 @@ def optimize(
     return model
 
 
-def _load(path: str | PathLike[str]) -> Calibration:
+def _read(path: str | PathLike[str]) -> Selector | Calibration:
+    """What a name of a selector, its text, or the path of a calibration stands for."""
+    if isinstance(path, str) and (path in NAMED_SELECTORS or _looks_like_call(path)):
+        return read_selector(path)
     try:
         return Calibration.load(path)
     except FileNotFoundError as error:
-        words = ", ".join(map(repr, QUALITIES))
+        words = ", ".join(map(repr, NAMED_SELECTORS))
         raise FileNotFoundError(
             error.errno,
-            f"selector must be a selector, one of {words}, or the path of a calibration's file, "
-            "and there is no file of this name",
+            f"selector must be a selector, one of {words}, a selector's text such as "
+            "'UniSparse(top_p=0.95)', or the path of a calibration's file, and there is no file of "
+            "this name",
             str(path),
         ) from None
+
+
+def _looks_like_call(text: str) -> bool:
+    return "(" in text and not text.endswith(".json") and not Path(text).is_file()
 
 
 def optimize_layers(

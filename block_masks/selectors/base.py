@@ -341,4 +341,8 @@ def validate_selector(selector: object) -> None:
         got = f"{selector!r} of type {type(selector).__name__}"
         if isinstance(selector, type):
             got = f"the class {selector.__name__}; give {selector.__name__}()"
+        elif isinstance(selector, str):
+            got += "; give the selector itself, or a quality in words as quality='high'"
+        elif isinstance(selector, (int, float)):
+            got += "; give a number as quality=2.0"
         raise TypeError(f"selector must be a selector such as UniSparse(top_p=0.95), got {got}")

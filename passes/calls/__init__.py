@@ -1,7 +1,13 @@
 """What an attention call is: its arguments, its settings, its place in a graph."""
 
 from .aliases import FRESH, is_changed_between, mutated_origins, origins, writers
-from .config import BACKENDS, SparseConfig, decode_selector
+from .config import (
+    BACKENDS,
+    NAMED_SELECTORS,
+    SparseConfig,
+    decode_selector,
+    read_selector,
+)
 from .nodes import operation, recorded, recorded_value
 from .own_functions import own_function
 from .sdpa import POSITIONAL, SDPA_TARGETS, TORCH_SDPA, SdpaCall, is_sdpa, is_symbolic
@@ -21,6 +27,7 @@ from .tracing import is_tracing
 __all__ = [
     "BACKENDS",
     "FRESH",
+    "NAMED_SELECTORS",
     "PER_HEAD",
     "POSITIONAL",
     "SDPA_TARGETS",
@@ -40,6 +47,7 @@ __all__ = [
     "operation",
     "origins",
     "own_function",
+    "read_selector",
     "recorded",
     "recorded_value",
     "run_on_shards",

@@ -8,17 +8,30 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
 
-from ...block_masks.selectors import Selector, validate_selector
+from ...block_masks.selectors import (
+    DEFAULT_SELECTOR,
+    QUALITIES,
+    Selector,
+    UniSparse,
+    selector_of_quality,
+    validate_selector,
+)
 from ...block_masks.validation import validate_int
 
 SELECTOR_NAME = re.compile(r"=(\w+)\(")
 BACKENDS = ("auto", "flash", "triton")
 # More than any selector's text needs; the parser is not asked to read arbitrary nesting.
 MAX_SELECTOR_CHARACTERS = 8192
+NAMED_SELECTORS: dict[str, UniSparse] = {
+    "default": DEFAULT_SELECTOR,
+    **{quality: selector_of_quality(quality) for quality in QUALITIES},
+    "paper": UniSparse.paper(),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +115,15 @@ def _decode(text: str, *_distinct: object) -> SparseConfig:
     return SparseConfig(**_decode_keywords(call, text))
 
 
+def read_selector(text: str) -> Selector:
+    """A selector from its name in `NAMED_SELECTORS`, or as `decode_selector` reads it.
+
+    Raises:
+        ValueError: The text is neither.
+    """
+    return NAMED_SELECTORS[text] if text in NAMED_SELECTORS else decode_selector(text)
+
+
 def decode_selector(text: str) -> Selector:
     """A selector from its text, from a source that is not trusted; nothing in it is executed.
 
@@ -139,12 +161,28 @@ def _decode_call(call: ast.AST | None, text: str) -> Selector:
             f"selector must be one of {sorted(Selector.registry)}, got {name!r}; "
             "import the module that defines it first"
         )
+    _check_names(Selector.registry[name], values, text)
     try:
         selector = Selector.registry[name].from_values(values)
     except TypeError as error:
         raise ValueError(f"{name} does not take these values: {error}, got {text!r}") from None
     validate_selector(selector)
     return selector
+
+
+def _check_names(cls: type[Selector], values: dict[str, Any], text: str) -> None:
+    """Raises where a selector has no such setting, or needs another one."""
+    # What is no dataclass is refused once it is made.
+    known = {f.name: f for f in fields(cls) if f.init} if is_dataclass(cls) else {}
+    for name in values if known else ():
+        if name not in known and name not in cls.renamed_fields:
+            near = get_close_matches(name, known, n=1)
+            way_out = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"{cls.__name__} has no setting {name!r}, got {text!r}; {way_out}")
+    given = {cls.renamed_fields.get(name, name) for name in values}
+    for name, field in known.items():
+        if name not in given and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{cls.__name__} must be given {name}, got {text!r}; add {name}=...")
 
 
 def _decode_keywords(call: ast.Call, text: str) -> dict[str, Any]:

@@ -107,6 +107,12 @@ def test_the_backend_reaches_into_checkpointed_layers(intercepting: Capture) -> 
     assert intercepting.marked() == [1]
 
 
+def test_the_backend_takes_a_selector_as_text(intercepting: Capture) -> None:
+    options: dict[str, Any] = {"selector": SELECTOR.text, "min_length": 0}
+    torch.compile(create(Attention), backend="unisparse", options=options, fullgraph=True)(X)
+    assert [config.selector for config in intercepting.configs()[0]] == [SELECTOR]
+
+
 def test_the_backend_refuses_what_is_no_selector(intercepting: Capture) -> None:
     options: dict[str, Any] = {"selector": 0.95}
     compiled = torch.compile(create(Attention), backend="unisparse", options=options)

@@ -25,7 +25,7 @@ from unisparse_flex import (
 from unisparse_flex.catching import settings_of
 from unisparse_flex.passes import DenseReason, SparseConfig
 from unisparse_flex.passes.rewrite import all_dense
-from unisparse_flex.selectors import PatchOrder, Selector, selector_of_quality
+from unisparse_flex.selectors import MInference, PatchOrder, Selector, selector_of_quality
 
 from .models import SELECTOR, Layer, Transformer, create, embeddings, qkv
 
@@ -82,7 +82,13 @@ def test_layers_of_a_calibration_take_a_word(tmp_path: Path) -> None:
     ("arguments", "error", "match"),
     [
         ({"quality": "best"}, ValueError, "one of 'fast', 'balanced', 'high', or a number"),
-        ({"quality": None, "selector": "hihg"}, FileNotFoundError, "one of 'fast', 'balanced'"),
+        (
+            {"quality": None, "selector": "hihg"},
+            FileNotFoundError,
+            "'fast', 'balanced', 'high', 'paper'",
+        ),
+        ({"selector": "nothing(1).json"}, FileNotFoundError, "there is no file of this name"),
+        ({"selector": "UniSparse(topp=0.9)"}, ValueError, r"setting 'topp', .*did you mean top_p"),
         ({"quality": "high", "selector": UniSparse()}, ValueError, "must not both be given"),
         ({"quality": "fast", "selector": "high"}, ValueError, "give selector or quality, not both"),
         ({"dense_layers": 0}, TypeError, "dense_layers must be a collection of layer indices"),
@@ -97,6 +103,32 @@ def test_what_is_wrong_is_named_and_changes_nothing(
     with pytest.raises(error, match=match):
         optimize(model, **arguments)
     assert settings_of(model) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("UniSparse(top_k=4)", UniSparse(top_k=4)),
+        ("MInference()", MInference()),
+        ("paper", UniSparse.paper()),
+        ("default", UniSparse()),
+        ("high", HIGH),
+    ],
+)
+def test_a_selector_is_taken_as_the_command_takes_it(text: str, expected: Selector) -> None:
+    model = create(Transformer)
+    assert selector_in(optimize(model, text)) == expected
+    assert selector_in(optimize(model, selector=text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("selector", "way_out"),
+    [("high", "as quality='high'"), (2.0, "give a number as quality=2.0")],
+)
+def test_what_a_single_call_does_not_take_has_a_way_out(selector: Any, way_out: str) -> None:
+    query = torch.zeros(1, 1, 64, 16)
+    with pytest.raises(TypeError, match=f"selector must be a selector .*{way_out}"):
+        attention(query, query, query, selector=selector)
 
 
 def test_a_calibration_has_no_quality_beside_it() -> None:

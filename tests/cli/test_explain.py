@@ -152,6 +152,7 @@ def test_a_file_is_read_up_to_the_model_s_context(run, model_folder, tmp_path):
         (["--text", "nowhere.txt"], 2, "a text must be a file or one of prose, code, topics"),
         (["--selector", "open('x')"], 2, "a selector must be a call with literals by name"),
         (["--selector", "UniSparse(top_p=2)"], 2, "top_p must be in (0, 1], got 2"),
+        (["--selector", "UniSparse(topp=1)"], 2, "no setting 'topp', got 'UniSparse(topp=1)'; did"),
         (["--selector", "quality"], 2, "must be default, fast, balanced, high, paper, the file of"),
         (["--selector", "nowhere.json"], 2, "there is no file nowhere.json"),
         (["--dense-layers", "9"], 2, "--dense-layers must be of the model's layers, 0 to 1"),

@@ -143,6 +143,22 @@ def test_what_is_no_setting_is_named_at_the_first_forward(values: Any, message: 
             model(token_ids(length=203))
 
 
+@pytest.mark.parametrize(
+    ("text", "selector"), [("high", selectors.selector_of_quality("high")), (OTHER.text, OTHER)]
+)
+def test_names_and_configurations_take_a_selector_as_text(text: str, selector: Any) -> None:
+    with registered(text):
+        model = create("Llama")
+        assert selectors_of(model) == [selector] * 2
+    with registered(SELECTOR):
+        model = create("Llama")
+        configure(model.config, text, min_length=0)
+        assert model.config.unisparse["selector"] == selector.text
+        assert selectors_of(model) == [selector] * 2
+    with pytest.raises(TypeError, match=r"file 'found.json'; .* give it to optimize"):
+        configure(model.config, "found.json")
+
+
 def test_configure_checks_what_it_keeps() -> None:
     model = BY_NAME["Llama"].create()
     with pytest.raises(TypeError, match=r"config must be .*, got LlamaForCausalLM; give such as"):

@@ -151,3 +151,16 @@ def _everything(*, kept: bool) -> Selector:
             return replace(selection, keep=keep)
 
     return Again()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("UniSparse(topp=0.9)", "UniSparse has no setting 'topp', got .*; did you mean top_p"),
+        ("MInference(nonsense=1)", "MInference has no setting 'nonsense', got .*; it has "),
+        ("DenseSpan(tokens='0:4')", "DenseSpan must be given selector, got .*; add selector="),
+    ],
+)
+def test_a_name_that_is_no_setting_is_said_to_be_none(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_selector(text)

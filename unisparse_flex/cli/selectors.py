@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from ..block_masks.selectors import QUALITIES
 from ..calibration import Calibration
-from ..passes.calls import decode_selector
-from ..selectors import DEFAULT_SELECTOR, Selector, UniSparse, selector_of_quality
+from ..passes.calls import NAMED_SELECTORS, read_selector
+from ..selectors import Selector, selector_of_quality
 from .failures import failures, wrong_arguments
 
-NAMED: dict[str, UniSparse] = {
-    "default": DEFAULT_SELECTOR,
-    **{quality: selector_of_quality(quality) for quality in QUALITIES},
-    "paper": UniSparse.paper(),
-}
+NAMED = NAMED_SELECTORS
 
 
 def parse_selector(text: str) -> Selector | Calibration:
@@ -22,13 +18,11 @@ def parse_selector(text: str) -> Selector | Calibration:
         text: A name in `NAMED`, the path of a calibration (``*.json``), or a selector as it
             prints, such as ``"UniSparse(top_p=0.95)"``.
     """
-    if text in NAMED:
-        return NAMED[text]
     if text.endswith(".json"):
         with failures("read the calibration"):
             return Calibration.load(text)
     with wrong_arguments():
-        return decode_selector(text)
+        return read_selector(text)
 
 
 def parse_quality(name: str) -> Selector:

@@ -71,7 +71,7 @@ _registered: dict[str, _Registered] = {}
 
 def register(
     name: str = "unisparse",
-    selector: Selector | None = None,
+    selector: Selector | str | None = None,
     *,
     quality: str | float | None = None,
     min_length: int | None = None,
@@ -92,7 +92,8 @@ def register(
 
     Args:
         name: What models are asked for; several names have settings of their own.
-        selector: Which blocks are kept; `UniSparse()` by default.
+        selector: Which blocks are kept; `UniSparse()` by default. A quality in words, ``"paper"``
+            or a selector's text such as ``"UniSparse(top_p=0.95)"`` is taken here too.
         quality: As `optimize` takes it.
         min_length: As `optimize` takes it.
         dense_layers: Layers that stay dense, by the ``layer_idx`` of their attention, negative

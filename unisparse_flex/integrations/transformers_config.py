@@ -15,7 +15,7 @@ from torch import nn
 from ..block_masks import Selector
 from ..block_masks.selectors import choose_selector
 from ..passes import SparseConfig
-from ..passes.calls import decode_selector
+from ..passes.calls import read_selector
 
 # The attribute of a configuration, and its keys.
 ATTRIBUTE = "unisparse"
@@ -39,7 +39,7 @@ class AttentionSettings:
 
 
 def create_settings(
-    selector: Selector | None = None,
+    selector: Selector | str | None = None,
     *,
     quality: str | float | None = None,
     min_length: int | None = None,
@@ -51,6 +51,13 @@ def create_settings(
     Raises:
         TypeError, ValueError: As `register`.
     """
+    if isinstance(selector, str):
+        if selector.endswith(".json"):
+            raise TypeError(
+                "selector must be a selector, its text or a quality, got the file "
+                f"{selector!r}; a calibration names modules: give it to optimize"
+            )
+        selector = read_selector(selector)
     settings = AttentionSettings(
         selector=choose_selector(selector, quality),
         min_length=min_length,
@@ -63,7 +70,7 @@ def create_settings(
 
 def configure(
     config: Any,
-    selector: Selector | None = None,
+    selector: Selector | str | None = None,
     *,
     quality: str | float | None = None,
     min_length: int | None = None,
@@ -104,7 +111,7 @@ def configure(
     )
     values: dict[str, Any] = {} if quality is None else {"quality": quality}
     if selector is not None:
-        values["selector"] = selector.text
+        values["selector"] = settings.selector.text
     if min_length is not None:
         values["min_length"] = min_length
     if settings.dense_layers:
@@ -163,11 +170,8 @@ def _read_texts(written: str) -> tuple[str, str, tuple[int, ...], int]:
     values: Any = ast.literal_eval(written)
     if not isinstance(values, dict) or not set(values) <= set(KEYS):
         _refuse(values)
-    given = dict(values)
-    if isinstance(given.get("selector"), str):
-        given["selector"] = decode_selector(given["selector"])
     try:
-        texts = CallTexts.of(create_settings(**given))
+        texts = CallTexts.of(create_settings(**values))
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.{ATTRIBUTE}: {error}") from error
     return texts.sparse, texts.dense, texts.dense_layers, texts.min_queries
