@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.passes.graphs import Stripes
 from unisparse_flex import UniSparse, explain, optimize
 from unisparse_flex.passes import DenseReason, SparseConfig, observe_calls
 from unisparse_flex.passes.decision.call_forecast import CallForecast
@@ -158,8 +159,35 @@ def test_the_table_holds_every_call_and_the_totals() -> None:
     )
     assert " ".join(" ".join(lines[1:]).split()) == (
         f"predicted, whole prefill: {whole} ms as decided, {all_dense} ms all dense; the rest of "
-        f"the model took {rest} ms here, uncompiled"
+        f"the model took {rest} ms here, in one uncompiled run (a first run is slower)"
     )
+
+
+def test_the_note_says_at_which_density_the_milliseconds_are() -> None:
+    def note(**settings: Any) -> str:
+        table = explain(optimize(create(), **settings), X).table()
+        return " ".join(table[table.index("sparse from:") :].split())
+
+    both = note(selector=SELECTOR, min_length=0)
+    assert "expected of the selector; the milliseconds are at the one found here predicted" in both
+    one = note(selector=SELECTOR, min_length=0, dense_layers=(1,))
+    assert "are at the one found here where a call runs sparse predicted" in one
+    none = note(selector=SELECTOR)
+    assert "expected of the selector, and so are the milliseconds predicted" in none
+    assert "at half of the blocks, which is assumed of a selector without a cost" in note(
+        selector=Stripes(), min_length=0
+    )
+
+
+def test_no_call_that_is_faster_sparse_is_said_never_to_be() -> None:
+    slower, faster = (
+        replace(sparse_call(0, 0.1, ms), prediction=predicted(2.0, ms, break_even=None))
+        for ms in (3.0, 1.0)
+    )
+    assert Explanation((slower,)).table().splitlines()[3].split()[-1] == "never"
+    table = Explanation((faster,)).table()
+    assert table.splitlines()[3].split()[-1] == "-"
+    assert "-: at no length there" in " ".join(table.split())
 
 
 def test_the_verdict_comes_first_and_what_to_do_next_last(monkeypatch: pytest.MonkeyPatch) -> None:

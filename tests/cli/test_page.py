@@ -175,8 +175,9 @@ def test_measured_columns_are_there_where_something_was_measured():
 
 
 def test_break_even_that_never_comes_is_said():
-    text = render_page(report(call("a", prediction=prediction(break_even=None))))
-    assert "<td>never</td>" in text
+    for sparse_ms, said in ((3.0, "never"), (1.0, "-")):
+        found = prediction(sparse_ms=sparse_ms, break_even=None)
+        assert f"<td>{said}</td>" in render_page(report(call("a", prediction=found)))
 
 
 def test_a_model_without_attention_calls_says_so():

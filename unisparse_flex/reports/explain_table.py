@@ -8,6 +8,8 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from ..block_masks import Selector
+from ..passes.decision import CallForecast
 from .attention_record import AttentionRecord
 from .verdict import predicted_ms, prefill_ms
 
@@ -23,9 +25,16 @@ HEADER = (
 PREDICTED, SPARSE_FROM = "predicted ms", "sparse"
 FROM_NOTE = (
     "sparse from: the fewest keys (tokens) from which such a call is predicted to be faster "
-    "sparse, at the density that is expected of the selector; the milliseconds are at the one "
-    "found here"
+    "sparse, at {expected}{density}"
 )
+EXPECTED, ASSUMED = (
+    "the density that is expected of the selector",
+    "half of the blocks, which is assumed of a selector without a cost",
+)
+# In place of a length, and what that means where a call is faster at the density that it has.
+NEVER, NOT_THERE = "never", "-"
+NOT_THERE_NOTE = "; -: at no length there"
+REST_RUN = "in one uncompiled run (a first run is slower)"
 LEFT = ("layer", "runs")
 # The place of a layer in its stack.
 INDEX = re.compile(r"(?<![^.])(\d+)(?![^.])")
@@ -82,7 +91,7 @@ def format_table(
         of = f" ({count} calls)" if count > 1 else ""
         lines.append(wrap(f"[{number}] {reason}{of}", columns, indent=4))
     if known := sum(call.prediction is not None for call in calls):
-        lines.append(wrap(FROM_NOTE, columns))
+        lines.append(wrap(describe_sparse_from(calls), columns))
         dense, decided = map(three_digits, predicted_ms(calls))
         of = "" if known == len(calls) else f" for {known} calls"
         lines.append(
@@ -96,11 +105,37 @@ def format_table(
         lines.append(
             wrap(
                 f"predicted, whole prefill: {decided} ms as decided, {dense} ms all dense; the "
-                f"rest of the model took {rest} ms here, uncompiled",
+                f"rest of the model took {rest} ms here, {REST_RUN}",
                 columns,
             )
         )
     return lines
+
+
+def describe_sparse_from(calls: Sequence[AttentionRecord]) -> str:
+    """What "sparse from" means, and at which density the milliseconds are."""
+    selectors = [call.config.selector for call in calls if call.config is not None]
+    assumed = bool(selectors) and all(type(each).cost is Selector.cost for each in selectors)
+    found = [call.density is not None for call in calls if call.prediction is not None]
+    density = ", and so are the milliseconds"
+    if any(found):
+        where = "" if all(found) else " where a call runs sparse"
+        density = f"; the milliseconds are at the one found here{where}"
+    note = FROM_NOTE.format(expected=ASSUMED if assumed else EXPECTED, density=density)
+    forecasts = (call.prediction for call in calls)
+    return note + (
+        NOT_THERE_NOTE if any(p and say_sparse_from(p) == NOT_THERE for p in forecasts) else ""
+    )
+
+
+def say_sparse_from(found: CallForecast) -> str:
+    """The fewest keys from which a call is predicted to be faster sparse.
+
+    A dash where it is so at the density that it has, and at no length at the one expected.
+    """
+    if found.break_even is not None:
+        return str(found.break_even)
+    return NOT_THERE if found.sparse_ms < found.dense_ms else NEVER
 
 
 def collapse(rows: Sequence[list[str]]) -> list[list[str]]:
@@ -170,8 +205,7 @@ def _cells(call: AttentionRecord, reasons: Mapping[str, int]) -> list[str]:
     density = "" if call.density is None else f"{call.density:.3f}"
     predicted = ["", "", ""]
     if (p := call.prediction) is not None:
-        predicted = [three_digits(p.dense_ms), three_digits(p.sparse_ms), str(p.break_even)]
-        predicted[2] = "never" if p.break_even is None else predicted[2]
+        predicted = [three_digits(p.dense_ms), three_digits(p.sparse_ms), say_sparse_from(p)]
     why = "" if call.reason is None else f"[{[*reasons].index(str(call.reason)) + 1}]"
     return [call.layer, *lengths, call.heads, call.decision, density, *predicted, why]
 

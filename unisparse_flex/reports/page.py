@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import density_chart
 from .explain_report import ExplainReport
-from .explain_table import count_reasons
+from .explain_table import REST_RUN, count_reasons, describe_sparse_from, say_sparse_from
 from .tree import build_tree
 
 if TYPE_CHECKING:
@@ -31,11 +31,15 @@ def render_page(report: ExplainReport) -> str:
     """
     chart = {"width": density_chart.WIDTH, "height": density_chart.HEIGHT}
     chart |= {"left": density_chart.LEFT, "bottom": density_chart.BOTTOM}
+    records = [call.record for call in report.calls]
+    note = describe_sparse_from(records)
     return _template().render(
         report=report,
         explanation=report.explanation,
         rows=build_tree(report.calls, report.model_class),
-        reasons=count_reasons([call.record for call in report.calls]),
+        reasons=count_reasons(records),
+        sparse_from_note=note[:1].upper() + note[1:],
+        rest_run=REST_RUN,
         bars=density_chart.compute_bars(report.calls),
         chart=chart,
         style=read_part(STYLE),
@@ -54,7 +58,11 @@ def create_environment() -> Environment:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"ms": format_ms, "percent": format_percent}
+    environment.filters |= {
+        "ms": format_ms,
+        "percent": format_percent,
+        "sparse_from": say_sparse_from,
+    }
     return environment
 
 
