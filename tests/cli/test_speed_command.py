@@ -62,6 +62,66 @@ def test_ways_stand_side_by_side_with_density_and_divergence(run, model_folder, 
     assert len(uncompiled) == 6
 
 
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Interrupts the call of the clock of that number, from 1 on."""
+
+    def at(number):
+        calls = []
+
+        def timed(function, device):
+            calls.append(function)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return function(), 0.001 * len(calls)
+
+        monkeypatch.setattr(measured, "timed", timed)
+
+    return at
+
+
+# The first calls of three ways, the turn that warms up, and turns of three.
+@pytest.mark.parametrize(("number", "repeats"), [(8, [1, 0, 0]), (13, [2, 2, 2]), (15, [3, 3, 2])])
+def test_what_was_timed_is_printed_where_it_is_interrupted(
+    run, model_folder, uncompiled, interrupt, tmp_path, number, repeats
+):
+    interrupt(number)
+    output = tmp_path / "speed.json"
+    ran = run(
+        *("speed", model_folder, "--lengths", "256,512", "--repeats", "3", "-q"),
+        *("--min-length", "0", "--output", output),
+    )
+    assert ran.code == 130
+    assert ran.err.splitlines()[-1] == "interrupted"
+    assert "Interrupted: times are of the repeats that were finished" in ran.out
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [256] * 3
+    assert [len(row["times_ms"]) for row in rows] == repeats
+    assert [row["error"] for row in rows] == [None if n else "interrupted" for n in repeats]
+
+
+def test_rows_of_shorter_prompts_stay_where_a_longer_one_is_interrupted(
+    run, model_folder, uncompiled, interrupt
+):
+    interrupt(11)
+    ran = run(
+        *("speed", model_folder, "--lengths", "256,512", "--repeats", "1", "-q", "--json"),
+        *("--min-length", "0"),
+    )
+    assert ran.code == 130
+    rows = json.loads(ran.out)["rows"]
+    assert [(row["tokens"], row["error"]) for row in rows] == [
+        *[(256, None)] * 3,
+        *[(512, "interrupted")] * 2,
+    ]
+
+
+def test_nothing_is_printed_where_nothing_was_timed(run, model_folder, uncompiled, interrupt):
+    interrupt(2)
+    ran = run("speed", model_folder, "--lengths", "256", "--repeats", "1", "-q")
+    assert (ran.code, ran.out) == (130, "")
+
+
 def test_the_whole_model_is_compiled_where_that_is_asked_for(run, model_folder, uncompiled):
     found = timed(run, model_folder, "--compile", "model", "--tokens", "300")
     assert [type(module).__name__ for module in uncompiled] == ["LlamaForCausalLM"] * 2

@@ -61,6 +61,7 @@ RIVALS_NOTE = (
     "around them; how far their attention is off is the relative root mean square error to dense "
     "attention on the same tensors, mean over the calls."
 )
+INTERRUPTED = "Interrupted: times are of the repeats that were finished, and of no longer prompt."
 DENSE_NOTE = (
     "Calls stay dense where the cost model predicts that to be faster; --min-length 0 makes every "
     "call sparse that can be."
@@ -143,10 +144,14 @@ def speed(
     """Time the first token of MODEL: dense eager, dense compiled and sparse compiled.
 
     With --against also by packages of other work. Exits with 1 where no way could be timed.
+
+    On a CPU it takes minutes: two ways are compiled, and by default the prompt is read 15 times
+    (twice to warm up each of the three ways, then --repeats times). Shorter --lengths or
+    --repeats 1 take less; Ctrl-C prints what was timed so far.
     """
     check_before_loading(model, lengths, [text], dense_layers)
     settings = create_dial(quality)
-    from ..evaluation import Sparsity, measure_speed
+    from ..evaluation import Sparsity, SpeedInterrupted, measure_speed
     from ..reports import render_speed
     from .models import load_model
 
@@ -160,19 +165,29 @@ def speed(
         prompts = create_prompts(loaded, contents, lengths)
         turns = REPEATS[loaded.device.type] if repeats is None else repeats
         progress.total = len(prompts) * (2 + len(settings) + len(rivals)) * (2 + turns)
+        interrupted: list[str] = []
         for prompt in prompts:
-            with failures(f"time {model}"):
-                found = measure_speed(
-                    loaded,
-                    prompt,
-                    settings,
-                    compile_scope=compile_scope,
-                    repeats=turns,
-                    sparsity=sparsity,
-                    rivals=rivals,
-                    show=progress.advance,
-                )
+            try:
+                with failures(f"time {model}"):
+                    found = measure_speed(
+                        loaded,
+                        prompt,
+                        settings,
+                        compile_scope=compile_scope,
+                        repeats=turns,
+                        sparsity=sparsity,
+                        rivals=rivals,
+                        show=progress.advance,
+                    )
+            except SpeedInterrupted as interruption:
+                found = interruption.rows
+                interrupted = [INTERRUPTED]
             rows += [row.to_json() for row in found]
+            if interrupted:
+                break
+    any_timed = any(row["ms"] is not None for row in rows)
+    if interrupted and not any_timed:
+        raise KeyboardInterrupt
     add_speedups(rows)
     values = describe_run(command, "speed", model, loaded) | {
         "settings": {
@@ -188,7 +203,7 @@ def speed(
         "selectors": {name: selector.text for name, selector in settings.items()},
         "rows": rows,
         "against": found_rivals,
-        "verdict": say_verdict(rows),
+        "verdict": [*interrupted, *say_verdict(rows)],
         "notes": [
             *NOTES,
             *([RIVALS_NOTE] if rivals else []),
@@ -204,7 +219,9 @@ def speed(
         html=html,
         quiet=quiet,
     )
-    return 0 if any(row["ms"] is not None for row in rows) else 1
+    if interrupted:
+        raise KeyboardInterrupt
+    return 0 if any_timed else 1
 
 
 def add_speedups(rows: Sequence[dict[str, Any]]) -> None:

@@ -45,7 +45,7 @@ from .recall import (
 )
 from .rivals import RIVALS, LoadedRival, Rival, load_rival
 from .ruler import TASK_NAMES, TaskName, TaskSample, build_task, score
-from .speed import SpeedRow, measure_speed
+from .speed import SpeedInterrupted, SpeedRow, measure_speed
 from .texts import TEXT_NAMES, TEXT_SOURCES, TextName, draw_excerpt, load_text
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "QualityRow",
     "Rival",
     "Sparsity",
+    "SpeedInterrupted",
     "SpeedRow",
     "TaskName",
     "TaskRow",

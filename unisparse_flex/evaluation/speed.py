@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any, Literal
@@ -83,6 +83,18 @@ class SpeedRow:
         return asdict(self) | {"name": self.name, "times_ms": list(self.times_ms)}
 
 
+class SpeedInterrupted(KeyboardInterrupt):
+    """`measure_speed` was interrupted.
+
+    Attributes:
+        rows: The ways that were begun, each with the times that it had so far.
+    """
+
+    def __init__(self, rows: Sequence[SpeedRow]) -> None:
+        super().__init__()
+        self.rows = list(rows)
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Contender:
     """A copy of the model that shares its weights, and what was found of it so far."""
@@ -92,6 +104,7 @@ class _Contender:
     found: dict[str, Any]
     first_token: Callable[[], Tensor] | None = None
     log_probs: Tensor | None = None
+    seconds: list[float] = field(default_factory=list)
 
     def attempt(self, action: Callable[[], Any]) -> None:
         """Does something; what goes wrong stays in the row and ends this contender alone."""
@@ -134,46 +147,73 @@ def measure_speed(
 
     Raises:
         ValueError: ``compile_scope`` is ``"layers"`` and the model has no stack of layers.
+        SpeedInterrupted: A KeyboardInterrupt came; it holds what was timed.
     """
     sparsity = Sparsity(min_length=None) if sparsity is None else sparsity
     if compile_scope == "layers":
         find_layers(loaded.model)
     torch.compiler.reset()
-    contenders = []
+    contenders: list[_Contender] = []
+    running: list[_Contender] = []
     ways: list[tuple[str, str | None, Selector | LoadedRival | None]] = [
         ("dense eager", None, None),
         ("dense compiled", None, None),
         *(("sparse compiled", name, selector) for name, selector in settings.items()),
         *((OTHER_WORK, rival.name, rival) for rival in rivals),
     ]
-    for run, setting, attention in ways:
-        contender = _Contender(run=run, setting=setting, found={})
-        show(f"{prompt.tokens} tokens, {run}{f', {setting}' if setting else ''}: first call")
-        contender.attempt(
-            partial(_begin, contender, loaded, prompt, attention, compile_scope, sparsity)
+    try:
+        for run, setting, attention in ways:
+            contender = _Contender(run=run, setting=setting, found={})
+            show(f"{prompt.tokens} tokens, {run}{f', {setting}' if setting else ''}: first call")
+            contenders.append(contender)
+            contender.attempt(
+                partial(_begin, contender, loaded, prompt, attention, compile_scope, sparsity)
+            )
+        running = [each for each in contenders if each.first_token is not None]
+        in_turn(
+            [partial(_clock, each, loaded, prompt, show) for each in running], repeats=1 + repeats
         )
-        contenders.append(contender)
-    running = [each for each in contenders if each.first_token is not None]
+    except KeyboardInterrupt:
+        raise SpeedInterrupted(_rows(contenders, prompt, unfinished="interrupted")) from None
+    else:
+        return _rows(contenders, prompt)
+    finally:
+        contenders.clear()
+        running.clear()
+        torch.compiler.reset()
 
-    def clock(contender: _Contender) -> float:
-        show(f"{prompt.tokens} tokens, {contender.setting or contender.run}: timed")
-        if contender.first_token is None:
-            return 0.0
-        function, seconds = contender.first_token, [0.0]
-        contender.attempt(lambda: seconds.append(timed(function, loaded.device)[1]))
-        return seconds[-1]
 
-    turns = in_turn([partial(clock, each) for each in running], repeats=1 + repeats)
-    for contender, (_, *seconds) in zip(running, turns, strict=True):
-        if contender.first_token is not None:
+def _clock(
+    contender: _Contender, loaded: LoadedModel, prompt: TextPrompt, show: Callable[[str], None]
+) -> float:
+    """Times a way once, unless it failed before."""
+    show(f"{prompt.tokens} tokens, {contender.setting or contender.run}: timed")
+    function, before = contender.first_token, len(contender.seconds)
+    if function is not None:
+        contender.attempt(lambda: contender.seconds.append(timed(function, loaded.device)[1]))
+    return contender.seconds[-1] if len(contender.seconds) > before else 0.0
+
+
+def _rows(
+    contenders: Sequence[_Contender], prompt: TextPrompt, unfinished: str | None = None
+) -> list[SpeedRow]:
+    """What was found of each way.
+
+    Args:
+        contenders: The ways, in turn.
+        prompt: What they read.
+        unfinished: The error of those that have no time.
+    """
+    for contender in contenders:
+        # The first one warms up.
+        _, *seconds = contender.seconds or [0.0]
+        if contender.first_token is not None and seconds:
             contender.found["times_ms"] = tuple(1e3 * each for each in seconds)
             contender.found["ms"] = 1e3 * median(seconds)
+        elif unfinished is not None:
+            contender.found.setdefault("error", unfinished)
     reference = next((each.log_probs for each in contenders if each.log_probs is not None), None)
-    rows = [_row(each, prompt, reference) for each in contenders]
-    contenders.clear()
-    running.clear()
-    torch.compiler.reset()
-    return rows
+    return [_row(each, prompt, reference) for each in contenders]
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
