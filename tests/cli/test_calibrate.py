@@ -74,6 +74,14 @@ def test_arguments_are_checked_before_a_model_is_loaded(run, model_folder, monke
     assert run("calibrate", model_folder, *options).code == 2
 
 
+def test_a_text_is_not_written_over(run, model_folder, text):
+    before = text.read_text()
+    ran = run("calibrate", model_folder, text, "--recall", "0.9", "--output", text)
+    assert ran.code == 2
+    assert "--output must not be a file that is read" in ran.err
+    assert text.read_text() == before
+
+
 def test_a_text_of_no_characters_is_refused(run, model_folder, tmp_path):
     path = tmp_path / "empty.txt"
     path.write_text("")

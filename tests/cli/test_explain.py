@@ -174,8 +174,33 @@ def test_bytes_that_are_no_text_are_refused(run, model_folder, tmp_path):
     path = tmp_path / "prompt.bin"
     path.write_bytes(b"\xff\xfe\x00")
     ran = run("explain", model_folder, "--text", path)
-    assert ran.code == 1
+    assert ran.code == 2
     assert f"cannot read {path} as UTF-8" in ran.err
+
+
+def test_a_calibration_that_is_none_is_a_wrong_argument(run, model_folder, tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text('{"calls": [], "kind": "explain"}')
+    ran = run("explain", model_folder, "--selector", path)
+    assert ran.code == 2
+    message = " ".join(ran.err.split())
+    assert "must be a JSON object with layers, got one with calls, kind; write a new" in message
+
+
+def test_a_page_is_not_written_over_what_is_read(run, model_folder, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("words " * 100)
+    ran = run("explain", model_folder, "--text", path, "--html", tmp_path / "." / "prompt.txt")
+    assert ran.code == 2
+    assert f"--html must not be a file that is read, got {path}" in ran.err
+    assert path.read_text().startswith("words")
+
+
+def test_a_kernel_that_needs_cuda_is_said_to_have_no_effect(run, model_folder):
+    options = ("--tokens", "64", "--device", "cpu", "--backend")
+    report = explained(run, model_folder, *options, "flash")
+    assert report["settings"]["backend"] == "flash has no effect without CUDA"
+    assert explained(run, model_folder, *options, "auto")["settings"]["backend"] == "auto"
 
 
 def test_a_terminal_gets_errors_broken_between_words(run, model_folder, monkeypatch):

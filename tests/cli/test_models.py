@@ -144,7 +144,7 @@ def test_wrong_arguments_are_said_before_missing_packages(run, monkeypatch):
 def test_a_gpu_that_is_not_there_is_an_error(run, model_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ran = run("explain", model_folder, "--device", "cuda:1")
-    assert ran.code == 1
+    assert ran.code == 2
     assert "unisparse-flex doctor" in ran.err
 
 

@@ -64,7 +64,7 @@ def test_files_that_hold_no_densities_are_refused(run, tmp_path, content, messag
     path = tmp_path / "x.json"
     path.write_text(content)
     ran = run("plot", path, "--output", tmp_path / "out")
-    assert ran.code == 1
+    assert ran.code == 2
     assert message in ran.err.replace("\n", " ")
     assert not (tmp_path / "out").exists()
 

@@ -194,6 +194,10 @@ def test_tasks_are_scored_dense_and_sparse(run, model_folder, essay, monkeypatch
             "cannot write pyproject.toml/x.json: pyproject.toml",
         ),
         (["--dense-layers", "a"], "such as 0,1,-1 or ranges such as 0-10, got 'a'"),
+        (
+            ["--html", "same.x", "-o", "./same.x"],
+            "--html and --output must be different files, got same.x for both",
+        ),
         (["--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from .choices import BUNDLED, LEAST_QUALITY, QUALITY_NAMES, SELECTOR_NAMES, TEXT_NAMES
-from .failures import failures, require
+from .failures import require, wrong_content
 
 # Which a Hugging Face folder holds.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
@@ -101,7 +101,7 @@ def check_text(name: str) -> None:
         raise click.UsageError(
             f"a text must be a file or one of {', '.join(TEXT_NAMES)}, got {name!r}, {found}"
         )
-    with failures(f"read {name} as UTF-8"):
+    with wrong_content(f"read {name} as UTF-8"):
         text = Path(name).read_text(encoding="utf-8")
     if not text:
         raise click.UsageError(f"a text must not be empty, got {name!r}, a file of 0 bytes")
@@ -203,6 +203,39 @@ def file_to_write(ctx: click.Context, _: click.Parameter, path: Path | None) -> 
             raise click.BadParameter(f"it must be a file, got {path}, a folder")
         _check_writable(path, path.parents)
     return path
+
+
+class ChecksFiles(click.Command):
+    """Wants files to write that differ from each other and from those that are read."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Reads the arguments."""
+        rest = super().parse_args(ctx, args)
+        written: dict[str, str] = {}
+        for option in ("output", "html"):
+            path = ctx.params.get(option)
+            if isinstance(path, Path):
+                place = os.path.realpath(path)
+                if place in written:
+                    raise click.UsageError(
+                        f"--{option} and --{written[place]} must be different files, got {path} "
+                        "for both",
+                        ctx,
+                    )
+                written[place] = option
+        for name in _files_read(ctx.params):
+            option = written.get(os.path.realpath(name))
+            if option is not None and os.path.isfile(name):
+                raise click.UsageError(
+                    f"--{option} must not be a file that is read, got {name}; give another", ctx
+                )
+        return rest
+
+
+def _files_read(params: Mapping[str, Any]) -> list[str]:
+    """What may be files among the values of a command's parameters."""
+    texts = params.get("texts") or ()
+    return [*texts, *(params[name] for name in ("model", "text", "selector") if params.get(name))]
 
 
 def folder_to_write(ctx: click.Context, _: click.Parameter, path: Path) -> Path:

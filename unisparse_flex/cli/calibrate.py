@@ -9,13 +9,20 @@ import click
 
 from ..progress import Progress
 from . import PROGRAM
-from .arguments import file_to_write, model_argument, nats_argument, share_argument, text_argument
+from .arguments import (
+    ChecksFiles,
+    file_to_write,
+    model_argument,
+    nats_argument,
+    share_argument,
+    text_argument,
+)
 from .failures import failures, wrong_arguments
 from .options import MODEL_OPTIONS, json_option, min_length_option, quiet_option, with_options
 from .output import print_json, say_written, write_text
 
 
-class _OneTarget(click.Command):
+class _OneTarget(ChecksFiles):
     """Wants one of --recall and --kl."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ import click
 
 from ..progress import Progress
 from . import PROGRAM
-from .arguments import model_argument
+from .arguments import ChecksFiles, model_argument
 from .options import (
     MODEL_OPTIONS,
     SPARSE_OPTIONS,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
+    cls=ChecksFiles,
     epilog=f"""\b
 Examples:
   {PROGRAM} explain smollm2

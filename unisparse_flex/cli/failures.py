@@ -34,6 +34,20 @@ def failures(action: str) -> Iterator[None]:
         raise click.ClickException(f"cannot {action}: {first}") from error
 
 
+@contextmanager
+def wrong_content(action: str) -> Iterator[None]:
+    """As `failures`, but for a file that holds something else than it must: exit code 2.
+
+    Args:
+        action: What was tried, such as ``"read a.txt as UTF-8"``.
+    """
+    with failures(action):
+        try:
+            yield
+        except ValueError as error:
+            raise click.UsageError(f"cannot {action}: {error}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class _Missing:
     """What `require` did not find: for what, and what pip is to be given."""

@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import PROGRAM
-from .arguments import check_quality, file_to_write, model_argument
+from .arguments import ChecksFiles, check_quality, file_to_write, model_argument
 from .choices import TEXT_NAMES
 from .failures import failures
-from .options import LAYER_OPTIONS, LOAD_OPTIONS, html_option, json_option, quiet_option
+from .options import (
+    LAYER_OPTIONS,
+    LOAD_OPTIONS,
+    html_option,
+    json_option,
+    quiet_option,
+    say_backend,
+)
 from .output import print_json, say_written, write_text
 
 if TYPE_CHECKING:
@@ -29,7 +36,7 @@ COLUMNS = 80
 model_argument_of_command = click.argument("model", callback=model_argument)
 
 
-class KeepsCommand(click.Command):
+class KeepsCommand(ChecksFiles):
     """Keeps what was typed: the JSON file says it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -227,6 +234,12 @@ def write_results(
     else:
         click.echo(text)
     say_written([path for path in (output, html) if path is not None], quiet=quiet)
+
+
+def note_on_backend(backend: str, loaded: LoadedModel) -> list[str]:
+    """That a kernel was asked for that no call here can have, as a sentence."""
+    said = say_backend(backend, loaded)
+    return [] if said == backend else [f"--backend {said}."]
 
 
 def say_kl(kl: float) -> str:

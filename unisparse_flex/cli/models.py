@@ -135,7 +135,7 @@ def _find_device(text: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             found = f"only {count} found here" if count else "not found here"
-            raise click.ClickException(
+            raise click.UsageError(
                 f"--device {text} needs a CUDA device, {found}; run: unisparse-flex doctor"
             )
     return device

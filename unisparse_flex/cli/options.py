@@ -204,11 +204,18 @@ def create_subject(
         if min_length is None
         else f"{min_length} keys (min_length)",
         "prompt": f"{input_ids.shape[1]} tokens of {text}",
-        "backend": backend,
+        "backend": say_backend(backend, loaded),
     }
     if dense_layers:
         settings["dense layers"] = ", ".join(map(str, dense_layers))
     return Subject(name=model, loaded=loaded, input_ids=input_ids, settings=settings)
+
+
+def say_backend(backend: str, loaded: LoadedModel) -> str:
+    """A kernel's name, and that it has no effect where there is no CUDA."""
+    if backend == "auto" or loaded.device.type == "cuda":
+        return backend
+    return f"{backend} has no effect without CUDA"
 
 
 __all__ = [
@@ -219,5 +226,6 @@ __all__ = [
     "json_option",
     "min_length_option",
     "quiet_option",
+    "say_backend",
     "with_options",
 ]

@@ -13,7 +13,7 @@ import click
 from ..progress import Progress
 from . import PROGRAM
 from .arguments import check_model, folder_to_write
-from .failures import failures, require
+from .failures import failures, require, wrong_content
 from .options import (
     MODEL_OPTIONS,
     SPARSE_OPTIONS,
@@ -159,7 +159,7 @@ def read_densities(path: Path) -> DensitySeries:
     """
     from ..reports import DensitySeries
 
-    with failures(f"read {path}"):
+    with wrong_content(f"read {path}"):
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..evaluation import TEXT_NAMES, LoadedModel, draw_excerpt, load_text
 from .arguments import check_text
-from .failures import failures
+from .failures import wrong_content
 from .models import context_length
 
 DEFAULT_TOKENS = 4096
@@ -33,7 +33,7 @@ def read_text(name: str, *, characters: int) -> str:
         if name == known:
             text = load_text(known)
             return draw_excerpt(text, characters=min(characters, len(text)), seed=0)
-    with failures(f"read {name} as UTF-8"):
+    with wrong_content(f"read {name} as UTF-8"):
         return Path(name).read_text(encoding="utf-8")
 
 

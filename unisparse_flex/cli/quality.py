@@ -13,7 +13,7 @@ import click
 from ..progress import Progress
 from . import PROGRAM
 from .arguments import check_text
-from .failures import failures, require, wrong_arguments
+from .failures import failures, require, wrong_arguments, wrong_content
 from .measuring import (
     COLUMNS,
     OUTPUT_OPTIONS,
@@ -25,6 +25,7 @@ from .measuring import (
     describe_run,
     lengths_option,
     model_argument_of_command,
+    note_on_backend,
     quality_argument,
     read_texts,
     say_kl,
@@ -249,7 +250,7 @@ def quality(
     from .models import load_model
 
     contents = read_texts(texts, lengths)
-    with failures(f"read {longbench}"):
+    with wrong_content(f"read {longbench}"):
         questions = {} if longbench is None else read_longbench(longbench, samples=samples)
     sparsity = Sparsity(min_length=min_length, dense_layers=dense_layers, backend=backend)
     with Progress("quality", shown=not quiet) as progress:
@@ -305,6 +306,7 @@ def quality(
     values["verdict"] = [*say_verdict(values["means"], quality), *forced]
     values["notes"] = [*NOTES, *([TASK_NOTE] if tasks else [])]
     values["notes"] += [LONGBENCH_NOTE] if longbench is not None else []
+    values["notes"] += note_on_backend(backend, loaded)
     write_results(
         values,
         format_quality(values),

@@ -6,7 +6,7 @@ from ..block_masks.selectors import QUALITIES
 from ..calibration import Calibration
 from ..passes.calls import NAMED_SELECTORS, read_selector
 from ..selectors import Selector, selector_of_quality
-from .failures import failures, wrong_arguments
+from .failures import wrong_arguments, wrong_content
 
 NAMED = NAMED_SELECTORS
 
@@ -19,7 +19,7 @@ def parse_selector(text: str) -> Selector | Calibration:
             prints, such as ``"UniSparse(top_p=0.95)"``.
     """
     if text.endswith(".json"):
-        with failures("read the calibration"):
+        with wrong_content("read the calibration"):
             return Calibration.load(text)
     with wrong_arguments():
         return read_selector(text)

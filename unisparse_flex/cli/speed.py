@@ -22,6 +22,7 @@ from .measuring import (
     describe_run,
     lengths_option,
     model_argument_of_command,
+    note_on_backend,
     quality_argument,
     read_texts,
     repeats_option,
@@ -208,6 +209,7 @@ def speed(
             *NOTES,
             *([RIVALS_NOTE] if rivals else []),
             *([DENSE_NOTE] if min_length is None else []),
+            *note_on_backend(backend, loaded),
         ],
     }
     write_results(
