@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -21,7 +22,13 @@ from unisparse_flex.reports import (
     report_model,
 )
 from unisparse_flex.reports.density_chart import BOTTOM, HEIGHT, LEFT, WIDTH, compute_bars
-from unisparse_flex.reports.page import format_ms, format_percent
+from unisparse_flex.reports.page import (
+    STYLE,
+    format_ms,
+    format_percent,
+    mark_options,
+    read_part,
+)
 from unisparse_flex.reports.timing import CallTime
 from unisparse_flex.reports.tree import build_tree
 
@@ -172,6 +179,27 @@ def test_measured_columns_are_there_where_something_was_measured():
     html = render_page(report(plain, timed))
     assert "measured ms" in html
     assert "3.00 → 1.50 ms" in html
+
+
+def test_options_break_at_no_hyphen():
+    marked = mark_options("unisparse-flex explain a-b --text x (--dense-layers 0,3-8) <--html>")
+    assert marked == (
+        "<code>unisparse-flex</code> explain a-b <code>--text</code> x "
+        "(<code>--dense-layers</code> 0,3-8) &lt;<code>--html</code>&gt;"
+    )
+    assert "code { font: inherit; white-space: nowrap; }" in read_part(STYLE)
+    slow = record("layers.0", density=0.9, prediction=prediction(1.0, 2.0))
+    fast = record("layers.1", density=0.1, prediction=prediction(3.0, 1.0))
+    calls = (ReportedCall(record=each, module="", time=None) for each in (slow, fast))
+    assert "(<code>--dense-layers</code> 0)." in render_page(report(*calls))
+
+
+def test_text_in_charts_can_be_read_on_a_phone():
+    narrow = read_part(STYLE).partition("@media (max-width: 500px)")[2].partition("@media")[0]
+    size = re.search(r"svg text, svg text\.name { font-size: (\d+)px", narrow)
+    assert size is not None
+    # A chart is drawn as wide as the screen without the margins of the body.
+    assert int(size[1]) * (360 - 2 * 20) / WIDTH >= 10
 
 
 def test_break_even_that_never_comes_is_said():

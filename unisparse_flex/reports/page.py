@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from .tree import build_tree
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
+    from markupsafe import Markup
 
+OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]*|unisparse-flex)(?![\w-])")
 TEMPLATE, STYLE = "page.html.jinja", "page.css"
 
 
@@ -62,8 +65,16 @@ def create_environment() -> Environment:
         "ms": format_ms,
         "percent": format_percent,
         "sparse_from": say_sparse_from,
+        "options": mark_options,
     }
     return environment
+
+
+def mark_options(text: str) -> Markup:
+    """The text with options, and the command's own name, in what breaks at no hyphen."""
+    from markupsafe import Markup, escape
+
+    return Markup(OPTION.sub(r"<code>\g<0></code>", str(escape(text))))
 
 
 def format_ms(milliseconds: float | None) -> str:
