@@ -224,10 +224,10 @@ class ChecksFiles(click.Command):
                     )
                 written[place] = option
         for name in _files_read(ctx.params):
-            option = written.get(os.path.realpath(name))
-            if option is not None and os.path.isfile(name):
+            over = written.get(os.path.realpath(name))
+            if over is not None and os.path.isfile(name):
                 raise click.UsageError(
-                    f"--{option} must not be a file that is read, got {name}; give another", ctx
+                    f"--{over} must not be a file that is read, got {name}; give another", ctx
                 )
         return rest
 
