@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .block_masks import Selector
-from .block_masks.selectors import QUALITIES as WORDS
-from .block_masks.selectors import selector_of_quality
-from .passes.calls import decode_selector
+from .passes.calls import read_selector
 
 Setting = Selector | Literal["dense"]
 
@@ -183,10 +181,8 @@ def _decode(name: str, text: object) -> Setting:
             f"layers[{name!r}] must be a selector's text, a quality or 'dense', got {text!r}; "
             f"{WAY_OUT}"
         )
-    if text in WORDS:
-        return selector_of_quality(text)
     try:
-        return decode_selector(text)
+        return read_selector(text)
     except ValueError as error:
         raise ValueError(f"layers[{name!r}]: {error}; {WAY_OUT}") from None
 

@@ -107,6 +107,7 @@ class TestOptions:
         )
         assert Options.read({"selector": "UniSparse(top_k=7)"}).selector == UniSparse(top_k=7)
         assert Options.read({"selector": "fast"}) == Options.read({"quality": "fast"})
+        assert Options.read({"selector": "paper"}).selector == UniSparse.paper()
 
     @pytest.mark.parametrize(
         ("given", "error", "message"),

@@ -9,10 +9,10 @@ from typing import Any
 
 from ...block_masks import DEFAULT_SELECTOR, Selector
 from ...block_masks.pages import DecodeSelector
-from ...block_masks.selectors import QUALITIES, choose_selector
+from ...block_masks.selectors import choose_selector
 from ...block_masks.validation import validate_int
 from ...calibration import Calibration
-from ...passes.calls import decode_selector
+from ...passes.calls import read_selector
 
 KEY = "unisparse"
 PARENTS = ("FLASH_ATTN", "TRITON_ATTN")
@@ -119,9 +119,7 @@ def _choose(selector: object, quality: Any) -> Selector:
             f"selector must be a selector's text or a quality, got {selector!r}; write "
             '"UniSparse(top_p=0.95)"'
         )
-    if selector in QUALITIES:
-        return choose_selector(None, selector)
-    return decode_selector(selector)
+    return read_selector(selector)
 
 
 def _read_decode(given: object) -> DecodeSelector | None:
