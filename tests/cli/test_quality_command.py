@@ -21,6 +21,7 @@ from unisparse_flex.cli.quality import (
 from unisparse_flex.evaluation import LONGBENCH_NAMES as LIBRARY_LONGBENCH_NAMES
 from unisparse_flex.evaluation import TASK_NAMES as LIBRARY_TASK_NAMES
 from unisparse_flex.evaluation import answers, generate_together
+from unisparse_flex.progress import Progress
 from unisparse_flex.reports import render_quality
 from unisparse_flex.reports.quality_curve import HEIGHT, LEAST_KL, WIDTH, compute_curve
 
@@ -59,6 +60,45 @@ def values(model_folder, essay, tmp_path_factory):
     with contextlib.redirect_stdout(out):
         assert main([str(argument) for argument in arguments]) == 0
     return json.loads(output.read_text()), html.read_text(encoding="utf-8"), out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("number", "kept"), [(5, [256] * 2), (7, [256] * 2 + [512] * 2)], ids=["text", "task"]
+)
+def test_what_was_judged_is_printed_where_it_is_interrupted(
+    run, model_folder, essay, tmp_path, monkeypatch, number, kept
+):
+    steps = []
+
+    def advance(self, step):
+        steps.append(step)
+        if len(steps) > number:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "advance", advance)
+    (tmp_path / "hotpotqa.jsonl").write_text(
+        json.dumps({"input": "Who?", "context": "A fox. " * 9, "answers": ["a fox"]})
+    )
+    ran = run(
+        *("quality", model_folder, "--text", essay, "--lengths", "256,512", "--json", "-q"),
+        *("--quality", "fast,1e6", "--longbench", tmp_path, "--samples", "1"),
+    )
+    assert ran.code == 130
+    found = json.loads(ran.out)
+    assert found["verdict"][0].startswith("Interrupted: what was not read with every setting")
+    assert [row["tokens"] for row in found["rows"]] == kept
+    assert found["tasks"]["LongBench"] == []
+    assert "Interrupted" in format_quality(found)
+    assert "Interrupted" in render_quality(found)
+
+
+def test_nothing_is_printed_where_nothing_was_judged(run, model_folder, essay, monkeypatch):
+    def advance(self, step):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "advance", advance)
+    ran = run("quality", model_folder, "--text", essay, "--lengths", "256", "-q")
+    assert (ran.code, ran.out) == (130, "")
 
 
 def test_json_says_what_ran_where_and_with_what(values, model_folder, essay):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ..evaluation import QualityRow, TaskRow
     from ..selectors import Selector
 
+Row = TypeVar("Row", "QualityRow", "TaskRow")
 # `evaluation.TASK_NAMES`, and all of them.
 TASK_NAMES = (
     *("niah_single", "niah_multikey", "niah_multivalue", "niah_multiquery"),
@@ -69,6 +71,7 @@ NOTES = (
     "top-1 the share whose likeliest token is the dense model's; ratio: perplexity over dense.",
     "The prompts are read as they are, without a chat template.",
 )
+INTERRUPTED = "Interrupted: what was not read with every setting is left out."
 FORCED = (
     "Every call that can be was sparse, also where optimize would leave it dense because that is "
     "predicted to be faster (--min-length); unisparse-flex explain says where."
@@ -234,6 +237,7 @@ def quality(
 
     The model reads each text densely and with each setting, uncompiled: density, KL to dense,
     perplexity and agreement of the likeliest next token. --tasks also asks for what is hidden.
+    Ctrl-C prints what was judged so far.
     """
     check_before_loading(model, lengths, texts, dense_layers)
     settings: dict[str, Selector] = create_dial(quality) | create_baselines(against)
@@ -278,15 +282,28 @@ def quality(
         parts = len(prompts) + len(sizes) * len(tasks) + len(cut)
         progress.total = parts * (1 + len(settings))
         common: Any = {"sparsity": sparsity, "show": progress.advance}
-        with failures(f"judge {model}"):
-            rows = list(judge_texts(loaded, prompts, settings, judged=judged, **common))
-            scores = [
-                row
-                for tokens, of_length in drawn.items()
-                for row in score_tasks(loaded, of_length, settings, tokens=tokens, **common)
-            ]
-            common |= {"tokens": sizes[-1], "score": score_answer}
-            answered = list(score_tasks(loaded, cut, settings, **common))
+        rows: list[QualityRow] = []
+        scores: list[TaskRow] = []
+        answered: list[TaskRow] = []
+        interrupted = False
+        try:
+            with failures(f"judge {model}"):
+                # One by one: what was judged stays where it is interrupted.
+                for row in judge_texts(loaded, prompts, settings, judged=judged, **common):
+                    rows.append(row)
+                for tokens, of_length in drawn.items():
+                    for score in score_tasks(loaded, of_length, settings, tokens=tokens, **common):
+                        scores.append(score)
+                common |= {"tokens": sizes[-1], "score": score_answer}
+                for score in score_tasks(loaded, cut, settings, **common):
+                    answered.append(score)
+        except KeyboardInterrupt:
+            interrupted = True
+            rows = keep_whole(rows, "text", len(settings))
+            scores = keep_whole(scores, "task", 1 + len(settings))
+            answered = keep_whole(answered, "task", 1 + len(settings))
+            if not rows:
+                raise
     tables = {"RULER": scores, "LongBench": answered}
     values = describe_run(command, "quality", model, loaded) | collect(rows, tables, settings)
     values["settings"] = {
@@ -303,7 +320,8 @@ def quality(
         "backend": backend,
     }
     forced = [FORCED] if min_length == 0 else []
-    values["verdict"] = [*say_verdict(values["means"], quality), *forced]
+    cut_short = [INTERRUPTED] if interrupted else []
+    values["verdict"] = [*cut_short, *say_verdict(values["means"], quality), *forced]
     values["notes"] = [*NOTES, *([TASK_NOTE] if tasks else [])]
     values["notes"] += [LONGBENCH_NOTE] if longbench is not None else []
     values["notes"] += note_on_backend(backend, loaded)
@@ -316,6 +334,20 @@ def quality(
         html=html,
         quiet=quiet,
     )
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def keep_whole(rows: Sequence[Row], field: str, settings: int) -> list[Row]:
+    """The rows of the texts, or tasks, that were read with every setting.
+
+    Args:
+        rows: Of some lengths.
+        field: What holds the name of a text or a task.
+        settings: How many rows each has.
+    """
+    parts = Counter((row.tokens, getattr(row, field)) for row in rows)
+    return [row for row in rows if parts[row.tokens, getattr(row, field)] == settings]
 
 
 def create_baselines(names: Sequence[str]) -> dict[str, Selector]:
