@@ -235,7 +235,8 @@ def test_a_name_that_somebody_else_registered_is_refused(
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"selector": "UniSparse"}, TypeError, "selector must be"),
+        ({"selector": "UniSparse"}, ValueError, "a selector must be a call with literals"),
+        ({"selector": UniSparse}, TypeError, "selector must be"),
         ({"backend": "cuda"}, ValueError, "backend must be one of"),
         ({"min_length": -1}, ValueError, "min_length must be"),
         ({"dense_layers": ("0",)}, TypeError, "dense_layers must hold integers, got '0'"),

@@ -104,8 +104,8 @@ def register(
         ImportError: transformers is missing or older than 5.4.
         TypeError: ``selector`` is no selector (a `Calibration` names modules: `optimize` or
             `temporarily_optimize` take it), or a layer is no integer.
-        ValueError: ``name``, ``quality`` or ``backend`` is not one that can be, ``selector`` and
-            ``quality`` are both given, or the name is taken.
+        ValueError: ``name``, ``quality``, ``backend`` or the text of a selector is not one that can
+            be, ``selector`` and ``quality`` are both given, or the name is taken.
     """
     functions = _import_transformers()
     validate_name(name)
