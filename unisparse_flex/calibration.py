@@ -169,7 +169,9 @@ def _say_keys(known: set[str], found: set[str]) -> str:
 
 
 def _name_some(names: Sequence[str]) -> str:
-    first, rest = names[:MOST_NAMES], len(names) - MOST_NAMES
+    # Whatever the file holds, a message stays one line.
+    first = [name if name.isidentifier() else repr(name) for name in names[:MOST_NAMES]]
+    rest = len(names) - MOST_NAMES
     return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")
 
 

@@ -119,7 +119,9 @@ def load(path: Path, data: bytes) -> Calibration | None:
     assert type(error) is ValueError, repr(error)
     # Of a size that a person reads, whatever the file holds.
     assert len(str(error)) < 1200, len(str(error))
-    assert re.search(rf"^{re.escape(str(path))}: .*(must|does not take)", str(error), re.DOTALL)
+    assert re.search(
+        rf"^{re.escape(str(path))}: .*(must|does not take|has no setting)", str(error), re.DOTALL
+    )
     return None
 
 
