@@ -88,7 +88,7 @@ class SparseStaticLayer(StaticLayer):
     def __init__(self, max_cache_len: int, selector: DecodeSelector, config: Any) -> None:
         super().__init__(max_cache_len=max_cache_len)
         self.selector = selector
-        self._config = config
+        self._model_config = config
         self.length = self.kept = self.visible = 0
         self._followed = self._read_whole = 0
         self._density = FIRST_DENSITY
@@ -115,7 +115,7 @@ class SparseStaticLayer(StaticLayer):
             RuntimeError: The last token's attention did not come here.
         """
         if self._awaits_attention:
-            name = getattr(self._config.get_text_config(), "_attn_implementation", None)
+            name = getattr(self._model_config.get_text_config(), "_attn_implementation", None)
             raise RuntimeError(
                 "SparseStaticCache must be read by the attention of register(), which was not "
                 f"called: the model has attn_implementation={name!r}; call "
