@@ -29,6 +29,7 @@ from unisparse_flex.evaluation import (
     compute_kl,
     compute_log_probs,
     compute_perplexity,
+    load_gguf_tokenizer,
 )
 
 from ..excerpts import encode_excerpt
@@ -163,11 +164,10 @@ class Reading:
 
 
 def encode(options: Any, text: Any, seed: int) -> Tensor:
-    from transformers import AutoTokenizer
-
-    weights, device = options.weights, torch.device("cpu")
-    tokenizer = AutoTokenizer.from_pretrained(
-        weights.parent, gguf_file=weights.name, local_files_only=True
+    loaded = LoadedModel(
+        model=None,
+        tokenizer=load_gguf_tokenizer(options.weights),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
     )
-    loaded = LoadedModel(model=None, tokenizer=tokenizer, device=device, dtype=torch.float32)
     return encode_excerpt(loaded, text, tokens=options.tokens, seed=seed)

@@ -28,6 +28,7 @@ from unisparse_flex.evaluation import (
     Tokenizer,
     build_task,
     generate_together,
+    load_gguf_tokenizer,
     prefill,
     score,
 )
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.tokens % BLOCK:
         parser.error(f"--tokens must be a multiple of {BLOCK}, got {options.tokens}")
-    tokenizer = _load_tokenizer(options.weights)
+    tokenizer = load_gguf_tokenizer(options.weights)
     if options.encode:
         drawn = draw(tokenizer, options.tokens, options.samples)
         torch.save(
@@ -196,14 +197,6 @@ def _samples(tokenizer: Tokenizer, options: Any) -> dict[TaskName, list[TaskSamp
 
 def _packed(sample: TaskSample) -> tuple[Tensor, tuple[str, ...]]:
     return sample.input_ids[0].to(torch.uint16), sample.answers
-
-
-def _load_tokenizer(weights: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(
-        weights.parent, gguf_file=weights.name, local_files_only=True
-    )
 
 
 if __name__ == "__main__":

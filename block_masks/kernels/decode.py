@@ -207,74 +207,6 @@ def _choose_of(
     return total
 
 
-@triton.jit
-def _choose_within(
-    masses,
-    pinned,
-    tables,
-    lengths,
-    out_tables,
-    out_lengths,
-    counter,
-    table_stride,
-    width,
-    out_width,
-    kv_heads,
-    page_step,
-    head_step,
-    unit_step,
-    top_p,
-    share,
-    budget,
-    fewest,
-    sinks,
-    last,
-    UNITS: tl.constexpr,
-    UNIT: tl.constexpr,
-    HEADS: tl.constexpr,
-    PADDED: tl.constexpr,
-    HELD: tl.constexpr,
-    TOP_P: tl.constexpr,
-    BITS: tl.constexpr,
-    ABOVE: tl.constexpr,
-    SIZE: tl.constexpr,
-):
-    """Chooses and names the units of a request and key head, if above ABOVE and within SIZE."""
-    sequence = tl.program_id(0)
-    request = sequence // kv_heads
-    length = tl.load(lengths + request)
-    count = tl.cdiv(length, UNIT)
-    if (count > ABOVE) & (count <= SIZE):
-        total = _choose_of(
-            masses,
-            pinned,
-            tables + request.to(tl.int64) * table_stride,
-            out_tables + sequence.to(tl.int64) * out_width,
-            sequence,
-            count,
-            width,
-            kv_heads,
-            page_step,
-            head_step,
-            unit_step,
-            top_p,
-            share,
-            budget,
-            fewest,
-            sinks,
-            last,
-            UNITS,
-            HEADS,
-            PADDED if PADDED * SIZE <= HELD else (HELD // SIZE if HELD > SIZE else 1),
-            TOP_P,
-            BITS,
-            SIZE,
-        )
-        tl.store(out_lengths + sequence, total * UNIT - (count * UNIT - length))
-        tl.atomic_add(counter, total.to(tl.int64))
-        tl.atomic_add(counter + 1, count.to(tl.int64))
-
-
 @triton.jit(
     do_not_specialize=["width", "out_width", "table_stride", "budget", "fewest", "sinks", "last"]
 )
@@ -316,37 +248,39 @@ def _choose(
     engine for long requests short ones take no longer than in one for short ones.
     """
     for i in tl.static_range(SIZES):
-        _choose_within(
-            masses,
-            pinned,
-            tables,
-            lengths,
-            out_tables,
-            out_lengths,
-            counter,
-            table_stride,
-            width,
-            out_width,
-            kv_heads,
-            page_step,
-            head_step,
-            unit_step,
-            top_p,
-            share,
-            budget,
-            fewest,
-            sinks,
-            last,
-            UNITS,
-            UNIT,
-            HEADS,
-            PADDED,
-            HELD,
-            TOP_P,
-            BITS,
-            (LEAST << i) // 2 if i > 0 else ABOVE,
-            LEAST << i,
-        )
+        sequence = tl.program_id(0)
+        request = sequence // kv_heads
+        length = tl.load(lengths + request)
+        count = tl.cdiv(length, UNIT)
+        if (count > ((LEAST << i) // 2 if i > 0 else ABOVE)) & (count <= (LEAST << i)):
+            total = _choose_of(
+                masses,
+                pinned,
+                tables + request.to(tl.int64) * table_stride,
+                out_tables + sequence.to(tl.int64) * out_width,
+                sequence,
+                count,
+                width,
+                kv_heads,
+                page_step,
+                head_step,
+                unit_step,
+                top_p,
+                share,
+                budget,
+                fewest,
+                sinks,
+                last,
+                UNITS,
+                HEADS,
+                PADDED if PADDED * (LEAST << i) <= HELD else max(HELD // (LEAST << i), 1),
+                TOP_P,
+                BITS,
+                LEAST << i,
+            )
+            tl.store(out_lengths + sequence, total * UNIT - (count * UNIT - length))
+            tl.atomic_add(counter, total.to(tl.int64))
+            tl.atomic_add(counter + 1, count.to(tl.int64))
 
 
 _launch_estimate = Launch(_estimate)
