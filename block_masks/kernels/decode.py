@@ -11,12 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode_rule import DecodeRule
+from .gpu import gpu_of
 from .launch import Launch
 from .recording import empty
 from .scratch import power_of_two
 
 # Units that one program scores at a time, and programs for all sequences together at least.
-ROWS, PROGRAMS = 64, 1024
+ROWS, PROGRAMS = 64, 512
 # Units of a sequence that a warp of the choice holds, and how many warps there are at most: for
 # very many units twice as many.
 OF_WARP, WARPS, VERY_MANY = 256, 16, 16384
@@ -57,11 +58,15 @@ def _estimate(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     PACK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Logarithms of the masses of units, ROWS at a time, for the query heads of one key head.
 
-    With PACK the query is copied besides, rows and heads side by side.
+    With PACK the query is copied besides, rows and heads side by side. With EARLY the kernel behind
+    it may start, and waits.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     request = tl.program_id(1) // kv_heads
     head = tl.program_id(1) % kv_heads
     length = tl.load(lengths + request)
@@ -241,17 +246,21 @@ def _choose(
     ABOVE: tl.constexpr,
     LEAST: tl.constexpr,
     SIZES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Chooses and names the units of one request and key head, if these are more than ABOVE.
 
     A request takes the least of SIZES sizes, each twice the one before, that holds its units: in an
     engine for long requests short ones take no longer than in one for short ones.
     """
+    sequence = tl.program_id(0)
+    request = sequence // kv_heads
+    length = tl.load(lengths + request)
+    count = tl.cdiv(length, UNIT)
+    if EARLY:
+        # All programs: what comes after this kernel takes the one before it for done.
+        tl.extra.cuda.gdc_wait()
     for i in tl.static_range(SIZES):
-        sequence = tl.program_id(0)
-        request = sequence // kv_heads
-        length = tl.load(lengths + request)
-        count = tl.cdiv(length, UNIT)
         if (count > ((LEAST << i) // 2 if i > 0 else ABOVE)) & (count <= (LEAST << i)):
             total = _choose_of(
                 masses,
@@ -328,6 +337,7 @@ def choose_units(
     sequences = batch * kv_heads
     masses = empty(query, (sequences * heads * width,), torch.float32)
     programs = min(-(-width // ROWS), -(-PROGRAMS // sequences))
+    early = query.device.type != "cpu" and gpu_of(query.device).starts_early
     _launch_estimate(
         (programs, sequences, 1),
         query,
@@ -353,6 +363,7 @@ def choose_units(
         ROWS=ROWS,
         WIDTH=power_of_two(head_dim),
         PACK=packed is not None,
+        EARLY=early,
         num_warps=4,
         enable_fp_fusion=True,
     )
@@ -391,6 +402,9 @@ def choose_units(
             ABOVE=above,
             LEAST=least,
             SIZES=(largest // least).bit_length(),
+            EARLY=early,
             num_warps=warps,
             enable_fp_fusion=True,
+            # Not an option of every compiler.
+            **({"launch_pdl": True} if early else {}),
         )

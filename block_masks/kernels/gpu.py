@@ -33,6 +33,11 @@ class Gpu:
         """Whether products are of four warps, from shared memory: Hopper, the B200's kin."""
         return not self.is_amd and self.capability[0] in (9, 10)
 
+    @property
+    def starts_early(self) -> bool:
+        """Whether a kernel may be on the GPU before the one that it waits for is done."""
+        return not self.is_amd and self.capability >= (9, 0)
+
 
 def gpu_of(device: torch.device) -> Gpu:
     """The GPU that a device is; Hopper for what is none, where kernels are interpreted."""

@@ -18,6 +18,8 @@ from .scratch import power_of_two
 # Tokens whose pages one program looks at, where there are more than a few.
 TOKENS = 16
 FEW = 256
+# Keys that one program reads at a time there, and numbers of them that a warp holds.
+FEW_ROWS, OF_WARP = 32, 4096
 
 
 @triton.jit
@@ -53,9 +55,10 @@ def _summarize(
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
     UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Means of every GROUP keys of the pages whose last key is among the slots.
+    """Means of every GROUP keys of the pages whose last key is among the slots, ROWS at a time.
 
     With a UNIT also what decoding needs of the units of all slots, however many keys they hold.
     """
@@ -63,21 +66,26 @@ def _summarize(
     column = tl.arange(0, WIDTH)
     inside = (column < head_dim)[None, :]
     groups: tl.constexpr = PAGE // GROUP
+    of: tl.constexpr = ROWS // GROUP if ROWS > GROUP else 1
     for i in range(TOKENS):
         token = tl.program_id(0) * TOKENS + i
         slot = tl.load(slots + token, mask=token < count, other=-1)
         page = (slot // PAGE).to(tl.int64)
         base = keys + page * stride_page + head.to(tl.int64) * stride_head
         if (slot >= 0) & (slot % PAGE == PAGE - 1):
-            row = tl.arange(0, PAGE).to(tl.int64)
-            at = base + row[:, None] * stride_row + column[None, :]
-            key = tl.load(at, mask=inside & (row < PAGE)[:, None], other=0.0).to(tl.float32)
-            mean = tl.sum(tl.reshape(key, [groups, GROUP, WIDTH]), 1) / GROUP
-            # As composite keys that are pooled in place.
-            mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
-            line = (page * heads + head) * groups + tl.arange(0, groups)
-            out = means + line[:, None] * head_dim + column[None, :]
-            tl.store(out, mean.to(means.dtype.element_ty), mask=inside)
+            for first in range(0, PAGE, of * GROUP):
+                total = tl.zeros([of, WIDTH], dtype=tl.float32)
+                for start in range(first, first + of * GROUP, ROWS):
+                    row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+                    at = base + row * stride_row + column[None, :]
+                    key = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+                    total += tl.sum(tl.reshape(key, [of, ROWS // of, WIDTH]), 1)
+                mean = total / GROUP
+                # As composite keys that are pooled in place.
+                mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
+                line = (page * heads + head) * groups + first // GROUP + tl.arange(0, of)
+                out = means + line[:, None] * head_dim + column[None, :]
+                tl.store(out, mean.to(means.dtype.element_ty), mask=inside)
         if UNIT:
             behind = tl.load(slots + token + 1, mask=token + 1 < count, other=-1)
             place = slot % PAGE
@@ -222,8 +230,13 @@ def summarize(
     """
     count, heads, page = slots.shape[0], pages.shape[1], pages.shape[2]
     numbers, scales, pinned = (means, means, means) if units is None else units
-    # Tokens that decode have pages of their own, those of a prompt share them.
-    tokens = 1 if count <= FEW else TOKENS
+    unit, width = 0 if units is None else page // numbers.shape[2], power_of_two(pages.shape[3])
+    # Tokens that decode have pages of their own, those of a prompt share them. Each is little work,
+    # and a single warp does not wait for others.
+    tokens, rows, warps = TOKENS, page, 4
+    if count <= FEW:
+        tokens, rows = 1, min(page, FEW_ROWS)
+        warps = min(4, max(1, max(unit, rows) * width // OF_WARP))
     _launch_summarize(
         (-(-count // tokens), heads, 1),
         pages,
@@ -239,9 +252,10 @@ def summarize(
         TOKENS=tokens,
         PAGE=page,
         GROUP=page // means.shape[2],
-        UNIT=0 if units is None else page // numbers.shape[2],
-        WIDTH=power_of_two(pages.shape[3]),
-        num_warps=4,
+        UNIT=unit,
+        ROWS=rows,
+        WIDTH=width,
+        num_warps=warps,
         enable_fp_fusion=True,
     )
 
