@@ -153,12 +153,11 @@ class Recorder:
         self._device = inputs[0].device
         self._steps: list[_Tensor | _Step] = []
         # Where tensors lie, the latest of those that lay there one after the other.
-        some = [(tensor.data_ptr(), n) for n, tensor in enumerate(inputs) if tensor.numel()]
-        self._numbers = dict(some)
+        self._numbers = {t.data_ptr(): n for n, t in enumerate(inputs) if t.numel()}
         self._count = len(inputs)
         self._stream_of: StreamOf | None = None
-        # Two inputs in one place, or something that is neither input nor allocated here.
-        self._is_lost = len(self._numbers) < len(some)
+        # Whether something is neither input nor allocated here.
+        self._is_lost = False
 
     def allocated(self, tensor: Tensor) -> None:
         """Notes what `empty` returned."""
@@ -326,7 +325,7 @@ class Recordings:
             inputs: The tensors that it reads.
             compute: Does it for the first time.
         """
-        key = (kind, *map(kind_of, inputs))
+        key = (kind, shared_places(inputs), *map(kind_of, inputs))
         with self._lock:
             found = self._found.get(key)
             if found is not None:
@@ -343,6 +342,15 @@ class Recordings:
                 while len(self._found) > self._most:
                     self._found.popitem(last=False)
         return outputs
+
+
+def shared_places(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    """Which of the tensors begins where each begins; nothing where all lie apart.
+
+    A recording takes those that begin in one place for one.
+    """
+    places = [tensor.data_ptr() for tensor in tensors]
+    return () if len(set(places)) == len(places) else tuple(map(places.index, places))
 
 
 def kind_of(tensor: Tensor) -> Hashable:

@@ -242,10 +242,21 @@ def test_a_call_that_copies_its_keys_is_never_repeated(
 
 
 @pytest.mark.usefixtures("interpreted_operator")
-def test_queries_that_are_keys_are_never_repeated(kernels: Kernels, recordings: Counted) -> None:
-    call = fixed_call(100, top_k=3, group=1)
+def test_queries_that_begin_where_keys_do_are_of_a_kind_of_their_own(
+    kernels: Kernels, recordings: Counted
+) -> None:
+    call = fixed_call(100, top_k=3, group=2)
     query, key = call.query_key()
-    select(call, query, query)
+    # Of the same shape, strides and alignment as the keys.
+    part = query[:, : key.shape[1]]
+    for own in (part, key, part + 1):
+        select(call, query, own)
+    assert recordings.computed == 2
+    other = query.flip(2).contiguous()
+    assert_same_lists(
+        select(call, other, other[:, : key.shape[1]]),
+        run(kernels, call, other, other[:, : key.shape[1]].clone()),
+    )
     assert_same_lists(select(call, query, key), run(kernels, call, query, key))
     assert recordings.computed == 2
 
