@@ -10,7 +10,7 @@ models: milliseconds to the logits of a Llama-3.1-8B-shaped model with random we
     Projections of queries and keys are multiplied: random ones leave attention diffuse.
 calls: one attention call of its heads under each mask, and the selection in it.
 lengths: twenty lengths through one compiled call, and how often it was compiled.
-host: microseconds that Python takes to launch one call.
+host: microseconds that Python takes to launch one call, and one compiled addition.
 """
 
 from __future__ import annotations
@@ -270,6 +270,8 @@ class Bench:
         settings: dict[str, Any] = {"selector": self.forced(HOST_TOKENS), "min_length": 0}
         optimized = unisparse_flex.optimize(Masked(mask), **settings)
         variants: dict[str, Callable[..., Tensor]] = {
+            # What compiled code takes whatever it does.
+            "addition_compiled": torch.compile(lambda query, *_: query + 1, dynamic=False),
             "dense_eager": Masked(mask),
             "dense_compiled": torch.compile(Masked(mask), dynamic=False),
             "sparse_compiled": torch.compile(optimized, dynamic=False),
@@ -396,7 +398,13 @@ COLUMNS: dict[str, dict[str, markdown.Format]] = {
     "host": {
         **dict.fromkeys(("case", "tokens"), "{}"),
         **dict.fromkeys(
-            ("dense eager us", "dense compiled us", "sparse compiled us", "sparse eager us"),
+            (
+                "addition compiled us",
+                "dense eager us",
+                "dense compiled us",
+                "sparse compiled us",
+                "sparse eager us",
+            ),
             "{:.0f}",
         ),
     },
