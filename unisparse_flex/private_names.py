@@ -6,6 +6,7 @@ from importlib import import_module
 
 # "module" or "module:attribute.attribute"; a test compares them with the sources.
 PRIVATE_NAMES = (
+    "torch._dynamo:mark_static_address",
     "torch._dynamo.eval_frame:_TorchDynamoContext",
     "torch._dynamo.source:AttrSource",
     "torch._dynamo.symbolic_convert:InstructionTranslator",

@@ -4,6 +4,7 @@ from .decode_rule import DecodeRule
 from .operator import (
     MEASURED,
     choose_units,
+    keys_obstacle,
     name_pages,
     obstacle,
     pool_keys,
@@ -11,6 +12,7 @@ from .operator import (
     select_lists,
     select_lists_from_pages,
     summarize_pages,
+    summarize_rows,
     supports_keys,
     supports_pages,
 )
@@ -23,6 +25,7 @@ __all__ = [
     "KernelSettings",
     "choose_units",
     "gpu_kind",
+    "keys_obstacle",
     "known_failure",
     "name_pages",
     "obstacle",
@@ -33,6 +36,7 @@ __all__ = [
     "select_lists_from_pages",
     "settings_of",
     "summarize_pages",
+    "summarize_rows",
     "supports_keys",
     "supports_pages",
 ]

@@ -174,6 +174,14 @@ def summarize_pages(
         summarize(pages, means, units, slots)
 
 
+def summarize_rows(keys: Tensor, *tensors: Tensor, **settings: Any) -> None:
+    """`pages.summarize_rows` on the GPU; the arguments are those of its kernel's launcher."""
+    from .rows import summarize_rows as launch
+
+    with on_device(keys.device):
+        launch(keys, *tensors, **settings)
+
+
 def name_pages(lists: BlockLists, table: Tensor, *tensors: Tensor, **settings: Any) -> None:
     """`pages.name_pages` on the GPU; the arguments are those of its kernel's launcher."""
     from .pages import name_pages as launch

@@ -2,6 +2,7 @@
 
 from .alignment import prepared_mask
 from .decided_at_run import has_stated_range
+from .listed_units import attend_listed
 from .marker import (
     computed_sdpa,
     is_traced,
@@ -29,6 +30,7 @@ __all__ = [
     "Outcomes",
     "apply_autocast",
     "are_counted",
+    "attend_listed",
     "attend_selected",
     "call_geometry",
     "computed_sdpa",

@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 
-NAMES = ("scratch", "launch", "pool", "pages", "decode", "score_rows", "score", "select", "lists")
+NAMES = (
+    "scratch",
+    "launch",
+    "pool",
+    "pages",
+    "rows",
+    "decode",
+    "score_rows",
+    "score",
+    "select",
+    "lists",
+)
 PACKAGE = "unisparse_flex.block_masks.kernels"
 
 
@@ -24,6 +35,7 @@ class Kernels:
     launch: Any
     pool: Any
     pages: Any
+    rows: Any
     decode: Any
     score_rows: Any
     score: Any

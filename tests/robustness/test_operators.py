@@ -13,6 +13,7 @@ from tests.api.models import qkv
 from unisparse_flex import UniSparse
 from unisparse_flex.block_masks.kernels import settings_of
 from unisparse_flex.block_masks.kernels.settings import encode_settings
+from unisparse_flex.block_masks.pages import DecodeSelector, UnitSummaries, summarize_rows
 from unisparse_flex.passes import SparseConfig
 from unisparse_flex.passes.attend.shared_tokens import register_context
 from unisparse_flex.passes.calls.sdpa import SdpaCall
@@ -41,7 +42,7 @@ def test_the_operators_are_those_that_are_checked_here() -> None:
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("unisparse::")}
     operators = (
         *("sdpa", "contiguous", "select_blocks", "key_intervals", "context_sdpa"),
-        *("sdpa_at_run", "sdpa_at_run_backward"),
+        *("sdpa_at_run", "sdpa_at_run_backward", "summarize_rows", "choose_rows"),
     )
     assert names == {f"unisparse::{name}" for name in operators}
 
@@ -173,6 +174,40 @@ def test_the_tables_of_a_mask_of_intervals(
         last_query_blocks=1,
         device=torch.device("cpu"),
     )
+
+
+def rows_of_a_cache(device: str) -> tuple[Tensor, UnitSummaries, Tensor]:
+    keys = torch.randn(2, 2, 128, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    lengths = torch.full((2,), 100, dtype=torch.int32, device=device)
+    return keys, UnitSummaries.create(keys, 16), lengths
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_summaries_of_rows(device: str, rows: int) -> None:
+    keys, units, lengths = rows_of_a_cache(device)
+    check(
+        torch.ops.unisparse.summarize_rows.default,
+        *(keys, lengths, rows, 16, units.numbers, units.scales),
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_choice_for_rows(device: str) -> None:
+    keys, units, lengths = rows_of_a_cache(device)
+    summarize_rows(keys, units, lengths, 100)
+    query = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(1)).to(device)
+    order = torch.arange(2, dtype=torch.int32, device=device)[:, None]
+    counter = torch.zeros(2, dtype=torch.int64, device=device)
+    rule = DecodeSelector(budget=32, min_keys=0, unit=16, last_keys=16).rule
+    # What follows the units that are read says nothing.
+    utils = ALL if device == "cpu" else FAKE
+    found = torch.library.opcheck(
+        torch.ops.unisparse.choose_rows.default,
+        (query, units.numbers, units.scales, units.pinned, order, lengths, counter, 16, *rule, 0.3),
+        test_utils=utils,
+    )
+    assert found == dict.fromkeys(utils, "SUCCESS")
 
 
 @pytest.mark.gpu

@@ -28,8 +28,10 @@ class DeferredMask(Tensor):
         numbers: Integers that change from call to call; see `trace_mask`.
         shape: [B, 1, Sq, Skv].
         device: Where it is computed.
+        padding: What the model was given: [B, keys], 0 or False for padding; ``None`` for none.
     """
 
+    padding: Tensor | None
     _compute: Callable[..., Tensor]
     _numbers: tuple[int, ...]
     _tensor: Tensor | None
@@ -43,6 +45,7 @@ class DeferredMask(Tensor):
         *,
         shape: Sequence[int],
         device: Any,
+        padding: Tensor | None = None,
     ) -> DeferredMask:
         """A tensor without storage."""
         mask: DeferredMask = torch.Tensor._make_wrapper_subclass(
@@ -50,6 +53,7 @@ class DeferredMask(Tensor):
         )
         mask._compute, mask._numbers = compute, tuple(numbers)
         mask._tensor = mask._proved = None
+        mask.padding = padding
         return mask
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

@@ -62,7 +62,8 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
         own = dense if dense_layers and _is_excluded(module, dense_layers) else sparse
         layer = getattr(key, DECODE_LAYER, None)
         if layer is not None and query.shape[-2] > 1:
-            layer.observe(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            layer.observe(query, attention_mask, scale)
         if isinstance(attention_mask, DeferredMask):
             traced = torch.compiler.is_compiling()
             if not (traced or dropout or _adds_to_the_call(options)):
@@ -78,8 +79,7 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
             found = layer.attend(query, attention_mask, scale)
             if found is not None:
                 return found.transpose(1, 2).contiguous(), None
-            # The mask hid nothing else.
-            (key, value), attention_mask = layer.written(), None
+            key, value, attention_mask = layer.written(attention_mask)
         attend: Attention = partial(run_sparse, own, sdpa)
         few = not is_seen_here() and query.shape[-2] < min_queries
         if outer is not None or few:

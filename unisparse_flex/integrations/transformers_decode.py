@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache, StaticLayer
 
+from ..block_masks import kernels
 from ..block_masks.pages import (
     PROMPT_ROWS,
     DecodeSelector,
@@ -20,10 +21,13 @@ from ..block_masks.pages import (
     pin_prompt,
 )
 from .transformers_attention import DECODE_LAYER
+from .transformers_decode_device import DeviceReader, padding_error
 
 # What choosing takes for a token and layer, and copying what was chosen for each of its bytes, in
 # bytes of keys and values that dense attention reads meanwhile (`bench.generation`).
 CHOICE_BYTES, COPY = 6e6, 2.5
+# Kinds of devices that are not waited for.
+DEVICES = ("cuda",)
 # Keys that are read where nothing was measured yet, and tokens until dense layers try again.
 FIRST_DENSITY, RETRY = 0.1, 64
 
@@ -33,9 +37,9 @@ class SparseStaticCache(StaticCache):
 
     ``model.generate(..., past_key_values=SparseStaticCache(model.config, 8192, selector))`` with a
     model whose ``attn_implementation`` is a name of `register`. Prompts are read as without it;
-    layers with a sliding window read all of it. For CPUs: on a GPU the plug-in of vLLM does the
-    same in CUDA graphs. A layer whose cache is short, or of which most is chosen, is read whole:
-    that is faster.
+    layers with a sliding window read all of it. On a CPU a layer whose cache is short, or of which
+    most is chosen, is read whole: that is faster. On a GPU graphs hold the choice, those of
+    ``generate`` too, and a small cache is read whole whatever it holds.
 
     Args:
         config: The model's.
@@ -67,16 +71,23 @@ class SparseStaticCache(StaticCache):
 
     @property
     def density(self) -> float:
-        """Keys read of those that there were, in units, over all layers and generated tokens."""
+        """Keys read of those that there were, in units, over all layers and generated tokens.
+
+        On a GPU over the layers of which a part is read, and 1 without any; it waits for the GPU.
+        """
         layers = [layer for layer in self.layers if isinstance(layer, SparseStaticLayer)]
-        visible = sum(layer.visible for layer in layers)
-        return sum(layer.kept for layer in layers) / visible if visible else 0.0
+        counts = [layer.read_counts() for layer in layers]
+        kept, visible = (sum(of_layer) for of_layer in zip((0, 0), *counts, strict=True))
+        if visible:
+            return kept / visible
+        return float(any(layer.is_read_whole for layer in layers))
 
 
 class SparseStaticLayer(StaticLayer):
     """One layer of a `SparseStaticCache`.
 
-    Its decisions are Python's: compiled code is interrupted for them.
+    On a CPU its decisions are Python's: compiled code is interrupted for them. On a GPU a
+    `DeviceReader` takes them.
 
     Attributes:
         selector: Which keys are read.
@@ -94,26 +105,82 @@ class SparseStaticLayer(StaticLayer):
         self._density = FIRST_DENSITY
         self._units: list[UnitSummaries] = []
         self._awaits_attention = False
+        self._reader: DeviceReader | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """See transformers."""
-        if key_states.device.type != "cpu":
+        """See transformers.
+
+        Raises:
+            NotImplementedError: Keys are of a kind, or on a device, for which nothing chooses.
+        """
+        device = key_states.device
+        if device.type not in ("cpu", *DEVICES):
             raise NotImplementedError(
-                f"SparseStaticCache must be on a CPU, got {key_states.device}: there Python would "
-                "take longer than is saved; serve the model with vLLM and its decode setting"
+                f"SparseStaticCache must be on a CPU or a CUDA device, got {device}; use "
+                "transformers' StaticCache"
+            )
+        obstacle = self._obstacle(key_states)
+        if obstacle is not None:
+            raise NotImplementedError(
+                "SparseStaticCache must hold keys that the kernels on a GPU can summarize, got "
+                f"{key_states.dtype} with head_dim {key_states.shape[3]} on {device}: {obstacle}; "
+                "use transformers' StaticCache"
             )
         super().lazy_initialization(key_states, value_states)
-        self._summarize()
+        if device.type in DEVICES:
+            self._reader = DeviceReader(self.keys, self.values, self.selector)
+            setattr(self.keys, DECODE_LAYER, self)
+        else:
+            self._summarize()
 
-    @torch.compiler.disable
+    @staticmethod
+    def _obstacle(keys: Tensor) -> str | None:
+        """Why the kernels on a GPU cannot summarize keys; ``None`` where they can, and on a CPU."""
+        return kernels.keys_obstacle(keys) if keys.device.type == "cuda" else None
+
+    @property
+    def is_read_whole(self) -> bool:
+        """Whether it is on a GPU and too small to be read in part."""
+        return self._reader is not None and not self._reader.reads_part
+
+    def read_counts(self) -> tuple[int, int]:
+        """Units that were read, of all heads and generated tokens, and units that there were."""
+        if self._reader is None:
+            return self.kept, self.visible
+        kept, visible = self._reader.counter.tolist()
+        return kept, visible
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes keys and values; they are summarized when a choice asks for it.
+        """Writes keys and values; on a CPU they are summarized when a choice asks for it.
 
         Raises:
             RuntimeError: The last token's attention did not come here.
         """
+        if key_states.device.type not in DEVICES:
+            return self._update_now(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self._reader is not None
+        self._expect_attention(key_states.shape[2])
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        self._reader.follow(self.keys, self.cumulative_length, key_states.shape[2])
+        return found
+
+    @torch.compiler.disable
+    def _update_now(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`update` on a CPU."""
+        count = key_states.shape[2]
+        self._expect_attention(count)
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+        self.length += count
+        return found
+
+    def _expect_attention(self, rows: int) -> None:
+        """Raises unless `attend` was called since the last row; expects it for one more."""
         if self._awaits_attention:
             name = getattr(self._model_config.get_text_config(), "_attn_implementation", None)
             raise RuntimeError(
@@ -121,11 +188,7 @@ class SparseStaticLayer(StaticLayer):
                 f"called: the model has attn_implementation={name!r}; call "
                 "model.set_attn_implementation('unisparse')"
             )
-        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-        count = key_states.shape[2]
-        self.length += count
-        self._awaits_attention = count == 1
-        return found
+        self._awaits_attention = rows == 1
 
     def reset(self) -> None:
         """See transformers."""
@@ -133,11 +196,30 @@ class SparseStaticLayer(StaticLayer):
         self.length = self._followed = self._read_whole = 0
         self._density = FIRST_DENSITY
         self._awaits_attention = False
-        if self.is_initialized:
+        if self._reader is not None:
+            self._reader.reset()
+        elif self.is_initialized:
             self._summarize()
+
+    def crop(self, tokens: int) -> None:
+        """Assisted generation asks for it, which transformers refuses for its own static caches.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            f"SparseStaticCache must keep the tokens that it was given, got {tokens} to take back; "
+            "generate without assistant_model and prompt_lookup_num_tokens, or use a DynamicCache"
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """See transformers."""
+        if self._reader is not None:
+            # In place: graphs know where they are.
+            for tensor in (self.keys, self.values):
+                tensor.copy_(tensor.index_select(0, beam_idx))
+            self._reader.reorder(beam_idx)
+            return
         pinned = [self._units[int(b)].pinned for b in beam_idx]
         super().reorder_cache(beam_idx)
         self._summarize()
@@ -150,14 +232,25 @@ class SparseStaticLayer(StaticLayer):
         size = self.length * (self.keys[:, :, 0].nbytes + self.values[:, :, 0].nbytes)
         return CHOICE_BYTES + COPY * self._density * size < size
 
-    @torch.compiler.disable
-    def observe(self, query: Tensor, scale: float) -> None:
+    def observe(self, query: Tensor, attention_mask: Tensor | None, scale: float) -> None:
         """Pins the units that the last rows of a prompt look at.
 
         Args:
-            query: [B, Hq, S, D], rows that end at the last key.
+            query: [B, Hq, Sq, D], rows that end at the last key.
+            attention_mask: Of the whole cache, [B or 1, 1, Sq, S].
             scale: Factor on the logits.
+
+        Raises:
+            ValueError: On a GPU: the mask hides a key of the prompt.
         """
+        if self._reader is None:
+            self._observe_now(query, scale)
+        else:
+            self._reader.observe(query, self.keys, self.cumulative_length, attention_mask, scale)
+
+    @torch.compiler.disable
+    def _observe_now(self, query: Tensor, scale: float) -> None:
+        """`observe` on a CPU."""
         if not self.selector.prompt_share or self.length <= self.selector.min_keys:
             return
         count = -(-self.length // self.selector.unit)
@@ -172,12 +265,23 @@ class SparseStaticLayer(StaticLayer):
             )
             units.pin(torch.arange(count), kept)
 
-    @torch.compiler.disable
-    def written(self) -> tuple[Tensor, Tensor]:
-        """The keys and values that were written, [B, Hkv, length, D] each."""
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+    def written(self, attention_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and the mask of a row that reads everything.
+
+        Args:
+            attention_mask: Of the whole cache, as `attend` takes it.
+
+        Returns:
+            On a CPU what was written, [B, Hkv, length, D] each, and no mask: it hid the rest.
+        """
+        if self._reader is not None:
+            return self.keys, self.values, attention_mask
+        return *self._written_now(), None
 
     @torch.compiler.disable
+    def _written_now(self) -> tuple[Tensor, Tensor]:
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
     def attend(self, query: Tensor, attention_mask: Tensor | None, scale: float) -> Tensor | None:
         """Attention of one row to the keys that are chosen for it.
 
@@ -190,16 +294,23 @@ class SparseStaticLayer(StaticLayer):
             [B, Hq, 1, D]; ``None`` where everything that was `written` is to be read.
 
         Raises:
-            ValueError: The mask hides a key of a prompt.
+            ValueError: The mask hides a key of a prompt; on a GPU: it is a bias, or differs from
+                head to head.
         """
         self._awaits_attention = False
+        if self._reader is None:
+            return self._attend_now(query, attention_mask, scale)
+        return self._reader.attend(query, self.keys, self.values, attention_mask, scale)
+
+    @torch.compiler.disable
+    def _attend_now(
+        self, query: Tensor, attention_mask: Tensor | None, scale: float
+    ) -> Tensor | None:
+        """`attend` on a CPU."""
         if attention_mask is not None:
             own = attention_mask[..., : self.length]
             if not bool(own.all() if own.dtype == torch.bool else (own == 0).all()):
-                raise ValueError(
-                    "SparseStaticCache must have prompts without padding, got a mask that hides "
-                    "keys; generate for prompts of one length at a time"
-                )
+                raise padding_error()
         count = self.keys.shape[0] * self.keys.shape[1] * -(-self.length // self.selector.unit)
         self.visible += count
         if not self.pays:

@@ -71,6 +71,7 @@ def create_mask_function(sdpa_mask: Callable[..., Any], min_queries: int) -> Cal
             tuple(changing.values()),
             shape=(batch_size, 1, q_length, kv_length),
             device=options.get("device", "cpu"),
+            padding=attention_mask,
         )
 
     return unisparse_mask

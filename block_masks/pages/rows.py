@@ -1,0 +1,160 @@
+"""Decoding where the keys of a sequence lie one after the other, as operators that graphs hold.
+
+Nothing of it waits for the device. Lengths are a tensor, and what is chosen is written as the block
+lists of FlexAttention: each unit is a block of keys.
+
+Symbols: B sequences, Hq/Hkv heads, S places for keys, U keys of a unit, n units, D head_dim.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .decode import DecodeSelector, choose_units
+from .summaries import UnitSummaries
+from .tables import PageTables
+
+_library = torch.library.Library("unisparse", "FRAGMENT")
+_library.define(
+    "summarize_rows(Tensor keys, Tensor lengths, SymInt rows, int unit, Tensor(a!) numbers, "
+    "Tensor(b!) scales) -> ()"
+)
+_library.define(
+    "choose_rows(Tensor query, Tensor numbers, Tensor scales, Tensor pinned, Tensor order, "
+    "Tensor lengths, Tensor(a!) counter, int unit, float top_p, int budget, float share, "
+    "int fewest, int sinks, int last, float scale) -> (Tensor, Tensor)"
+)
+
+
+def summarize_rows(keys: Tensor, units: UnitSummaries, lengths: Tensor, rows: int) -> None:
+    """Brings summaries up to date with rows just written.
+
+    Args:
+        keys: [B, Hkv, S, D] with the rows.
+        units: Of these keys: each sequence is a page of S keys.
+        lengths: int32 [B], keys of each sequence, the rows included.
+        rows: How many were written at the end of each.
+    """
+    torch.ops.unisparse.summarize_rows(keys, lengths, rows, units.unit, units.numbers, units.scales)
+
+
+def choose_rows(
+    query: Tensor,
+    units: UnitSummaries,
+    order: Tensor,
+    lengths: Tensor,
+    counter: Tensor,
+    *,
+    rule: kernels.DecodeRule,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The units that decoding queries read, in order.
+
+    Args:
+        query: [B, Hq, D], one row of each sequence.
+        units: Of the keys: each sequence is a page of S keys. Up to date with the rows.
+        order: int32 [B, 1], the sequences: 0, 1, ...
+        lengths: int32 [B], keys of each.
+        counter: int64 [2], to which kept and visible units are added.
+        rule: Which units are kept.
+        scale: Factor on the logits.
+
+    Returns:
+        int32 [B, Hkv], the keys that are read, and int32 [B, Hkv, n], the units in which they lie;
+        what follows these says nothing. The last unit is read as far as it is filled.
+    """
+    held = units.numbers, units.scales, units.pinned
+    found: tuple[Tensor, Tensor] = torch.ops.unisparse.choose_rows(
+        query, *held, order, lengths, counter, units.unit, *rule, scale
+    )
+    return found
+
+
+def _summarize(
+    keys: Tensor, lengths: Tensor, rows: int, unit: int, numbers: Tensor, scales: Tensor
+) -> None:
+    if keys.device.type == "cuda":
+        kernels.summarize_rows(keys, lengths, numbers, scales, rows=rows, unit=unit)
+        return
+    pinned = numbers.new_empty(numbers.shape[:3], dtype=torch.uint8)
+    units = UnitSummaries(unit=unit, numbers=numbers, scales=scales, pinned=pinned)
+    place = torch.arange(unit)
+    for sequence, length in enumerate(lengths.tolist()):
+        part = torch.arange(max(length - rows, 0) // unit, -(-length // unit))
+        own = keys[sequence].unflatten(1, (-1, unit)).transpose(0, 1)[part]
+        held = place < (length - part * unit)[:, None]
+        units.write(own, torch.full_like(part, sequence), part, held[:, None, :, None])
+
+
+def _describe_nothing(
+    keys: Tensor, lengths: Tensor, rows: int, unit: int, numbers: Tensor, scales: Tensor
+) -> None:
+    pass
+
+
+def _choose(
+    query: Tensor,
+    numbers: Tensor,
+    scales: Tensor,
+    pinned: Tensor,
+    order: Tensor,
+    lengths: Tensor,
+    counter: Tensor,
+    unit: int,
+    top_p: float,
+    budget: int,
+    share: float,
+    fewest: int,
+    sinks: int,
+    last: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, count = pinned.shape
+    rule = kernels.DecodeRule(top_p, budget, share, fewest, sinks, last)
+    out = PageTables.create(batch * heads, count, counter)
+    if query.device.type != "cuda":
+        # Plain PyTorch may look at all of it.
+        out.tables.zero_()
+    choose_units(
+        # Kernels read the numbers of a row side by side.
+        query if query.stride(-1) == 1 else query.contiguous(),
+        UnitSummaries(unit=unit, numbers=numbers, scales=scales, pinned=pinned),
+        order,
+        lengths,
+        out,
+        selector=_selector(rule, unit),
+        scale=scale,
+        steps=(0, 0, 1),
+    )
+    return out.lengths.view(batch, heads), out.tables.view(batch, heads, count)
+
+
+@lru_cache(maxsize=256)
+def _selector(rule: kernels.DecodeRule, unit: int) -> DecodeSelector:
+    """A selector of this rule."""
+    return DecodeSelector(
+        top_p=rule.top_p,
+        budget=None if rule.budget < 0 else rule.budget * unit,
+        share=rule.share,
+        min_keys=rule.fewest * unit,
+        unit=unit,
+        sink_keys=rule.sinks * unit,
+        last_keys=rule.last * unit,
+    )
+
+
+def _describe_choice(
+    query: Tensor, numbers: Tensor, scales: Tensor, pinned: Tensor, *_: object
+) -> tuple[Tensor, Tensor]:
+    shape = pinned.shape
+    return query.new_empty(shape[:2], dtype=torch.int32), query.new_empty(shape, dtype=torch.int32)
+
+
+_library.impl("summarize_rows", _summarize, "CompositeExplicitAutograd")
+torch.library.register_fake("unisparse::summarize_rows", _describe_nothing, lib=_library)
+_library.impl("choose_rows", _choose, "CompositeExplicitAutograd")
+torch.library.register_fake("unisparse::choose_rows", _describe_choice, lib=_library)
