@@ -1,0 +1,319 @@
+"""`SparseStaticCache` on a GPU: its operators, what is read, and ``generate`` in CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    StaticCache,
+)
+
+from tests.api.reference import rmse
+from unisparse_flex.block_masks.pages import UnitSummaries, choose_rows, summarize_rows
+from unisparse_flex.integrations import transformers_decode_device
+from unisparse_flex.integrations.transformers import (
+    DecodeSelector,
+    SparseStaticCache,
+    register,
+    unregister,
+)
+from unisparse_flex.integrations.transformers_decode import SparseStaticLayer
+from unisparse_flex.passes.attend import attend_listed
+
+pytestmark = pytest.mark.gpu
+
+ALMOST_ALL = DecodeSelector(share=0.999, min_keys=0, unit=16)
+FEW = DecodeSelector(budget=64, min_keys=0, unit=16, sink_keys=16, last_keys=16)
+SCALE = 0.1
+SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 4096,
+    "head_dim": 32,
+}
+KINDS = ("llama", "mistral", "gemma")
+
+
+def create(kind: str) -> Any:
+    torch.manual_seed(0)
+    if kind == "mistral":
+        model: Any = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None))
+    elif kind == "gemma":
+        types = ["sliding_attention", "full_attention"]
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, sliding_window=64, layer_types=types))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.mul_(4)
+        layer.self_attn.k_proj.weight.data.mul_(4)
+    model = model.cuda().eval()
+    model.set_attn_implementation("unisparse")
+    return model
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[dict[str, Any]]:
+    register("unisparse")
+    yield {kind: create(kind) for kind in KINDS}
+    unregister("unisparse")
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cache is taken for a small one."""
+    monkeypatch.setattr(transformers_decode_device, "FEW_BYTES", 0)
+    torch._dynamo.reset()
+
+
+def prompt(length: int, batch: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(3, 128, (batch, length), generator=generator).cuda()
+
+
+def generate(model: Any, ids: Tensor, cache: Any, **options: Any) -> Any:
+    return model.generate(
+        ids,
+        past_key_values=cache,
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def exact(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Attention to the keys that ``seen`` [B, Hkv, S] says."""
+    rows = query.to(dtype).unflatten(1, (key.shape[1], -1))
+    logits = (rows @ key.to(dtype).mT * scale).masked_fill(~seen[:, :, None], -torch.inf)
+    return (logits.softmax(-1) @ value.to(dtype)).flatten(1, 2)
+
+
+def seen_of(counts: Tensor, units: Tensor, lengths: Tensor, unit: int) -> Tensor:
+    """Which keys lie in listed units, bool [B, Hkv, S]."""
+    width = units.shape[2]
+    listed = torch.arange(width, device=units.device) < -(-counts[..., None] // unit)
+    # What is not listed goes to a place of its own.
+    kept = listed.new_zeros((*listed.shape[:2], width + 1))
+    kept = kept.scatter(2, units.where(listed, width).long(), value=True)[..., :width]
+    place = torch.arange(width * unit, device=units.device)
+    return kept.repeat_interleave(unit, -1) & (place < lengths[:, None, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("unit", "head_dim"), [(16, 64), (32, 128), (128, 80)])
+def test_summaries_are_those_of_plain_pytorch(unit: int, head_dim: int, dtype: torch.dtype) -> None:
+    keys = torch.randn(2, 3, 1024, head_dim, dtype=dtype, device="cuda")
+    found = UnitSummaries.create(keys, unit)
+    expected = UnitSummaries.create(keys.cpu(), unit)
+    length = 0
+    for rows in (300, 1, 1, 33, 129, 1):
+        length += rows
+        lengths = torch.full((2,), length, dtype=torch.int32)
+        summarize_rows(keys, found, lengths.cuda(), rows)
+        summarize_rows(keys.cpu(), expected, lengths, rows)
+    every = torch.arange(2)
+    for ours, theirs in zip(found.read(every.cuda()), expected.read(every), strict=True):
+        # A number may be rounded the other way.
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=2**-6, atol=0.03)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "unit", "masked"),
+    [(8, 2, 128, 32, 0), (7, 1, 64, 16, 1), (4, 4, 256, 64, 2), (32, 1, 96, 128, 0)],
+)
+def test_chosen_keys_are_attended(
+    heads: int, kv_heads: int, head_dim: int, unit: int, dtype: torch.dtype, masked: int
+) -> None:
+    places, length = 4096, 3333
+    key, value = (
+        torch.randn(2, kv_heads, places, head_dim, dtype=dtype, device="cuda") for _ in range(2)
+    )
+    # What was never written must not be read.
+    key[:, :, length:] = 100.0
+    query = torch.randn(2, heads, head_dim, dtype=dtype, device="cuda")
+    units = UnitSummaries.create(key, unit)
+    lengths = torch.full((2,), length, dtype=torch.int32, device="cuda")
+    order = torch.arange(2, dtype=torch.int32, device="cuda")[:, None]
+    counter = torch.zeros(2, dtype=torch.int64, device="cuda")
+    summarize_rows(key, units, lengths, length)
+    rule = DecodeSelector(share=0.1, min_keys=0, unit=unit).rule
+    counts, listed = choose_rows(query, units, order, lengths, counter, rule=rule, scale=SCALE)
+    mask = None
+    seen = seen_of(counts, listed, lengths, unit)
+    assert 0 < int(seen.sum()) < 0.2 * 2 * kv_heads * length
+    if masked:
+        mask = torch.rand(masked, places, device="cuda") < 0.8
+        mask[:, length - 1] = True
+        seen = seen & mask[:, None]
+    found = attend_listed(query, key, value, counts, listed, lengths, mask, unit=unit, scale=SCALE)
+    reference = exact(query, key, value, seen, SCALE, torch.float64)
+    same = exact(query, key, value, seen, SCALE, dtype)
+    assert rmse(found, reference) <= 2 * rmse(same, reference) + 1e-6
+
+
+def test_a_step_waits_for_nothing_and_a_graph_repeats_it_for_other_lengths() -> None:
+    keys, values = (torch.randn(2, 2, 2048, 64, device="cuda") for _ in range(2))
+    query = torch.randn(2, 8, 64, device="cuda")
+    units = UnitSummaries.create(keys, 32)
+    lengths = torch.full((2,), 2000, dtype=torch.int32, device="cuda")
+    order = torch.arange(2, dtype=torch.int32, device="cuda")[:, None]
+    counter = torch.zeros(2, dtype=torch.int64, device="cuda")
+    rule = DecodeSelector(share=0.2, min_keys=64).rule
+    summarize_rows(keys, units, lengths, 2000)
+
+    def step() -> Tensor:
+        summarize_rows(keys, units, lengths, 1)
+        counts, listed = choose_rows(query, units, order, lengths, counter, rule=rule, scale=SCALE)
+        return attend_listed(query, keys, values, counts, listed, lengths, unit=32, scale=SCALE)
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    for length in (2001, 1500, 40):
+        lengths.fill_(length)
+        query.normal_()
+        graph.replay()
+        torch.testing.assert_close(recorded, step(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "compiled", "options"),
+    [
+        *((kind, compiled, {}) for kind in KINDS for compiled in (True, False)),
+        ("llama", True, {"num_beams": 2}),
+        ("gemma", False, {"num_beams": 2}),
+    ],
+)
+def test_all_units_answer_as_the_dense_cache(
+    models: dict[str, Any], kind: str, compiled: bool, options: dict[str, Any]
+) -> None:
+    model, ids = models[kind], prompt(200, 2)
+    dense = StaticCache(model.config, max_cache_len=224)
+    expected = generate(model, ids, dense, disable_compile=True, **options)
+    options = {**options, "disable_compile": not compiled}
+    cache = SparseStaticCache(model.config, 215, ALMOST_ALL)
+    assert_alike(generate(model, ids, cache, **options), expected)
+    assert cache.density == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "room"), [("llama", 1), ("llama", 8), ("mistral", 2), ("gemma", 2)]
+)
+def test_the_compiled_decode_is_recorded_whole_and_answers_as_the_eager_one(
+    models: dict[str, Any], kind: str, room: int
+) -> None:
+    model, ids = models[kind], prompt(400, 2)
+    size = 408 * room
+    eager = SparseStaticCache(model.config, size, FEW)
+    expected = generate(model, ids, eager, disable_compile=True)
+    torch._dynamo.reset()
+    cache = SparseStaticCache(model.config, size, FEW)
+    counters.clear()
+    assert_alike(generate(model, ids, cache), expected)
+    # transformers' own sliding layers count in Python: their first step is a graph of its own.
+    graphs = 2 if kind == "gemma" else 1
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+    assert not counters["inductor"]["cudagraph_skips"]
+    assert 0 < cache.density < 0.3
+    assert cache.density == pytest.approx(eager.density)
+    # Another prompt, and the first one again, in the same graphs.
+    cache.reset()
+    generate(model, prompt(150, 2), cache)
+    cache.reset()
+    assert_alike(generate(model, ids, cache), expected)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_token_is_attention_to_the_chosen_units(
+    models: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[tuple[float, float]] = []
+
+    def compared(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Tensor:
+        found = attend_listed(query, key, value, *rest, **options)
+        counts, listed, lengths = (tensor.clone() for tensor in rest[:3])
+        seen = seen_of(counts, listed, lengths, options["unit"])
+        assert bool(rest[3][:, None].expand_as(seen)[seen].all())
+        reference, same = (
+            exact(query, key, value, seen, options["scale"], dtype)
+            for dtype in (torch.float64, torch.float32)
+        )
+        errors.append((rmse(found, reference), rmse(same, reference)))
+        return found
+
+    monkeypatch.setattr(transformers_decode_device, "attend_listed", compared)
+    cache = SparseStaticCache(models[kind].config, 1024, FEW)
+    generate(models[kind], prompt(400, 2), cache, disable_compile=True)
+    # The first of eight tokens is the prompt's.
+    layers = sum(isinstance(layer, SparseStaticLayer) for layer in cache.layers)
+    assert len(errors) == 7 * layers
+    assert all(ours <= 2 * theirs + 1e-6 for ours, theirs in errors)
+
+
+def test_a_small_cache_is_read_whole(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = models["llama"], prompt(200)
+    expected = generate(model, ids, StaticCache(model.config, max_cache_len=224))
+    fewest = SparseStaticCache(model.config, 224, DecodeSelector(share=0.1, min_keys=224))
+    monkeypatch.setattr(transformers_decode_device, "FEW_BYTES", 1e9)
+    for cache in (fewest, SparseStaticCache(model.config, 224, FEW)):
+        torch._dynamo.reset()
+        assert_alike(generate(model, ids, cache), expected)
+        assert cache.density == 1.0
+
+
+def test_padding_is_refused_by_name(models: dict[str, Any]) -> None:
+    for length in (100, 200):
+        ids = prompt(length, 2)
+        mask = torch.ones_like(ids)
+        mask[0, :30] = 0
+        cache = SparseStaticCache(models["llama"].config, 256, FEW)
+        with pytest.raises(ValueError, match="prompts without padding"):
+            generate(models["llama"], ids, cache, attention_mask=mask)
+
+
+def test_what_the_kernels_do_not_take_is_refused_by_name() -> None:
+    layer = SparseStaticLayer(32, FEW, LlamaConfig(**SIZES))
+    for rows, what in (
+        (torch.empty(1, 2, 1, 64, dtype=torch.float64, device="cuda"), "torch.float64"),
+        (torch.empty(1, 2, 1, 320, device="cuda"), "head_dim 320"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"{what}.*use transformers' StaticCache"):
+            layer.lazy_initialization(rows, rows)
