@@ -105,7 +105,10 @@ CALLS = (
         128,
         32768,
         False,
-        ("fine", "pool_pages", "name_pages", "summarize", "estimate", "choose"),
+        (
+            *("fine", "pool_pages", "name_pages", "summarize", "summarize_rows"),
+            *("estimate", "choose"),
+        ),
         True,
     ),
 )
@@ -130,7 +133,15 @@ class Launched:
 
 def launches(target: Target) -> list[Launched]:
     """What the launchers choose for a GPU, as `CALLS` says."""
-    from unisparse_flex.block_masks.kernels import decode, launch, lists, pages, score, select
+    from unisparse_flex.block_masks.kernels import (
+        decode,
+        launch,
+        lists,
+        pages,
+        rows,
+        score,
+        select,
+    )
 
     found: dict[str, Launched] = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -147,6 +158,7 @@ def launches(target: Target) -> list[Launched]:
             if call.paged:
                 compute_paged(lists, pages, call)
                 decode_paged(decode, pages, call)
+                decode_rows(decode, rows, call)
             else:
                 compute(lists, call)
     return list(found.values())
@@ -240,6 +252,36 @@ def decode_paged(decode: Any, pages: Any, call: Call) -> None:
         rule=DecodeSelector(top_p=0.9).rule,
         scale=0.1,
         steps=(32, 4, 1),
+    )
+
+
+def decode_rows(decode: Any, rows: Any, call: Call) -> None:
+    """The same where the keys of a sequence lie one after the other, and a whole prompt of them."""
+
+    def empty(*shape: int, dtype: torch.dtype = call.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    units = call.length // 32
+    numbers = empty(16, 8, units, 2, call.head_dim, dtype=torch.int8)
+    scales = empty(16, 8, units, 2)
+    lengths = empty(16, dtype=torch.int32)
+    keys = empty(16, 8, call.length, call.head_dim)
+    for count in (1, call.length):
+        rows.summarize_rows(keys, lengths, numbers, scales, rows=count, unit=32)
+    decode.choose_units(
+        empty(16, 32, call.head_dim),
+        numbers,
+        scales,
+        empty(16, 8, units, dtype=torch.uint8),
+        empty(16, 1, dtype=torch.int32),
+        lengths,
+        empty(16 * 8, units, dtype=torch.int32),
+        empty(16 * 8, dtype=torch.int32),
+        empty(2, dtype=torch.int64),
+        unit=32,
+        rule=DecodeSelector(top_p=0.9).rule,
+        scale=0.1,
+        steps=(0, 0, 1),
     )
 
 
