@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from statistics import median
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -30,15 +32,20 @@ LAYERS = 8
 
 def measure_decode(bench: Bench) -> Iterator[dict[str, Any]]:
     """Tokens a second of requests that decode together, in CUDA graphs."""
-    bench = bench.with_layers(bench.decode_layers)
+    for layers, cases in groupby(bench.decoding, itemgetter(2)):
+        yield from _measure_together(bench.with_layers(layers), [case[:2] for case in cases])
+
+
+def _measure_together(bench: Bench, cases: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The cases of one model."""
     rows: list[dict[str, Any]] = [
         {"case": "decode", "requests": n, "prompt": length, "layers": bench.shape.layers}
-        for n, length in bench.decoding
+        for n, length in cases
     ]
     settings = {**sparse_settings(bench.whole), "decode": DECODE}
     del settings["min_length"]
     graphs = bench.parent is not None
-    most = max(n for n, _ in bench.decoding)
+    most = max(n for n, _ in cases)
     servers = {
         "parent": bench.server(bench.whole, None, graphs=graphs, requests=most, memory=0.46),
         "sparse": bench.server(bench.whole, settings, graphs=graphs, requests=most, memory=0.46),
@@ -63,7 +70,7 @@ def measure_decode(bench: Bench) -> Iterator[dict[str, Any]]:
     for row in rows:
         if "sparse_step_ms" in row and "parent_step_ms" in row:
             row["ratio"] = median(row["parent_step_ms"]) / median(row["sparse_step_ms"])
-    yield from rows
+    return rows
 
 
 def run_decode(client: Client, requests: int, prompt: int) -> list[float]:
@@ -98,7 +105,7 @@ def measure_decode_attention(bench: Bench) -> Iterator[dict[str, Any]]:
     """One layer's attention of a decoding step in a CUDA graph, the choice of keys included."""
     if bench.parent != "FLASH_ATTN":
         return
-    for requests, length in bench.decoding:
+    for requests, length, _ in bench.decoding:
         row: dict[str, Any] = {
             "case": "decode-attention",
             "requests": requests,

@@ -29,8 +29,8 @@ class Bench:
         many: How many these are.
         answer: Tokens of their answers.
         lengths: How many different lengths are tried.
-        decoding: Requests that decode together, and the tokens of their prompts.
-        decode_layers: Layers of the model that decodes.
+        decoding: Requests that decode together, the tokens of their prompts, and the model's
+            layers.
     """
 
     shape: Shape
@@ -43,8 +43,7 @@ class Bench:
     many: int
     answer: int
     lengths: int
-    decoding: Sequence[tuple[int, int]]
-    decode_layers: int
+    decoding: Sequence[tuple[int, int, int]]
 
     def with_layers(self, layers: int) -> Bench:
         """The same for a model of so many layers."""
@@ -55,7 +54,7 @@ class Bench:
     @property
     def longest(self) -> int:
         """Most tokens of a request."""
-        return max(self.prompt, *(length for _, length in self.decoding)) + 256
+        return max(self.prompt, *(length for _, length, _ in self.decoding)) + 256
 
     def server(self, chunk: int, settings: dict[str, Any] | None, **more: Any) -> Server:
         """An engine for prompts of up to `prompt`."""
@@ -106,9 +105,14 @@ def create_bench(device: str, folder: Path, options: argparse.Namespace) -> Benc
         many=32 if on_gpu else 4,
         answer=128 if on_gpu else 8,
         lengths=20 if on_gpu else 4,
-        # The second one with its answer as long as the model's context.
-        decoding=((16, prompt // 3), (1, prompt * 4 // 3 - 256), (64, 2048))
-        if on_gpu
-        else ((2, 512), (1, 1536), (4, 64)),
-        decode_layers=options.layers or (20 if on_gpu else shape.layers),
+        # As many layers as fit, of 32. The second one with its answer as long as the model's
+        # context.
+        decoding=tuple(
+            (requests, length, options.layers or layers)
+            for requests, length, layers in (
+                ((16, prompt // 3, 20), (1, prompt * 4 // 3 - 256, 32), (64, 2048, 32))
+                if on_gpu
+                else ((2, 512, 2), (1, 1536, 2), (4, 64, 2))
+            )
+        ),
     )

@@ -83,8 +83,7 @@ def bench(tmp_path: Path, **changes: Any) -> Bench:
         "many": 3,
         "answer": 4,
         "lengths": 3,
-        "decoding": ((3, 64), (1, 512)),
-        "decode_layers": 2,
+        "decoding": ((3, 64, 2), (1, 512, 3)),
     }
     return Bench(**{**values, **changes})
 
@@ -328,11 +327,12 @@ def test_steps_in_which_all_decode_are_timed(
     engines = {"parent": Engine(prefill=3), "sparse": Engine(prefill=2)}
     serving(monkeypatch, **engines)
     rows = list(decoding.measure_decode(bench(tmp_path)))
-    assert [(row["requests"], row["prompt"]) for row in rows] == [(3, 64), (1, 512)]
+    found = [(row["requests"], row["prompt"], row["layers"]) for row in rows]
+    assert found == [(3, 64, 2), (1, 512, 3)]
     for row in rows:
         assert len(row["parent_step_ms"]) == len(row["sparse_step_ms"]) == decoding.STEPS
         assert row["ratio"] > 0
         assert "decode_density" in row
-    assert rows[0]["summaries_bytes"] == 1
+        assert row["summaries_bytes"] == 1
     assert len(engines["parent"].aborted) == 4
     assert not list(decoding.measure_decode_attention(bench(tmp_path)))
