@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode_rule import DecodeRule
-from .gpu import gpu_of
+from .gpu import starts_early
 from .launch import Launch
 from .recording import empty
 from .scratch import power_of_two
@@ -62,11 +62,12 @@ def _estimate(
 ):
     """Logarithms of the masses of units, ROWS at a time, for the query heads of one key head.
 
-    With PACK the query is copied besides, rows and heads side by side. With EARLY the kernel behind
-    it may start, and waits.
+    With PACK the query is copied besides, rows and heads side by side. With EARLY it may start
+    before the kernel that it comes after is done, and the one behind it before it is.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     request = tl.program_id(1) // kv_heads
     head = tl.program_id(1) % kv_heads
     length = tl.load(lengths + request)
@@ -117,7 +118,7 @@ def _largest(keys, weights, least, BITS: tl.constexpr):
     found = tl.zeros([], dtype=tl.int32)
     for i in range(BITS):
         tried = found | (1 << (BITS - 1 - i))
-        weighs = tl.sum(tl.where(keys >= tried, weights, 0.0), 0)
+        weighs = tl.sum(tl.where(keys >= tried, weights, tl.zeros_like(weights)), 0)
         found = tl.where(weighs >= least, tried, found)
     return found
 
@@ -196,8 +197,9 @@ def _choose_of(
             wanted = always + tl.where(needed > 0, tl.sum(taken.to(tl.int32), 0), 0)
         wanted = tl.maximum(tl.minimum(wanted, limit), fewest)
         total = tl.maximum(wanted, always)
-        ones = tl.full([SIZE], 1.0, dtype=tl.float32)
-        least = _largest(keys, ones, (total - always).to(tl.float32), BITS)
+        # Integers are added up by one instruction.
+        ones = tl.full([SIZE], 1, dtype=tl.int32)
+        least = _largest(keys, ones, total - always, BITS)
         more = keys > least
         left = total - always - tl.sum(more.to(tl.int32), 0)
         # Of those that are alike the first ones. One sum counts them and the others.
@@ -337,7 +339,9 @@ def choose_units(
     sequences = batch * kv_heads
     masses = empty(query, (sequences * heads * width,), torch.float32)
     programs = min(-(-width // ROWS), -(-PROGRAMS // sequences))
-    early = query.device.type != "cpu" and gpu_of(query.device).starts_early
+    early = starts_early(query.device)
+    # Not an option of every compiler.
+    options = {"launch_pdl": True} if early else {}
     _launch_estimate(
         (programs, sequences, 1),
         query,
@@ -366,6 +370,7 @@ def choose_units(
         EARLY=early,
         num_warps=4,
         enable_fp_fusion=True,
+        **options,
     )
     size = power_of_two(width)
     together = sequences <= FEW or size <= MIDDLE
@@ -405,6 +410,5 @@ def choose_units(
             EARLY=early,
             num_warps=warps,
             enable_fp_fusion=True,
-            # Not an option of every compiler.
-            **({"launch_pdl": True} if early else {}),
+            **options,
         )

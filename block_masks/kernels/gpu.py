@@ -33,10 +33,12 @@ class Gpu:
         """Whether products are of four warps, from shared memory: Hopper, the B200's kin."""
         return not self.is_amd and self.capability[0] in (9, 10)
 
-    @property
-    def starts_early(self) -> bool:
-        """Whether a kernel may be on the GPU before the one that it waits for is done."""
-        return not self.is_amd and self.capability >= (9, 0)
+
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel may be on the GPU before the one that it waits for is done."""
+    gpu = gpu_of(device)
+    # The interpreter does one after the other.
+    return device.type != "cpu" and not gpu.is_amd and gpu.capability >= (9, 0)
 
 
 def gpu_of(device: torch.device) -> Gpu:

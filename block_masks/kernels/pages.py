@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
+from .gpu import starts_early
 from .launch import Launch
 from .recording import empty
 from .scratch import power_of_two
@@ -57,11 +58,15 @@ def _summarize(
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Means of every GROUP keys of the pages whose last key is among the slots, ROWS at a time.
 
     With a UNIT also what decoding needs of the units of all slots, however many keys they hold.
+    With EARLY a choice of units may start, and waits.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(1)
     column = tl.arange(0, WIDTH)
     inside = (column < head_dim)[None, :]
@@ -255,6 +260,7 @@ def summarize(
         UNIT=unit,
         ROWS=rows,
         WIDTH=width,
+        EARLY=unit > 0 and starts_early(pages.device),
         num_warps=warps,
         enable_fp_fusion=True,
     )

@@ -145,7 +145,7 @@ def launches(target: Target) -> list[Launched]:
 
     found: dict[str, Launched] = {}
     with pytest.MonkeyPatch.context() as patch:
-        for module in (decode, score, select):
+        for module in (gpu, score, select):
             patch.setattr(module, "gpu_of", lambda _: target.gpu)
 
         def note(self: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
