@@ -21,7 +21,14 @@ from .flex_support import (
     supports_head_dim,
 )
 from .found_rates import device_name, estimates, find_rates, hardware_name, keep_rates
-from .refusals import DenseReason, flex_lowers, needs_grad, refuse, refuse_sharding
+from .refusals import (
+    DenseReason,
+    flex_lowers,
+    flex_supports,
+    needs_grad,
+    refuse,
+    refuse_sharding,
+)
 
 __all__ = [
     "FLASH_CAPABILITY",
@@ -45,6 +52,7 @@ __all__ = [
     "flash_obstacle",
     "flex_backend",
     "flex_lowers",
+    "flex_supports",
     "forecast",
     "forecast_at",
     "forecast_call",

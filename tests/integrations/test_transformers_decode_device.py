@@ -240,6 +240,14 @@ def test_an_attention_that_does_not_ask_is_refused_by_name(llama: LlamaForCausal
         llama.set_attn_implementation("unisparse")
 
 
+def test_gradients_are_refused_by_name(llama: LlamaForCausalLM) -> None:
+    cache = SparseStaticCache(llama.config, 256, FEW)
+    with torch.no_grad():
+        llama(prompt(130), past_key_values=cache)
+    with pytest.raises(RuntimeError, match=r"under torch\.no_grad"):
+        llama(prompt(1), past_key_values=cache, position_ids=torch.tensor([[130]]))
+
+
 def test_assisted_generation_is_refused_by_name(llama: LlamaForCausalLM) -> None:
     cache = SparseStaticCache(llama.config, 256, FEW)
     with pytest.raises(NotImplementedError, match="generate without assistant_model"):

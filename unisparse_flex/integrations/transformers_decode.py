@@ -20,6 +20,7 @@ from ..block_masks.pages import (
     keep_units,
     pin_prompt,
 )
+from ..passes.decision import flex_supports
 from .transformers_attention import DECODE_LAYER
 from .transformers_decode_device import DeviceReader, padding_error
 
@@ -119,10 +120,10 @@ class SparseStaticLayer(StaticLayer):
                 f"SparseStaticCache must be on a CPU or a CUDA device, got {device}; use "
                 "transformers' StaticCache"
             )
-        obstacle = self._obstacle(key_states)
+        obstacle = self._obstacle(key_states, value_states)
         if obstacle is not None:
             raise NotImplementedError(
-                "SparseStaticCache must hold keys that the kernels on a GPU can summarize, got "
+                "SparseStaticCache must hold keys and values that the kernels on a GPU take, got "
                 f"{key_states.dtype} with head_dim {key_states.shape[3]} on {device}: {obstacle}; "
                 "use transformers' StaticCache"
             )
@@ -134,9 +135,14 @@ class SparseStaticLayer(StaticLayer):
             self._summarize()
 
     @staticmethod
-    def _obstacle(keys: Tensor) -> str | None:
-        """Why the kernels on a GPU cannot summarize keys; ``None`` where they can, and on a CPU."""
-        return kernels.keys_obstacle(keys) if keys.device.type == "cuda" else None
+    def _obstacle(keys: Tensor, values: Tensor) -> str | None:
+        """Why no kernel on a GPU takes them; ``None`` where all do, and on a CPU."""
+        if keys.device.type != "cuda":
+            return None
+        found = kernels.keys_obstacle(keys)
+        if found is None and not flex_supports(keys, values):
+            return "FlexAttention takes a head_dim of 16 and more"
+        return found
 
     @property
     def is_read_whole(self) -> bool:
@@ -216,9 +222,10 @@ class SparseStaticLayer(StaticLayer):
         """See transformers."""
         if self._reader is not None:
             # In place: graphs know where they are.
+            at = beam_idx.to(self.keys.device)
             for tensor in (self.keys, self.values):
-                tensor.copy_(tensor.index_select(0, beam_idx))
-            self._reader.reorder(beam_idx)
+                tensor.copy_(tensor.index_select(0, at))
+            self._reader.reorder(at)
             return
         pinned = [self._units[int(b)].pinned for b in beam_idx]
         super().reorder_cache(beam_idx)

@@ -123,9 +123,15 @@ class DeviceReader:
 
         Raises:
             ValueError: The mask is a bias, or differs from head to head.
+            RuntimeError: A gradient is asked for.
         """
         if not self.reads_part:
             return None
+        if torch.is_grad_enabled() and query.requires_grad:
+            raise RuntimeError(
+                "SparseStaticCache must be read without gradients, got a query that requires one; "
+                "call the model under torch.no_grad()"
+            )
         if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1):
             raise ValueError(
                 "attention_mask must be bool [batch, 1, 1, keys] for SparseStaticCache, got "
