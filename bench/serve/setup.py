@@ -106,11 +106,18 @@ def create_bench(device: str, folder: Path, options: argparse.Namespace) -> Benc
         answer=128 if on_gpu else 8,
         lengths=20 if on_gpu else 4,
         # As many layers as fit, of 32. The second one with its answer as long as the model's
-        # context.
+        # context, the last ones too short and few to gain anything.
         decoding=tuple(
             (requests, length, options.layers or layers)
             for requests, length, layers in (
-                ((16, prompt // 3, 20), (1, prompt * 4 // 3 - 256, 32), (64, 2048, 32))
+                (
+                    (16, prompt // 3, 20),
+                    (1, prompt * 4 // 3 - 256, 32),
+                    (64, 2048, 32),
+                    (8, 4096, 32),
+                    (1, 4096, 32),
+                    (1, 1024, 32),
+                )
                 if on_gpu
                 else ((2, 512, 2), (1, 1536, 2), (4, 64, 2))
             )
