@@ -3,7 +3,7 @@
 from .decode import DecodeSelector, choose_units, estimate_masses, keep_units
 from .paged_keys import PagedKeys
 from .pinned import MOST_LOGITS, PROMPT_ROWS, pin_prompt, pin_units, weigh_units
-from .rows import choose_rows, summarize_rows
+from .rows import choose_rows, pin_rows, summarize_rows
 from .select import paged_obstacle, select_from_pages
 from .summaries import PageSummaries, UnitSummaries, mean_group, units_share
 from .tables import PageTables, name_pages
@@ -24,6 +24,7 @@ __all__ = [
     "name_pages",
     "paged_obstacle",
     "pin_prompt",
+    "pin_rows",
     "pin_units",
     "select_from_pages",
     "summarize_rows",

@@ -39,11 +39,30 @@ def pin_prompt(
     Returns:
         bool [Hkv, S / U].
     """
-    rows, heads = query.shape[0], key.shape[0]
     # Keys that some row does not see lie from the first row's on.
-    first = length - rows
+    first = length - query.shape[0]
     position = torch.arange(first, key.shape[1], device=key.device)
     hidden = position > torch.arange(first, length, device=key.device)[:, None, None]
+    weights = weigh_rows(query, key, hidden, selector=selector, scale=scale)
+    return pin_units(weights, length, selector)
+
+
+def weigh_rows(
+    query: Tensor, key: Tensor, hidden: Tensor, *, selector: DecodeSelector, scale: float
+) -> Tensor:
+    """What `weigh_units` finds for rows, not all of them at once.
+
+    Args:
+        query: [R, Hq, D].
+        key: [Hkv, S, D].
+        hidden: bool [R, 1, m], which of the last m keys a row does not see.
+        selector: With the unit.
+        scale: Factor on the logits.
+
+    Returns:
+        [Hkv, S / U].
+    """
+    heads, first = key.shape[0], key.shape[1] - hidden.shape[2]
     grouped = (query * scale).to(key.dtype).unflatten(1, (heads, -1)).transpose(0, 1)
     step = max(1, MOST_LOGITS // (query.shape[1] * key.shape[1]))
     weights = []
@@ -53,7 +72,7 @@ def pin_prompt(
         logits[..., first:].masked_fill_(unseen, -torch.inf)
         shares = logits.softmax(-1, dtype=torch.float32).transpose(0, 1)
         weights.append(weigh_units(shares.unflatten(-1, (-1, selector.unit // 2)).sum(-1)))
-    return pin_units(torch.stack(weights).amax(0), length, selector)
+    return torch.stack(weights).amax(0)
 
 
 def weigh_units(shares: Tensor) -> Tensor:
@@ -73,12 +92,12 @@ def weigh_units(shares: Tensor) -> Tensor:
     return torch.maximum(whole, before).amax((0, 2))
 
 
-def pin_units(weights: Tensor, length: int, selector: DecodeSelector) -> Tensor:
+def pin_units(weights: Tensor, length: int | Tensor, selector: DecodeSelector) -> Tensor:
     """The units of the largest weights, without those that stay in any case.
 
     Args:
         weights: From `weigh_units`, [Hkv, units].
-        length: Keys of the prompt.
+        length: Keys of the prompt; of an integer on a GPU nobody waits for it.
         selector: With the unit of the weights.
 
     Returns:
@@ -89,8 +108,13 @@ def pin_units(weights: Tensor, length: int, selector: DecodeSelector) -> Tensor:
     order = torch.arange(weights.shape[-1], device=weights.device)
     free = (order >= rule.sinks) & (order < count - rule.last)
     weights = weights.masked_fill(~free, 0.0)
-    best = weights.topk(count_pinned(count, selector), dim=-1).indices
-    return torch.zeros_like(weights, dtype=torch.bool).scatter(-1, best, True) & (weights > 0)
+    if isinstance(count, Tensor):
+        best = weights.argsort(dim=-1, descending=True, stable=True)
+        taken = (order < count_pinned_on_device(count, selector)).expand_as(best)
+    else:
+        best = weights.topk(count_pinned(count, selector), dim=-1).indices
+        taken = torch.ones_like(best, dtype=torch.bool)
+    return torch.zeros_like(weights, dtype=torch.bool).scatter(-1, best, taken) & (weights > 0)
 
 
 def count_pinned(count: int, selector: DecodeSelector) -> int:
@@ -102,3 +126,15 @@ def count_pinned(count: int, selector: DecodeSelector) -> int:
     elif rule.share == 1.0 and rule.top_p < 1.0:
         kept = ceil(count * USUAL_SHARE)
     return int(selector.prompt_share * min(kept, count) + 0.5)
+
+
+def count_pinned_on_device(count: Tensor, selector: DecodeSelector) -> Tensor:
+    """`count_pinned` of one integer where it is."""
+    rule = selector.rule
+    units = count.double()
+    kept = (units * rule.share).ceil()
+    if rule.budget >= 0:
+        kept = kept.clamp(max=rule.budget)
+    elif rule.share == 1.0 and rule.top_p < 1.0:
+        kept = (units * USUAL_SHARE).ceil()
+    return (selector.prompt_share * torch.minimum(kept, units) + 0.5).floor().to(count.dtype)

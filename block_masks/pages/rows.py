@@ -8,6 +8,7 @@ Symbols: B sequences, Hq/Hkv heads, S places for keys, U keys of a unit, n units
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -15,13 +16,19 @@ from torch import Tensor
 
 from .. import kernels
 from .decode import DecodeSelector, choose_units
+from .pinned import pin_units, weigh_rows
 from .summaries import UnitSummaries
 from .tables import PageTables
 
 _library = torch.library.Library("unisparse", "FRAGMENT")
 _library.define(
-    "summarize_rows(Tensor keys, Tensor lengths, SymInt rows, int unit, Tensor(a!) numbers, "
-    "Tensor(b!) scales) -> ()"
+    "summarize_rows(Tensor keys, Tensor length, SymInt rows, int unit, Tensor(a!) lengths, "
+    "Tensor(b!) numbers, Tensor(c!) scales) -> ()"
+)
+_library.define(
+    "pin_rows(Tensor query, Tensor keys, Tensor lengths, Tensor(a!) pinned, int unit, float top_p, "
+    "int budget, float share, int fewest, int sinks, int last, float prompt_share, float scale) "
+    "-> ()"
 )
 _library.define(
     "choose_rows(Tensor query, Tensor numbers, Tensor scales, Tensor pinned, Tensor order, "
@@ -30,16 +37,48 @@ _library.define(
 )
 
 
-def summarize_rows(keys: Tensor, units: UnitSummaries, lengths: Tensor, rows: int) -> None:
-    """Brings summaries up to date with rows just written.
+def summarize_rows(
+    keys: Tensor, units: UnitSummaries, lengths: Tensor, length: Tensor, rows: int
+) -> None:
+    """Brings lengths and summaries up to date with rows just written.
 
     Args:
         keys: [B, Hkv, S, D] with the rows.
         units: Of these keys: each sequence is a page of S keys.
-        lengths: int32 [B], keys of each sequence, the rows included.
+        lengths: int32 [B], which becomes ``length``.
+        length: Keys of each sequence, the rows included; one integer.
         rows: How many were written at the end of each.
     """
-    torch.ops.unisparse.summarize_rows(keys, lengths, rows, units.unit, units.numbers, units.scales)
+    torch.ops.unisparse.summarize_rows(
+        keys, length, rows, units.unit, lengths, units.numbers, units.scales
+    )
+
+
+def pin_rows(
+    query: Tensor,
+    keys: Tensor,
+    units: UnitSummaries,
+    lengths: Tensor,
+    *,
+    selector: DecodeSelector,
+    scale: float,
+) -> None:
+    """Pins the units that the last rows of prompts look at, as `pin_prompt` finds them.
+
+    Of a prompt that is read whole none, and what was pinned before no longer.
+
+    Args:
+        query: [B, R, Hq, D], rows that end at the last key.
+        keys: [B, Hkv, S, D]; what lies after ``lengths`` counts for nothing, but must be finite.
+        units: Of these keys: each sequence is a page of S keys.
+        lengths: int32 [B], keys of each sequence, R at least.
+        selector: Says how many, with the unit of the summaries.
+        scale: Factor on the logits.
+    """
+    torch.ops.unisparse.pin_rows(
+        *(query, keys, lengths, units.pinned, units.unit),
+        *(*selector.rule, selector.prompt_share, scale),
+    )
 
 
 def choose_rows(
@@ -75,24 +114,56 @@ def choose_rows(
 
 
 def _summarize(
-    keys: Tensor, lengths: Tensor, rows: int, unit: int, numbers: Tensor, scales: Tensor
+    keys: Tensor,
+    length: Tensor,
+    rows: int,
+    unit: int,
+    lengths: Tensor,
+    numbers: Tensor,
+    scales: Tensor,
 ) -> None:
+    lengths.copy_(length)
     if keys.device.type == "cuda":
+        # Kernels that start early may read the lengths: that this one has begun is enough.
         kernels.summarize_rows(keys, lengths, numbers, scales, rows=rows, unit=unit)
         return
     pinned = numbers.new_empty(numbers.shape[:3], dtype=torch.uint8)
     units = UnitSummaries(unit=unit, numbers=numbers, scales=scales, pinned=pinned)
     place = torch.arange(unit)
-    for sequence, length in enumerate(lengths.tolist()):
-        part = torch.arange(max(length - rows, 0) // unit, -(-length // unit))
+    for sequence, held in enumerate(lengths.tolist()):
+        part = torch.arange(max(held - rows, 0) // unit, -(-held // unit))
         own = keys[sequence].unflatten(1, (-1, unit)).transpose(0, 1)[part]
-        held = place < (length - part * unit)[:, None]
-        units.write(own, torch.full_like(part, sequence), part, held[:, None, :, None])
+        exists = place < (held - part * unit)[:, None]
+        units.write(own, torch.full_like(part, sequence), part, exists[:, None, :, None])
 
 
-def _describe_nothing(
-    keys: Tensor, lengths: Tensor, rows: int, unit: int, numbers: Tensor, scales: Tensor
+def _pin(
+    query: Tensor,
+    keys: Tensor,
+    lengths: Tensor,
+    pinned: Tensor,
+    unit: int,
+    top_p: float,
+    budget: int,
+    share: float,
+    fewest: int,
+    sinks: int,
+    last: int,
+    prompt_share: float,
+    scale: float,
 ) -> None:
+    rule = kernels.DecodeRule(top_p, budget, share, fewest, sinks, last)
+    selector = replace(_selector(rule, unit), prompt_share=prompt_share)
+    for rows, key, length, out in zip(query, keys, lengths, pinned, strict=True):
+        first = length - rows.shape[0]
+        position = torch.arange(key.shape[1], device=key.device)
+        last_seen = first + torch.arange(rows.shape[0], device=key.device)
+        hidden = position > last_seen[:, None, None]
+        weights = weigh_rows(rows, key, hidden, selector=selector, scale=scale)
+        out.copy_(pin_units(weights, length, selector) & (length > selector.min_keys))
+
+
+def _describe_nothing(*_: object) -> None:
     pass
 
 
@@ -156,5 +227,7 @@ def _describe_choice(
 
 _library.impl("summarize_rows", _summarize, "CompositeExplicitAutograd")
 torch.library.register_fake("unisparse::summarize_rows", _describe_nothing, lib=_library)
+_library.impl("pin_rows", _pin, "CompositeExplicitAutograd")
+torch.library.register_fake("unisparse::pin_rows", _describe_nothing, lib=_library)
 _library.impl("choose_rows", _choose, "CompositeExplicitAutograd")
 torch.library.register_fake("unisparse::choose_rows", _describe_choice, lib=_library)

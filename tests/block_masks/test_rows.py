@@ -14,6 +14,8 @@ from unisparse_flex.block_masks.pages import (
     choose_rows,
     estimate_masses,
     keep_units,
+    pin_prompt,
+    pin_rows,
     summarize_rows,
 )
 
@@ -30,11 +32,12 @@ def keys_of(seed: int = 0) -> Tensor:
 def test_summaries_after_any_steps_are_those_of_all_keys_at_once(rows: list[int]) -> None:
     keys = keys_of()
     found, expected = (UnitSummaries.create(keys, UNIT) for _ in range(2))
-    length = 0
+    lengths, length = torch.zeros(2, dtype=torch.int32), 0
     for count in rows:
         length += count
-        summarize_rows(keys, found, torch.full((2,), length, dtype=torch.int32), count)
-    summarize_rows(keys, expected, torch.full((2,), length, dtype=torch.int32), length)
+        summarize_rows(keys, found, lengths, torch.tensor(length), count)
+        assert lengths.tolist() == [length, length]
+    summarize_rows(keys, expected, lengths, torch.tensor(length), length)
     assert bool(expected.scales[:, :, : -(-length // UNIT), 0].all())
     assert torch.equal(found.numbers, expected.numbers)
     assert torch.equal(found.scales, expected.scales)
@@ -57,7 +60,7 @@ def test_chosen_units_are_those_that_are_kept(selector: DecodeSelector, length: 
     lengths = torch.full((2,), length, dtype=torch.int32)
     units = UnitSummaries.create(keys, UNIT)
     units.pinned.copy_(torch.rand(units.pinned.shape, generator=generator) < 0.1)
-    summarize_rows(keys, units, lengths, length)
+    summarize_rows(keys, units, lengths, torch.tensor(length), length)
     order = torch.arange(2, dtype=torch.int32)[:, None]
     counter = torch.zeros(2, dtype=torch.int64)
     counts, found = choose_rows(
@@ -71,3 +74,29 @@ def test_chosen_units_are_those_that_are_kept(selector: DecodeSelector, length: 
             assert found[b, head, : len(expected)].tolist() == expected
             assert int(counts[b, head]) == len(expected) * UNIT - -length % UNIT
     assert counter.tolist() == [int(kept.sum()), 6 * -(-length // UNIT)]
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("length", [40, 200, 384])
+@pytest.mark.parametrize(
+    "selector",
+    [
+        DecodeSelector(top_p=0.7, min_keys=32, unit=UNIT, prompt_share=1.0),
+        DecodeSelector(budget=64, min_keys=0, unit=UNIT, prompt_share=0.5, sink_keys=0),
+        DecodeSelector(share=0.3, min_keys=100, unit=UNIT, prompt_share=0.5),
+    ],
+)
+def test_pins_are_those_of_the_prompts_one_by_one(
+    selector: DecodeSelector, length: int, rows: int
+) -> None:
+    keys = keys_of()
+    query = torch.randn(2, rows, 6, 8, generator=torch.Generator().manual_seed(length)) * 3
+    lengths = torch.full((2,), length, dtype=torch.int32)
+    units = UnitSummaries.create(keys, UNIT)
+    units.pinned.fill_(1)
+    pin_rows(query, keys, units, lengths, selector=selector, scale=SCALE)
+    for own, key, found in zip(query, keys, units.pinned, strict=True):
+        expected = pin_prompt(own, key, length=length, selector=selector, scale=SCALE)
+        assert torch.equal(found.bool(), expected & (length > selector.min_keys))
+    # Of 40 keys all stay in any case.
+    assert bool(units.pinned.any()) == (length > 100)

@@ -134,9 +134,9 @@ def test_summaries_are_those_of_plain_pytorch(unit: int, head_dim: int, dtype: t
     length = 0
     for rows in (300, 1, 1, 33, 129, 1):
         length += rows
-        lengths = torch.full((2,), length, dtype=torch.int32)
-        summarize_rows(keys, found, lengths.cuda(), rows)
-        summarize_rows(keys.cpu(), expected, lengths, rows)
+        lengths, now = torch.zeros(2, dtype=torch.int32), torch.tensor(length)
+        summarize_rows(keys, found, lengths.cuda(), now.cuda(), rows)
+        summarize_rows(keys.cpu(), expected, lengths, now, rows)
     every = torch.arange(2)
     for ours, theirs in zip(found.read(every.cuda()), expected.read(every), strict=True):
         # A number may be rounded the other way.
@@ -162,7 +162,7 @@ def test_chosen_keys_are_attended(
     lengths = torch.full((2,), length, dtype=torch.int32, device="cuda")
     order = torch.arange(2, dtype=torch.int32, device="cuda")[:, None]
     counter = torch.zeros(2, dtype=torch.int64, device="cuda")
-    summarize_rows(key, units, lengths, length)
+    summarize_rows(key, units, lengths, torch.tensor(length, device="cuda"), length)
     rule = DecodeSelector(share=0.1, min_keys=0, unit=unit).rule
     counts, listed = choose_rows(query, units, order, lengths, counter, rule=rule, scale=SCALE)
     mask = None
@@ -182,14 +182,15 @@ def test_a_step_waits_for_nothing_and_a_graph_repeats_it_for_other_lengths() -> 
     keys, values = (torch.randn(2, 2, 2048, 64, device="cuda") for _ in range(2))
     query = torch.randn(2, 8, 64, device="cuda")
     units = UnitSummaries.create(keys, 32)
-    lengths = torch.full((2,), 2000, dtype=torch.int32, device="cuda")
+    lengths = torch.zeros(2, dtype=torch.int32, device="cuda")
+    now = torch.tensor(2000, device="cuda")
     order = torch.arange(2, dtype=torch.int32, device="cuda")[:, None]
     counter = torch.zeros(2, dtype=torch.int64, device="cuda")
     rule = DecodeSelector(share=0.2, min_keys=64).rule
-    summarize_rows(keys, units, lengths, 2000)
+    summarize_rows(keys, units, lengths, now, 2000)
 
     def step() -> Tensor:
-        summarize_rows(keys, units, lengths, 1)
+        summarize_rows(keys, units, lengths, now, 1)
         counts, listed = choose_rows(query, units, order, lengths, counter, rule=rule, scale=SCALE)
         return attend_listed(query, keys, values, counts, listed, lengths, unit=32, scale=SCALE)
 
@@ -204,7 +205,7 @@ def test_a_step_waits_for_nothing_and_a_graph_repeats_it_for_other_lengths() -> 
     with torch.cuda.graph(graph):
         recorded = step()
     for length in (2001, 1500, 40):
-        lengths.fill_(length)
+        now.fill_(length)
         query.normal_()
         graph.replay()
         torch.testing.assert_close(recorded, step(), rtol=1e-4, atol=1e-4)

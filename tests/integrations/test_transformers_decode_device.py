@@ -138,6 +138,23 @@ def test_the_compiled_decode_of_generate_is_one_graph_and_answers_alike(
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_prompt_in_compiled_chunks_is_followed_and_pinned_too(llama: LlamaForCausalLM) -> None:
+    torch._dynamo.reset()
+    ids = prompt(400, 2)
+    selector = DecodeSelector(budget=128, min_keys=0, unit=16, prompt_share=0.5)
+    expected = generate(llama, ids, SparseStaticCache(llama.config, 512, selector))
+    compiled = CompileConfig(mode="default")
+    compiled._compile_all_devices = True
+    cache = SparseStaticCache(llama.config, 512, selector)
+    found = generate(llama, ids, cache, compile_config=compiled, prefill_chunk_size=128)
+    assert torch.equal(found.sequences, expected.sequences)
+    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for layer in layers_of(cache):
+        assert layer._reader is not None
+        assert {int(count) for count in layer._reader._units.pinned.sum(-1).flatten()} == {4}
+
+
 @pytest.mark.parametrize("room", [1, 2, 8])
 @pytest.mark.parametrize("kind", ["llama", "window beyond the cache", "window", "hybrid"])
 def test_places_that_were_not_written_are_not_read(

@@ -36,7 +36,7 @@ def test_units_follow_the_rows_that_were_written(
         kernels.rows.summarize_rows(
             keys, lengths, found.numbers, found.scales, rows=rows, unit=UNIT
         )
-        summarize_rows(keys, expected, lengths, rows)
+        summarize_rows(keys, expected, lengths, torch.tensor(length), rows)
         count = -(-length // UNIT)
         assert bool(expected.scales[0, :, :count, 0].all())
         assert not found.scales[:, :, count:].any()
@@ -53,7 +53,7 @@ def test_units_are_named_by_their_place_in_the_sequence(kernels: Kernels) -> Non
     query = torch.randn(2, 4, 8, generator=generator) * 3
     lengths = torch.tensor([311, 311], dtype=torch.int32)
     units = UnitSummaries.create(keys, UNIT)
-    summarize_rows(keys, units, lengths, 311)
+    summarize_rows(keys, units, lengths, torch.tensor(311), 311)
     selector = DecodeSelector(budget=96, min_keys=0, unit=UNIT, sink_keys=16, last_keys=16)
     order = torch.arange(2, dtype=torch.int32)[:, None]
     found, expected = (

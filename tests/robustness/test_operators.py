@@ -42,7 +42,8 @@ def test_the_operators_are_those_that_are_checked_here() -> None:
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("unisparse::")}
     operators = (
         *("sdpa", "contiguous", "select_blocks", "key_intervals", "context_sdpa"),
-        *("sdpa_at_run", "sdpa_at_run_backward", "summarize_rows", "choose_rows"),
+        *("sdpa_at_run", "sdpa_at_run_backward", "summarize_rows"),
+        *("choose_rows", "pin_rows"),
     )
     assert names == {f"unisparse::{name}" for name in operators}
 
@@ -188,14 +189,15 @@ def test_summaries_of_rows(device: str, rows: int) -> None:
     keys, units, lengths = rows_of_a_cache(device)
     check(
         torch.ops.unisparse.summarize_rows.default,
-        *(keys, lengths, rows, 16, units.numbers, units.scales),
+        *(keys, torch.tensor(100, device=device), rows, 16),
+        *(lengths, units.numbers, units.scales),
     )
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_choice_for_rows(device: str) -> None:
     keys, units, lengths = rows_of_a_cache(device)
-    summarize_rows(keys, units, lengths, 100)
+    summarize_rows(keys, units, lengths, torch.tensor(100, device=device), 100)
     query = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(1)).to(device)
     order = torch.arange(2, dtype=torch.int32, device=device)[:, None]
     counter = torch.zeros(2, dtype=torch.int64, device=device)
@@ -208,6 +210,17 @@ def test_the_choice_for_rows(device: str) -> None:
         test_utils=utils,
     )
     assert found == dict.fromkeys(utils, "SUCCESS")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_pins_of_rows(device: str) -> None:
+    keys, units, lengths = rows_of_a_cache(device)
+    query = torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(1)).to(device)
+    rule = DecodeSelector(share=0.5, min_keys=0, unit=16, last_keys=16).rule
+    check(
+        torch.ops.unisparse.pin_rows.default,
+        *(query, keys, lengths, units.pinned, 16, *rule, 0.5, 0.3),
+    )
 
 
 @pytest.mark.gpu

@@ -253,7 +253,7 @@ class SparseStaticLayer(StaticLayer):
         if self._reader is None:
             self._observe_now(query, scale)
         else:
-            self._reader.observe(query, self.keys, self.cumulative_length, attention_mask, scale)
+            self._reader.observe(query, self.keys, attention_mask, scale)
 
     @torch.compiler.disable
     def _observe_now(self, query: Tensor, scale: float) -> None:

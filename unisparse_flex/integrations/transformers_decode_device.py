@@ -13,7 +13,7 @@ from ..block_masks.pages import (
     DecodeSelector,
     UnitSummaries,
     choose_rows,
-    pin_prompt,
+    pin_rows,
     summarize_rows,
 )
 from ..passes.attend import attend_listed
@@ -69,42 +69,27 @@ class DeviceReader:
             rows: How many are new.
         """
         if self.reads_part:
-            self._lengths.copy_(length)
-            summarize_rows(keys, self._units, self._lengths, rows)
+            summarize_rows(keys, self._units, self._lengths, length, rows)
 
-    def observe(
-        self, query: Tensor, keys: Tensor, length: Tensor, mask: Tensor | None, scale: float
-    ) -> None:
-        """Pins the units that the last rows of a prompt look at. A graph pins nothing.
+    def observe(self, query: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> None:
+        """Pins the units that the last rows of a prompt look at.
 
         Args:
             query: [B, Hq, Sq, D], rows that end at the last key.
             keys: [B, Hkv, S, D].
-            length: int64, one number: keys that there are.
             mask: Of the whole cache, [B or 1, 1, Sq, S].
             scale: Factor on the logits.
 
         Raises:
-            ValueError: The mask hides a key of the prompt.
+            ValueError: The mask hides a key of the prompt; a graph does not ask.
         """
-        if not self.reads_part or torch.compiler.is_compiling():
+        if not self.reads_part:
             return
-        held, selector = int(length), self._selector
-        if _hides(mask, held):
+        if not torch.compiler.is_compiling() and _hides(mask, self._lengths):
             raise padding_error()
-        if not selector.prompt_share or held <= selector.min_keys:
-            return
-        count = -(-held // selector.unit)
-        self._units.pinned.zero_()
-        rows = query[:, :, -PROMPT_ROWS:].transpose(1, 2)
-        for own, key, pinned in zip(rows, keys, self._units.pinned, strict=True):
-            pinned[:, :count] = pin_prompt(
-                own,
-                key[:, : count * selector.unit],
-                length=held,
-                selector=selector,
-                scale=scale,
-            )
+        if self._selector.prompt_share:
+            rows = query[:, :, -PROMPT_ROWS:].transpose(1, 2)
+            pin_rows(rows, keys, self._units, self._lengths, selector=self._selector, scale=scale)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
@@ -181,13 +166,15 @@ def padding_error() -> ValueError:
     )
 
 
-def _hides(mask: Tensor | None, length: int) -> bool:
+def _hides(mask: Tensor | None, lengths: Tensor) -> bool:
     """Whether the last row of a prompt may not see some key up to itself."""
     if isinstance(mask, DeferredMask):
         # Computed it may be larger than the model.
-        mask = mask.padding
-        return mask is not None and not bool(mask[:, :length].all())
-    if mask is None:
+        own = mask.padding
+    else:
+        own = None if mask is None else mask[:, 0, -1]
+    if own is None:
         return False
-    own = mask[:, :, -1, :length]
-    return not bool(own.all() if own.dtype == torch.bool else (own == 0).all())
+    seen = own != 0 if own.dtype == torch.bool or isinstance(mask, DeferredMask) else own == 0
+    place = torch.arange(own.shape[-1], device=own.device)
+    return not bool((seen | (place >= lengths[:, None])).all())
