@@ -1,8 +1,8 @@
 """What a generated token takes on a GPU with a cache that is read in part: random weights.
 
 Called by `bench.generation`. ``generate`` compiles its decoding, as it does for every static cache.
-Caches are filled with random keys and values, all but the prompt's last token, so that nothing is
-pinned and densities are given. A token's time is that from the one before it to it, on the host.
+Caches are filled with random keys and values; the prompt's last rows, which pin units, are computed
+by the model. Densities are given. A token's time is that from the one before it to it, on the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unisparse_flex.block_masks.pages import DecodeSelector
+from unisparse_flex.block_masks.pages import PROMPT_ROWS, DecodeSelector
 from unisparse_flex.integrations.transformers import register
 
 from . import prefill
@@ -70,7 +70,7 @@ def measure_cache(
     torch._dynamo.reset()
     model.set_attn_implementation("sdpa" if selector is None else "unisparse")
     cache = create_cache(model.config, length + tokens, selector)
-    fill(cache, model, batch, length - 1)
+    fill(cache, model, batch, length - PROMPT_ROWS)
     clock = Clock()
     start = time.perf_counter()
     model.generate(

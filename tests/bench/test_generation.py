@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from bench import generation, generation_gpu
@@ -35,6 +37,13 @@ def test_each_cache_is_timed_beside_the_static_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_table_compares_with_the_static_cache_of_the_same_shape() -> None:
+    sizes = {"tokens": 8, "tokens_per_second": 100.0}
+    rows: list[dict[str, Any]] = [
+        {"batch": 1, "cache": "static", "density": None, "ms": [4.0], **sizes},
+        {"batch": 1, "cache": "sparse", "density": 0.1, "ms": [1.0, 2.0, 9.0], **sizes},
+        {"batch": 2, "cache": "sparse", "density": 0.1, "ms": [1.0], **sizes},
+        {"batch": 2, "cache": "static", "errors": {"generate": "lost"}, "tokens": 8},
+    ]
     result = {
         "model": "M",
         "weights": "random",
@@ -42,15 +51,8 @@ def test_a_table_compares_with_the_static_cache_of_the_same_shape() -> None:
         "dtype": "bfloat16",
         "device": "GPU",
         "command": ["python"],
-        "rows": [
-            {"batch": 1, "tokens": 8, "cache": "static", "density": None, "ms": [4.0]},
-            {"batch": 1, "tokens": 8, "cache": "sparse", "density": 0.1, "ms": [1.0, 2.0, 9.0]},
-            {"batch": 2, "tokens": 8, "cache": "sparse", "density": 0.1, "ms": [1.0]},
-            {"batch": 2, "tokens": 8, "cache": "static", "errors": {"generate": "lost"}},
-        ],
+        "rows": rows,
     }
-    for row in result["rows"]:
-        row["tokens_per_second"] = 100.0  # type: ignore[index]
     table = generation.describe(result, "file.json")
     assert "random weights, densities given, compiled by generate" in table
     assert "| 1 | 8 | `sparse` | 10% | 2.00 | 100 | 2.00 |" in table
