@@ -1,6 +1,7 @@
 """Masks as programs, formulas of a query's and a key's position; and as tensors of pairs."""
 
 from .contents import MaskContents, is_alike_along, mask_table, read_mask
+from .ends import RowEnds, ends_plan
 from .evaluation import number_of
 from .expr import (
     FALSE,
@@ -56,6 +57,7 @@ __all__ = [
     "MaskProgram",
     "Or",
     "Q",
+    "RowEnds",
     "Symbol",
     "Tiles",
     "Truth",
@@ -65,6 +67,7 @@ __all__ = [
     "atoms",
     "conjuncts",
     "coordinates",
+    "ends_plan",
     "equal",
     "floor_div",
     "format_mask",

@@ -61,7 +61,7 @@ def bound_side(part: Bool) -> int | None:
         return NEITHER
     match part:
         case Compare():
-            bound = _key_bound(part)
+            bound = key_bound(part)
             return None if bound is None else bound[0]
         case And() | Or():
             sides = {bound_side(inner) for inner in part.parts} - {NEITHER}
@@ -87,7 +87,7 @@ def bound_value(program: MaskProgram, part: Bool, side: int, row: Tensor) -> Ten
         whole, none = (program.kv_len - 1, -1) if side == LAST else (0, program.kv_len)
         return torch.where(sees, whole, none)
     if isinstance(part, Compare):
-        bound = _key_bound(part)
+        bound = key_bound(part)
         assert bound is not None
         return integer_at(program, bound[1], row)
     assert isinstance(part, (And, Or))
@@ -103,7 +103,7 @@ def has_hull(part: Bool) -> bool:
         return True
     match part:
         case Compare(op="=="):
-            return _sides_of_equality(part) is not None
+            return sides_of_equality(part) is not None
         case And():
             return all(has_hull(inner) for inner in part.parts)
         case Or():
@@ -176,7 +176,7 @@ def _hull_of_equals(
     program: MaskProgram, part: Compare, row: Tensor, seen: Tensor | None = None
 ) -> Hull:
     """The run between the first and the last key whose id is the row's, of those that are seen."""
-    sides = _sides_of_equality(part)
+    sides = sides_of_equality(part)
     assert sides is not None
     of_row = integer_at(program, sides[0], row)
     of_key = integer_at(program, sides[1], torch.arange(program.kv_len, device=row.device)[None])
@@ -194,7 +194,7 @@ def _hull_of_equals(
     return Hull(first, last, stop - start < last - first + 1)
 
 
-def _key_bound(part: Compare) -> tuple[int, Affine] | None:
+def key_bound(part: Compare) -> tuple[int, Affine] | None:
     """``(LAST, e)`` of ``kv <= e`` or ``(FIRST, e)`` of ``kv >= e``, where ``e`` knows no key."""
     if part.op == "==":
         return None
@@ -208,7 +208,7 @@ def _key_bound(part: Compare) -> tuple[int, Affine] | None:
     return factor, rest * -factor
 
 
-def _sides_of_equality(part: Compare) -> tuple[Affine, Affine] | None:
+def sides_of_equality(part: Compare) -> tuple[Affine, Affine] | None:
     """``x`` and ``y`` of ``x == y``, where ``x`` knows no key and ``y`` no query row."""
     keys = Affine(tuple((a, f) for a, f in part.difference.terms if "kv" in _names(a)))
     return None if "q" in coordinates(keys) else (keys - part.difference, keys)

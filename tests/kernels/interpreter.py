@@ -19,6 +19,7 @@ NAMES = (
     "pages",
     "rows",
     "decode",
+    "intervals",
     "score_rows",
     "score",
     "select",
@@ -37,6 +38,7 @@ class Kernels:
     pages: Any
     rows: Any
     decode: Any
+    intervals: Any
     score_rows: Any
     score: Any
     select: Any

@@ -16,7 +16,7 @@ import torch
 from unisparse_flex.block_masks import BlockGeometry, UniSparse
 from unisparse_flex.block_masks.kernels import gpu, operator, settings_of
 from unisparse_flex.block_masks.key_intervals import IntervalTables, interval_tables
-from unisparse_flex.block_masks.masks import MaskProgram
+from unisparse_flex.block_masks.masks import MaskProgram, RowEnds
 from unisparse_flex.block_masks.pages import DecodeSelector
 
 triton: Any = pytest.importorskip("triton")
@@ -98,7 +98,16 @@ CALLS = (
     Call(torch.bfloat16, 128, 32768, False, ("select",), per_head=True),
     Call(torch.float32, 128, 4096, False, ("fine",)),
     Call(torch.float16, 64, 2048, False, ("score_both", "pool")),
-    Call(torch.bfloat16, 128, 1024, True, ("score_both", "pool")),
+    Call(
+        torch.bfloat16,
+        128,
+        1024,
+        True,
+        (
+            *("score_both", "pool"),
+            *("key_blocks", "nearest_blocks", "row_blocks", "last_blocks"),
+        ),
+    ),
     Call(torch.bfloat16, 256, 32768, True, ("fine",)),
     Call(
         torch.bfloat16,
@@ -135,6 +144,7 @@ def launches(target: Target) -> list[Launched]:
     """What the launchers choose for a GPU, as `CALLS` says."""
     from unisparse_flex.block_masks.kernels import (
         decode,
+        intervals,
         launch,
         lists,
         pages,
@@ -161,6 +171,8 @@ def launches(target: Target) -> list[Launched]:
                 decode_rows(decode, rows, call)
             else:
                 compute(lists, call)
+            if call.masked:
+                make_tables(intervals, call)
     return list(found.values())
 
 
@@ -187,6 +199,32 @@ def compute(lists: Any, call: Call) -> None:
         intervals=tables(call.length, options) if call.masked else None,
         head_thresholds=torch.empty(32, device="meta") if call.per_head else None,
     )
+
+
+def make_tables(intervals: Any, call: Call) -> None:
+    """Those of a padded batch of documents, and of rows whose ends are given."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    batch, length = 2, call.length
+    ids, flags = empty(batch, length), empty(batch, length, dtype=torch.bool)
+    geometry = BlockGeometry(q_len=length, kv_len=length, block_size=128, causal_offset=0)
+    for ends in (
+        RowEnds(row_ids=ids, ids=ids, order=ids, sees=flags, key_valid=flags),
+        RowEnds(last_offset=0, first_offset=-500, lasts=ids, firsts=ids, gaps=flags),
+    ):
+        intervals.make_tables(
+            ends,
+            empty(65, dtype=torch.float32),
+            geometry,
+            batch=batch,
+            c_q=16,
+            c_k=64,
+            sampled_queries=4,
+            sink_blocks=1,
+            last_query_blocks=1,
+        )
 
 
 def compute_paged(lists: Any, pages: Any, call: Call) -> None:
