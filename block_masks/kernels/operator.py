@@ -7,6 +7,7 @@ kernels can take turns over heads and rows within bounded scratch.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -21,12 +22,15 @@ from ..geometry import BlockGeometry
 from ..key_intervals import BLOCK_FIELDS, ROW_FIELDS, IntervalTables, interval_tables
 from ..masks import MaskProgram, has_intervals
 from .head_thresholds import prepare_thresholds, thresholds_of_text, thresholds_on
+from .mask_tables import share_logs, tables_of_mask
 from .recording import Recordings
 from .self_check import failure_of
 from .settings import KernelSettings, decode_settings, encode_settings
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+# Where the tables of masks are made by them too.
+KERNELS = "cuda"
 # The selection counts both lists of a row in one 32-bit integer.
 MAX_KEY_BLOCKS = 2**15 - 1
 # Below it there is neither bfloat16 nor a copy into shared memory that nobody waits for.
@@ -204,6 +208,8 @@ def prepare_mask(
     """The tables of `key_intervals.interval_tables` for a geometry whose mask is of intervals."""
     mask = geometry.mask
     assert mask is not None
+    if device.type == KERNELS:
+        share_logs(settings.c_k, device)
     tables: list[Tensor] = torch.ops.unisparse.key_intervals(
         mask.text,
         mask.named,
@@ -346,32 +352,21 @@ def _make_tables(
     kv_len: int,
     causal_offset: int | None,
     block_size: int,
-    c_q: int,
-    c_k: int,
-    sampled_queries: int,
-    sink_blocks: int,
-    last_query_blocks: int,
     device: torch.device,
+    **settings: int,
 ) -> list[Tensor]:
+    geometry = BlockGeometry(
+        q_len=q_len, kv_len=kv_len, block_size=block_size, causal_offset=causal_offset
+    )
+    if device.type == KERNELS:
+        with on_device(device):
+            return tables_of_mask(
+                mask, tensors, numbers, geometry=geometry, batch=batch, device=device, **settings
+            )
     program = MaskProgram.parse(
         mask, tensors=tensors, numbers=numbers, batch=batch, q_len=q_len, kv_len=kv_len
     )
-    geometry = BlockGeometry(
-        q_len=q_len,
-        kv_len=kv_len,
-        block_size=block_size,
-        causal_offset=causal_offset,
-        mask=program,
-    )
-    return interval_tables(
-        geometry,
-        device,
-        c_q=c_q,
-        c_k=c_k,
-        sampled_queries=sampled_queries,
-        sink_blocks=sink_blocks,
-        last_query_blocks=last_query_blocks,
-    ).tensors()
+    return interval_tables(replace(geometry, mask=program), device, **settings).tensors()
 
 
 def _describe_tables(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.kernels.test_intervals import MaskedCall, assert_selects
-from unisparse_flex.block_masks import kernels
+from unisparse_flex.block_masks import BlockGeometry, kernels
+from unisparse_flex.block_masks.kernels.mask_tables import tables_of_mask
+from unisparse_flex.block_masks.key_intervals import interval_tables
+from unisparse_flex.block_masks.masks import MaskProgram
 from unisparse_flex.block_masks.scoring import default_scale
 
 from .test_cuda_kernels import BF16, FP32, cuda_call, needs_kernels, tokens_of  # noqa: F401
@@ -72,3 +76,32 @@ def test_the_operator_selects_by_what_pairs_are_visible(name: str, dtype: torch.
             scale=default_scale(query.shape[3]),
         )
         assert_selects(masked, lists, query, key)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_are_those_of_plain_pytorch(name: str, causal: bool) -> None:
+    text, tensors = cases()[name]
+    geometry = BlockGeometry(
+        q_len=LENGTH, kv_len=LENGTH, block_size=128, causal_offset=0 if causal else None
+    )
+    options = {
+        **{"c_q": 16, "c_k": 64, "sampled_queries": 4},
+        **{"sink_blocks": 2, "last_query_blocks": 2},
+    }
+    device = torch.device("cuda", torch.cuda.current_device())
+    program = MaskProgram.parse(text, tensors=tensors, batch=BATCH, q_len=LENGTH, kv_len=LENGTH)
+    expected = interval_tables(replace(geometry, mask=program), device, **options).tensors()
+
+    def make() -> list[Tensor]:
+        return tables_of_mask(
+            text, tensors, (), geometry=geometry, batch=BATCH, device=device, **options
+        )
+
+    found = [make(), make()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found.append(make())
+    graph.replay()
+    for tables in found:
+        assert all(ours.equal(theirs) for ours, theirs in zip(tables, expected, strict=True))
