@@ -71,10 +71,12 @@ def measure_cache(
     model.set_attn_implementation("sdpa" if selector is None else "unisparse")
     cache = create_cache(model.config, length + tokens, selector)
     fill(cache, model, batch, length - PROMPT_ROWS)
+    ids = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
     clock = Clock()
     start = time.perf_counter()
     model.generate(
-        torch.randint(model.config.vocab_size, (batch, length), device=model.device),
+        ids,
+        attention_mask=torch.ones_like(ids),
         past_key_values=cache,
         max_new_tokens=tokens,
         do_sample=False,
