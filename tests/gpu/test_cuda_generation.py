@@ -20,7 +20,13 @@ from transformers import (
 )
 
 from tests.api.reference import rmse
-from unisparse_flex.block_masks.pages import UnitSummaries, choose_rows, summarize_rows
+from unisparse_flex.block_masks.pages import (
+    UnitSummaries,
+    choose_rows,
+    pin_prompt,
+    pin_rows,
+    summarize_rows,
+)
 from unisparse_flex.integrations import transformers_decode_device
 from unisparse_flex.integrations.transformers import (
     DecodeSelector,
@@ -186,21 +192,30 @@ def test_a_step_waits_for_nothing_and_a_graph_repeats_it_for_other_lengths() -> 
     now = torch.tensor(2000, device="cuda")
     order = torch.arange(2, dtype=torch.int32, device="cuda")[:, None]
     counter = torch.zeros(2, dtype=torch.int64, device="cuda")
-    rule = DecodeSelector(share=0.2, min_keys=64).rule
+    selector = DecodeSelector(share=0.2, min_keys=64)
     summarize_rows(keys, units, lengths, now, 2000)
 
     def step() -> Tensor:
         summarize_rows(keys, units, lengths, now, 1)
-        counts, listed = choose_rows(query, units, order, lengths, counter, rule=rule, scale=SCALE)
+        counts, listed = choose_rows(
+            query, units, order, lengths, counter, rule=selector.rule, scale=SCALE
+        )
         return attend_listed(query, keys, values, counts, listed, lengths, unit=32, scale=SCALE)
 
+    prompts = torch.randn(2, 16, 8, 64, device="cuda") * 3
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
+        pin_rows(prompts, keys, units, lengths, selector=selector, scale=SCALE)
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    for own, key, pinned in zip(prompts, keys, units.pinned, strict=True):
+        expected = pin_prompt(own.cpu(), key.cpu(), length=2000, selector=selector, scale=SCALE)
+        assert torch.equal(pinned.sum(-1).cpu(), expected.sum(-1))
+        # Weights that round alike may change places.
+        assert int((pinned.bool().cpu() & ~expected).sum(-1).max()) <= 1
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         recorded = step()
