@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode_rule import DecodeRule
-from .gpu import starts_early
+from .gpu import early_options, starts_early
 from .launch import Launch
 from .recording import empty
 from .scratch import power_of_two
@@ -33,7 +33,7 @@ SMALL, MIDDLE = 512, 1024
 KEY_BITS = 12
 
 
-@triton.jit(do_not_specialize=["width", "fewest", "table_stride"])
+@triton.jit(do_not_specialize=["width", "whole", "table_stride"])
 def _estimate(
     query,
     numbers,
@@ -48,7 +48,7 @@ def _estimate(
     width,
     kv_heads,
     head_dim,
-    fewest,
+    whole,
     scale,
     UNITS: tl.constexpr,
     UNIT: tl.constexpr,
@@ -79,7 +79,7 @@ def _estimate(
         out = packed + (tl.program_id(1) * HEADS + row).to(tl.int64) * head_dim
         tl.store(out + at, tl.load(rows + at, mask=inside), mask=inside)
     # A request that keeps everything is not scored.
-    if tl.cdiv(length, UNIT) > fewest:
+    if tl.cdiv(length, UNIT) > whole:
         table = tables + request.to(tl.int64) * table_stride
         column = tl.arange(0, WIDTH)
         own_head = tl.arange(0, PADDED)
@@ -140,6 +140,7 @@ def _choose_of(
     share,
     budget,
     fewest,
+    whole,
     sinks,
     last,
     UNITS: tl.constexpr,
@@ -160,7 +161,7 @@ def _choose_of(
     kept = exists
     at = place
     total = count
-    if count > fewest:
+    if count > whole:
         unit = (page.to(tl.int64) * kv_heads + head) * UNITS + place % UNITS
         stays = tl.load(pinned + unit, mask=exists, other=0) > 0
         shares = tl.zeros([SIZE], dtype=tl.float32)
@@ -215,7 +216,16 @@ def _choose_of(
 
 
 @triton.jit(
-    do_not_specialize=["width", "out_width", "table_stride", "budget", "fewest", "sinks", "last"]
+    do_not_specialize=[
+        "width",
+        "out_width",
+        "table_stride",
+        "budget",
+        "fewest",
+        "whole",
+        "sinks",
+        "last",
+    ]
 )
 def _choose(
     masses,
@@ -236,6 +246,7 @@ def _choose(
     share,
     budget,
     fewest,
+    whole,
     sinks,
     last,
     UNITS: tl.constexpr,
@@ -280,6 +291,7 @@ def _choose(
                 share,
                 budget,
                 fewest,
+                whole,
                 sinks,
                 last,
                 UNITS,
@@ -340,8 +352,6 @@ def choose_units(
     masses = empty(query, (sequences * heads * width,), torch.float32)
     programs = min(-(-width // ROWS), -(-PROGRAMS // sequences))
     early = starts_early(query.device)
-    # Not an option of every compiler.
-    options = {"launch_pdl": True} if early else {}
     _launch_estimate(
         (programs, sequences, 1),
         query,
@@ -357,7 +367,7 @@ def choose_units(
         width,
         kv_heads,
         head_dim,
-        rule.fewest,
+        rule.read_whole,
         scale,
         UNITS=units,
         UNIT=unit,
@@ -370,7 +380,7 @@ def choose_units(
         EARLY=early,
         num_warps=4,
         enable_fp_fusion=True,
-        **options,
+        **early_options(early),
     )
     size = power_of_two(width)
     together = sequences <= FEW or size <= MIDDLE
@@ -395,6 +405,7 @@ def choose_units(
             rule.share,
             rule.budget,
             rule.fewest,
+            rule.read_whole,
             rule.sinks,
             rule.last,
             UNITS=units,
@@ -410,5 +421,5 @@ def choose_units(
             EARLY=early,
             num_warps=warps,
             enable_fp_fusion=True,
-            **options,
+            **early_options(early),
         )

@@ -12,9 +12,10 @@ class DecodeRule(NamedTuple):
         top_p: Least share of the estimated attention.
         budget: Most units; below 0 for no limit.
         share: Most units, as a share of the request's.
-        fewest: Fewest units.
+        fewest: Fewest units; requests of no more keep everything.
         sinks: First units that are always kept.
         last: Last ones.
+        whole: Requests of no more units keep everything too.
     """
 
     top_p: float
@@ -23,3 +24,9 @@ class DecodeRule(NamedTuple):
     fewest: int
     sinks: int
     last: int
+    whole: int = 0
+
+    @property
+    def read_whole(self) -> int:
+        """Most units of a request that keeps everything."""
+        return max(self.fewest, self.whole)

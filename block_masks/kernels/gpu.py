@@ -41,6 +41,11 @@ def starts_early(device: torch.device) -> bool:
     return device.type != "cpu" and not gpu.is_amd and gpu.capability >= (9, 0)
 
 
+def early_options(early: bool) -> dict[str, bool]:
+    """What a kernel is launched with that may start early; not an option of every compiler."""
+    return {"launch_pdl": True} if early else {}
+
+
 def gpu_of(device: torch.device) -> Gpu:
     """The GPU that a device is; Hopper for what is none, where kernels are interpreted."""
     if device.type != "cuda":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..block_lists import BlockLists
 from ..geometry import BlockGeometry
-from .gpu import starts_early
+from .gpu import early_options, starts_early
 from .launch import Launch
 from .recording import empty
 from .scratch import power_of_two
@@ -63,10 +63,11 @@ def _summarize(
     """Means of every GROUP keys of the pages whose last key is among the slots, ROWS at a time.
 
     With a UNIT also what decoding needs of the units of all slots, however many keys they hold.
-    With EARLY a choice of units may start, and waits.
+    With EARLY it may start before what wrote the keys is done, and a choice of units before it is.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     head = tl.program_id(1)
     column = tl.arange(0, WIDTH)
     inside = (column < head_dim)[None, :]
@@ -236,6 +237,7 @@ def summarize(
     count, heads, page = slots.shape[0], pages.shape[1], pages.shape[2]
     numbers, scales, pinned = (means, means, means) if units is None else units
     unit, width = 0 if units is None else page // numbers.shape[2], power_of_two(pages.shape[3])
+    early = unit > 0 and starts_early(pages.device)
     # Tokens that decode have pages of their own, those of a prompt share them. Each is little work,
     # and a single warp does not wait for others.
     tokens, rows, warps = TOKENS, page, 4
@@ -260,9 +262,10 @@ def summarize(
         UNIT=unit,
         ROWS=rows,
         WIDTH=width,
-        EARLY=unit > 0 and starts_early(pages.device),
+        EARLY=early,
         num_warps=warps,
         enable_fp_fusion=True,
+        **early_options(early),
     )
 
 

@@ -133,7 +133,12 @@ def estimate_masses(
 
 
 def keep_units(
-    masses: Tensor, lengths: Tensor, selector: DecodeSelector, pinned: Tensor | None = None
+    masses: Tensor,
+    lengths: Tensor,
+    selector: DecodeSelector,
+    pinned: Tensor | None = None,
+    *,
+    few: int = 0,
 ) -> Tensor:
     """Which units of each request are kept.
 
@@ -142,11 +147,12 @@ def keep_units(
         lengths: int32 [B].
         selector: The rule, with the unit of the masses.
         pinned: Units that stay, bool [B, Hkv, units]; ``None`` for none.
+        few: Keys of a request that keeps everything.
 
     Returns:
         bool [B, Hkv, units].
     """
-    rule = selector.rule
+    rule = selector.rule._replace(whole=few // selector.unit)
     order = torch.arange(masses.shape[-1], device=masses.device)
     count = (-(-lengths // selector.unit))[:, None, None]
     exists = order < count
@@ -165,6 +171,7 @@ def keep_units(
     limit = torch.minimum(limit, (count * rule.share).ceil().to(limit.dtype))
     wanted = torch.minimum(wanted, limit).clamp(min=rule.fewest)
     wanted = torch.maximum(wanted, forced.sum(-1, keepdim=True))
+    wanted = torch.where(count <= rule.read_whole, count, wanted)
     kept = torch.zeros_like(exists.expand_as(rank)).scatter(-1, by_rank, order < wanted)
     return kept & exists
 
@@ -187,6 +194,7 @@ def choose_units(
     scale: float,
     steps: tuple[int, int, int],
     packed: Tensor | None = None,
+    few: int = 0,
 ) -> None:
     """Writes the units that decoding queries read as the pages of B * Hkv sequences.
 
@@ -205,6 +213,7 @@ def choose_units(
         steps: What a page, a key head, and a unit of a page, adds to the number of a unit.
         packed: [B, Hq, D], contiguous, where the query is copied to: kernels that attend take
             key heads for sequences, and rows of them side by side. ``None`` for nowhere.
+        few: Keys of a request that is read whole: to choose would take longer.
     """
     unit, page, kv_heads = units.unit, units.page, units.numbers.shape[1]
     if query.device.type == "cuda":
@@ -219,7 +228,7 @@ def choose_units(
             out.lengths,
             out.counter,
             unit=unit,
-            rule=selector.rule,
+            rule=selector.rule._replace(whole=few // unit),
             scale=scale,
             steps=steps,
             packed=packed,
@@ -230,7 +239,7 @@ def choose_units(
     masses = estimate_masses(query, units, tables, lengths, scale=scale)
     order = torch.arange(tables.shape[1], device=tables.device)
     at = tables.where(order < -(-lengths // page)[:, None], 0).long()
-    kept = keep_units(masses, lengths, selector, units.read_pinned(at))
+    kept = keep_units(masses, lengths, selector, units.read_pinned(at), few=few)
     counts = kept.sum(-1)
     order = kept.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     heads = torch.arange(kv_heads, device=tables.device)[:, None] * steps[1]

@@ -54,7 +54,9 @@ class Decoding:
         counter = torch.zeros(2, dtype=torch.int64, device=self.query.device)
         return PageTables.create(batch * heads, width * units, counter)
 
-    def choose(self, selector: DecodeSelector, out: PageTables, *, scale: float) -> None:
+    def choose(
+        self, selector: DecodeSelector, out: PageTables, *, scale: float, few: int = 0
+    ) -> None:
         """Writes what the requests read."""
         choose_units(
             self.query,
@@ -65,6 +67,7 @@ class Decoding:
             selector=selector,
             scale=scale,
             steps=self.steps,
+            few=few,
         )
 
 

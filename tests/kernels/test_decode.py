@@ -22,6 +22,7 @@ def run(
     selector: DecodeSelector,
     out: PageTables,
     packed: Tensor | None = None,
+    few: int = 0,
 ) -> None:
     """The kernels, interpreted."""
     kernels.decode.choose_units(
@@ -35,7 +36,7 @@ def run(
         out.lengths,
         out.counter,
         unit=UNIT,
-        rule=selector.rule,
+        rule=selector.rule._replace(whole=few // UNIT),
         scale=SCALE,
         steps=call.steps,
         packed=packed,
@@ -78,6 +79,27 @@ def test_units_are_those_of_plain_pytorch(
         assert torch.equal(found.tables[i, :count], expected.tables[i, :count])
     kept, visible = found.counter.tolist()
     assert kept == visible if selector.keeps_all else kept < visible
+
+
+@pytest.mark.parametrize("few", [0, 15, 40, 400, 5000])
+def test_requests_of_few_keys_are_read_whole(kernels: Kernels, few: int) -> None:
+    lengths = [0, 15, 33, 400, 401, 1000]
+    call = create_decoding(lengths)
+    found, expected, plain = call.outputs(), call.outputs(), call.outputs()
+    selector = DecodeSelector(share=0.1, min_keys=0, sink_keys=0, unit=UNIT)
+    call.choose(selector, expected, scale=SCALE, few=few)
+    call.choose(selector, plain, scale=SCALE)
+    run(kernels, call, selector, found, few=few)
+    assert torch.equal(found.lengths, expected.lengths)
+    for i, (length, kept) in enumerate(zip(lengths, found.lengths.view(-1, 2), strict=True)):
+        # In whole units.
+        is_whole = -(-length // UNIT) <= max(few // UNIT, selector.rule.fewest)
+        assert kept.eq(length).all() == is_whole
+        rows = slice(2 * i, 2 * i + 2)
+        if not is_whole:
+            assert torch.equal(kept, plain.lengths[rows])
+        count = int(-(-kept[0] // UNIT))
+        assert torch.equal(found.tables[rows, :count], expected.tables[rows, :count])
 
 
 def test_a_unit_of_keys_that_are_not_finite_is_kept(kernels: Kernels) -> None:

@@ -20,6 +20,7 @@ from unisparse_flex.integrations.vllm import (
     create_backend,
     decode_rows,
     read_counts,
+    reset_counts,
 )
 from unisparse_flex.integrations.vllm.cache_view import CacheView
 from unisparse_flex.integrations.vllm.decode_rows import Schedule
@@ -219,6 +220,25 @@ def test_the_cost_model_keeps_small_batches_dense(llama: Path) -> None:
     assert counts.dense_rows[Reason.FEW_KEYS] == 4
 
 
+def test_short_requests_beside_long_ones_are_read_whole(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unisparse_flex.integrations.vllm import create_backend
+
+    monkeypatch.setattr(create_backend, "DECODE_KEYS", 1400)
+    settings = {"selector": "UniSparse()", "decode": {"share": 0.1, "min_keys": 0}}
+    prompts = [prompt_of(length, length) for length in (1200, 600)]
+    densities = []
+    with serving(llama, settings, **PAGES, max_num_batched_tokens=MAX_LENGTH) as engine:
+        for some in ([prompts[0], prompts[0]], prompts):
+            reset_counts()
+            ask(engine, some, tokens=4)
+            densities.append(read_counts().decode_density)
+    # 600 of 1800 keys are read whole, of a request of 700 keys or fewer.
+    assert densities[0] < 0.5
+    assert densities[1] > 1 / 3 + 2 / 3 * densities[0] - 0.02
+
+
 @pytest.mark.parametrize("is_plain", [True, False])
 def test_batches_of_a_graph_decode_as_it_was_recorded(
     llama: Path, monkeypatch: pytest.MonkeyPatch, is_plain: bool
@@ -239,6 +259,8 @@ def test_batches_of_a_graph_decode_as_it_was_recorded(
         ask(engine, PROMPTS[:1], tokens=5)
     counts = read_counts()
     assert counts.decode_rows == 4 * is_plain
+    # By the kernels of the graph, which read it whole: it is short.
+    assert counts.decode_density == float(is_plain)
     assert Reason.FEW_KEYS not in counts.dense_rows
     # What is refused is, in a graph too.
     assert counts.dense_rows.get(Reason.PREFIX_IMAGES, 0) == 4 * (not is_plain)

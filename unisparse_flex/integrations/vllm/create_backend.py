@@ -270,8 +270,17 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 counting.decode_rows += common.num_reqs
             rows = slice(0, common.num_reqs)
             tables = common.block_table_tensor
-            decode = DecodeRows(lengths=common.seq_lens[rows], tables=tables[rows], tokens=rows)
+            decode = DecodeRows(
+                lengths=common.seq_lens[rows],
+                tables=tables[rows],
+                tokens=rows,
+                few=self._few_keys(common.num_reqs),
+            )
             return Split(None, decode, None, None, tables)
+
+        def _few_keys(self, requests: int) -> int:
+            """Keys of each of so many requests at which choosing takes as long as it saves."""
+            return self.decode_keys // requests
 
         def _plan(self, policy: Policy, common: Any, prefix: int) -> Plan | None:
             count = common.num_reqs
@@ -326,6 +335,7 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                     lengths=common.seq_lens[index],
                     tables=common.block_table_tensor[index],
                     tokens=decoded,
+                    few=self._few_keys(len(plan.decode)),
                 )
             return Split(sparse, decode, metadata, tokens, tables, ends)
 

@@ -50,12 +50,14 @@ class DecodeRows:
         lengths: int32 [B], keys of each; 0 for rows that only fill up a graph.
         tables: int32 [B, pages], their page tables.
         tokens: Which tokens of the batch these are: a range, or int64 [B].
+        few: Keys of a row that is read whole: to choose would take longer.
         schedule: The kernel's, for the layers that compute these rows.
     """
 
     lengths: Tensor
     tables: Tensor
     tokens: slice | Tensor
+    few: int = 0
     schedule: Schedule = field(default_factory=Schedule)
 
 
@@ -173,6 +175,7 @@ def choose(
         scale=impl.scale,
         steps=view.steps,
         packed=packed,
+        few=rows.few,
     )
 
 
