@@ -8,7 +8,7 @@ Symbols: B sequences, Hq/Hkv heads, S places for keys, U keys of a unit, n units
 
 from __future__ import annotations
 
-from dataclasses import replace
+import ast
 from functools import lru_cache
 
 import torch
@@ -26,14 +26,12 @@ _library.define(
     "Tensor(b!) numbers, Tensor(c!) scales) -> ()"
 )
 _library.define(
-    "pin_rows(Tensor query, Tensor keys, Tensor lengths, Tensor(a!) pinned, int unit, float top_p, "
-    "int budget, float share, int fewest, int sinks, int last, float prompt_share, float scale) "
-    "-> ()"
+    "choose_rows(Tensor query, Tensor numbers, Tensor scales, Tensor pinned, Tensor order, "
+    "Tensor lengths, Tensor(a!) counter, str selector, float scale) -> (Tensor, Tensor)"
 )
 _library.define(
-    "choose_rows(Tensor query, Tensor numbers, Tensor scales, Tensor pinned, Tensor order, "
-    "Tensor lengths, Tensor(a!) counter, int unit, float top_p, int budget, float share, "
-    "int fewest, int sinks, int last, float scale) -> (Tensor, Tensor)"
+    "pin_rows(Tensor query, Tensor keys, Tensor lengths, Tensor(a!) pinned, str selector, "
+    "float scale) -> ()"
 )
 
 
@@ -60,7 +58,7 @@ def pin_rows(
     units: UnitSummaries,
     lengths: Tensor,
     *,
-    selector: DecodeSelector,
+    selector: str,
     scale: float,
 ) -> None:
     """Pins the units that the last rows of prompts look at, as `pin_prompt` finds them.
@@ -72,13 +70,10 @@ def pin_rows(
         keys: [B, Hkv, S, D]; what lies after ``lengths`` counts for nothing, but must be finite.
         units: Of these keys: each sequence is a page of S keys.
         lengths: int32 [B], keys of each sequence, R at least.
-        selector: Says how many, with the unit of the summaries.
+        selector: A selector's `DecodeSelector.text`, with the unit of the summaries.
         scale: Factor on the logits.
     """
-    torch.ops.unisparse.pin_rows(
-        *(query, keys, lengths, units.pinned, units.unit),
-        *(*selector.rule, selector.prompt_share, scale),
-    )
+    torch.ops.unisparse.pin_rows(query, keys, lengths, units.pinned, selector, scale)
 
 
 def choose_rows(
@@ -88,7 +83,7 @@ def choose_rows(
     lengths: Tensor,
     counter: Tensor,
     *,
-    rule: kernels.DecodeRule,
+    selector: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The units that decoding queries read, in order.
@@ -99,7 +94,7 @@ def choose_rows(
         order: int32 [B, 1], the sequences: 0, 1, ...
         lengths: int32 [B], keys of each.
         counter: int64 [2], to which kept and visible units are added.
-        rule: Which units are kept.
+        selector: A selector's `DecodeSelector.text`, with the unit of the summaries.
         scale: Factor on the logits.
 
     Returns:
@@ -108,7 +103,7 @@ def choose_rows(
     """
     held = units.numbers, units.scales, units.pinned
     found: tuple[Tensor, Tensor] = torch.ops.unisparse.choose_rows(
-        query, *held, order, lengths, counter, units.unit, *rule, scale
+        query, *held, order, lengths, counter, selector, scale
     )
     return found
 
@@ -138,29 +133,16 @@ def _summarize(
 
 
 def _pin(
-    query: Tensor,
-    keys: Tensor,
-    lengths: Tensor,
-    pinned: Tensor,
-    unit: int,
-    top_p: float,
-    budget: int,
-    share: float,
-    fewest: int,
-    sinks: int,
-    last: int,
-    prompt_share: float,
-    scale: float,
+    query: Tensor, keys: Tensor, lengths: Tensor, pinned: Tensor, selector: str, scale: float
 ) -> None:
-    rule = kernels.DecodeRule(top_p, budget, share, fewest, sinks, last)
-    selector = replace(_selector(rule, unit), prompt_share=prompt_share)
+    how = read_selector(selector)
     for rows, key, length, out in zip(query, keys, lengths, pinned, strict=True):
         first = length - rows.shape[0]
         position = torch.arange(key.shape[1], device=key.device)
         last_seen = first + torch.arange(rows.shape[0], device=key.device)
         hidden = position > last_seen[:, None, None]
-        weights = weigh_rows(rows, key, hidden, selector=selector, scale=scale)
-        out.copy_(pin_units(weights, length, selector) & (length > selector.min_keys))
+        weights = weigh_rows(rows, key, hidden, selector=how, scale=scale)
+        out.copy_(pin_units(weights, length, how) & (length > how.min_keys))
 
 
 def _describe_nothing(*_: object) -> None:
@@ -175,17 +157,11 @@ def _choose(
     order: Tensor,
     lengths: Tensor,
     counter: Tensor,
-    unit: int,
-    top_p: float,
-    budget: int,
-    share: float,
-    fewest: int,
-    sinks: int,
-    last: int,
+    selector: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, count = pinned.shape
-    rule = kernels.DecodeRule(top_p, budget, share, fewest, sinks, last)
+    how = read_selector(selector)
     out = PageTables.create(batch * heads, count, counter)
     if query.device.type != "cuda":
         # Plain PyTorch may look at all of it.
@@ -193,11 +169,11 @@ def _choose(
     choose_units(
         # Kernels read the numbers of a row side by side.
         query if query.stride(-1) == 1 else query.contiguous(),
-        UnitSummaries(unit=unit, numbers=numbers, scales=scales, pinned=pinned),
+        UnitSummaries(unit=how.unit, numbers=numbers, scales=scales, pinned=pinned),
         order,
         lengths,
         out,
-        selector=_selector(rule, unit),
+        selector=how,
         scale=scale,
         steps=(0, 0, 1),
     )
@@ -205,17 +181,11 @@ def _choose(
 
 
 @lru_cache(maxsize=256)
-def _selector(rule: kernels.DecodeRule, unit: int) -> DecodeSelector:
-    """A selector of this rule."""
-    return DecodeSelector(
-        top_p=rule.top_p,
-        budget=None if rule.budget < 0 else rule.budget * unit,
-        share=rule.share,
-        min_keys=rule.fewest * unit,
-        unit=unit,
-        sink_keys=rule.sinks * unit,
-        last_keys=rule.last * unit,
-    )
+def read_selector(text: str) -> DecodeSelector:
+    """The selector whose `DecodeSelector.text` this is."""
+    call = ast.parse(text, mode="eval").body
+    assert isinstance(call, ast.Call)
+    return DecodeSelector(**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
 
 
 def _describe_choice(

@@ -64,7 +64,7 @@ def test_chosen_units_are_those_that_are_kept(selector: DecodeSelector, length: 
     order = torch.arange(2, dtype=torch.int32)[:, None]
     counter = torch.zeros(2, dtype=torch.int64)
     counts, found = choose_rows(
-        query, units, order, lengths, counter, rule=selector.rule, scale=SCALE
+        query, units, order, lengths, counter, selector=selector.text, scale=SCALE
     )
     masses = estimate_masses(query, units, order, lengths, scale=SCALE)
     kept = keep_units(masses, lengths, selector, units.pinned.bool())
@@ -94,7 +94,7 @@ def test_pins_are_those_of_the_prompts_one_by_one(
     lengths = torch.full((2,), length, dtype=torch.int32)
     units = UnitSummaries.create(keys, UNIT)
     units.pinned.fill_(1)
-    pin_rows(query, keys, units, lengths, selector=selector, scale=SCALE)
+    pin_rows(query, keys, units, lengths, selector=selector.text, scale=SCALE)
     for own, key, found in zip(query, keys, units.pinned, strict=True):
         expected = pin_prompt(own, key, length=length, selector=selector, scale=SCALE)
         assert torch.equal(found.bool(), expected & (length > selector.min_keys))

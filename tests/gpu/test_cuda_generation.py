@@ -169,8 +169,10 @@ def test_chosen_keys_are_attended(
     order = torch.arange(2, dtype=torch.int32, device="cuda")[:, None]
     counter = torch.zeros(2, dtype=torch.int64, device="cuda")
     summarize_rows(key, units, lengths, torch.tensor(length, device="cuda"), length)
-    rule = DecodeSelector(share=0.1, min_keys=0, unit=unit).rule
-    counts, listed = choose_rows(query, units, order, lengths, counter, rule=rule, scale=SCALE)
+    selector = DecodeSelector(share=0.1, min_keys=0, unit=unit).text
+    counts, listed = choose_rows(
+        query, units, order, lengths, counter, selector=selector, scale=SCALE
+    )
     mask = None
     seen = seen_of(counts, listed, lengths, unit)
     assert 0 < int(seen.sum()) < 0.2 * 2 * kv_heads * length
@@ -198,7 +200,7 @@ def test_a_step_waits_for_nothing_and_a_graph_repeats_it_for_other_lengths() -> 
     def step() -> Tensor:
         summarize_rows(keys, units, lengths, now, 1)
         counts, listed = choose_rows(
-            query, units, order, lengths, counter, rule=selector.rule, scale=SCALE
+            query, units, order, lengths, counter, selector=selector.text, scale=SCALE
         )
         return attend_listed(query, keys, values, counts, listed, lengths, unit=32, scale=SCALE)
 
@@ -207,7 +209,7 @@ def test_a_step_waits_for_nothing_and_a_graph_repeats_it_for_other_lengths() -> 
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        pin_rows(prompts, keys, units, lengths, selector=selector, scale=SCALE)
+        pin_rows(prompts, keys, units, lengths, selector=selector.text, scale=SCALE)
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

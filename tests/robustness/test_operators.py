@@ -201,12 +201,12 @@ def test_the_choice_for_rows(device: str) -> None:
     query = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(1)).to(device)
     order = torch.arange(2, dtype=torch.int32, device=device)[:, None]
     counter = torch.zeros(2, dtype=torch.int64, device=device)
-    rule = DecodeSelector(budget=32, min_keys=0, unit=16, last_keys=16).rule
+    selector = DecodeSelector(budget=32, min_keys=0, unit=16, last_keys=16).text
     # What follows the units that are read says nothing.
     utils = ALL if device == "cpu" else FAKE
     found = torch.library.opcheck(
         torch.ops.unisparse.choose_rows.default,
-        (query, units.numbers, units.scales, units.pinned, order, lengths, counter, 16, *rule, 0.3),
+        (query, units.numbers, units.scales, units.pinned, order, lengths, counter, selector, 0.3),
         test_utils=utils,
     )
     assert found == dict.fromkeys(utils, "SUCCESS")
@@ -216,10 +216,10 @@ def test_the_choice_for_rows(device: str) -> None:
 def test_the_pins_of_rows(device: str) -> None:
     keys, units, lengths = rows_of_a_cache(device)
     query = torch.randn(2, 3, 4, 16, generator=torch.Generator().manual_seed(1)).to(device)
-    rule = DecodeSelector(share=0.5, min_keys=0, unit=16, last_keys=16).rule
+    selector = DecodeSelector(share=0.5, min_keys=0, unit=16, last_keys=16).text
     check(
         torch.ops.unisparse.pin_rows.default,
-        *(query, keys, lengths, units.pinned, 16, *rule, 0.5, 0.3),
+        *(query, keys, lengths, units.pinned, selector, 0.3),
     )
 
 

@@ -42,7 +42,7 @@ class DeviceReader:
 
     def __init__(self, keys: Tensor, values: Tensor, selector: DecodeSelector) -> None:
         batch, device = keys.shape[0], keys.device
-        self._selector, self._rule = selector, selector.rule
+        self._pins, self._text = selector.prompt_share > 0, selector.text
         self.reads_part = (
             keys.nbytes + values.nbytes > FEW_BYTES and keys.shape[2] > selector.min_keys
         )
@@ -87,9 +87,9 @@ class DeviceReader:
             return
         if not torch.compiler.is_compiling() and _hides(mask, self._lengths):
             raise padding_error()
-        if self._selector.prompt_share:
+        if self._pins:
             rows = query[:, :, -PROMPT_ROWS:].transpose(1, 2)
-            pin_rows(rows, keys, self._units, self._lengths, selector=self._selector, scale=scale)
+            pin_rows(rows, keys, self._units, self._lengths, selector=self._text, scale=scale)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
@@ -129,7 +129,7 @@ class DeviceReader:
             self._order,
             self._lengths,
             self.counter,
-            rule=self._rule,
+            selector=self._text,
             scale=scale,
         )
         found = attend_listed(
