@@ -1,6 +1,7 @@
 """Scoring and selection in Triton."""
 
 from .decode_rule import DecodeRule
+from .mask_reading import read_mask
 from .operator import (
     MEASURED,
     choose_units,
@@ -31,6 +32,7 @@ __all__ = [
     "obstacle",
     "pool_keys",
     "prepare_mask",
+    "read_mask",
     "remembered",
     "select_lists",
     "select_lists_from_pages",

@@ -114,6 +114,28 @@ def _nearest_blocks(found, flags, kv_len, blocks, sinks, STEP: tl.constexpr):
 
 
 @triton.jit
+def _following(key, near, line, kv_len, blocks, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """The first valid key from a key on, or Skv; of keys up to Skv.
+
+    ``near`` has it for the keys of a block, Skv where it lies beyond, ``line`` for whole blocks;
+    it is the first of STEP, or of 3, numbers there.
+    """
+    inside = tl.load(near + key * STEP, mask=key < kv_len, other=kv_len)
+    block = key // BLOCK + 1
+    beyond = tl.load(line + block * 3, mask=block < blocks, other=kv_len)
+    return tl.where(inside < kv_len, inside, beyond)
+
+
+@triton.jit
+def _preceding(key, near, line, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """The last valid key up to a key, or -1; of keys from -1 on. It is the second number there."""
+    inside = tl.load(near + key * STEP + 1, mask=key >= 0, other=-1)
+    block = tl.maximum(key, 0) // BLOCK - 1
+    beyond = tl.load(line + block * 3 + 1, mask=block >= 0, other=-1)
+    return tl.where(inside >= 0, inside, beyond)
+
+
+@triton.jit
 def _places_of(value, ids, kv_len, STEPS: tl.constexpr):
     """Where a value begins, and ends, among ids in order."""
     begin = tl.zeros_like(value)
@@ -206,15 +228,8 @@ def _ends(
         low, high = tl.minimum(tl.maximum(low, 0), kv_len), tl.maximum(high, -1)
         near = nearest + batch * blocks * BLOCK * 2
         line = found + batch * blocks * 3
-        # In its own block, or else what the next one knows.
-        key = tl.load(near + low * 2, mask=low < kv_len, other=kv_len)
-        block = low // BLOCK + 1
-        beyond = tl.load(line + block * 3, mask=block < blocks, other=kv_len)
-        low = tl.where(key < kv_len, key, beyond).to(tl.int64)
-        key = tl.load(near + high * 2 + 1, mask=high >= 0, other=-1)
-        block = tl.maximum(high, 0) // BLOCK - 1
-        beyond = tl.load(line + block * 3 + 1, mask=block >= 0, other=-1)
-        high = tl.where(key >= 0, key, beyond).to(tl.int64)
+        low = _following(low, near, line, kv_len, blocks, BLOCK, 2).to(tl.int64)
+        high = _preceding(high, near, line, BLOCK, 2).to(tl.int64)
     seen = low <= high
     first = tl.where(seen, low, kv_len).to(tl.int32)
     last = tl.where(seen, high, -1).to(tl.int32)

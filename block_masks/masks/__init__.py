@@ -1,6 +1,16 @@
 """Masks as programs, formulas of a query's and a key's position; and as tensors of pairs."""
 
-from .contents import MaskContents, is_alike_along, mask_table, read_mask
+from .contents import (
+    SOME,
+    TRUTHS,
+    MaskContents,
+    MaskFacts,
+    describe_facts,
+    is_alike_along,
+    mask_table,
+    pairs_of_mask,
+    read_mask,
+)
 from .ends import RowEnds, ends_plan
 from .evaluation import number_of
 from .expr import (
@@ -42,7 +52,9 @@ from .walk import atoms, coordinates, map_parts, replace_atoms, replace_in
 __all__ = [
     "FALSE",
     "KV",
+    "SOME",
     "TRUE",
+    "TRUTHS",
     "Affine",
     "Atom",
     "B",
@@ -54,6 +66,7 @@ __all__ = [
     "Hull",
     "Load",
     "MaskContents",
+    "MaskFacts",
     "MaskProgram",
     "Or",
     "Q",
@@ -67,6 +80,7 @@ __all__ = [
     "atoms",
     "conjuncts",
     "coordinates",
+    "describe_facts",
     "ends_plan",
     "equal",
     "floor_div",
@@ -82,6 +96,7 @@ __all__ = [
     "negate",
     "number_of",
     "offset_bound",
+    "pairs_of_mask",
     "read_mask",
     "replace_atoms",
     "replace_in",

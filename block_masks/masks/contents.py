@@ -41,6 +41,52 @@ class MaskContents:
     tables: tuple[str, ...] = ()
 
 
+# What `MaskFacts` say beside two integers.
+TRUTHS = (
+    *("is_plain", "are_runs", "sees_some"),
+    *("ends_at_own", "ends_at_highest", "begins_at_lowest", "begins_with_window"),
+    *("all_valid", "all_valid_if_causal", "all_valid_in_window"),
+    *("shows_too_much", "shows_too_much_if_causal", "shows_too_much_in_window"),
+)
+# Those that hold if they do for some row; the others must for all.
+SOME = tuple(name for name in TRUTHS if name.startswith(("sees", "shows")))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskFacts:
+    """What was found out of a mask, before it is put into words.
+
+    Attributes:
+        batch: Bm, the mask's own.
+        q_len: Query rows Sq.
+        kv_len: Keys Skv.
+        offset: By how many at most a row's last key lies after its number; -Skv of no keys.
+        width: Keys of the widest window up to a row's own position, that number and the offset.
+        holds: `TRUTHS`: no entry adds to logits; rows see all valid keys between their ends; some
+            row sees a key; where these ends lie, if they see any; which keys are valid; whether
+            rows that see none would see some.
+        last: int64 [Bm, Sq], the last key that a row sees; -1 where it sees none.
+        first: int64 [Bm, Sq], the first one; Skv where it sees none.
+        sees: bool [Bm, Sq].
+        valid: bool [Bm, Skv], keys that some row sees.
+        valid_if_causal: Those, and keys after the last row's own.
+        valid_in_window: Those, and keys before the first row's window.
+    """
+
+    batch: int
+    q_len: int
+    kv_len: int
+    offset: int
+    width: int
+    holds: dict[str, bool]
+    last: Tensor
+    first: Tensor
+    sees: Tensor
+    valid: Tensor
+    valid_if_causal: Tensor
+    valid_in_window: Tensor
+
+
 def read_mask(attn_mask: Tensor, *, q_len: int, kv_len: int) -> MaskContents | None:
     """Reads a mask of real entries; waits for the device once.
 
@@ -53,16 +99,23 @@ def read_mask(attn_mask: Tensor, *, q_len: int, kv_len: int) -> MaskContents | N
         ``None`` for masks that differ from head to head, that add to visible logits, under which
         no row sees a key, or some row sees keys in pieces between which lies a key of other rows.
     """
+    mask = pairs_of_mask(attn_mask, kv_len)
+    if mask is None:
+        return None
+    rows = _Rows.of(mask)
+    # One row that stands for all says what keys are valid, and nothing of positions.
+    spread = rows if mask.shape[1] == q_len else rows.repeated(q_len)
+    return describe_facts(_find_facts(spread, q_len, kv_len))
+
+
+def pairs_of_mask(attn_mask: Tensor, kv_len: int) -> Tensor | None:
+    """The pairs of a mask, each once: [1 or B, 1 or Sq, Skv]; ``None`` if heads differ."""
     mask = mask_4d(attn_mask)
     if not is_alike_along(mask, 1):
         return None
     mask = mask[:, 0].expand(-1, -1, kv_len)
     mask = mask[:1] if mask.stride(0) == 0 else mask
-    mask = mask[:, :1] if mask.stride(1) == 0 else mask
-    rows = _Rows.of(mask)
-    # One row that stands for all says what keys are valid, and nothing of positions.
-    spread = rows if mask.shape[1] == q_len else rows.repeated(q_len)
-    return _describe(spread, q_len, kv_len)
+    return mask[:, :1] if mask.stride(1) == 0 else mask
 
 
 def is_alike_along(mask: Tensor, along: int) -> bool:
@@ -186,8 +239,8 @@ def _ends(seen: Tensor, counts: Tensor) -> Tensor:
     return torch.stack([low, high], -1)
 
 
-def _describe(rows: _Rows, q_len: int, kv_len: int) -> MaskContents | None:
-    """The shortest formula among those that say what the rows see."""
+def _find_facts(rows: _Rows, q_len: int, kv_len: int) -> MaskFacts:
+    """What is true of the rows; waits for the device."""
     device = rows.first.device
     row, key = torch.arange(q_len, device=device), torch.arange(kv_len, device=device)
     sees = rows.count > 0
@@ -215,8 +268,10 @@ def _describe(rows: _Rows, q_len: int, kv_len: int) -> MaskContents | None:
         """Whether rows that see nothing would see a key between two that are valid."""
         return ((low <= high).expand(batch, q_len) & ~sees).any()
 
-    facts = {
-        "is_known": rows.is_plain & are_runs & sees.any(),
+    truths = {
+        "is_plain": rows.is_plain,
+        "are_runs": are_runs,
+        "sees_some": sees.any(),
         "ends_at_own": says(up_to_own, rows.last),
         "ends_at_highest": says(highest, rows.last),
         "begins_at_lowest": says(lowest, rows.first),
@@ -228,34 +283,50 @@ def _describe(rows: _Rows, q_len: int, kv_len: int) -> MaskContents | None:
         "shows_too_much_if_causal": shows_more(lowest, up_to_own),
         "shows_too_much_in_window": shows_more(window_begin, up_to_own),
     }
-    found_offset, found_width, *flags = torch.stack(
-        [offset, width, *(fact.to(offset.dtype) for fact in facts.values())]
-    ).tolist()
-    holds = {name: bool(flag) for name, flag in zip(facts, flags, strict=True)}
-    if not holds["is_known"]:
+    found = torch.stack([offset, width, *(truths[name].to(offset.dtype) for name in TRUTHS)])
+    found_offset, found_width, *flags = found.tolist()
+    return MaskFacts(
+        batch=batch,
+        q_len=q_len,
+        kv_len=kv_len,
+        offset=found_offset,
+        width=found_width,
+        holds={name: bool(flag) for name, flag in zip(TRUTHS, flags, strict=True)},
+        last=torch.where(sees, rows.last, -1),
+        first=torch.where(sees, rows.first, kv_len),
+        sees=sees,
+        valid=rows.valid,
+        valid_if_causal=valid,
+        valid_in_window=valid_in_window,
+    )
+
+
+def describe_facts(facts: MaskFacts) -> MaskContents | None:
+    """The shortest formula among those that say what the rows see; see `read_mask`."""
+    holds = facts.holds
+    if not (holds["is_plain"] and holds["are_runs"] and holds["sees_some"]):
         return None
-    in_range = found_offset == 0 or 0 <= found_offset <= kv_len - q_len
+    in_range = facts.offset == 0 or 0 <= facts.offset <= facts.kv_len - facts.q_len
     is_causal = holds["ends_at_own"] and in_range
     in_window = is_causal and holds["begins_with_window"] and not holds["begins_at_lowest"]
     case = "_in_window" if in_window else "_if_causal" if is_causal else ""
-    formula = _Formula(batch)
+    formula = _Formula(facts.batch)
     number = 0
     if not (is_causal or holds["ends_at_highest"]):
-        formula.add("last", "kv <= {}", torch.where(sees, rows.last, -1))
+        formula.add("last", "kv <= {}", facts.last)
     if in_window:
-        number = found_offset - found_width
+        number = facts.offset - facts.width
         # A chunk's window begins elsewhere than the one before it.
-        formula.parts.append(f"q < kv + {-number}" if found_offset == 0 else "q + n0 < kv")
+        formula.parts.append(f"q < kv + {-number}" if facts.offset == 0 else "q + n0 < kv")
     elif not holds["begins_at_lowest"]:
-        formula.add("first", "{} <= kv", torch.where(sees, rows.first, kv_len))
+        formula.add("first", "{} <= kv", facts.first)
     # Rows that see nothing have ends that say so, where a tensor holds their ends.
     if holds[f"shows_too_much{case}"] and not formula.tensors:
-        formula.add("sees", "{}", sees)
+        formula.add("sees", "{}", facts.sees)
     if not holds[f"all_valid{case}"]:
-        valid = {"": rows.valid, "_if_causal": valid, "_in_window": valid_in_window}[case]
-        formula.add("valid", "{}", valid, along="kv")
+        formula.add("valid", "{}", getattr(facts, f"valid{case}"), along="kv")
     return MaskContents(
-        causal_offset=found_offset if is_causal else None,
+        causal_offset=facts.offset if is_causal else None,
         text=" & ".join(f"({part})" for part in formula.parts),
         tensors=tuple(formula.tensors),
         number=number,

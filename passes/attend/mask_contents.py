@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ...block_masks.masks import MaskContents, read_mask
+from ...block_masks.kernels import read_mask
+from ...block_masks.masks import MaskContents
 from ..calls import SdpaCall, SparseConfig
 from ..decision import refuse
 from .alignment import prepare_mask

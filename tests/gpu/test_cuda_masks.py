@@ -15,7 +15,7 @@ from tests.api.models import tokens
 from tests.api.reference import attend, rmse
 from tests.gpu.test_cuda import BF16, BLOCKS, FP32, assert_attends, on_cuda
 from unisparse_flex import UniSparse, attention, optimize
-from unisparse_flex.block_masks import masks
+from unisparse_flex.block_masks import kernels, masks
 from unisparse_flex.passes.attend import mask_contents
 
 pytestmark = pytest.mark.gpu
@@ -88,7 +88,7 @@ def test_a_proved_mask_is_exact(name: str, dynamic: bool | None) -> None:
 @pytest.mark.parametrize("additive", [False, True])
 def test_an_eager_call_reads_its_mask(additive: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = 0
-    read = masks.read_mask
+    read = kernels.read_mask
 
     def count(*args: Any, **options: Any) -> Any:
         nonlocal reads
@@ -141,3 +141,41 @@ def test_an_encoder_is_rewritten() -> None:
         exact = copy.deepcopy(model).double()(x.double())
         output = torch.compile(optimized, fullgraph=True)(x)
         assert rmse(output, exact) <= 2 * rmse(model(x), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, BF16, FP32, torch.float16])
+@pytest.mark.parametrize("length", [1, 129, 1111, 4096])
+def test_the_kernels_read_what_operators_do(length: int, dtype: torch.dtype) -> None:
+    row = torch.arange(length, device="cuda")
+    causal = row <= row[:, None]
+    ids = row * 7 // (length + 1)
+    first = torch.tensor([0, length // 3, length - 1], device="cuda")[:, None]
+    valid = (row >= first)[:, None, None]
+    cases = {
+        "causal": causal,
+        "padding": causal & valid,
+        "padding on the right": causal & valid.flip(-1),
+        "padded encoder": valid,
+        "documents": causal & (ids == ids[:, None]),
+        "window": causal & (row[:, None] - row < 300),
+        "in pieces": causal & (row % 2 == row[:, None] % 2),
+        "strided": causal[::2, ::2],
+        "nothing": torch.zeros_like(causal),
+    }
+    for name, seen in cases.items():
+        mask = seen
+        if dtype is not torch.bool:
+            lowest = torch.finfo(dtype).min
+            mask = torch.zeros(seen.shape, dtype=dtype, device="cuda").masked_fill(~seen, lowest)
+        q_len = length if name == "padded encoder" else mask.shape[-2]
+        sizes = {"q_len": q_len, "kv_len": mask.shape[-1]}
+        expected = masks.read_mask(mask, **sizes)
+        for _ in range(2):
+            found = kernels.read_mask(mask, **sizes)
+            if expected is None or found is None:
+                assert found is expected, name
+                continue
+            assert found.text == expected.text, name
+            assert found.causal_offset == expected.causal_offset, name
+            for ours, theirs in zip(found.tensors, expected.tensors, strict=True):
+                assert ours.equal(theirs), name

@@ -20,6 +20,7 @@ NAMES = (
     "rows",
     "decode",
     "intervals",
+    "read",
     "score_rows",
     "score",
     "select",
@@ -39,6 +40,7 @@ class Kernels:
     rows: Any
     decode: Any
     intervals: Any
+    read: Any
     score_rows: Any
     score: Any
     select: Any

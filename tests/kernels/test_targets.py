@@ -106,6 +106,7 @@ CALLS = (
         (
             *("score_both", "pool"),
             *("key_blocks", "nearest_blocks", "row_blocks", "last_blocks"),
+            *("read_rows", "read_keys", "join_keys", "read_facts"),
         ),
     ),
     Call(torch.bfloat16, 256, 32768, True, ("fine",)),
@@ -148,6 +149,7 @@ def launches(target: Target) -> list[Launched]:
         launch,
         lists,
         pages,
+        read,
         rows,
         score,
         select,
@@ -173,6 +175,7 @@ def launches(target: Target) -> list[Launched]:
                 compute(lists, call)
             if call.masked:
                 make_tables(intervals, call)
+                read_masks(read, call)
     return list(found.values())
 
 
@@ -224,6 +227,14 @@ def make_tables(intervals: Any, call: Call) -> None:
             sampled_queries=4,
             sink_blocks=1,
             last_query_blocks=1,
+        )
+
+
+def read_masks(read: Any, call: Call) -> None:
+    """A batch of masks, as truths and as entries."""
+    for dtype in (torch.bool, call.dtype):
+        read.read(
+            torch.empty((2, call.length, call.length), dtype=dtype, device="meta"), call.length
         )
 
 
