@@ -266,13 +266,14 @@ def _choose(
     A request takes the least of SIZES sizes, each twice the one before, that holds its units: in an
     engine for long requests short ones take no longer than in one for short ones.
     """
+    if EARLY:
+        # All programs: what comes after this kernel takes the one before it for done. First of all:
+        # what wrote the lengths may not be done either.
+        tl.extra.cuda.gdc_wait()
     sequence = tl.program_id(0)
     request = sequence // kv_heads
     length = tl.load(lengths + request)
     count = tl.cdiv(length, UNIT)
-    if EARLY:
-        # All programs: what comes after this kernel takes the one before it for done.
-        tl.extra.cuda.gdc_wait()
     for i in tl.static_range(SIZES):
         if (count > ((LEAST << i) // 2 if i > 0 else ABOVE)) & (count <= (LEAST << i)):
             total = _choose_of(

@@ -119,7 +119,6 @@ def _summarize(
 ) -> None:
     lengths.copy_(length)
     if keys.device.type == "cuda":
-        # Kernels that start early may read the lengths: that this one has begun is enough.
         kernels.summarize_rows(keys, lengths, numbers, scales, rows=rows, unit=unit)
         return
     pinned = numbers.new_empty(numbers.shape[:3], dtype=torch.uint8)

@@ -21,8 +21,9 @@ from ...block_masks import fix_strides
 
 # Rows that the decoding kernel takes are fewer.
 ROWS = 128
-# Keys that it reads at a time, at most, and for how many of these it asks before.
-TILE, STAGES, WARPS = 64, 3, 2
+# Bytes of keys and values that it reads at a time, for how many of these it asks before, and the
+# fewest keys of a product.
+TILE_BYTES, STAGES, WARPS, LEAST = 2**15, 3, 2, 16
 
 
 def attend_listed(
@@ -103,7 +104,7 @@ def _attend(
     # FlexAttention's type knows no names of tiles.
     options: Any = {
         "BACKEND": "TRITON_DECODE",
-        "BLOCK_N": min(TILE, unit),
+        "BLOCK_N": _tile(unit, (key.shape[3] + value.shape[3]) * key.element_size()),
         "PRESCALE_QK": False,
         "ROWS_GUARANTEED_SAFE": False,
         "BLOCKS_ARE_CONTIGUOUS": False,
@@ -115,6 +116,12 @@ def _attend(
     )
     assert isinstance(output, Tensor)
     return output.flatten(1, 2)
+
+
+def _tile(unit: int, key_bytes: int) -> int:
+    """Keys that are read at a time: as many as there is room for, in whole parts of a unit."""
+    room = TILE_BYTES // key_bytes
+    return min(unit, max(LEAST, 1 << max(room.bit_length() - 1, 0)))
 
 
 @lru_cache(maxsize=256)

@@ -17,6 +17,8 @@ from unisparse_flex.block_masks import BlockGeometry
 from unisparse_flex.passes import DenseReason
 from unisparse_flex.reports import record_attention
 
+from .waiting import never_waiting
+
 pytestmark = pytest.mark.gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -215,7 +217,6 @@ def test_long_prompts_allocate_no_token_mask(compiled: bool) -> None:
     assert torch.cuda.max_memory_allocated() - before < LONG * LONG
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("masked", [False, True])
 def test_selection_never_waits_for_the_device(masked: bool) -> None:
     query, key, _ = on_cuda(1000)
@@ -225,11 +226,7 @@ def test_selection_never_waits_for_the_device(masked: bool) -> None:
     mask = torch.ones(1000, 1000, dtype=torch.bool, device="cuda").tril() if masked else None
     options: dict[str, Any] = {"geometry": geometry, "scale": 0.125, "attn_mask": mask}
     BLOCKS.compute_selection(query, key, **options)
-    before = torch.cuda.get_sync_debug_mode()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
+    with never_waiting():
         selection = BLOCKS.compute_selection(query, key, **options)
         selection.block_lists()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
     assert 0 < selection.density() <= 1

@@ -37,6 +37,8 @@ from unisparse_flex.integrations.transformers import (
 from unisparse_flex.integrations.transformers_decode import SparseStaticLayer
 from unisparse_flex.passes.attend import attend_listed
 
+from .waiting import never_waiting
+
 pytestmark = pytest.mark.gpu
 
 ALMOST_ALL = DecodeSelector(share=0.999, min_keys=0, unit=16)
@@ -207,12 +209,9 @@ def test_a_step_waits_for_nothing_and_a_graph_repeats_it_for_other_lengths() -> 
     prompts = torch.randn(2, 16, 8, 64, device="cuda") * 3
     step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         pin_rows(prompts, keys, units, lengths, selector=selector.text, scale=SCALE)
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for own, key, pinned in zip(prompts, keys, units.pinned, strict=True):
         expected = pin_prompt(own.cpu(), key.cpu(), length=2000, selector=selector, scale=SCALE)
         assert torch.equal(pinned.sum(-1).cpu(), expected.sum(-1))

@@ -28,6 +28,8 @@ from unisparse_flex.block_masks.kernels.self_check import find_failure
 from unisparse_flex.block_masks.kernels.settings import encode_settings
 from unisparse_flex.block_masks.scoring import compute_sampled_scores, default_scale
 
+from .waiting import never_waiting
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 pytestmark = pytest.mark.gpu
@@ -232,14 +234,11 @@ def test_shared_launches_select_as_launches_of_their_own(
     assert_same_lists(run(call, query, key), shared)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_the_kernels_never_wait_for_the_device() -> None:
     call = cuda_call(4096, top_p=0.9, sampled_queries=4)
     query, key = tokens_of(call)
     expected = run(call, query, key)
-    before = torch.cuda.get_sync_debug_mode()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
+    with never_waiting():
         selection = call.selector.compute_selection(
             query,
             key,
@@ -248,8 +247,6 @@ def test_the_kernels_never_wait_for_the_device() -> None:
             attn_mask=None,
         )
         lists = BlockLists(*selection.block_lists())
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
     assert_same_lists(lists, expected)
     assert selection.keep.equal(expected.kept())
 
