@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -72,21 +73,9 @@ class MaskProgram:
         Raises:
             ValueError: The text is no mask expression, or names what is not given.
         """
-        expr = parse_mask(text)
-        for atom in atoms(expr):
-            given = {Load: len(tensors), Symbol: len(numbers)}.get(type(atom))
-            if given is not None and int(atom.source[1:]) >= given:  # type: ignore[union-attr]
-                raise ValueError(
-                    f"mask must name tensors and numbers that are given, got {atom.source!r} "  # type: ignore[union-attr]
-                    f"with {len(tensors)} tensors and {len(numbers)} numbers"
-                )
-        known = {
-            Symbol(f"n{i}"): Affine(const=number)
-            for i, number in enumerate(numbers)
-            if isinstance(number, int)
-        }
+        known = tuple(number if isinstance(number, int) else None for number in numbers)
         return cls(
-            expr=replace_atoms(expr, known.get) if known else expr,  # type: ignore[arg-type]
+            expr=_parse(text, known, len(tensors)),
             tensors=tuple(tensors),
             numbers=tuple(numbers),
             batch=batch,
@@ -97,13 +86,12 @@ class MaskProgram:
     @property
     def text(self) -> str:
         """The formula as text."""
-        return format_mask(self.expr)
+        return _facts(Same(self.expr)).text
 
     @property
     def named(self) -> tuple[Tensor, ...]:
         """The tensors that the formula reads."""
-        loads = (atom for atom in atoms(self.expr) if isinstance(atom, Load))
-        return self.tensors[: 1 + max((int(load.source[1:]) for load in loads), default=-1)]
+        return self.tensors[: _facts(Same(self.expr)).loads]
 
     @property
     def prepared(self) -> tuple[Tensor, ...]:
@@ -113,7 +101,7 @@ class MaskProgram:
     @property
     def varies_in_batch(self) -> bool:
         """Whether batch elements may differ."""
-        return "b" in coordinates(self.expr)
+        return _facts(Same(self.expr)).varies_in_batch
 
     def evaluate(
         self,
@@ -155,18 +143,12 @@ class MaskProgram:
         Only an offset that leaves the last row within the keys, or 0, is one: then row ``r``
         stands at key ``r + offset``. ``None`` for the rest where nothing is left.
         """
-        offset, rest = None, []
-        for part in conjuncts(self.expr):
-            bound = offset_bound(part, KV, Q)
-            if bound is not None and offset is None:
-                number = number_of(bound, self.numbers)
-                most = self.kv_len - self.q_len
-                if is_known(number == 0) or (is_known(number >= 0) and is_known(number <= most)):
-                    offset = number
-                    continue
-            rest.append(part)
-        left = replace(self, expr=all_of(rest)) if rest else None
-        return offset, left
+        most = self.kv_len - self.q_len
+        split = _split_causal
+        if isinstance(most, int) and all(isinstance(number, int) for number in self.numbers):
+            split = _split_once
+        offset, rest = split(Same(self.expr), tuple(self.numbers), most)
+        return offset, None if rest is None else replace(self, expr=rest)
 
     def holds_at(self, offset: int) -> bool:
         """Whether every row ``r`` is known to see key ``r + offset``."""
@@ -190,6 +172,82 @@ class MaskProgram:
             if bound is not None:
                 return causal_offset + number_of(bound, self.numbers) + 1
         return None
+
+
+class Same:
+    """A formula as a key: its own hash is computed anew from all its parts each time.
+
+    Args:
+        expr: One that lives as long as what is remembered of it.
+    """
+
+    __slots__ = ("expr",)
+
+    def __init__(self, expr: Bool) -> None:
+        self.expr = expr
+
+    def __hash__(self) -> int:
+        return id(self.expr)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.expr is other.expr
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What is often asked of a formula: its text, one more than its last tensor, see `named`."""
+
+    text: str
+    loads: int
+    varies_in_batch: bool
+
+
+@lru_cache(maxsize=512)
+def _facts(formula: Same) -> _Facts:
+    loads = (atom for atom in atoms(formula.expr) if isinstance(atom, Load))
+    return _Facts(
+        format_mask(formula.expr),
+        1 + max((int(load.source[1:]) for load in loads), default=-1),
+        "b" in coordinates(formula.expr),
+    )
+
+
+@lru_cache(maxsize=512)
+def _parse(text: str, numbers: tuple[int | None, ...], tensors: int) -> Bool:
+    """The formula with the numbers that are known, of so many tensors."""
+    expr = parse_mask(text)
+    for atom in atoms(expr):
+        given = {Load: tensors, Symbol: len(numbers)}.get(type(atom))
+        if given is not None and int(atom.source[1:]) >= given:  # type: ignore[union-attr]
+            raise ValueError(
+                f"mask must name tensors and numbers that are given, got {atom.source!r} "  # type: ignore[union-attr]
+                f"with {tensors} tensors and {len(numbers)} numbers"
+            )
+    known = {
+        Symbol(f"n{i}"): Affine(const=number)
+        for i, number in enumerate(numbers)
+        if number is not None
+    }
+    return replace_atoms(expr, known.get) if known else expr  # type: ignore[arg-type]
+
+
+def _split_causal(
+    formula: Same, numbers: tuple[int, ...], most: int
+) -> tuple[int | None, Bool | None]:
+    """`MaskProgram.split_causal`, where an offset is at most so many."""
+    offset, rest = None, []
+    for part in conjuncts(formula.expr):
+        bound = offset_bound(part, KV, Q)
+        if bound is not None and offset is None:
+            number = number_of(bound, numbers)
+            if is_known(number == 0) or (is_known(number >= 0) and is_known(number <= most)):
+                offset = number
+                continue
+        rest.append(part)
+    return offset, all_of(rest) if rest else None
+
+
+_split_once = lru_cache(maxsize=512)(_split_causal)
 
 
 def is_known(condition: object) -> bool:

@@ -6,6 +6,7 @@ Symbols: B batch, Sq/Skv tokens, T spans asked about.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..strides import fix_strides
 from .expr import KV, Affine, Bool, Q, all_of, conjuncts, offset_bound
 from .hulls import LAST, bound_side, bound_value, has_hull
-from .program import MaskProgram
+from .program import MaskProgram, Same
 from .text import parse_mask
 from .tiles import token_values
 from .walk import coordinates
@@ -47,7 +48,7 @@ class RowSpans:
         def count(position: Tensor) -> Tensor:
             """Valid keys before a position."""
             index = (position - 1).clamp(0, before.shape[1] - 1)
-            found = before.gather(1, index.flatten(1)).view(index.shape)
+            found = before[:, None].expand(-1, index.shape[1], -1).gather(2, index)
             return found.masked_fill(position <= 0, 0)
 
         return count(high) > count(low)
@@ -95,7 +96,12 @@ def has_intervals(expr: Bool) -> bool:
 
     They do unless documents, images or a prefix that it reads from tensors lie in pieces.
     """
-    return all(has_hull(part) for part in conjuncts(expr))
+    return _has_intervals(Same(expr))
+
+
+@lru_cache(maxsize=512)
+def _has_intervals(formula: Same) -> bool:
+    return all(has_hull(part) for part in conjuncts(formula.expr))
 
 
 def says_intervals(text: str) -> bool:
