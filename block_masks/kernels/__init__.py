@@ -1,7 +1,7 @@
 """Scoring and selection in Triton."""
 
 from .decode_rule import DecodeRule
-from .mask_reading import read_mask
+from .mask_reading import read_mask, runs_mask_kernels, turn_keys
 from .operator import (
     MEASURED,
     choose_units,
@@ -34,6 +34,7 @@ __all__ = [
     "prepare_mask",
     "read_mask",
     "remembered",
+    "runs_mask_kernels",
     "select_lists",
     "select_lists_from_pages",
     "settings_of",
@@ -41,4 +42,5 @@ __all__ = [
     "summarize_rows",
     "supports_keys",
     "supports_pages",
+    "turn_keys",
 ]

@@ -1,4 +1,4 @@
-"""Mask tensors read by kernels, in place of some hundred operators of PyTorch."""
+"""Masks of eager calls, read and turned by kernels in place of many operators of PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..masks import (
     pairs_of_mask,
 )
 from ..masks import read_mask as read_by_operators
-from .operator import _device_obstacle, on_device
+from .operator import _device_obstacle, keys_obstacle, on_device
 from .recording import Recordings
 
 # Of entries that the kernels compare as they are.
@@ -49,6 +49,25 @@ def read_mask(attn_mask: Tensor, *, q_len: int, kv_len: int) -> MaskContents | N
     offset, width, *found = facts.flatten(0, 1).amax(0).tolist()
     holds = {n: bool(number) == (n in SOME) for n, number in zip(TRUTHS, found, strict=False)}
     return describe_facts(MaskFacts(mask.shape[0], q_len, kv_len, offset, width, holds, *tables))
+
+
+def turn_keys(
+    valid: Tensor, *, batch: int, q_len: int, kv_len: int, block_size: int
+) -> list[Tensor]:
+    """The padding of a causal call turned out of the block grid, on the GPU; see `turn.turn`."""
+    from .turn import turn
+
+    sizes = {"batch": batch, "q_len": q_len, "kv_len": kv_len, "block_size": block_size}
+    kind = ("turn", *sizes.values())
+    with on_device(valid.device):
+        return list(_recordings.run(kind, (valid,), lambda: turn(valid, **sizes)))
+
+
+def runs_mask_kernels(query: Tensor) -> bool:
+    """Whether what is made of the mask of an eager call is made by kernels."""
+    if query.device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._len_torch_dispatch_stack() and keys_obstacle(query) is None
 
 
 def _reads(mask: Tensor) -> bool:

@@ -42,7 +42,7 @@ from .expr import (
     variable,
 )
 from .hulls import Hull, hull_of
-from .program import MaskProgram, is_known
+from .program import MaskProgram, Same, is_known
 from .rows import has_intervals, row_spans, says_causality, says_intervals
 from .tensors import mask_4d, nearest_valid, visible_tokens
 from .text import format_mask
@@ -71,6 +71,7 @@ __all__ = [
     "Or",
     "Q",
     "RowEnds",
+    "Same",
     "Symbol",
     "Tiles",
     "Truth",

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...block_masks.kernels import runs_mask_kernels, turn_keys
 from ...block_masks.masks import (
     KV,
     Affine,
@@ -27,6 +29,7 @@ from ...block_masks.masks import (
     Load,
     MaskProgram,
     Q,
+    Same,
     Truth,
     all_of,
     atoms,
@@ -42,6 +45,9 @@ from ...block_masks.masks import (
 )
 from ..calls import SdpaCall, SparseConfig
 from .sparse_attention import apply_autocast, call_geometry, keeps_window, logit_scale
+
+# Tensors of a turned mask of which nothing but valid keys is read: these, and its rows.
+OF_KEYS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +134,12 @@ def prepare_mask(call: SdpaCall, settings: SparseConfig) -> list[Tensor]:
     call = apply_autocast(call)
     made: list[Tensor] = []
     with torch.no_grad():
-        found = _find_shift(call, settings)
+        turned = _turn_on_gpu(call, settings)
+        found = None
+        if turned is not None:
+            call, made = turned
+        else:
+            found = _find_shift(call, settings)
         if found is not None:
             call = replace(call, **_turn_mask(call, *found))
             of_mask = (call.mask_tensors or ()) if call.attn_mask is None else (call.attn_mask,)
@@ -141,6 +152,83 @@ def prepare_mask(call: SdpaCall, settings: SparseConfig) -> list[Tensor]:
             geometry=call_geometry(call, settings),
             scale=logit_scale(call),
         )
+
+
+def _turn_on_gpu(call: SdpaCall, settings: SparseConfig) -> tuple[SdpaCall, list[Tensor]] | None:
+    """An eager call whose mask is turned by one kernel, with its shift and the mask's tensors.
+
+    ``None`` where nothing is turned, or by PyTorch: traced, elsewhere than on a GPU, or under a
+    mask that reads more than which keys are valid.
+    """
+    tensors, query = call.mask_tensors or (), call.query
+    if not call.mask or {type(t) for t in (query, *tensors)} != {Tensor}:
+        return None
+    if not runs_mask_kernels(query):
+        return None
+    program = call.mask_program()
+    assert program is not None
+    offset = call.causal_offset()
+    offset = program.split_causal()[0] if offset is None else offset
+    if offset != 0 or program.q_len > program.kv_len:
+        return None
+    places = program.q_len, program.kv_len, program.batch
+    plan = _plan_turn(Same(program.expr), len(tensors), *places)
+    if plan is None or keeps_window(call_geometry(call, settings)):
+        return None
+    valid = tensors[plan.number]
+    valid = valid if valid.dim() == 2 else valid[None]
+    if valid.dtype is not torch.bool or valid.shape != plan.shape:
+        return None
+    made = turn_keys(
+        valid,
+        batch=program.batch,
+        q_len=program.q_len,
+        kv_len=program.kv_len,
+        block_size=settings.selector.block_size,
+    )
+    return replace(call, mask=plan.text, mask_tensors=made[1:], mask_numbers=None), made
+
+
+@dataclass(frozen=True, slots=True)
+class _TurnPlan:
+    """A mask that is turned by its valid keys alone.
+
+    Attributes:
+        number: Which of its tensors says them.
+        shape: Of that.
+        text: The formula of the turned mask, of its valid keys and its rows.
+    """
+
+    number: int
+    shape: tuple[int, int]
+    text: str
+
+
+@lru_cache(maxsize=256)
+def _plan_turn(
+    formula: Same, tensors: int, q_len: int, kv_len: int, batch: int
+) -> _TurnPlan | None:
+    """How a formula is turned; ``None`` where that takes more than its valid keys."""
+    of_keys = [part for part in conjuncts(formula.expr) if _is_of_keys(part)]
+    if len(of_keys) != 1 or not isinstance(of_keys[0], Truth):
+        return None
+    load = of_keys[0].load
+    if load.index not in ((variable(KV),), (variable(B), variable(KV))):
+        return None
+    shape = (batch if len(load.index) == 2 else 1), kv_len
+    named = [torch.empty((batch, max(q_len, kv_len)), dtype=torch.bool, device="meta")] * tensors
+    program = MaskProgram(
+        expr=formula.expr, tensors=tuple(named), batch=batch, q_len=q_len, kv_len=kv_len
+    )
+    others = [part for part in conjuncts(formula.expr) if part not in of_keys]
+    if any(isinstance(atom, Load) for part in others for atom in atoms(part)):
+        return None
+    valid = torch.empty((batch, kv_len), dtype=torch.bool, device="meta")
+    shift = torch.empty(batch, dtype=torch.int64, device="meta")
+    turned = _turn_formula(program, valid, shift)
+    if len(turned.named) != OF_KEYS:
+        return None
+    return _TurnPlan(int(load.source[1:]), shape, turned.text)
 
 
 def _is_of_keys(part: Bool) -> bool:

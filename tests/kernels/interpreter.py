@@ -21,6 +21,7 @@ NAMES = (
     "decode",
     "intervals",
     "read",
+    "turn",
     "score_rows",
     "score",
     "select",
@@ -41,6 +42,7 @@ class Kernels:
     decode: Any
     intervals: Any
     read: Any
+    turn: Any
     score_rows: Any
     score: Any
     select: Any

@@ -106,7 +106,7 @@ CALLS = (
         (
             *("score_both", "pool"),
             *("key_blocks", "nearest_blocks", "row_blocks", "last_blocks"),
-            *("read_rows", "read_keys", "join_keys", "read_facts"),
+            *("read_rows", "read_keys", "join_keys", "read_facts", "turn_keys"),
         ),
     ),
     Call(torch.bfloat16, 256, 32768, True, ("fine",)),
@@ -153,6 +153,7 @@ def launches(target: Target) -> list[Launched]:
         rows,
         score,
         select,
+        turn,
     )
 
     found: dict[str, Launched] = {}
@@ -176,6 +177,13 @@ def launches(target: Target) -> list[Launched]:
             if call.masked:
                 make_tables(intervals, call)
                 read_masks(read, call)
+                turn.turn(
+                    torch.empty((2, call.length), dtype=torch.bool, device="meta"),
+                    batch=2,
+                    q_len=call.length,
+                    kv_len=call.length,
+                    block_size=128,
+                )
     return list(found.values())
 
 
