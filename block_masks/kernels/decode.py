@@ -70,11 +70,6 @@ def _estimate(
         tl.extra.cuda.gdc_wait()
     request = tl.program_id(1) // kv_heads
     head = tl.program_id(1) % kv_heads
-    table = tables + request.to(tl.int64) * table_stride
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    # Asked for before it is known how many there are: what stands behind them names no unit that
-    # is read.
-    page = tl.load(table + place // UNITS, mask=place < width, other=0)
     length = tl.load(lengths + request)
     if PACK and tl.program_id(0) == 0:
         row = tl.arange(0, PADDED)[:, None]
@@ -85,6 +80,7 @@ def _estimate(
         tl.store(out + at, tl.load(rows + at, mask=inside), mask=inside)
     # A request that keeps everything is not scored.
     if tl.cdiv(length, UNIT) > whole:
+        table = tables + request.to(tl.int64) * table_stride
         column = tl.arange(0, WIDTH)
         own_head = tl.arange(0, PADDED)
         rows = query + request.to(tl.int64) * stride_row + (head * HEADS + own_head) * stride_head
@@ -98,7 +94,8 @@ def _estimate(
         for first in range(tl.program_id(0) * ROWS, units, tl.num_programs(0) * ROWS):
             place = first + tl.arange(0, ROWS)
             exists = place < units
-            line = ((page.to(tl.int64) * kv_heads + head) * UNITS + place % UNITS) * 2
+            page = tl.load(table + place // UNITS, mask=exists, other=0).to(tl.int64)
+            line = ((page * kv_heads + head) * UNITS + place % UNITS) * 2
             inside = exists[:, None] & (column < head_dim)[None, :]
             at = numbers + line[:, None] * head_dim + column[None, :]
             mean = tl.load(at, mask=inside, other=0).to(tl.float32).to(TYPE)
@@ -113,8 +110,6 @@ def _estimate(
             frozen = tl.sqrt(2 * variance * size) - size
             mass = logit + size + tl.where(variance < 2 * size, variance / 2, frozen)
             tl.store(out + place[:, None], mass, mask=exists[:, None] & (own_head < HEADS)[None, :])
-            place += tl.num_programs(0) * ROWS
-            page = tl.load(table + place // UNITS, mask=place < units, other=0)
 
 
 @triton.jit
@@ -167,6 +162,8 @@ def _choose_of(
     at = place
     total = count
     if count > whole:
+        unit = (page.to(tl.int64) * kv_heads + head) * UNITS + place % UNITS
+        stays = tl.load(pinned + unit, mask=exists, other=0) > 0
         shares = tl.zeros([SIZE], dtype=tl.float32)
         unknown = tl.zeros([SIZE], dtype=tl.int32)
         for i in tl.static_range(0, HEADS, TOGETHER):
@@ -180,9 +177,6 @@ def _choose_of(
             mass = tl.exp(mass - tl.where(most == float("-inf"), 0.0, most)[:, None])
             shares += tl.sum(mass / tl.maximum(tl.sum(mass, 1), 1e-30)[:, None], 0)
         shares = shares / HEADS
-        # Here, where the page is there: what waits for it keeps what follows from being asked for.
-        unit = (page.to(tl.int64) * kv_heads + head) * UNITS + place % UNITS
-        stays = tl.load(pinned + unit, mask=exists, other=0) > 0
         forced = (place < sinks) | (place >= count - last) | (unknown > 0) | stays
         forced = exists & forced
         # Numbers from 0 on are ordered as their bits.
