@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import unisparse_flex
 from unisparse_flex import UniSparse
+from unisparse_flex.passes.calls import decode_selector
 from unisparse_flex.passes.decision import device_name
 from unisparse_flex.selectors import DEFAULT_SELECTOR
 
@@ -231,6 +232,16 @@ def decision_table(result: dict[str, Any]) -> str:
             for row in result["rows"]
         ],
     )
+
+
+def is_prompt(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of a whole prompt, not of decoding, and was measured."""
+    return bool(row["queries"] == row["tokens"] and "ratio" in row and "decision" in row)
+
+
+def is_default(row: Mapping[str, Any]) -> bool:
+    """Whether a row is of the default selector."""
+    return decode_selector(row["selector"]) == DEFAULT_SELECTOR
 
 
 def _rule(selector: str) -> str:

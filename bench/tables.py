@@ -20,7 +20,7 @@ from unisparse_flex.passes import DenseReason
 from unisparse_flex.passes.masks import Unproved
 
 from . import markdown
-from .figures import front_tables
+from .figures import front_sentences, front_tables
 from .record import FOLDER
 from .registry import BENCHMARKS, benchmark_of, describe, files_of, read
 
@@ -85,6 +85,9 @@ OTHERS: dict[str, Callable[[], str]] = {
     "claims": front_tables.claims_table,
     "speed": front_tables.speed_table,
     "gain": front_tables.gain_sentence,
+    "decisions": front_sentences.decisions_sentence,
+    "equal KL": front_sentences.equal_sentence,
+    "all lengths": front_sentences.lengths_sentence,
     "coverage": front_tables.coverage_table,
 }
 SECTIONS = "|".join([FILES, *OTHERS])

@@ -12,6 +12,7 @@ from unisparse_flex.passes.calls import decode_selector
 
 from .. import markdown
 from ..attention import sparse_rows
+from ..cost_decision import is_default, is_prompt
 from .curves import place_of
 from .front import (
     NAMES,
@@ -33,6 +34,7 @@ RIVALS = (*CLAIMED, "flashprefill", "streamingllm", "unisparse-paper")
 TASKS = "quality-smollm2-8192-tasks.json"
 PREFILL = "prefill-cuda-sm90.json"
 MASKED = "masked-cuda-sm90-models.json"
+DECISIONS = "cost-decision-cuda-sm90.json"
 FOUR = "distributed-cuda-sm90-x4.json"
 LENGTHS = (32768, 131072)
 FORCED = (0.1, 0.3)
@@ -75,8 +77,8 @@ def claims_table() -> str:
 
 def speed_table() -> str:
     """Times of attention and of whole models on GPUs, each line with what it was measured on."""
-    heads = ("measured, H100", "tokens", "weights: kept", "over dense")
-    return _with_files(heads, [*_attention_rows(), *_model_rows()])
+    heads = ("measured", "GPU", "tokens", "weights: kept", "over dense")
+    return _with_files(heads, [*_attention_rows(), *_model_rows(), *_losing_rows()])
 
 
 def gain_sentence() -> str:
@@ -195,7 +197,7 @@ def _rivals() -> Iterator[list[str]]:
     for name, title in QUALITY.items():
         result = load(name)
         for text in TEXTS:
-            found = {rival: _ratios(result, rival, text) for rival in RIVALS}
+            found = {rival: density_ratios(result, rival, text) for rival in RIVALS}
             parts = [f"{NAMES[rival]} {_span(ratios)}" for rival, ratios in found.items() if ratios]
             yield [
                 claim,
@@ -211,7 +213,7 @@ def _span(ratios: Sequence[float]) -> str:
     return " to ".join(ends)
 
 
-def _ratios(result: dict[str, Any], rival: str, text: str) -> list[float]:
+def density_ratios(result: dict[str, Any], rival: str, text: str) -> list[float]:
     """Of the rival's points, the density that ours needs for their KL over theirs."""
     ours = [(density, kl) for density, kl, _ in quality_points(result, OURS, text)]
     found = []
@@ -227,6 +229,7 @@ def _attention_rows() -> Iterator[list[str]]:
     real = real_speedups(result)
     yield [
         "attention, SmolLM2-135M's layers 3, 15, 27",
+        _gpu(result),
         str(real[0][1]),
         f"real, free: {', '.join(f'{kept:.0%}' for *_, kept, _ in real)}",
         ", ".join(f"{speedup:.2f}x" for *_, speedup in real),
@@ -236,6 +239,7 @@ def _attention_rows() -> Iterator[list[str]]:
         speedups = _speedups(result, density)
         yield [
             "attention, Llama-3.1-8B's heads",
+            _gpu(result),
             ", ".join(map(str, LENGTHS)),
             f"random, forced: {density:.0%}",
             ", ".join(f"{speedups[length]:.2f}x" for length in LENGTHS),
@@ -252,10 +256,32 @@ def _sparse_prefills() -> list[dict[str, Any]]:
     return [row for row in load(PREFILL)["rows"] if row["variant"] == "sparse"]
 
 
+def _losing_rows() -> Iterator[list[str]]:
+    """The two prompts that the default slows down most where the cost model lets it."""
+    result = load(DECISIONS)
+    rows = [row for row in result["rows"] if not row["layers"] and is_prompt(row)]
+    rows = [row for row in rows if is_default(row) and row["decision"] == "sparse"]
+    worst = sorted(rows, key=lambda row: row["ratio"], reverse=True)[:2]
+    yield [
+        "attention, Llama-3.1-8B's heads, launched from Python, no FlashAttention-4",
+        _gpu(result),
+        ", ".join(str(row["tokens"]) for row in worst),
+        "random, free: " + ", ".join(f"{row['density']:.0%}" for row in worst),
+        ", ".join(f"{1 / row['ratio']:.2f}x" for row in worst),
+        _file(DECISIONS),
+    ]
+
+
+def _gpu(result: dict[str, Any]) -> str:
+    """What a GPU is called in short."""
+    return str(result["device"]).removeprefix("NVIDIA ").partition(" ")[0]
+
+
 def _model_rows() -> Iterator[list[str]]:
     rows = _sparse_prefills()
     yield [
         "first token, Llama-3.1-8B's shape",
+        _gpu(load(PREFILL)),
         ", ".join(str(row["tokens"]) for row in rows),
         "random, forced: 10%",
         ", ".join(f"{row['speedup']:.2f}x" for row in rows),
@@ -265,7 +291,8 @@ def _model_rows() -> Iterator[list[str]]:
     times = {(row["mode"], row["variant"]): row for row in cases}
     free = times["eager", "default"]
     yield [
-        "the same, 4 layers, uncompiled, H200",
+        "the same, 4 layers, uncompiled",
+        _gpu(load(MASKED)),
         str(free["tokens"]),
         f"random, free: {free['density']:.0%}",
         f"{times['eager', 'dense']['ms'] / free['ms']:.2f}x",
@@ -274,7 +301,8 @@ def _model_rows() -> Iterator[list[str]]:
     model = [row for row in load(FOUR)["rows"] if row["part"] == "context_model" and "ms" in row]
     seconds = {row["variant"]: row["ms"] / 1e3 for row in model}
     yield [
-        f"the same, four H200: {seconds['sparse']:.0f} s, not {seconds['dense']:.0f} s",
+        f"the same: {seconds['sparse']:.0f} s, not {seconds['dense']:.0f} s",
+        f"four {_gpu(load(FOUR))}",
         str(model[0]["tokens"]),
         "random, forced: 10%",
         f"{seconds['dense'] / seconds['sparse']:.2f}x",

@@ -4,8 +4,9 @@ python -m bench speed_plots [FILE ...] [--output docs/speed-by-length.png] [--sh
     [--selector two]
 
 Files are those of bench.attention, of bench.prefill for the time to first token, and of
-bench.cost_decision for the lengths between which the cost model changes its mind; without files,
-those in bench/results. What they lack is not drawn.
+bench.cost_decision, of whichever GPU, for the default: between which lengths the cost model turns
+to sparse, and what it then gains or loses; without files, those in bench/results. What they lack
+is not drawn.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..attention import Result, Row, density_name, density_order, join, sparse_rows
+from ..cost_decision import is_default, is_prompt
 from ..record import FOLDER
 from ..registry import files_of, read
 from .curves import interpolate
@@ -140,19 +142,26 @@ def first_token(rows: Sequence[Row], selector: str) -> dict[tuple[str, float | N
     return found
 
 
-def decided(rows: Sequence[Row], shape: str) -> tuple[int, int] | None:
-    """Between which lengths the cost model turns sparse, by the rows of `bench.cost_decision`.
+def default_prompts(rows: Sequence[Row], shape: str) -> list[Row]:
+    """The rows of `bench.cost_decision` of a bare call to the default with a whole prompt."""
+    return sorted(
+        (
+            row
+            for row in rows
+            if row["shape"] == shape and not row["layers"] and is_prompt(row) and is_default(row)
+        ),
+        key=lambda row: row["tokens"],
+    )
 
-    Of the prompts of one bare call, the longest that stays dense by every rule and the shortest
-    that is sparse by every rule; ``None`` where there are no such two.
+
+def decided(prompts: Sequence[Row]) -> tuple[int, int] | None:
+    """Between which lengths the cost model turns sparse, by `default_prompts`.
+
+    The longest that stays dense and the shortest that is sparse; ``None`` where there are no such
+    two.
     """
-    decisions: dict[int, set[str]] = {}
-    for row in rows:
-        is_prompt = row["layers"] == 0 and row["queries"] == row["tokens"]
-        if row["shape"] == shape and is_prompt and "decision" in row:
-            decisions.setdefault(row["tokens"], set()).add(row["decision"])
-    dense = [tokens for tokens, found in decisions.items() if found == {"dense"}]
-    sparse = [tokens for tokens, found in decisions.items() if found == {"sparse"}]
+    dense = [row["tokens"] for row in prompts if row["decision"] == "dense"]
+    sparse = [row["tokens"] for row in prompts if row["decision"] == "sparse"]
     if not dense or not sparse or max(dense) > min(sparse):
         return None
     return max(dense), min(sparse)
@@ -162,7 +171,8 @@ def draw(results: Sequence[Result], shape: str, selector: str) -> Figure:
     """A panel for each of `TIMES`, and one with the time to first token of a whole model.
 
     Args:
-        results: Files of one device: of `bench.attention`, and any of the others.
+        results: Files of one device: of `bench.attention`, and any of the others; those of
+            `bench.cost_decision` may be of another.
         shape: Name of the heads.
         selector: Name of the settings.
 
@@ -175,30 +185,32 @@ def draw(results: Sequence[Result], shape: str, selector: str) -> Figure:
     except ImportError as error:
         raise SystemExit("bench.speed_plots: plots need matplotlib") from error
 
-    devices = dict.fromkeys(result["device"] for result in results)
+    deciding = [result for result in results if any("decision" in row for row in result["rows"])]
+    devices = dict.fromkeys(result["device"] for result in results if result not in deciding)
     if len(devices) > 1:
         raise ValueError(f"files must be of one device, got {', '.join(devices)}; name some")
     panels = _speedups(results, shape, selector)
     prefill = [result for result in results if any("variant" in row for row in result["rows"])]
     runs = first_token([row for result in prefill for row in result["rows"]], selector)
-    decisions = [row for result in results for row in result["rows"] if "decision" in row]
     drawn = {curve.density for found in panels.values() for curve in found}
     drawn |= {density for variant, density in runs if variant not in DENSE}
     ordered = sorted(drawn, key=density_order)
     styles = {density: _style(place) for place, density in enumerate(ordered)}
 
     widths = [1.0] * len(panels) + [0.75] * bool(runs)
-    figure = Figure(figsize=(3.8 * sum(widths), 5.2), layout="constrained")
-    figure.suptitle(f"{shape}, {selector}, {next(iter(devices))}", fontsize=11)
+    figure = Figure(figsize=(3.8 * sum(widths), 5.4), layout="constrained")
+    title = f'{shape}, settings: {selector}, densities forced but for "own", {next(iter(devices))}'
+    figure.suptitle(title, fontsize=11)
     every: list[Axes] = list(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
     every[0].set_ylabel("speed-up over the fastest dense kernel")
     for axes in every[1 : len(panels)]:
         axes.sharey(every[0])
     for (time, found), axes in zip(panels.items(), every, strict=False):
         _draw_speedups(axes, found, styles)
-        # The cost model predicts calls that are launched from Python.
+        # Those calls were launched from Python.
         if time == "total_plain_ms":
-            _draw_decided(axes, decided(decisions, shape))
+            for result in deciding:
+                _draw_decided(axes, default_prompts(result["rows"], shape), result["device"])
         axes.set_title(f"attention, {TIMES[time]}", fontsize=10)
         _legend(axes, "density: breaks even at (tokens)")
     if runs:
@@ -254,15 +266,30 @@ def _draw_speedups(
     _token_axis(axes, [tokens for curve in found for tokens, _ in curve.points])
     # Room for the arrows.
     axes.margins(x=0.1)
-    place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "top"}
-    axes.text(1, 0.97, "dense is faster", fontsize=8, **place)
+    place: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "bottom"}
+    axes.text(1, 0.02, "below 1x dense is faster", fontsize=8, **place)
 
 
-def _draw_decided(axes: Axes, lengths: tuple[int, int] | None) -> None:
+def _draw_decided(axes: Axes, prompts: Sequence[Row], device: str) -> None:
+    """The default's own times over dense where it runs sparse, and where it turns to that."""
+    gpu = device.removeprefix("NVIDIA ").partition(" ")[0]
+    points = [(row["tokens"], 1 / row["ratio"]) for row in prompts if row["decision"] == "sparse"]
+    lengths = decided(prompts)
+    if points:
+        name = f"default, {gpu}"
+        tokens, speedups = zip(*points, strict=True)
+        label = f"{name}: {Curve(None, tuple(points)).break_even}"
+        style: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 7, "linewidth": 1}
+        axes.plot(tokens, speedups, **style, label=label, gid=f"decided {name}")
     if lengths is not None:
         axes.axvspan(*lengths, color="#e4e4e4", zorder=0, gid="decided")
-        text, place = " the cost model\n turns sparse", (lengths[1], 0.03)
-        axes.text(*place, text, transform=axes.get_xaxis_transform(), fontsize=8)
+        text = f"the default\nturns sparse\n({gpu})"
+        place: dict[str, Any] = {
+            "transform": axes.get_xaxis_transform(),
+            "va": "top",
+            "ha": "center",
+        }
+        axes.text(math.sqrt(math.prod(lengths)), 0.98, text, **place, fontsize=7)
 
 
 def _draw_first_token(

@@ -13,9 +13,20 @@ import pytest
 from bench import registry
 from bench.attention import density_name, join, sparse_rows
 from bench.figures import speed_plots
-from bench.figures.speed_plots import BreakEven, Curve, curves, decided, draw, first_token
+from bench.figures.front_sentences import break_even
+from bench.figures.front_tables import DECISIONS
+from bench.figures.speed_plots import (
+    BreakEven,
+    Curve,
+    curves,
+    decided,
+    default_prompts,
+    draw,
+    first_token,
+)
 from bench.record import FOLDER
 from tests.bench.results import DENSITIES, LENGTHS, make_result
+from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 SPARSE: dict[str, Any] = {"variant": "sparse", "selector": "two", "density": 0.1}
 
@@ -43,7 +54,8 @@ def make_prefill() -> dict[str, Any]:
 
 def decision(tokens: int, decision: str, **other: Any) -> dict[str, Any]:
     row = {"shape": "llama3-8b", "layers": 0, "tokens": tokens, "queries": tokens}
-    return row | {"decision": decision} | other
+    default = {"selector": repr(DEFAULT_SELECTOR), "density": 0.5, "ratio": 1.25}
+    return row | {"decision": decision} | default | other
 
 
 def drawn(axes: Any, kind: str) -> dict[str, list[tuple[float, float]]]:
@@ -136,14 +148,16 @@ def test_the_first_token_is_that_of_dense_runs_and_of_the_selector() -> None:
     }
 
 
-def test_the_cost_model_turns_where_all_rules_agree() -> None:
-    rows = [decision(1024, "dense"), decision(4096, "dense"), decision(4096, "dense")]
-    rows += [decision(8192, "dense"), decision(8192, "sparse"), decision(16384, "sparse")]
+def test_the_default_turns_between_the_last_dense_and_the_first_sparse_prompt() -> None:
+    rows = [decision(16384, "sparse"), decision(4096, "dense"), decision(8192, "dense")]
     rows += [decision(32768, "dense", queries=1), decision(2048, "sparse", layers=2)]
-    assert decided(rows, "llama3-8b") == (4096, 16384)
-    assert decided(rows, "smollm2") is None
-    assert decided(rows[:3], "llama3-8b") is None
-    assert decided([*rows, decision(65536, "dense")], "llama3-8b") is None
+    rows += [decision(1024, "sparse", selector="UniSparse(top_k=16)")]
+    rows += [decision(1024, "sparse", shape="smollm2")]
+    prompts = default_prompts(rows, "llama3-8b")
+    assert [row["tokens"] for row in prompts] == [4096, 8192, 16384]
+    assert decided(prompts) == (8192, 16384)
+    assert decided(default_prompts(rows, "smollm2")) is None
+    assert decided([*prompts, decision(65536, "dense")]) is None
 
 
 def test_lines_and_marks_are_the_curves_and_their_break_even() -> None:
@@ -207,9 +221,19 @@ def test_panels_of_what_no_file_has_are_left_out() -> None:
 def test_the_lengths_of_the_decision_are_marked_beside_launched_calls() -> None:
     pytest.importorskip("matplotlib")
     rows = [decision(8192, "dense"), decision(16384, "sparse")]
-    decisions = {"device": "a device", "rows": rows}
+    decisions = {"device": "NVIDIA H200", "rows": rows}
     graph, launched = draw([make_launched(), decisions], "llama3-8b", "two").axes
     assert (bands(graph), bands(launched)) == ([], [(8192, 16384)])
+    assert drawn(launched, "decided") == {"default, H200": [(16384, 0.8)]}
+    assert legend(launched)[-1] == "default, H200: above 16k"
+
+
+def test_the_committed_files_are_drawn_together() -> None:
+    pytest.importorskip("matplotlib")
+    results = list(registry.read(registry.files_of(*speed_plots.BENCHMARKS)).values())
+    _, launched, _ = draw(results, "llama3-8b", "two").axes
+    [(low, high)] = bands(launched)
+    assert low < break_even() <= high
 
 
 def test_files_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,3 +290,17 @@ def test_the_page_says_when_the_committed_files_break_even() -> None:
     assert launched[0.2].side == launched[0.5].side == "at"
     lengths = [f"{round(launched[density].tokens, -3):.0f}" for density in (0.2, 0.5)]
     assert f"from about {lengths[0]} (20%) to {lengths[1]} tokens (50%)" in text
+
+
+def test_pages_say_from_where_prompts_run_sparse() -> None:
+    about = [f"about {round(break_even(masked=masked), -2)}" for masked in (False, True)]
+    for page in ("README.md", "docs/limits.md"):
+        assert all(text in Path(page).read_text() for text in about), page
+    assert about[0] in Path("docs/not-faster.md").read_text()
+
+
+def test_pages_hold_the_worst_decisions_of_the_file() -> None:
+    rows = json.loads((FOLDER / DECISIONS).read_text())["rows"]
+    worst = max((row for row in rows if row["decision"] == "sparse"), key=lambda row: row["ratio"])
+    assert f"{worst['ratio']:.2f} times" in Path("docs/performance.md").read_text()
+    assert f"{1 / worst['ratio']:.2f}x" in Path("README.md").read_text()

@@ -165,7 +165,7 @@ def test_every_section_of_the_front_is_in_the_readme() -> None:
 def test_the_gain_is_that_of_the_table_of_speed() -> None:
     said = re.findall(r"\d+\.\d+x", front_tables.gain_sentence())
     shown = re.findall(r"\d+\.\d+x", front_tables.speed_table())
-    # Of the real prompt the first and the last of three layers; not the last two lines.
+    # Of the real prompt the first and the last of three layers; not the last three lines.
     assert sorted(said) == sorted([shown[0], *shown[2:9]])
 
 
