@@ -6,6 +6,7 @@ kernels can take turns over heads and rows within bounded scratch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -208,9 +209,13 @@ def prepare_mask(
     """The tables of `key_intervals.interval_tables` for a geometry whose mask is of intervals."""
     mask = geometry.mask
     assert mask is not None
+    make: Any = torch.ops.unisparse.key_intervals
     if device.type == KERNELS:
         share_logs(settings.c_k, device)
-    tables: list[Tensor] = torch.ops.unisparse.key_intervals(
+        if _is_plain(mask.named):
+            # The way through the dispatcher takes as long as all that happens here.
+            make = _make_tables
+    tables: list[Tensor] = make(
         mask.text,
         mask.named,
         mask.numbers,
@@ -227,6 +232,16 @@ def prepare_mask(
         device=device,
     )
     return tables
+
+
+def _is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether nobody records or replaces what happens to some tensors."""
+    return (
+        {type(tensor) for tensor in tensors} == {Tensor}
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def pool_keys(key: Tensor, *, c_k: int, block_size: int, blocks: int) -> Tensor:

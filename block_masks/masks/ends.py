@@ -83,8 +83,8 @@ class EndsPlan:
         varies: Whether batch elements may differ.
         last_offset: See `RowEnds`.
         first_offset: See `RowEnds`.
-        lasts: Parts that set the last key.
-        firsts: Parts that set the first one.
+        lasts: Parts that set the last key, each with that key where the part is one comparison.
+        firsts: Parts that set the first one, likewise.
         rows: Parts that know no key.
         keys: Parts that know no row.
         equality: Ids of rows and of keys.
@@ -95,8 +95,8 @@ class EndsPlan:
     varies: bool
     last_offset: int | None
     first_offset: int | None
-    lasts: tuple[Bool, ...]
-    firsts: tuple[Bool, ...]
+    lasts: tuple[tuple[Bool, Affine | None], ...]
+    firsts: tuple[tuple[Bool, Affine | None], ...]
     rows: tuple[Bool, ...]
     keys: tuple[Bool, ...]
     equality: tuple[Affine, Affine] | None
@@ -118,8 +118,8 @@ class EndsPlan:
             ),
             device,
         )
-        lasts = [run.bound(part, LAST) for part in self.lasts]
-        firsts = [run.bound(part, FIRST) for part in self.firsts]
+        lasts = [run.bound(*last, LAST) for last in self.lasts]
+        firsts = [run.bound(*first, FIRST) for first in self.firsts]
         gaps = None
         if self.hulls:
             row = torch.arange(q_len, device=device)[None]
@@ -162,7 +162,7 @@ def ends_plan(
     nothing: Any = [None] * tensors
     program = MaskProgram.parse(text, tensors=nothing, numbers=numbers, batch=1, q_len=1, kv_len=1)
     last, first = [] if causal_offset is None else [causal_offset], []
-    parts: dict[str, list[Bool]] = {"lasts": [], "firsts": [], "rows": [], "keys": [], "hulls": []}
+    parts: dict[str, list[Any]] = {"lasts": [], "firsts": [], "rows": [], "keys": [], "hulls": []}
     equality = None
     for part in conjuncts(program.expr):
         names = coordinates(part)
@@ -175,7 +175,9 @@ def ends_plan(
         elif (bound := offset_bound(part, Q, KV)) is not None:
             first.append(-number_of(bound, ()))
         elif (side := bound_side(part)) is not None:
-            parts["lasts" if side == LAST else "firsts"].append(part)
+            found = key_bound(part) if isinstance(part, Compare) else None
+            end = None if found is None else found[1]
+            parts["lasts" if side == LAST else "firsts"].append((part, end))
         elif equality is None and isinstance(part, Compare):
             equality = sides_of_equality(part)
         else:
@@ -197,12 +199,10 @@ class _Ends:
     program: MaskProgram
     device: torch.device
 
-    def bound(self, part: Bool, side: int) -> Tensor:
+    def bound(self, part: Bool, end: Affine | None, side: int) -> Tensor:
         """The key that ends each row's run: int64 [1 or B, 1 or Sq]."""
-        if isinstance(part, Compare):
-            found = key_bound(part)
-            assert found is not None
-            return self.integer(found[1], Q)
+        if end is not None:
+            return self.integer(end, Q)
         row = torch.arange(self.program.q_len, device=self.device)[None]
         return bound_value(self.program, part, side, row)
 

@@ -167,11 +167,8 @@ class MaskProgram:
         """Keys that a row sees up to its own position, where a sliding window bounds them."""
         if causal_offset is None:
             return None
-        for part in conjuncts(self.expr):
-            bound = offset_bound(part, Q, KV)
-            if bound is not None:
-                return causal_offset + number_of(bound, self.numbers) + 1
-        return None
+        bound = _window_bound(Same(self.expr))
+        return None if bound is None else causal_offset + number_of(bound, self.numbers) + 1
 
 
 class Same:
@@ -210,6 +207,13 @@ def _facts(formula: Same) -> _Facts:
         1 + max((int(load.source[1:]) for load in loads), default=-1),
         "b" in coordinates(formula.expr),
     )
+
+
+@lru_cache(maxsize=512)
+def _window_bound(formula: Same) -> Affine | None:
+    """``c`` of the first part that says ``q <= kv + c``."""
+    bounds = (offset_bound(part, Q, KV) for part in conjuncts(formula.expr))
+    return next((bound for bound in bounds if bound is not None), None)
 
 
 @lru_cache(maxsize=512)

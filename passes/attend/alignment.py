@@ -209,7 +209,7 @@ def _plan_turn(
     formula: Same, tensors: int, q_len: int, kv_len: int, batch: int
 ) -> _TurnPlan | None:
     """How a formula is turned; ``None`` where that takes more than its valid keys."""
-    of_keys = [part for part in conjuncts(formula.expr) if _is_of_keys(part)]
+    of_keys = _parts_of_keys(formula)
     if len(of_keys) != 1 or not isinstance(of_keys[0], Truth):
         return None
     load = of_keys[0].load
@@ -237,12 +237,18 @@ def _is_of_keys(part: Bool) -> bool:
     return loads and "kv" in coordinates(part) and "q" not in coordinates(part)
 
 
+@lru_cache(maxsize=256)
+def _parts_of_keys(formula: Same) -> tuple[Bool, ...]:
+    """Those of its parts that hide keys from all rows."""
+    return tuple(part for part in conjuncts(formula.expr) if _is_of_keys(part))
+
+
 def _valid_keys(call: SdpaCall, config: SparseConfig) -> Tensor | None:
     """Keys that such parts of a proved mask do not hide, where it may pad: bool [B, Skv]."""
     program = call.mask_program()
     if program is None:
         return None
-    of_keys = [part for part in conjuncts(program.expr) if _is_of_keys(part)]
+    of_keys = _parts_of_keys(Same(program.expr))
     if not of_keys:
         return None
     offset = call.causal_offset()
