@@ -180,6 +180,9 @@ def ends_plan(
             parts["lasts" if side == LAST else "firsts"].append((part, end))
         elif equality is None and isinstance(part, Compare):
             equality = sides_of_equality(part)
+            if equality is not None and all(factor < 0 for _, factor in equality[1].terms):
+                # Entries as they are, where both sides hold them negated.
+                equality = -equality[0], -equality[1]
         else:
             parts["hulls"].append(part)
     return EndsPlan(
