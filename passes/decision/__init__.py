@@ -21,6 +21,7 @@ from .flex_support import (
     supports_head_dim,
 )
 from .found_rates import device_name, estimates, find_rates, hardware_name, keep_rates
+from .outcome_text import say_reasons
 from .refusals import (
     DenseReason,
     flex_lowers,
@@ -66,5 +67,6 @@ __all__ = [
     "reads_tensors",
     "refuse",
     "refuse_sharding",
+    "say_reasons",
     "supports_head_dim",
 ]

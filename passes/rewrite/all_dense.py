@@ -6,7 +6,7 @@ import logging
 import textwrap
 from collections import Counter
 
-from ..decision import DenseReason
+from ..decision import DenseReason, say_reasons
 from .report import RewriteReport
 
 logger = logging.getLogger(__name__)
@@ -35,16 +35,15 @@ def warn_of_dense(
     expected = {DenseReason.EXCLUDED} | ({DenseReason.FEW_QUERIES} if may_decode else set())
     if report.rewritten or not settings - _sparse or not set(reasons) - expected:
         return
-    (reason, count), *others = reasons.most_common()
+    reason = reasons.most_common(1)[0][0]
     if (settings, reason) in _told:
         return
     _told.add((settings, reason))
     total = reasons.total()
     calls = f"all {total} attention calls stay" if total > 1 else "the only attention call stays"
-    which = f"; {count} of them" if others else ""
     logger.warning(
         textwrap.fill(
-            f"nothing of a compiled graph is sparse: {calls} dense{which}: {reason}; "
+            f"nothing of a compiled graph is sparse: {calls} dense{say_reasons(reasons)}; "
             "print(unisparse_flex.explain(model, ...)) says what to do",
             COLUMNS,
             subsequent_indent="  ",

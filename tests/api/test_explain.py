@@ -715,3 +715,55 @@ def test_a_window_kept_whole_is_no_choice_and_not_in_the_density() -> None:
     )
     assert chosen_densities(found.calls) == [other.density]
     assert chosen_densities([window]) == [1.0]
+
+
+def timed(layer: int, dense_ms: float, sparse_ms: float | None, **other: Any) -> AttentionRecord:
+    return replace(sparse_call(layer, 0.5, 4.0), measured=(dense_ms, sparse_ms), **other)
+
+
+DENSE: dict[str, Any] = {"decision": "dense", "reason": DenseReason.SLOWER, "density": None}
+
+
+def test_where_calls_were_timed_the_verdict_goes_by_that() -> None:
+    # Predicted slower than dense, measured twice as fast.
+    slow = sparse_call(0, 0.9, 12.0)
+    assert "predicted" in Explanation((slow,)).verdict
+    fast = Explanation((replace(slow, measured=(10.0, 5.0)),), wording=Wording(command_line=True))
+    assert fast.verdict.endswith("attention measured 2x as fast")
+    assert "slower" not in fast.verdict
+    assert fast.next_step.startswith("unisparse-flex speed MODEL")
+    # With the rest of the model, which takes as long as dense attention.
+    assert "the whole prefill 1.33x as fast" in replace(fast, rest_ms=10.0).verdict
+
+
+def test_layers_that_were_measured_slower_are_named() -> None:
+    calls = (timed(0, 10.0, 11.0), timed(1, 10.0, 5.0))
+    verdict = Explanation(calls).verdict
+    assert verdict.endswith("layer 0 keeps 50%: leave it dense (dense_layers=(0,))")
+    every = Explanation((timed(0, 10.0, 11.0), timed(1, 10.0, 20.0)))
+    assert every.verdict.endswith("every sparse call is measured slower than dense")
+    assert "the cost model is wrong here" in every.next_step
+
+
+def test_dense_calls_that_were_measured_faster_sparse_are_counted() -> None:
+    calls = (timed(0, 10.0, 4.0, **DENSE), timed(1, 10.0, 11.0, **DENSE))
+    found = Explanation(calls, wording=Wording(command_line=True))
+    assert found.verdict.endswith("; 1 of the dense calls was measured faster sparse")
+    assert found.next_step == (
+        "--min-length 0 makes calls sparse: measured 5 ms faster in all, in 1 of 2 calls"
+    )
+    slower = Explanation((timed(0, 10.0, 9.0, **DENSE), timed(1, 10.0, 12.0, **DENSE)))
+    assert slower.next_step.endswith("though measured slower")
+    # What is left out on purpose, or cannot be sparse, is nobody's mistake.
+    excluded = timed(0, 10.0, 4.0, **(DENSE | {"reason": DenseReason.EXCLUDED}))
+    unable = timed(0, 10.0, None, **DENSE)
+    for call in (excluded, unable):
+        assert "measured faster" not in Explanation((call,)).verdict
+
+
+def test_every_reason_for_dense_calls_is_given() -> None:
+    few = replace(timed(0, 1.0, 1.0, **DENSE), reason=DenseReason.FEW_QUERIES, measured=None)
+    slower = replace(few, reason=DenseReason.SLOWER)
+    assert Explanation((few, slower, slower, slower)).verdict == (
+        f"all 4 calls stay dense; 3 of them: {DenseReason.SLOWER}; 1: {DenseReason.FEW_QUERIES}"
+    )

@@ -22,8 +22,9 @@ from unisparse_flex import (
     restore,
     temporarily_optimize,
 )
-from unisparse_flex.catching import settings_of
+from unisparse_flex.catching import name_reason, settings_of
 from unisparse_flex.passes import DenseReason, SparseConfig
+from unisparse_flex.passes.attend import Outcomes
 from unisparse_flex.passes.rewrite import all_dense
 from unisparse_flex.selectors import MInference, PatchOrder, Selector, selector_of_quality
 
@@ -367,6 +368,12 @@ def test_a_compiled_model_all_of_whose_calls_stay_dense_is_told_why_once(
     (said,) = reasons_said(caplog)
     assert "all 2 attention calls stay dense" in said
     assert reason in said
+
+
+def test_a_model_is_told_every_reason() -> None:
+    outcomes = Outcomes({DenseReason.SLOWER: 1, DenseReason.FEW_QUERIES: 3})
+    said = " ".join(name_reason("Model", outcomes).split())
+    assert f"dense; 3 of them: {DenseReason.FEW_QUERIES}; 1: {DenseReason.SLOWER}; print" in said
 
 
 def test_graphs_beside_a_sparse_one_are_told_nothing(

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 
 from ..passes import DenseReason
 from ..passes.attend import Outcomes, are_counted, count_outcomes, is_watched
+from ..passes.decision import say_reasons
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +72,11 @@ def _name_no_call(model: nn.Module) -> str:
 
 def name_reason(model: str, outcomes: Outcomes) -> str:
     """What a model is told none of whose calls was sparse."""
-    (reason, count), *others = outcomes.most_common()
     total = outcomes.total()
     calls = f"all {total} calls" if total > 1 else "the only call"
-    which = f"; {count} of them" if others else ""
     return textwrap.fill(
         f"nothing of {model} is sparse: {calls} of its attention stayed dense"
-        f"{which}: {reason}; print(unisparse_flex.explain(model, ...)) says what to do",
+        f"{say_reasons(outcomes)}; print(unisparse_flex.explain(model, ...)) says what to do",
         COLUMNS,
         subsequent_indent="  ",
         break_long_words=False,

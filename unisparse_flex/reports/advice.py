@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..block_masks.selectors import QUALITIES, Selector, selector_of_quality
 from ..passes import DenseReason
 from .attention_record import AttentionRecord, chosen_densities
-from .verdict import PYTHON, slower_calls
+from .verdict import BY_LENGTH, MEASURED, PREDICTED, PYTHON, faster_calls, slower_calls
 from .wording import Wording
 
 # Each quality, and the next that keeps fewer blocks.
@@ -60,7 +60,7 @@ def quality_of(selector: Selector) -> str | None:
 
 
 def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording) -> str:
-    """Of sparse calls, every one of them predicted to be slower than dense."""
+    """Of sparse calls, every one of them slower than dense, as predicted or measured."""
     quality, kept = _quality_in_force(calls), chosen_densities(calls)
     share = sum(kept) / len(kept)
     if share >= DIFFUSE and quality == "fast":
@@ -68,6 +68,11 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
         return (
             f"leave the model dense: its attention is diffuse, so that even {fast} keeps "
             f"{share:.0%} of the blocks; with random weights it always is"
+        )
+    if all(call.measured and _is_predicted_faster(call) for call in calls):
+        return (
+            "leave the model dense at this length: the cost model is wrong here; "
+            "unisparse-flex doctor --measure gives it this machine's rates"
         )
     if all(_is_expected_faster(call) for call in calls):
         start = "these calls keep more blocks than is expected of the selector"
@@ -79,13 +84,19 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
             return f"{start}: {wording.quality('fast')} keeps fewer; or leave them dense"
         return f"{start}: give it a smaller budget, or leave them dense"
     start = (
-        f"calls are sparse because of {wording.name_of_min_length}: dense is predicted faster at "
-        "this length"
+        f"calls are sparse because of {wording.name_of_min_length}: dense is "
+        f"{_known(calls)} faster at this length"
     )
     return f"{start}, sparse from {later} keys on" if (later := _longer(calls)) else start
 
 
 def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> str:
+    faster = faster_calls(calls)
+    if faster and (gained := _gained_ms(calls)) > 0:
+        return (
+            f"{wording.min_length_0} makes calls sparse: measured {gained:.3g} ms faster in all, "
+            f"in {len(faster)} of {len(calls)} calls"
+        )
     reason = Counter(call.reason for call in calls).most_common(1)[0][0] or DenseReason.SLOWER
     few = [call for call in calls if call.reason is DenseReason.FEW_QUERIES]
     if reason is DenseReason.FEW_QUERIES and all(call.q_len == call.kv_len for call in few):
@@ -108,8 +119,21 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
         parts.append(
             f"{wording.quality(SPARSER[quality])} would be sparse from {min(sparser)} keys on"
         )
-    parts.append(f"{wording.min_length_0} makes calls sparse all the same, though predicted slower")
+    parts.append(
+        f"{wording.min_length_0} makes calls sparse all the same, though {_known(calls)} slower"
+    )
     return "; ".join(parts)
+
+
+def _gained_ms(calls: Sequence[AttentionRecord]) -> float:
+    """Milliseconds that calls would gain that stay dense for their length alone, as measured."""
+    times = (call.milliseconds for call in calls if call.measured and call.reason in BY_LENGTH)
+    return sum(pair[0] - pair[1] for pair in times if pair is not None)
+
+
+def _known(calls: Sequence[AttentionRecord]) -> str:
+    """How it is known which way is faster."""
+    return MEASURED if any(call.measured is not None for call in calls) else PREDICTED
 
 
 def _quality_in_force(calls: Sequence[AttentionRecord]) -> str | None:
@@ -122,6 +146,12 @@ def _longer(calls: Sequence[AttentionRecord]) -> int | None:
     """Fewest keys from which a call is predicted faster sparse; ``None`` where some are reached."""
     known = [p.break_even for call in calls if (p := call.prediction) is not None and p.break_even]
     return min(known) if known and min(known) > max(call.kv_len for call in calls) else None
+
+
+def _is_predicted_faster(call: AttentionRecord) -> bool:
+    """Whether the call is predicted to be faster sparse at the density that it has."""
+    p = call.prediction
+    return p is not None and p.sparse_ms < p.dense_ms
 
 
 def _is_expected_faster(call: AttentionRecord) -> bool:

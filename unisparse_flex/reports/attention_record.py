@@ -31,6 +31,8 @@ class AttentionRecord:
             where that does or was not to be used, where there is no GPU, or where it stays dense.
         prediction: Milliseconds and break-even length by the cost model; ``None`` where it says
             nothing: no settings, or no block-sparse kernel for the call.
+        measured: Milliseconds dense and sparse, where the call was timed; ``None`` in the second
+            where no block-sparse kernel takes it.
         config: The settings of the call; ``None`` where it has none.
         sparser_from: Of a call at ``"high"`` or ``"balanced"`` that stays dense because that is
             predicted to be faster, the fewest keys from which it would be sparse at the next
@@ -50,8 +52,18 @@ class AttentionRecord:
     plain_selection: str | None = None
     own_kernel: str | None = None
     prediction: CallForecast | None = None
+    measured: tuple[float, float | None] | None = None
     config: SparseConfig | None = field(default=None, repr=False)
     sparser_from: int | None = None
+
+    @property
+    def milliseconds(self) -> tuple[float, float] | None:
+        """Dense and sparse: as measured, where the call was timed, else as predicted."""
+        if self.measured is not None:
+            dense, sparse = self.measured
+            return None if sparse is None else (dense, sparse)
+        p = self.prediction
+        return None if p is None else (p.dense_ms, p.sparse_ms)
 
     @property
     def may_differ_compiled(self) -> bool:

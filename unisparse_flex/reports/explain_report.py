@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -78,7 +78,12 @@ class ExplainReport:
     @property
     def explanation(self) -> Explanation:
         """The calls as `explain` returns them, with advice for the command line."""
-        records = tuple(call.record for call in self.calls)
+        records = tuple(
+            call.record
+            if call.time is None
+            else replace(call.record, measured=(call.time.dense_ms, call.time.sparse_ms))
+            for call in self.calls
+        )
         return Explanation(records, self.rest_ms, Wording(command_line=True))
 
     @property

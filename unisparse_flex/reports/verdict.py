@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..passes import DenseReason
+from ..passes.decision import say_reasons
 from .attention_record import AttentionRecord, chosen_densities
 from .wording import Wording, name_runs, runs_of
 
 PYTHON = Wording()
-NO_GAIN = "no gain"
+NO_GAIN, PREDICTED, MEASURED = "no gain", "predicted", "measured"
+# Why calls stay dense that could be sparse at this length.
+BY_LENGTH = (DenseReason.SLOWER, DenseReason.SHORT)
 # Of a ratio of times: less is nothing.
 LEAST_GAIN = 0.01
 NO_CALL = "no attention call was seen: the model computes attention itself or with its own kernels"
@@ -27,30 +30,33 @@ def verdict(
         return NO_CALL
     sparse = [call for call in calls if call.decision == "sparse"]
     if not sparse:
-        reasons = Counter(call.reason for call in calls)
-        (reason, count), *others = reasons.most_common()
-        which = f"; {count} of them" if others else ""
+        reasons = say_reasons(Counter(call.reason for call in calls))
         all_calls = f"all {len(calls)} calls stay" if len(calls) > 1 else "the only call stays"
-        return f"{all_calls} dense{which}: {reason or 'no reason is recorded'}"
+        return f"{all_calls} dense{reasons}{_say_measured(calls)}"
     kept = chosen_densities(sparse)
     share = f", {sum(kept) / len(kept):.0%} of blocks" if kept else ""
     windows = sum(call.window for call in sparse)
     verb = "keeps" if windows == 1 else "keep"
     whole_windows = f" ({windows} {verb} a whole window)" if windows else ""
     parts = [f"{len(sparse)} of {len(calls)} calls sparse{whole_windows}{share}"]
-    dense_ms, decided_ms = predicted_ms(calls)
+    measured = [call for call in calls if call.measured is not None]
+    known = PREDICTED if not measured else MEASURED
+    dense_ms, decided_ms = measured_ms(measured) if measured else predicted_ms(calls)
     if decided_ms:
         gain = _say_gain(dense_ms / decided_ms)
         whole = prefill_ms(calls, rest_ms)
+        if measured and whole is not None and rest_ms is not None:
+            all_timed = len(measured) == len(calls)
+            whole = (dense_ms + rest_ms, decided_ms + rest_ms) if all_timed else None
         of_whole = None if whole is None else _say_gain(whole[0] / whole[1])
         if gain == NO_GAIN and of_whole in (None, NO_GAIN):
-            parts[0] += f", {NO_GAIN} predicted"
+            parts[0] += f", {NO_GAIN} {known}"
         else:
-            parts[0] += f", attention predicted {gain}"
+            parts[0] += f", attention {known} {gain}"
             parts[0] += "" if of_whole is None else f", the whole prefill {of_whole}"
     slower = slower_calls(sparse)
     if slower and len(slower) == len(sparse):
-        parts.append("every sparse call is predicted slower than dense")
+        parts.append(f"every sparse call is {known} slower than dense")
     elif indices := _slower_layers(sparse):
         density = [c.density or 0.0 for c in slower if _index(c) in indices]
         verb = "keeps" if len(indices) == 1 else "keep"
@@ -60,8 +66,39 @@ def verdict(
             f"({wording.dense_layers(sorted({*indices, *_excluded_layers(calls)}))})"
         )
     elif slower:
-        parts.append(f"{len(slower)} of them predicted slower than dense: calibrate, or set top_k")
-    return "; ".join(parts)
+        parts.append(f"{len(slower)} of them {known} slower than dense: calibrate, or set top_k")
+    return "; ".join(parts) + _say_measured(calls)
+
+
+def _say_measured(calls: Sequence[AttentionRecord]) -> str:
+    """How many calls stay dense that were measured to be faster sparse; empty where none was."""
+    faster = faster_calls(calls)
+    if not faster:
+        return ""
+    verb = "was" if len(faster) == 1 else "were"
+    return f"; {len(faster)} of the dense calls {verb} measured faster sparse"
+
+
+def faster_calls(calls: Sequence[AttentionRecord]) -> list[AttentionRecord]:
+    """Those that stay dense for their length alone, and were measured to be faster sparse."""
+    return [
+        call
+        for call in calls
+        if call.reason in BY_LENGTH
+        and call.measured is not None
+        and (times := call.milliseconds) is not None
+        and times[1] < times[0]
+    ]
+
+
+def measured_ms(calls: Sequence[AttentionRecord]) -> tuple[float, float]:
+    """Measured milliseconds of the calls that were timed: all dense, and as decided."""
+    known = [(call, call.measured) for call in calls if call.measured is not None]
+    decided = (
+        sparse if call.decision == "sparse" and sparse is not None else dense
+        for call, (dense, sparse) in known
+    )
+    return sum(dense for _, (dense, _) in known), sum(decided)
 
 
 def predicted_ms(calls: Sequence[AttentionRecord]) -> tuple[float, float]:
@@ -92,8 +129,8 @@ def _say_gain(ratio: float) -> str:
 
 
 def slower_calls(sparse: Sequence[AttentionRecord]) -> list[AttentionRecord]:
-    """The sparse calls that are predicted to be faster dense, at the density that they have."""
-    return [c for c in sparse if (p := c.prediction) is not None and p.sparse_ms > p.dense_ms]
+    """The sparse calls that are faster dense, as measured or, at their density, predicted."""
+    return [c for c in sparse if (times := c.milliseconds) is not None and times[1] > times[0]]
 
 
 def _slower_layers(sparse: Sequence[AttentionRecord]) -> list[int]:
