@@ -49,8 +49,9 @@ class BlockGeometry:
     def num_kv_blocks(self) -> int:
         """Key blocks, the last one possibly ragged."""
         # Spelled unlike `num_q_blocks`: where both lengths are one symbol, Inductor of torch 2.11
-        # cannot divide the square of one floor division by itself.
-        return -(-self.kv_len // self.block_size)
+        # cannot divide the square of one floor division by itself. Nothing in it is negative:
+        # indices along it are then known not to be, and need no condition in Inductor's terms.
+        return (2 * self.kv_len + 2 * self.block_size - 1) // (2 * self.block_size)
 
     @property
     def q_blocks_after(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ...block_masks.masks import TRUE, Affine, Coordinate, Symbol, variable
+from ...block_masks.masks import TRUE, Affine, Atom, Coordinate, Symbol, variable
 from ..calls import operation, recorded, recorded_value
 from .given import GivenTensors
 from .in_place import changes_in_place, operation_in_place
@@ -49,6 +49,7 @@ class Lifter:
         visited: The nodes that were read.
         given: Likewise.
         changed: New tensors, and what changes them in place; their values are those after it.
+        mapped_sizes: Sizes of the dimensions over which torch.vmap maps, as far as they were read.
     """
 
     def __init__(self, root: fx.Node, given: GivenTensors | None = None) -> None:
@@ -57,6 +58,7 @@ class Lifter:
         self._target = {n: target for target, found in self.changed.items() for n in found}
         self._values: dict[fx.Node, Value] = {}
         self._levels: dict[fx.Node, frozenset[Any]] = {}
+        self.mapped_sizes: dict[Atom, Any] = {}
         self._symbols: dict[Any, fx.Node] = {}
         for node in self.visited:
             self._levels[node] = self._open_levels(node)

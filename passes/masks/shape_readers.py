@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,7 +144,9 @@ def _add_batch_dim(lifter: Lifter, node: fx.Node) -> Any:
     mapping: dict[Atom, Affine] = {}
     for i in range(rank):
         mapping[Coordinate(f"d{i}")] = dim(i - (i > batched))
-    mapping[Coordinate(f"d{batched}")] = Affine(((Coordinate(f"v{level}"), 1),))
+    mapped = Coordinate(f"v{level}")
+    lifter.mapped_sizes[mapped] = tensor_of(source).shape[batched]
+    mapping[Coordinate(f"d{batched}")] = variable(mapped)
     return substitute(lifter.read(source), mapping)
 
 
@@ -251,7 +253,24 @@ def _positions(lifter: Lifter, index: Any, size: Any) -> Any:
         )
         entries = opaque(made, tensor)
         return entries
+    _require_within(lifter, value, tensor_of(index).shape, size)
     return value
+
+
+def _require_within(lifter: Lifter, value: Affine, shape: Sequence[Any], size: Any) -> None:
+    """Raises NotUnderstood where an index of this shape reaches beyond ``size`` entries.
+
+    Reading fails there, and no formula must hide that.
+    """
+    sizes = {Coordinate(f"d{i}"): length for i, length in enumerate(shape)} | lifter.mapped_sizes
+    last = value.const
+    for atom, factor in value.terms:
+        if isinstance(atom, Symbol):
+            last = last + factor * recorded_value(atom.source)
+        elif atom in sizes:
+            last = last + factor * (sizes[atom] - 1)
+    if guard_or_false(last >= size):
+        raise NotUnderstood
 
 
 def _sliced(lifter: Lifter, item: slice, at: Affine, size: Any) -> Affine:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 from tests.api.models import qkv
 from unisparse_flex.integrations.deferred_mask import DeferredMask
@@ -122,6 +123,35 @@ def test_a_call_of_other_lengths_gets_the_computed_mask() -> None:
     bound = deferred().bind(SdpaCall(query=query, key=key, value=value))
     assert bound.attn_mask is not None
     assert bound.attn_mask.equal(Counted()())
+
+
+BEYOND: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "batch": lambda b, q, kv: (kv <= q) & PADDING[:1][b, kv],
+    "keys": lambda b, q, kv: (kv <= q) & PADDING[:, 1:][b, kv],
+    "keys at an offset": lambda b, q, kv: (kv <= q) & PADDING[b, kv + 1],
+    "queries": lambda b, q, kv: (kv <= q) & PADDING[:, :-9][b, q],
+}
+
+
+@pytest.mark.parametrize("use_vmap", [False, True])
+@pytest.mark.parametrize("name", BEYOND)
+def test_what_reads_beyond_a_tensor_fails_as_the_computed_mask_does(
+    name: str, use_vmap: bool
+) -> None:
+    def compute() -> Tensor:
+        b, rows = torch.arange(BATCH), torch.arange(LENGTH)
+        if not use_vmap:
+            return BEYOND[name](b[:, None, None, None], rows[:, None], rows)
+        seen = torch.vmap(BEYOND[name], in_dims=(None, None, 0))
+        seen = torch.vmap(seen, in_dims=(None, 0, None))
+        with TransformGetItemToIndex():
+            return torch.vmap(seen, in_dims=(0, None, None))(b, rows, rows)[:, None]
+
+    with pytest.raises(IndexError) as expected:
+        compute()
+    with pytest.raises(IndexError) as raised:
+        deferred(compute).bind(call())
+    assert str(raised.value) == str(expected.value)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

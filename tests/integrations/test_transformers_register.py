@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from tests.api.capture import captured
@@ -160,6 +162,31 @@ def test_by_default_short_prompts_stay_dense() -> None:
         assert {d for d, _ in decisions(create("Llama", name))} == {"dense"}
     with registered(min_length=204) as name:
         assert decisions(create("Llama", name)) == [("dense", DenseReason.SHORT)] * 2
+
+
+MISFITS: dict[str, Callable[[int], Tensor]] = {
+    "of one prompt": lambda length: torch.ones(1, length).long().index_fill(1, torch.arange(3), 0),
+    "of too many dimensions": lambda length: torch.ones(2, length, length).long().tril(),
+    "of one dimension": lambda length: (torch.arange(length) > 3).long(),
+    "of pairs of three prompts": lambda length: torch.ones(3, 1, length, length).bool().tril(),
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"min_length": None}])
+@pytest.mark.parametrize("length", [40, 203])
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_mask_that_does_not_fit_the_prompts_is_the_error_that_sdpa_raises(
+    name: str, length: int, settings: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ids, mask = token_ids(batch=2, length=length), MISFITS[name](length)
+    with pytest.raises((IndexError, RuntimeError)) as expected:
+        create("Llama", "sdpa")(ids, attention_mask=mask)
+    with registered(EVERYTHING, **settings) as implementation:
+        model = create("Llama", implementation)
+        with pytest.raises(type(expected.value)) as raised:
+            model(ids, attention_mask=mask)
+    assert str(raised.value) == str(expected.value)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("side", ["", "left"])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.api.models import FINE, qkv
+from unisparse_flex import optimize
 from unisparse_flex.passes import SparseConfig, rewrite_sdpa
 from unisparse_flex.passes.attend import lowered_sdpa, prepared_mask
 from unisparse_flex.passes.calls.nodes import recorded
@@ -377,6 +378,22 @@ def test_a_mask_that_is_changed_in_place_is_not_proved(name: str) -> None:
     graph.run(*inputs())
     (call,) = graph.calls
     assert lift(call) in (Unproved.MUTATED, Unproved.PAIRS)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_index_beyond_a_tensor_still_fails(dynamic: bool) -> None:
+    def by_row(query: Tensor, key: Tensor, ids: Tensor) -> Tensor:
+        return causal(query, key) & (ids > 0)[arange(query.shape[0])][:, None, None]
+
+    torch._dynamo.reset()
+    optimized = optimize(Masked(by_row), FINE, min_length=0)
+    run = torch.compile(optimized, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    query, key, ids = inputs()
+    assert run(query, key, ids).shape == query.shape
+    for few in (ids[:1], torch.cat([ids, ids])[:1]):
+        with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+            run(query, key, few)
+    assert run(query, key, torch.cat([ids, ids])).equal(run(query, key, ids))
 
 
 def test_a_mask_of_unknown_shape_is_not_proved() -> None:

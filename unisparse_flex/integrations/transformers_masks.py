@@ -47,7 +47,11 @@ def create_mask_function(sdpa_mask: Callable[..., Any], min_queries: int) -> Cal
             kv_length=kv_length,
             attention_mask=attention_mask,
         )
-        if is_tracing() or q_length < min_queries:
+        fits = attention_mask is None or (
+            attention_mask.dim() == 2 and attention_mask.shape[0] >= batch_size
+        )
+        # What does not fit is transformers' own error, not one of a formula.
+        if is_tracing() or q_length < min_queries or not fits:
             return sdpa_mask(q_offset=q_offset, kv_offset=kv_offset, **options)
         try:
             skip = {**options, "mask_function": _ask}
