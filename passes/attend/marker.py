@@ -223,7 +223,7 @@ def _compute(
             )
         return given.run_dense()
     call = apply_autocast(call)
-    if config.backend == "flash" and not (_asks_shape(call) and call.attn_mask is not None):
+    if config.backend != "auto" and not (_asks_shape(call) and call.attn_mask is not None):
         # Also where no kernel is compiled: it was asked for by name. Of a mask whose graph is still
         # being recorded nothing is known.
         flex_backend(call, config.selector.block_size, config.backend)

@@ -89,14 +89,15 @@ def keeps_window(geometry: BlockGeometry) -> bool:
 
 
 def attend_flex(
-    call: SdpaCall, selection: BlockSelection, *, backend: str = "triton", look_up: bool = False
+    call: SdpaCall, selection: BlockSelection, *, backend: str | None = None, look_up: bool = False
 ) -> Tensor:
     """Attends to the kept blocks through the flex_attention operator.
 
     Args:
         call: The call; its shapes and dtypes are ones that `decision.flex_lowers` accepts.
         selection: The kept blocks.
-        backend: See `flex_backend`.
+        backend: See `flex_backend`; ``None`` asks for none by name, and takes no other than
+            FlexAttention's own.
         look_up: Repeats the selection inside ``mask_mod``, for backends that interpret the
             operator and so ignore block lists.
 
@@ -111,6 +112,7 @@ def attend_flex(
         partial_only=look_up or call.attn_mask is not None,
         compute_q_blocks=grad,
     )
+    kernel = flex_backend(call, selection.geometry.block_size, backend) if backend else "TRITON"
     output_lse = grad and call.query.device.type != "cpu"
     return FLEX_OPERATOR(
         call.query,
@@ -121,7 +123,7 @@ def attend_flex(
         logit_scale(call),
         kernel_options(
             selection.geometry.block_size,
-            backend=flex_backend(call, selection.geometry.block_size, backend),
+            backend=kernel,
             output_lse=output_lse,
         ),
         score_buffers,

@@ -14,6 +14,7 @@ from .device_facts import PUBLISHED, DeviceFacts, facts_of
 from .device_rates import PLAIN, RATE_NAMES, RATES, DeviceRates, is_speed
 from .flex_support import (
     FLASH_CAPABILITY,
+    device_obstacle,
     flash_obstacle,
     flex_backend,
     is_flash_installed,
@@ -47,6 +48,7 @@ __all__ = [
     "break_even_length_at",
     "call_shape",
     "device_name",
+    "device_obstacle",
     "estimates",
     "facts_of",
     "find_rates",

@@ -31,30 +31,40 @@ def flex_backend(call: SdpaCall, block_size: int, backend: str) -> str:
         whose tile, all queries of a group, need not divide a block.
 
     Raises:
-        NotImplementedError: ``backend`` is ``"flash"`` and it cannot run the call.
+        NotImplementedError: ``backend`` is a kernel's name, and that cannot run the call.
     """
-    if backend == "triton":
-        return "TRITON"
-    obstacle = flash_obstacle(call, block_size)
-    if obstacle is None:
-        return "FLASH"
-    if backend == "flash":
+    device = call.query.device
+    obstacle = device_obstacle(backend, device)
+    if backend != "triton" and obstacle is None:
+        obstacle = flash_obstacle(call, block_size)
+    if obstacle is not None and backend != "auto":
         raise NotImplementedError(
-            f"backend='flash' cannot run this call: {obstacle}; use backend='auto'"
+            f"backend={backend!r} cannot run this call: {obstacle}; use backend='auto'"
         )
-    return "TRITON"
+    return "FLASH" if backend != "triton" and obstacle is None else "TRITON"
+
+
+def device_obstacle(backend: str, device: torch.device) -> str | None:
+    """Why no call on a device can have the kernel of this name; ``None`` where some can."""
+    if backend == "auto":
+        return None
+    if device.type == "cpu" or (backend == "flash" and device.type != "cuda"):
+        return f"it needs a CUDA device, got {device}"
+    if backend == "triton":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != FLASH_CAPABILITY:
+        return f"it needs compute capability {FLASH_CAPABILITY}, got {major}.{minor}"
+    if not is_flash_installed():
+        return "flash_attn.cute cannot be imported (pip install --pre flash-attn-4)"
+    return None
 
 
 def flash_obstacle(call: SdpaCall, block_size: int) -> str | None:
     """Why FlashAttention-4 cannot run a sparse call; ``None`` where it can."""
     query, value = call.query, call.value
-    if query.device.type != "cuda":
-        return f"it needs a CUDA device, got {query.device}"
-    major, minor = torch.cuda.get_device_capability(query.device)
-    if major != FLASH_CAPABILITY:
-        return f"it needs compute capability {FLASH_CAPABILITY}, got {major}.{minor}"
-    if not is_flash_installed():
-        return "flash_attn.cute cannot be imported (pip install --pre flash-attn-4)"
+    if (obstacle := device_obstacle("flash", query.device)) is not None:
+        return obstacle
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, got {query.dtype}"
     if block_size != FLASH_BLOCK:

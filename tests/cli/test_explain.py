@@ -195,13 +195,6 @@ def test_a_page_is_not_written_over_what_is_read(run, model_folder, tmp_path):
     assert path.read_text().startswith("words")
 
 
-def test_a_kernel_that_needs_cuda_is_said_to_have_no_effect(run, model_folder):
-    options = ("--tokens", "64", "--device", "cpu", "--backend")
-    report = explained(run, model_folder, *options, "flash")
-    assert report["settings"]["backend"] == "flash has no effect without CUDA"
-    assert explained(run, model_folder, *options, "auto")["settings"]["backend"] == "auto"
-
-
 def test_a_terminal_gets_errors_broken_between_words(run, model_folder, monkeypatch):
     (whole,) = run("explain", model_folder, "--selector", "quality").err.splitlines()[-1:]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

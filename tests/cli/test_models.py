@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
+from pathlib import Path
 
 import click
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from unisparse_flex import reports
 from unisparse_flex.cli import choices, failures, models
 from unisparse_flex.evaluation.model import find_gguf
 
@@ -171,6 +175,95 @@ def test_the_bundled_model_has_as_many_layers_as_is_said():
     assert field.contents() == choices.BUNDLED_LAYERS
     with pytest.raises(click.UsageError, match="0 to 29"):
         models.check_layers(choices.BUNDLED, [40])
+
+
+COMMANDS = [
+    ("explain",),
+    ("quality", "--lengths", "256"),
+    ("speed",),
+    ("plot",),
+    ("calibrate", "code", "--recall", "0.9"),
+]
+
+
+def break_file(folder: Path, name: str, change: str) -> None:
+    path = folder / name
+    content = path.read_bytes()
+    if change == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif change == "empty":
+        path.write_bytes(b"")
+    else:
+        path.write_bytes(b"\xff\xfe nothing of the kind" * 9)
+
+
+@pytest.mark.parametrize("change", ["cut", "empty", "other"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_broken_file_of_a_model_is_a_sentence(run, model_folder, tmp_path, name, change):
+    folder = shutil.copytree(model_folder, tmp_path / "broken")
+    break_file(folder, name, change)
+    ran = run("explain", folder, "-q")
+    assert ran.code == 1
+    what = f"{folder} as a causal language model"
+    if name == "tokenizer.json":
+        what = f"the tokenizer of {folder}"
+    assert f"Error: cannot load {what}: " in ran.err
+    assert len(ran.err.strip().splitlines()) <= 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_that_weights_are_broken(run, model_folder, tmp_path, command):
+    folder = shutil.copytree(model_folder, tmp_path / "broken")
+    break_file(folder, "model.safetensors", "cut")
+    name, *options = command
+    output = ["--output", tmp_path / "new"] if name == "calibrate" else []
+    ran = run(name, folder, *options, *output, "-q")
+    assert ran.code == 1
+    assert f"Error: cannot load {folder} as a causal language model: " in ran.err
+
+
+@pytest.mark.parametrize("change", ["cut", "empty", "other"])
+def test_a_broken_gguf_file_is_a_sentence(run, tmp_path, change):
+    path = tmp_path / "model.gguf"
+    with find_gguf().open("rb") as file:
+        path.write_bytes(file.read(100_000))
+    break_file(tmp_path, path.name, change)
+    ran = run("explain", path, "-q")
+    assert ran.code == 1
+    assert f"Error: cannot load {path} as a causal language model: " in ran.err
+
+
+def test_weights_that_no_file_holds_are_not_made_up(run, model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    ran = run("explain", folder, "-q")
+    assert ran.code == 1
+    said = " ".join(ran.err.split())
+    assert "lack weights of LlamaForCausalLM: 1, such as model.layers.1.mlp.up_proj.weight" in said
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each[0] != "calibrate"])
+@pytest.mark.parametrize("backend", ["flash", "triton"])
+def test_a_kernel_that_the_device_lacks_is_refused_before_a_model_is_loaded(
+    run, model_folder, monkeypatch, command, backend
+):
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    name, *options = command
+    ran = run(name, model_folder, *options, "--device", "cpu", "--backend", backend)
+    assert ran.code == 2
+    assert f"--backend {backend} cannot run here: it needs a CUDA device, got cpu" in ran.err
+
+
+def test_want_of_memory_is_a_sentence(run, model_folder, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(reports, "report_model", fail)
+    ran = run("explain", model_folder, "-q")
+    assert ran.code == 1
+    assert f"Error: cannot explain {model_folder}: OutOfMemoryError: CUDA out of" in ran.err
 
 
 def test_layers_of_a_model_with_towers_are_checked_once_it_is_loaded(tmp_path):

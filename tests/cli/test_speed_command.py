@@ -122,13 +122,6 @@ def test_nothing_is_printed_where_nothing_was_timed(run, model_folder, uncompile
     assert (ran.code, ran.out) == (130, "")
 
 
-def test_a_kernel_that_needs_cuda_is_said_to_have_no_effect(run, model_folder, uncompiled):
-    options = ("--device", "cpu", "--compile", "model", "--repeats", "1", "--backend")
-    note = "--backend triton has no effect without CUDA."
-    assert note in timed(run, model_folder, *options, "triton")["notes"]
-    assert note not in timed(run, model_folder, *options, "auto")["notes"]
-
-
 def test_the_whole_model_is_compiled_where_that_is_asked_for(run, model_folder, uncompiled):
     found = timed(run, model_folder, "--compile", "model", "--tokens", "300")
     assert [type(module).__name__ for module in uncompiled] == ["LlamaForCausalLM"] * 2

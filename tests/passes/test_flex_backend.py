@@ -162,12 +162,17 @@ def test_flash_needs_inference(hopper: None) -> None:
         assert flash_obstacle(made, 128) is None
 
 
-def test_a_backend_by_name_runs_or_raises_on_the_cpu() -> None:
+@pytest.mark.parametrize("backend", ["flash", "triton"])
+def test_a_backend_by_name_runs_or_raises_on_the_cpu(backend: Any) -> None:
     query, key, value = qkv(300)
-    with pytest.raises(NotImplementedError, match="needs a CUDA device, got cpu"):
-        attention(query, key, value, is_causal=True, enable_gqa=True, backend="flash")
-    model = optimize(create(), SELECTOR, min_length=0, backend="flash")
-    with pytest.raises(NotImplementedError, match="needs a CUDA device, got cpu"):
+    message = f"backend='{backend}' cannot run this call: it needs a CUDA device, got cpu; use"
+    with pytest.raises(NotImplementedError, match=message):
+        attention(query, key, value, is_causal=True, enable_gqa=True, backend=backend)
+    model = optimize(create(), SELECTOR, min_length=0, backend=backend)
+    with pytest.raises(NotImplementedError, match=message):
+        model(embeddings(300))
+    model.compile()
+    with torch.no_grad(), pytest.raises(Exception, match=message):
         model(embeddings(300))
 
 

@@ -105,7 +105,7 @@ def calibrate(
         # All positions are compared.
         for each in inputs:
             each.pop("logits_to_keep", None)
-    with wrong_arguments():
+    with failures(f"calibrate {model}"), wrong_arguments():
         found = find_settings(
             loaded.model,
             inputs,

@@ -10,6 +10,7 @@ import click
 from ..progress import Progress
 from . import PROGRAM
 from .arguments import ChecksFiles, model_argument
+from .failures import failures
 from .options import (
     MODEL_OPTIONS,
     SPARSE_OPTIONS,
@@ -61,15 +62,16 @@ def explain(
     with Progress("explain", shown=not quiet) as progress:
         subject = create_subject(model, progress=progress, **options)
         progress.total = getattr(subject.loaded.model.config, "num_hidden_layers", 0) or 0
-        report = report_model(
-            subject.loaded.model,
-            model_inputs(subject.loaded.model, subject.input_ids),
-            name=subject.name,
-            settings=subject.settings,
-            device=subject.device,
-            measure=measure,
-            show=progress.advance,
-        )
+        with failures(f"explain {model}"):
+            report = report_model(
+                subject.loaded.model,
+                model_inputs(subject.loaded.model, subject.input_ids),
+                name=subject.name,
+                settings=subject.settings,
+                device=subject.device,
+                measure=measure,
+                show=progress.advance,
+            )
     if html is not None:
         write_text(html, render_page(report))
     if as_json:

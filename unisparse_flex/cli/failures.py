@@ -22,16 +22,43 @@ def wrong_arguments() -> Iterator[None]:
 
 @contextmanager
 def failures(action: str) -> Iterator[None]:
-    """Turns the errors of reading and writing into a message: exit code 1.
+    """Turns errors of reading, writing and memory into a message: exit code 1.
 
     Args:
         action: What was tried, such as ``"load the model"``.
     """
     try:
         yield
-    except (OSError, ValueError, ImportError, NotImplementedError) as error:
-        first = str(error).strip() or type(error).__name__
-        raise click.ClickException(f"cannot {action}: {first}") from error
+    except (OSError, ValueError, ImportError, NotImplementedError, MemoryError) as error:
+        raise _cannot(action, error) from error
+    except RuntimeError as error:
+        # torch's, which is not imported for this.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        raise _cannot(action, error) from error
+
+
+@contextmanager
+def any_failure(action: str) -> Iterator[None]:
+    """As `failures`, for what reads files that may hold anything: whatever it raises.
+
+    Args:
+        action: What was tried.
+    """
+    try:
+        yield
+    except click.ClickException:
+        raise
+    except Exception as error:
+        raise _cannot(action, error) from error
+
+
+def _cannot(action: str, error: Exception) -> click.ClickException:
+    """One line: of a longer message the first paragraph, without its line breaks."""
+    said = " ".join(str(error).strip().partition("\n\n")[0].split())
+    if not isinstance(error, (OSError, ValueError, ImportError, NotImplementedError)):
+        said = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return click.ClickException(f"cannot {action}: {said or type(error).__name__}")
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from .options import (
     html_option,
     json_option,
     quiet_option,
-    say_backend,
 )
 from .output import print_json, say_written, write_text
 
@@ -115,16 +114,24 @@ OUTPUT_OPTIONS = (
 
 
 def check_before_loading(
-    model: str, lengths: Sequence[int], texts: Sequence[str], layers: Sequence[int]
+    model: str,
+    lengths: Sequence[int],
+    texts: Sequence[str],
+    *,
+    layers: Sequence[int],
+    device: str | None,
+    backend: str,
 ) -> None:
     """Raises where lengths go beyond the model's context or a text, as far as files say so.
 
     Raises:
-        click.UsageError: A length is too long, or the model has no such layer.
+        click.UsageError: A length is too long, the model has no such layer, or the device no such
+            kernel.
     """
-    from .models import check_layers, stated_context
+    from .models import check_backend, check_layers, stated_context
 
     check_layers(model, layers)
+    check_backend(backend, device)
     refuse_beyond(lengths, stated_context(model))
     for name in texts:
         if name not in TEXT_NAMES and lengths and Path(name).stat().st_size < lengths[-1]:
@@ -234,12 +241,6 @@ def write_results(
     else:
         click.echo(text)
     say_written([path for path in (output, html) if path is not None], quiet=quiet)
-
-
-def note_on_backend(backend: str, loaded: LoadedModel) -> list[str]:
-    """That a kernel was asked for that no call here can have, as a sentence."""
-    said = say_backend(backend, loaded)
-    return [] if said == backend else [f"--backend {said}."]
 
 
 def say_kl(kl: float) -> str:

@@ -18,9 +18,10 @@ from ..evaluation import (
     load_smollm2,
     quiet_transformers,
 )
+from ..passes.decision import device_obstacle
 from .arguments import check_model
 from .choices import BUNDLED, BUNDLED_CONTEXT, BUNDLED_LAYERS
-from .failures import failures
+from .failures import any_failure
 
 # Lengths that a text model is made for, wherever its configuration says so.
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length")
@@ -44,10 +45,10 @@ def load_model(
         click.ClickException: There is no such model, it cannot be loaded or a package is missing.
     """
     check_model(name, allow_download=allow_download)
-    target = default_device() if device is None else _find_device(device)
+    target = find_device(device)
     path = Path(name)
     if name == BUNDLED:
-        with failures(f"load {name}"):
+        with any_failure(f"load {name}"):
             return load_smollm2(target)
     if os.path.isdir(name):
         return _load(name, str(path), target, use_safetensors=True, local_files_only=True)
@@ -115,10 +116,21 @@ def _load(name: str, source: str, device: torch.device, **place: Any) -> LoadedM
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with failures(f"load {name} as a causal language model"), quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, **place
+    with any_failure(f"load {name} as a causal language model"), quiet_transformers():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            output_loading_info=True,
+            **place,
         )
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"its files lack weights of {type(model).__name__}: {len(missing)}, such as "
+                f"{missing[0]}; they would be random"
+            )
+    with any_failure(f"load the tokenizer of {name}"), quiet_transformers():
         if "gguf_file" in place:
             tokenizer = load_gguf_tokenizer(Path(source, place["gguf_file"]))
         else:
@@ -129,7 +141,28 @@ def _load(name: str, source: str, device: torch.device, **place: Any) -> LoadedM
     )
 
 
-def _find_device(text: str) -> torch.device:
+def check_backend(backend: str, device: str | None) -> None:
+    """Raises where a kernel is asked for that no call on the device can have.
+
+    Args:
+        backend: Of ``--backend``.
+        device: Of ``--device``; the first GPU if there is one by default.
+
+    Raises:
+        click.UsageError: The device, or the package of the kernel, is not there.
+    """
+    if (obstacle := device_obstacle(backend, find_device(device))) is not None:
+        raise click.UsageError(f"--backend {backend} cannot run here: {obstacle}; leave it out")
+
+
+def find_device(text: str | None) -> torch.device:
+    """The device of ``--device``; the first GPU if there is one by default.
+
+    Raises:
+        click.UsageError: It is not there.
+    """
+    if text is None:
+        return default_device()
     device = torch.device(text)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -179,13 +179,14 @@ def create_subject(
 ) -> Subject:
     """Loads a model, optimizes it and tokenizes its prompt."""
     from ..optimization import optimize
-    from .models import check_layers, load_model, stated_context
+    from .models import check_backend, check_layers, load_model, stated_context
     from .prompts import check_tokens, create_input_ids
     from .selectors import describe, parse_quality, parse_selector
 
     chosen = parse_selector(selector) if quality is None else parse_quality(quality)
     check_tokens(tokens, stated_context(model))
     check_layers(model, dense_layers)
+    check_backend(backend, device)
     progress.show(f"load {model}")
     loaded = load_model(model, allow_download=allow_download, device=device)
     progress.show(f"tokenize {text}")
@@ -204,18 +205,11 @@ def create_subject(
         if min_length is None
         else f"{min_length} keys (min_length)",
         "prompt": f"{input_ids.shape[1]} tokens of {text}",
-        "backend": say_backend(backend, loaded),
+        "backend": backend,
     }
     if dense_layers:
         settings["dense layers"] = ", ".join(map(str, dense_layers))
     return Subject(name=model, loaded=loaded, input_ids=input_ids, settings=settings)
-
-
-def say_backend(backend: str, loaded: LoadedModel) -> str:
-    """A kernel's name, and that it has no effect where there is no CUDA."""
-    if backend == "auto" or loaded.device.type == "cuda":
-        return backend
-    return f"{backend} has no effect without CUDA"
 
 
 __all__ = [
@@ -226,6 +220,5 @@ __all__ = [
     "json_option",
     "min_length_option",
     "quiet_option",
-    "say_backend",
     "with_options",
 ]

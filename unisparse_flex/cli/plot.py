@@ -132,11 +132,12 @@ def _plot_model(
     with Progress("plot", shown=shown) as progress:
         subject = create_subject(model, progress=progress, **options)
         progress.total = getattr(subject.loaded.model.config, "num_hidden_layers", 0) or 0
-        blocks = collect_blocks(
-            subject.loaded.model,
-            model_inputs(subject.loaded.model, subject.input_ids),
-            show=progress.advance,
-        )
+        with failures(f"plot {model}"):
+            blocks = collect_blocks(
+                subject.loaded.model,
+                model_inputs(subject.loaded.model, subject.input_ids),
+                show=progress.advance,
+            )
         if not blocks:
             raise click.ClickException(f"cannot plot {model}: it made no attention call")
         title = f"{model}, {subject.settings['prompt']}"

@@ -26,7 +26,6 @@ from .measuring import (
     describe_run,
     lengths_option,
     model_argument_of_command,
-    note_on_backend,
     quality_argument,
     read_texts,
     say_kl,
@@ -239,7 +238,7 @@ def quality(
     perplexity and agreement of the likeliest next token. --tasks also asks for what is hidden.
     Ctrl-C prints what was judged so far.
     """
-    check_before_loading(model, lengths, texts, dense_layers)
+    check_before_loading(model, lengths, texts, layers=dense_layers, device=device, backend=backend)
     settings: dict[str, Selector] = create_dial(quality) | create_baselines(against)
     from ..evaluation import (
         Sparsity,
@@ -324,7 +323,6 @@ def quality(
     values["verdict"] = [*cut_short, *say_verdict(values["means"], quality), *forced]
     values["notes"] = [*NOTES, *([TASK_NOTE] if tasks else [])]
     values["notes"] += [LONGBENCH_NOTE] if longbench is not None else []
-    values["notes"] += note_on_backend(backend, loaded)
     write_results(
         values,
         format_quality(values),

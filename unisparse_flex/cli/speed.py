@@ -22,7 +22,6 @@ from .measuring import (
     describe_run,
     lengths_option,
     model_argument_of_command,
-    note_on_backend,
     quality_argument,
     read_texts,
     repeats_option,
@@ -150,7 +149,9 @@ def speed(
     (twice to warm up each of the three ways, then --repeats times). Shorter --lengths or
     --repeats 1 take less; Ctrl-C prints what was timed so far.
     """
-    check_before_loading(model, lengths, [text], dense_layers)
+    check_before_loading(
+        model, lengths, [text], layers=dense_layers, device=device, backend=backend
+    )
     settings = create_dial(quality)
     from ..evaluation import Sparsity, SpeedInterrupted, measure_speed
     from ..reports import render_speed
@@ -209,7 +210,6 @@ def speed(
             *NOTES,
             *([RIVALS_NOTE] if rivals else []),
             *([DENSE_NOTE] if min_length is None else []),
-            *note_on_backend(backend, loaded),
         ],
     }
     write_results(
