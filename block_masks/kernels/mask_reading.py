@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -14,9 +17,13 @@ from ..masks import (
     pairs_of_mask,
 )
 from ..masks import read_mask as read_by_operators
-from .operator import _device_obstacle, keys_obstacle, on_device
+from .operator import MEASURED, _device_obstacle, keys_obstacle, on_device
 from .recording import Recordings
 
+logger = logging.getLogger(__name__)
+
+# Tokens of the masks that a GPU proves itself with.
+LENGTH = 300
 # Of entries that the kernels compare as they are.
 ENTRIES = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
 # From row to row, or key to key: a part of a mask is addressed with 32 bits.
@@ -36,12 +43,16 @@ def read_mask(attn_mask: Tensor, *, q_len: int, kv_len: int) -> MaskContents | N
     Returns:
         What it says; ``None`` where no formula does.
     """
-    if not _reads(attn_mask):
-        return read_by_operators(attn_mask, q_len=q_len, kv_len=kv_len)
+    read = _read_by_kernels if _reads(attn_mask) else read_by_operators
+    return read(attn_mask, q_len=q_len, kv_len=kv_len)
+
+
+def _read_by_kernels(attn_mask: Tensor, *, q_len: int, kv_len: int) -> MaskContents | None:
+    from .read import read
+
     mask = pairs_of_mask(attn_mask, kv_len)
     if mask is None:
         return None
-    from .read import read
 
     with on_device(mask.device):
         kind = ("read", q_len)
@@ -67,7 +78,9 @@ def runs_mask_kernels(query: Tensor) -> bool:
     """Whether what is made of the mask of an eager call is made by kernels."""
     if query.device.type != "cuda" or torch.compiler.is_compiling():
         return False
-    return not torch._C._len_torch_dispatch_stack() and keys_obstacle(query) is None
+    if torch._C._len_torch_dispatch_stack() or keys_obstacle(query) is not None:
+        return False
+    return _are_proved(query.device.index or 0)
 
 
 def _reads(mask: Tensor) -> bool:
@@ -76,4 +89,48 @@ def _reads(mask: Tensor) -> bool:
         return False
     if mask.dim() > 1 and max(mask.stride()[-2:]) > LARGEST_STEP:
         return False
-    return _device_obstacle(mask.device.index or 0) is None
+    device = mask.device.index or 0
+    return _device_obstacle(device) is None and _are_proved(device)
+
+
+@cache
+def _are_proved(device: int) -> bool:
+    """Whether these kernels were measured on a GPU of this kind, or do there what PyTorch does."""
+    if torch.cuda.get_device_capability(device) in MEASURED:
+        return True
+    found = find_reading_failure(torch.device("cuda", device))
+    if found:
+        logger.warning(
+            "masks of eager calls are read by PyTorch on this GPU, as the kernels fail: %s; "
+            "please report it",
+            found,
+        )
+    return not found
+
+
+def find_reading_failure(device: torch.device) -> str:
+    """What the kernels do otherwise than PyTorch on a GPU with small masks; empty for nothing."""
+    row = torch.arange(LENGTH, device=device)
+    valid = row >= torch.tensor([[0], [131]], device=device)
+    seen = (row <= row[:, None]) & (row // 90 == row[:, None] // 90) & valid[:, None]
+    added = torch.zeros(seen.shape, device=device).masked_fill(~seen, -torch.inf)
+    try:
+        for mask in (seen[:, None], added[:, None]):
+            sizes = {"q_len": LENGTH, "kv_len": LENGTH}
+            found = _read_by_kernels(mask, **sizes)
+            expected = read_by_operators(mask, **sizes)
+            assert expected is not None
+            if found is None or found.text != expected.text:
+                return f"they read {found and found.text!r} for {expected.text!r}"
+            if not all(map(torch.equal, found.tensors, expected.tensors)):
+                return f"they read other tables of {expected.text!r}"
+        shift, keys, rows = turn_keys(valid, batch=2, q_len=LENGTH, kv_len=LENGTH, block_size=128)
+        turned = row < LENGTH - shift[:, None]
+        if shift.tolist() != [0, 3] or not turned.equal(rows):
+            return "they turn rows otherwise"
+        if not keys[1].equal(valid[1].roll(-3) & turned[1]):
+            return "they turn keys otherwise"
+    except Exception as error:
+        # A compiler's or a launch's: whatever it is, PyTorch still reads.
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return ""

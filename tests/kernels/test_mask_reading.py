@@ -13,8 +13,10 @@ from torch import Tensor
 
 from tests.block_masks.test_mask_contents import CASES, LENGTH, masks
 from unisparse_flex.block_masks.kernels import mask_reading
+from unisparse_flex.block_masks.kernels.recording import Recordings
 from unisparse_flex.block_masks.masks import read_mask
 
+from .calls import CPU
 from .interpreter import Kernels
 
 
@@ -22,7 +24,9 @@ from .interpreter import Kernels
 def interpreted_reading(kernels: Kernels) -> Iterator[None]:
     """Masks are read by the interpreted kernels, in small parts and blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, f"{mask_reading.__package__}.read", kernels.read)
+        for module_name in ("read", "turn"):
+            module = getattr(kernels, module_name)
+            patch.setitem(sys.modules, f"{mask_reading.__package__}.{module_name}", module)
         patch.setattr(mask_reading, "_reads", lambda mask: bool(mask.numel()))
         for name, value in {"ROWS": 8, "KEYS": 8, "WIDTH": 4, "PARTS": 2, "STEP": 2}.items():
             patch.setattr(kernels.read, name, value)
@@ -84,3 +88,23 @@ def test_masks_of_models_are_read_alike(name: str) -> None:
 )
 def test_masks_that_say_little_are_read_alike(mask: Tensor) -> None:
     assert_read_alike(mask, mask.shape[-2], mask.shape[-1])
+
+
+def test_a_gpu_proves_that_it_reads(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ROWS": 64, "KEYS": 128, "WIDTH": 64, "PARTS": 16}.items():
+        monkeypatch.setattr(kernels.read, name, value)
+    monkeypatch.setattr(mask_reading, "_recordings", Recordings())
+    assert not mask_reading.find_reading_failure(CPU)
+    monkeypatch.setattr(mask_reading, "_recordings", Recordings())
+
+    def shifted(mask: Tensor, q_len: int) -> list[Tensor]:
+        facts, *tables = read(mask, q_len)
+        return [facts, *(table.roll(1, -1) for table in tables)]
+
+    read = kernels.read.read
+    monkeypatch.setattr(kernels.read, "read", shifted)
+    assert "other tables" in mask_reading.find_reading_failure(CPU)
+    monkeypatch.setattr(kernels.read, "read", read)
+    monkeypatch.setattr(mask_reading, "_recordings", Recordings())
+    monkeypatch.setattr(kernels.turn, "_launch", lambda *_, **__: 1 / 0)
+    assert "ZeroDivisionError" in mask_reading.find_reading_failure(CPU)
