@@ -19,6 +19,7 @@ from .calibration import DENSE, Calibration, Setting
 from .catching import (
     await_first_forward,
     fuse_split_layers,
+    holders_of,
     intercept,
     is_intercepted,
     original_module,
@@ -57,6 +58,15 @@ def optimize(
     dense; `explain` says which and why. Optimizing again replaces the settings of the whole
     model; optimizing a submodule afterwards overrides them there. What is compiled already compiles
     anew at its next call, unless `torch.compile` was told to skip guards on modules.
+
+    A module that two models share is one object and has one setting, that of the last call: it is
+    sparse in a model that nobody optimized too, though `is_optimized` says False of that one. Give
+    such a model a copy (``copy.deepcopy``) where it is to stay dense. A layer that is put into the
+    model afterwards attends by the settings of what it is put into, not by those of the layer
+    before it: sparse, even at a place in ``dense_layers``; optimize again then.
+
+    Rows of a mask that see no key are 0, where dense attention gives NaN, or the mean of all values
+    under a float mask of only lowest numbers.
 
     Args:
         model: Any module whose attention goes through these, or what `torch.compile` made of it.
@@ -199,6 +209,11 @@ def layer_modules(model: nn.Module) -> dict[str, nn.Module]:
 def restore(model: ModelT) -> ModelT:
     """Undoes `optimize` in place; a model that was not optimized stays as it is.
 
+    A part of an optimized model is still sparse inside of it: the settings of what is around it
+    apply, and a warning names the model to restore. Modules that ``model`` shares with an optimized
+    one lose their own settings there too, with a warning where these were others than those around
+    them: there they attend by the latter.
+
     A Hugging Face model that is set to a name of `integrations.register` stays so, with a warning:
     ``model.set_attn_implementation("sdpa")`` makes it dense.
 
@@ -217,7 +232,10 @@ def restore(model: ModelT) -> ModelT:
             f"{type(original_module(model)).__name__}; of a pipeline pass the module that was "
             "optimized, such as pipeline.transformer or pipeline.model"
         )
+    said = _what_restore_leaves(original_module(model))
     release_all(model)
+    if said is not None:
+        warnings.warn(said, stacklevel=2)
     if (name := _registered_name(model)) is not None:
         warnings.warn(
             f"restore undoes optimize, and this model is set to attn_implementation={name!r}, "
@@ -225,6 +243,37 @@ def restore(model: ModelT) -> ModelT:
             stacklevel=2,
         )
     return model
+
+
+def _what_restore_leaves(model: nn.Module) -> str | None:
+    """What restoring ``model`` does not undo, or undoes elsewhere; ``None`` for nothing."""
+    holders = holders_of(model)
+    name = type(model).__name__
+    if model in holders:
+        if _is_dense(holders[model][0]):
+            return None
+        whole = type(holders[model][-1]).__name__
+        return (
+            f"restore must be given the whole model to make it dense, got {name}, a part of an "
+            f"optimized {whole} whose settings apply to its parts: this one stays sparse in it; "
+            f"restore the {whole}, or optimize it again with dense_layers"
+        )
+    for module, around in holders.items():
+        own = settings_of(module)
+        if own is not None and own != settings_of(around[0]):
+            whole = type(around[-1]).__name__
+            return (
+                f"restore also took the settings of modules that this {name} shares with an "
+                f"optimized {whole}, which now attends there by the settings of what is around "
+                f"them; optimize the {whole} again"
+            )
+    return None
+
+
+def _is_dense(module: nn.Module) -> bool:
+    config = settings_of(module)
+    assert config is not None
+    return SparseConfig.decode(config).dense
 
 
 def release_all(model: nn.Module) -> None:
@@ -300,7 +349,10 @@ def temporarily_optimize(
 def is_optimized(model: nn.Module) -> bool:
     """Whether attention of ``model`` is to be sparse, compiled or not.
 
-    By `optimize`, or as a Hugging Face model that is set to a name of `integrations.register`.
+    By `optimize`, or as a Hugging Face model that is set to a name of `integrations.register`. It
+    is said of the module as `optimize` saw it: False of one that was not optimized and has parts
+    that were (a layer that it shares with an optimized model), and of a part that `restore` was
+    given, although these attend sparsely inside of an optimized model.
     """
     module = original_module(model)
     return is_intercepted(module) or _registered_name(model) is not None

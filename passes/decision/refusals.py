@@ -42,6 +42,9 @@ class DenseReason(StrEnum):
         "no sparse CPU kernel has gradients: call under torch.no_grad() where none are needed"
     )
     HEADS = "heads, batch or lengths do not go together: left to SDPA's own error"
+    BROADCAST = (
+        "batch or heads that SDPA broadcasts: expand them; enable_gqa=True for few key heads"
+    )
     DTYPE = "dtypes differ or are not floating"
     DEVICE = "not on CPU or CUDA, or on several devices"
     MASK_AND_CAUSAL = "attn_mask and a causal flag together: left to SDPA, which may refuse both"
@@ -165,9 +168,18 @@ def _refuse_tensors(call: SdpaCall) -> DenseReason | None:
     heads = 0 < kv_heads == value_heads and (
         q_heads == kv_heads or (call.enable_gqa and q_heads > 0 and q_heads % kv_heads == 0)
     )
-    if not (batches and _holds(kv_len == value_len) and heads and 0 < head_dim == key_dim):
+    if not (_holds(kv_len == value_len) and 0 < head_dim == key_dim):
         return DenseReason.HEADS
-    return None
+    if batches and heads:
+        return None
+    several = [size for size in (batch, key_batch, value_batch) if not _holds(size == 1)]
+    few = [count for count in (q_heads, kv_heads, value_heads) if count != 1]
+    fits = all(_holds(size == several[0]) for size in several) and (
+        all(count > 0 and q_heads % count == 0 for count in (kv_heads, value_heads))
+        if call.enable_gqa
+        else all(count == few[0] for count in few)
+    )
+    return DenseReason.BROADCAST if fits else DenseReason.HEADS
 
 
 def _holds(condition: bool | torch.SymBool) -> bool:

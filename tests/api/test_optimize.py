@@ -164,6 +164,66 @@ def test_restoring_twice_or_for_nothing_changes_nothing() -> None:
     assert type(restore(create())) is Transformer
 
 
+PART = "restore must be given the whole model .* a part of an optimized Transformer"
+
+
+@pytest.mark.parametrize("duplicate", [lambda m: m, copy.deepcopy, through_pickle])
+@pytest.mark.parametrize("name", ["layers", "layers.1", "layers.1.attention"])
+def test_a_restored_part_says_that_the_whole_still_applies(name: str, duplicate: Any) -> None:
+    model = duplicate(sparse_model())
+    part, expected = model.get_submodule(name), output(model)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=f"{PART}.*restore the Transformer, or"):
+            restore(part)
+        assert not is_optimized(part)
+        assert output(model).equal(expected)
+    restore(model)
+    assert output(model).equal(output(create()))
+
+
+def test_a_restored_part_of_what_is_dense_is_dense() -> None:
+    model = optimize(create(), SELECTOR, min_length=0, dense_layers=(0, 1))
+    for layer in model.layers:
+        optimize(layer.attention, SELECTOR, min_length=0)
+    restore(model.layers[0].attention)
+    reasons = [call.reason for call in explain(model, X).calls]
+    assert reasons == [DenseReason.EXCLUDED, None]
+
+
+def test_a_part_that_left_the_model_is_restored_alone() -> None:
+    model = sparse_model()
+    layer = model.layers.pop(0)
+    restore(layer)
+    restore(copy.deepcopy(model.layers[0]))
+    assert_computes(output(layer), create().layers[0], None, X)
+
+
+def sharing(**options: Any) -> tuple[Any, Any]:
+    """Two models, the first one optimized, of which the second has the other's first layer."""
+    model, other = create(), create(seed=1)
+    other.layers[0] = model.layers[0]
+    return optimize(model, SELECTOR, min_length=0, **options), other
+
+
+def test_a_module_that_two_models_share_has_one_setting() -> None:
+    model, other = sharing()
+    assert not is_optimized(other)
+    assert [c.reason for c in explain(other, X).calls] == [None, DenseReason.NOT_OPTIMIZED]
+    expected = output(model)
+    # The model that has the module keeps it sparse, so there is nothing to say.
+    restore(other)
+    assert {c.reason for c in explain(other, X).calls} == {DenseReason.NOT_OPTIMIZED}
+    assert output(model).equal(expected)
+
+
+def test_restoring_a_shared_module_says_what_changes_elsewhere() -> None:
+    model, other = sharing(dense_layers=(0,))
+    assert [c.reason for c in explain(model, X).calls] == [DenseReason.EXCLUDED, None]
+    with pytest.warns(UserWarning, match="shares with an optimized Transformer.*again"):
+        restore(other)
+    assert [c.reason for c in explain(model, X).calls] == [None, None]
+
+
 @pytest.mark.parametrize("value", [object(), None, torch.nn.Linear])
 def test_what_is_no_module_cannot_be_restored(value: Any) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, optimized or not"):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from tests.api.models import FINE
@@ -81,11 +82,18 @@ REFUSED: list[tuple[DenseReason, dict[str, Any], dict[str, Any]]] = [
     (DenseReason.SHORT, {"key": tensor(2, 4, 0, 16), "value": tensor(2, 4, 0, 16)}, {}),
     (DenseReason.HEADS, {"key": tensor(2, 2, 64, 16), "value": tensor(2, 2, 64, 16)}, {}),
     (DenseReason.HEADS, {"query": tensor(2, 6, 64, 16), "enable_gqa": True}, {}),
-    (DenseReason.HEADS, {"query": tensor(1, 4, 64, 16)}, {}),
+    (DenseReason.HEADS, {"query": tensor(3, 4, 64, 16)}, {}),
+    (DenseReason.HEADS, {"query": tensor(2, 1, 64, 16), "enable_gqa": True}, {}),
     (DenseReason.HEADS, {"query": tensor(2, 4, 64, 8)}, {}),
     (DenseReason.HEADS, {"query": tensor(2, 4, 64, 0), "key": tensor(2, 4, 64, 0)}, {}),
     (DenseReason.HEADS, {"value": tensor(2, 4, 63, 16)}, {}),
     (DenseReason.HEADS, {"value": tensor(2, 2, 64, 16)}, {}),
+    (DenseReason.BROADCAST, {"query": tensor(1, 4, 64, 16)}, {}),
+    (DenseReason.BROADCAST, {"query": tensor(2, 1, 64, 16)}, {}),
+    (DenseReason.BROADCAST, {"key": tensor(2, 1, 64, 16), "value": tensor(2, 1, 64, 16)}, {}),
+    (DenseReason.BROADCAST, {"key": tensor(1, 4, 64, 16), "value": tensor(1, 1, 64, 16)}, {}),
+    (DenseReason.BROADCAST, {"value": tensor(1, 4, 64, 16)}, {}),
+    (DenseReason.BROADCAST, {"key": tensor(2, 2, 64, 16), "enable_gqa": True}, {}),
     (DenseReason.DTYPE, {"query": tensor(dtype=torch.int64)}, {}),
     (DenseReason.DTYPE, {"key": tensor(dtype=torch.float64)}, {}),
     (DenseReason.DTYPE, {"value": tensor(dtype=torch.bfloat16)}, {}),
@@ -159,6 +167,32 @@ def test_the_pass_takes_what_no_reason_speaks_against(
     call, config = replace(PLAIN, **changes), replace(CONFIG, **settings)
     report = rewrite_sdpa(build_graph(call, F.scaled_dot_product_attention), config)
     assert (len(report.rewritten), report.left) == (1, {})
+
+
+@pytest.mark.parametrize(
+    ("reason", "changes"),
+    [(r, c) for r, c, _ in REFUSED if r in (DenseReason.HEADS, DenseReason.BROADCAST)],
+)
+def test_sizes_that_do_not_go_together_are_told_from_those_that_sdpa_broadcasts(
+    reason: DenseReason, changes: dict[str, Any]
+) -> None:
+    call = replace(PLAIN, **changes)
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=call.enable_gqa)
+
+    if reason is DenseReason.BROADCAST:
+        output = run(call.query, call.key, call.value)
+        assert output.shape[:3] == (2, 4, 64)
+        # What the reason advises is taken.
+        batched = [t.expand(2, -1, -1, -1) for t in (call.query, call.key, call.value)]
+        expanded = [t.repeat_interleave(4 // t.shape[1], dim=1) for t in batched]
+        query, key, value = expanded
+        assert refuse(replace(call, query=query, key=key, value=value), CONFIG) is None
+        torch.testing.assert_close(run(query, key, value), output)
+    elif call.query.shape[-1] > 0 and call.key.shape[2] == call.value.shape[2]:
+        with pytest.raises(RuntimeError):
+            run(call.query, call.key, call.value)
 
 
 def test_every_reason_of_the_pass_is_reached() -> None:

@@ -7,6 +7,7 @@ from .model_inputs import hint_at_tensors
 from .modules import (
     CONFIG_ATTRIBUTE,
     fuse_split_layers,
+    holders_of,
     intercept,
     is_intercepted,
     original_module,
@@ -22,6 +23,7 @@ __all__ = [
     "config_in_force",
     "fuse_split_layers",
     "hint_at_tensors",
+    "holders_of",
     "intercept",
     "is_intercepted",
     "is_seen_here",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 import types
+import weakref
 from abc import ABCMeta
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,10 @@ MODE_ATTRIBUTE = "_unisparse_mode"
 # Stands in the classes made here, not in classes derived from them.
 MADE_HERE = "_unisparse_made_here"
 
+# Modules that were intercepted, and copies of them.
+_caught: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_caught_lock = threading.Lock()
+
 
 def intercept(module: nn.Module, config: str) -> None:
     """Makes attention inside ``module``'s forward sparse; again only changes the settings."""
@@ -44,6 +49,7 @@ def intercept(module: nn.Module, config: str) -> None:
         base = type(module)
         module.__class__ = _subclass(base)
         _rebind_forwards(module, base)
+    _remember(module)
     own = module.__dict__.get("forward")
     if own is not None and not _is_wrapped_here(own):
         # What somebody assigned is called in place of the class's.
@@ -74,6 +80,25 @@ def is_intercepted(module: nn.Module) -> bool:
 def settings_of(module: nn.Module) -> str | None:
     """What `intercept` was called with; ``None`` where it was not."""
     return module.__dict__.get(CONFIG_ATTRIBUTE) if isinstance(module, _Intercepted) else None
+
+
+def holders_of(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """Modules with settings that hold ``model``, or some of it, and are no part of it.
+
+    Returns:
+        By module of ``model``, its holders, each in front of those that it is inside of.
+    """
+    inside = set(model.modules())
+    with _caught_lock:
+        around = [m for m in _caught if m not in inside and settings_of(m) is not None]
+    held = {holder: list(holder.modules()) for holder in around}
+    found: dict[nn.Module, list[nn.Module]] = {}
+    # What is inside of another module has fewer modules than that one.
+    for holder in sorted(around, key=lambda m: len(held[m])):
+        for module in held[holder]:
+            if module in inside:
+                found.setdefault(module, []).append(holder)
+    return found
 
 
 def split_fused_layers(model: nn.Module) -> None:
@@ -205,7 +230,13 @@ def _wrap_forward_again(subclass: type[nn.Module], cls: type[nn.Module]) -> None
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
     module = cls.__new__(cls)
     module.__class__ = _subclass(cls)
+    _remember(module)
     return module
+
+
+def _remember(module: nn.Module) -> None:
+    with _caught_lock:
+        _caught.add(module)
 
 
 def original_module(model: Any) -> Any:
@@ -215,6 +246,7 @@ def original_module(model: Any) -> Any:
 
 __all__ = [
     "fuse_split_layers",
+    "holders_of",
     "intercept",
     "is_intercepted",
     "original_module",
