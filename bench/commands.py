@@ -31,8 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def describe(result: Mapping[str, Any], name: str) -> str:
     """The table of one file."""
     device = result["device"]
+    # Files of a model whose weights are known to be real say so.
+    weights = "real weights" if result["weights"] == "real" else f"weights {result['weights']}"
     title = (
-        f"{name}: {result['model_class']}, {result['weights']} weights, {result['densities']} "
+        f"{name}: {result['model_class']}, {weights}, {result['densities']} "
         f"densities, {device['dtype']} on {device['name']}"
     )
     columns, keys = COLUMNS[result["kind"]]

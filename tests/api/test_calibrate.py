@@ -154,9 +154,11 @@ def log_probs(model: Any) -> Tensor:
         return compute_log_probs(model(X)[0])
 
 
-def test_a_kl_that_no_setting_reaches_leaves_all_dense() -> None:
+def test_a_kl_that_no_setting_reaches_leaves_all_dense(caplog: pytest.LogCaptureFixture) -> None:
     coarse = (replace(LADDER[0], top_p=0.1, threshold=1.0),)
     calibration = found(kl=1e-9, ladder=coarse)
+    assert "calibrate leaves every layer dense: no setting that costs less" in caplog.text
+    assert "reaches a kl of 1e-09" in caplog.text
     assert set(calibration.layers.values()) == {DENSE}
     assert (calibration.reached, calibration.density) == (0.0, 1.0)
 

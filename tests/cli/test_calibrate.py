@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from unisparse_flex import Calibration
 from unisparse_flex.cli import models
 
+TOKENS = 2560
+
 
 @pytest.fixture
 def text(tmp_path):
     path = tmp_path / "prompt.txt"
-    path.write_text("A text of many words, and some of them again. " * 20, encoding="utf-8")
+    path.write_text("A text of many words, and some of them again. " * 60, encoding="utf-8")
     return path
 
 
-@pytest.mark.parametrize("target", [("--recall", "0.9"), ("--kl", "0.05")])
-def test_the_file_is_a_calibration_that_explain_takes(run, model_folder, text, tmp_path, target):
+@pytest.fixture
+def long_model(model_folder, tmp_path):
+    """The model at a length of which some blocks can be dropped."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": TOKENS}))
+    return folder
+
+
+@pytest.mark.parametrize("target", [("--recall", "0.5"), ("--kl", "0.05")])
+def test_the_file_is_a_calibration_that_explain_takes(run, long_model, text, tmp_path, target):
     path = tmp_path / "found" / "calibration.json"
-    options = ("--tokens", "300", "--min-length", "0", "--output", path)
-    ran = run("calibrate", model_folder, text, *target, *options, "--json")
+    options = ("--tokens", TOKENS, "--min-length", "0", "--output", path)
+    ran = run("calibrate", long_model, text, *target, *options, "--json")
     assert ran.code == 0, ran.err
     found = Calibration.load(path)
     assert json.loads(ran.out) == json.loads(found.to_json())
     assert found.quality == target[0].removeprefix("--")
     assert list(found.layers) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    explained = run("explain", model_folder, "--selector", path, "--tokens", "300", "--json")
+    assert found.sparse_layers
+    explained = run("explain", long_model, "--selector", path, "--tokens", "300", "--json")
     assert explained.code == 0
     assert f"calibrated for {found.quality}" in json.loads(explained.out)["settings"]["selector"]
 
 
-def test_several_texts_are_all_read(run, model_folder, text, tmp_path):
-    options = ("--recall", "0.9", "--tokens", "200", "--min-length", "0")
-    ran = run("calibrate", model_folder, text, "code", *options, "-o", tmp_path / "c.json")
+def test_several_texts_are_all_read(run, long_model, text, tmp_path):
+    options = ("--recall", "0.5", "--tokens", TOKENS, "--min-length", "0")
+    ran = run("calibrate", long_model, text, "code", *options, "-o", tmp_path / "c.json")
     assert ran.code == 0
     assert ran.out.startswith("recall ")
     assert "of 2 layers sparse" in ran.out
@@ -88,3 +101,22 @@ def test_a_text_of_no_characters_is_refused(run, model_folder, tmp_path):
     ran = run("calibrate", model_folder, path, "--recall", "0.9")
     assert ran.code == 2
     assert "a text must not be empty" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--tokens", "64"], "no call could be sparse with any setting: few queries"),
+        (["--tokens", "300"], "longer inputs, or --min-length 0 for the fewest blocks"),
+        (["--tokens", "300", "--min-length", "0"], "every setting keeps all blocks at this length"),
+    ],
+)
+def test_where_every_layer_stays_dense_nothing_is_written(
+    run, model_folder, text, tmp_path, options, reason
+):
+    path = tmp_path / "c.json"
+    ran = run("calibrate", model_folder, text, "--recall", "0.9", *options, "-o", path, "-q")
+    assert ran.code == 1
+    assert ran.err.startswith("Error: all layers stay dense, and nothing was written: ")
+    assert reason in ran.err
+    assert not path.exists()

@@ -105,7 +105,7 @@ def test_json_says_what_ran_where_and_with_what(values, model_folder, essay):
     found = values[0]
     assert set(found) == KEYS
     assert [set(row) for row in found["rows"]] == [ROW_KEYS] * 6
-    assert (found["kind"], found["weights"], found["densities"]) == ("quality", "real", "free")
+    assert (found["kind"], found["weights"], found["densities"]) == ("quality", "as loaded", "free")
     assert found["command"][:3] == ["unisparse-flex", "quality", str(model_folder)]
     assert found["versions"]["torch"]
     assert found["settings"]["lengths"] == [256, 512]

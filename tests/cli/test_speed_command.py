@@ -45,7 +45,7 @@ def test_ways_stand_side_by_side_with_density_and_divergence(run, model_folder, 
     found = timed(run, model_folder, "--min-length", "0", "--quality", "fast,1e6")
     assert set(found) == KEYS
     assert [set(row) for row in found["rows"]] == [ROW_KEYS] * 4
-    assert (found["kind"], found["weights"], found["densities"]) == ("speed", "real", "free")
+    assert (found["kind"], found["weights"], found["densities"]) == ("speed", "as loaded", "free")
     eager, compiled, fast, kept = found["rows"]
     assert [row["name"] for row in found["rows"]] == [
         *("dense eager", "dense compiled", "sparse, fast", "sparse, 1e6"),
@@ -313,6 +313,8 @@ def test_what_other_work_cannot_do_stays_in_its_row(run, model_folder, uncompile
     [
         (["--lengths", "1.5"], "--lengths must be whole numbers of at least 256 tokens, got '1.5'"),
         (["--lengths", "1024"], "--lengths must be at most the model's context, 512, got 1024"),
+        (["--tokens", "1024"], "--tokens must be at most the model's context, 512, got 1024"),
+        (["--tokens=5"], "--tokens must be whole numbers of at least 256 tokens, got '5'"),
         (["--quality", "slow"], "--quality must be of fast, balanced, high and numbers"),
         (["--against", "xattention"], "--against must be of minference, flex_prefill, xattn"),
         (["--compile", "all"], "'--compile': 'all' is not one of 'layers', 'model'"),

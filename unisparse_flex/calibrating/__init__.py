@@ -1,7 +1,8 @@
 """Settings of each layer, found by running a model on a sample."""
 
-from .run import calibrate
+from .run import calibrate, calibrate_or_say_why
 
 __all__ = [
     "calibrate",
+    "calibrate_or_say_why",
 ]

@@ -5,6 +5,7 @@ Symbols: B batch, Hq heads, Nq/Nk blocks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -35,6 +36,7 @@ class LayerMeasure:
         dropped: [settings + 1, units], mass that each setting drops; the last row drops nothing.
         kept: [settings + 1, units], blocks that each setting reads.
         cost: [settings + 1, units], predicted seconds of each setting, or the blocks.
+        refused: Of calls that could not be sparse with any setting, how many for each reason.
 
     Args:
         settings: How many there are in the ladder.
@@ -46,11 +48,17 @@ class LayerMeasure:
         self.per_head = per_head
         self.mass = self.visible = self.dense_cost = 0.0
         self.dropped = self.kept = self.cost = torch.zeros((settings + 1, 1), dtype=torch.float64)
+        self.refused: Counter[DenseReason] = Counter()
 
     @property
     def could_be_sparse(self) -> bool:
         """Whether some call could, with some setting."""
         return self.visible > 0
+
+    @property
+    def could_be_faster(self) -> bool:
+        """Whether some setting of some unit costs less than its share of dense attention."""
+        return bool((self.cost[:-1] * self.num_units < self.dense_cost).any())
 
     @property
     def num_units(self) -> int:
@@ -80,8 +88,10 @@ class LayerMeasure:
         Raises:
             ValueError: Heads are units, and there are others than in earlier calls.
         """
-        usable = [refuse_call(call, selector, min_length) is None for selector in ladder]
+        reasons = [refuse_call(call, selector, min_length) for selector in ladder]
+        usable = [reason is None for reason in reasons]
         if not any(usable):
+            self.refused.update(reason for reason in reasons[:1] if reason is not None)
             return
         call = apply_autocast(call)
         first = SparseConfig(selector=ladder[usable.index(True)])

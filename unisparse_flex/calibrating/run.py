@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,8 @@ from ..catching import hint_at_tensors, is_intercepted
 from ..optimization import validate_model
 from ..progress import Progress
 from .search import Run, Search
+
+logger = logging.getLogger(__name__)
 
 # Shares of a row's estimated mass from which a block is kept, each with a mass that every row
 # keeps at least.
@@ -82,7 +85,8 @@ def calibrate(
 
     Returns:
         The settings of every module that made attention calls, each in its own name; `save` it,
-        and give it or its path to `optimize` as ``selector``. The default cost model still
+        and give it or its path to `optimize` as ``selector``; a warning says why where all of them
+        stay dense. The default cost model still
         decides there, call by call and without what was measured here.
 
     Raises:
@@ -90,6 +94,33 @@ def calibrate(
         ValueError: Not exactly one target, a target out of range, no batch, an empty ladder, a
             model that is compiled, optimized or in training mode or that makes no attention call.
     """
+    found, why_dense = calibrate_or_say_why(
+        model,
+        batches,
+        kl=kl,
+        recall=recall,
+        ladder=ladder,
+        min_length=min_length,
+        per_head=per_head,
+        progress=progress,
+    )
+    if why_dense is not None:
+        logger.warning("calibrate leaves every layer dense: %s", why_dense)
+    return found
+
+
+def calibrate_or_say_why(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    kl: float | None,
+    recall: float | None,
+    ladder: Sequence[Selector] | None = None,
+    min_length: int | None,
+    per_head: bool,
+    progress: bool,
+) -> tuple[Calibration, str | None]:
+    """What `calibrate` returns, and why that leaves every layer dense; ``None`` if it does not."""
     module = validate_model(model)
     if module is not model or any(m._compiled_call_impl is not None for m in model.modules()):
         way_out = "copy.deepcopy(model), which leaves out what model.compile() did"
@@ -123,9 +154,11 @@ def calibrate(
             model, runs, settings, min_length=min_length, per_head=per_head, display=display
         )
         if recall is not None:
-            return search.reach_recall(recall)
-        assert kl is not None
-        return search.reach_kl(kl)
+            found = search.reach_recall(recall)
+        else:
+            assert kl is not None
+            found = search.reach_kl(kl)
+        return found, search.why_dense(found)
 
 
 def _validate_ladder(ladder: tuple[Selector, ...], *, per_head: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from ..block_masks import Selector
 from ..calibration import DENSE, Calibration, Setting
 from ..optimization import optimize_layers, release_all
-from ..passes import observe_calls
+from ..passes import DenseReason, observe_calls
+from ..passes.decision import say_reasons
 from ..progress import Progress
 from .allocation import Allocation, Frontier, Units, allocate
 from .layer_measure import LayerMeasure, measure_layers, with_head_thresholds
@@ -152,6 +154,25 @@ class Search:
                 "for Hugging Face models load with attn_implementation='sdpa'"
             )
         self.layers = {n: layer for n, layer in self.all_layers.items() if layer.could_be_sparse}
+
+    def why_dense(self, found: Calibration) -> str | None:
+        """Why a result leaves every layer dense, and what to do; ``None`` where some is sparse."""
+        if found.sparse_layers:
+            return None
+        if not self.layers:
+            refused: Counter[DenseReason] = Counter()
+            for layer in self.all_layers.values():
+                refused += layer.refused
+            return f"no call could be sparse with any setting{say_reasons(refused)}"
+        if any(layer.could_be_faster for layer in self.layers.values()):
+            target = f"a {found.quality} of {found.target:g}"
+            return f"no setting that costs less than dense attention reaches {target}"
+        if self.min_length is not None:
+            return "every setting keeps all blocks at this length; longer inputs drop some"
+        return (
+            "every setting is predicted to take longer than dense attention at this length; "
+            "longer inputs, or a min_length of 0 for the fewest blocks instead of the least time"
+        )
 
     def _units(self, names: Sequence[str]) -> Units:
         return [unit for name in names for unit in self.layers[name].units()]

@@ -89,8 +89,9 @@ def calibrate(
     """Find settings of each layer of MODEL that reach a stated quality on texts like yours.
 
     Each TEXT is a UTF-8 file, or prose, code or topics (installed texts). Give --recall or --kl.
+    Exits with 1, and writes nothing, where every layer would stay dense.
     """
-    from ..calibrating import calibrate as find_settings
+    from ..calibrating import calibrate_or_say_why
     from .models import load_model, stated_context
     from .prompts import check_tokens, create_input_ids, model_inputs
 
@@ -106,7 +107,7 @@ def calibrate(
         for each in inputs:
             each.pop("logits_to_keep", None)
     with failures(f"calibrate {model}"), wrong_arguments():
-        found = find_settings(
+        found, why_dense = calibrate_or_say_why(
             loaded.model,
             inputs,
             recall=recall,
@@ -114,6 +115,10 @@ def calibrate(
             min_length=min_length,
             per_head=per_head,
             progress=not quiet,
+        )
+    if why_dense is not None:
+        raise click.ClickException(
+            f"all layers stay dense, and nothing was written: {_in_options(why_dense)}"
         )
     with failures(f"write {output}"):
         write_text(output, found.to_json())
@@ -126,3 +131,8 @@ def calibrate(
             f"{found.density:.1%}, {sparse} of {len(found.layers)} layers sparse"
         )
     say_written([output], quiet=quiet)
+
+
+def _in_options(text: str) -> str:
+    """Advice with the settings of Python as options."""
+    return text.replace("a min_length of 0", "--min-length 0")

@@ -62,13 +62,20 @@ def lengths_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[
     for part in split_outside_brackets(text):
         if not re.fullmatch(r"\d{1,9}", part) or int(part) < LEAST_LENGTH:
             raise click.UsageError(
-                f"--lengths must be whole numbers of at least {LEAST_LENGTH} tokens, got {part!r}; "
-                "give such as 4096,8192"
+                f"{_lengths_option()} must be whole numbers of at least {LEAST_LENGTH} tokens, "
+                f"got {part!r}; give such as 4096,8192"
             )
         lengths.append(int(part))
     if text and not lengths:
-        raise click.UsageError(f"--lengths must name at least one length, got {text!r}")
+        raise click.UsageError(f"{_lengths_option()} must name at least one length, got {text!r}")
     return tuple(sorted(lengths))
+
+
+def _lengths_option() -> str:
+    """What the lengths were given by: the option has two names."""
+    context = click.get_current_context(silent=True)
+    typed = [str(word).partition("=")[0] for word in (context.obj if context else None) or ()]
+    return "--tokens" if "--tokens" in typed and "--lengths" not in typed else "--lengths"
 
 
 def quality_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
@@ -137,8 +144,8 @@ def check_before_loading(
         if name not in TEXT_NAMES and lengths and Path(name).stat().st_size < lengths[-1]:
             # A token has at least one byte.
             raise click.UsageError(
-                f"--lengths must be at most the tokens of every text, got {lengths[-1]} for "
-                f"{name}, a file of {Path(name).stat().st_size} bytes; give a longer --text"
+                f"{_lengths_option()} must be at most the tokens of every text, got {lengths[-1]} "
+                f"for {name}, a file of {Path(name).stat().st_size} bytes; give a longer --text"
             )
 
 
@@ -147,7 +154,7 @@ def refuse_beyond(lengths: Sequence[int], context: int | None) -> None:
     for length in lengths:
         if context is not None and length > context:
             raise click.UsageError(
-                f"--lengths must be at most the model's context, {context}, got {length}"
+                f"{_lengths_option()} must be at most the model's context, {context}, got {length}"
             )
 
 
@@ -188,8 +195,8 @@ def create_prompts(
             ids = encode_start(loaded.tokenizer, text, length)
             if len(ids) < length:
                 raise click.UsageError(
-                    f"--lengths must be at most the {len(ids)} tokens of {name}, got {length}; "
-                    "give a longer --text"
+                    f"{_lengths_option()} must be at most the {len(ids)} tokens of {name}, got "
+                    f"{length}; give a longer --text"
                 )
             input_ids = torch.tensor([ids], device=loaded.device)
             prompts.append(TextPrompt(text=name, input_ids=input_ids))
@@ -208,7 +215,7 @@ def describe_run(
         "kind": kind,
         "model": model,
         "model_class": type(loaded.model).__name__,
-        "weights": "real",
+        "weights": "as loaded",
         "densities": "free",
         "device": {
             "name": describe_device(loaded.device),
