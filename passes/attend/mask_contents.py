@@ -11,6 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ DEVICE = "cuda"
 MOST = 8
 
 
+# Fields of a call under a mask that was read, and what `prepare_mask` made of the mask.
+_Read = tuple[dict[str, Any], list[Tensor]]
+
+
 @dataclass(slots=True, eq=False)
 class _Known:
     """A mask that was read.
@@ -35,12 +40,12 @@ class _Known:
     Attributes:
         owner: The tensor that it is, or is a view of.
         contents: What it says; ``None`` where no formula does.
-        prepared: What was made of it, for each kind of call.
+        calls: What becomes of each kind of call; ``None`` for one that runs as it stands.
     """
 
     owner: weakref.ref[Tensor]
     contents: MaskContents | None
-    prepared: dict[Hashable, list[Tensor]] = field(default_factory=dict)
+    calls: dict[Hashable, _Read | None] = field(default_factory=dict)
 
 
 _known: OrderedDict[Hashable, _Known] = OrderedDict()
@@ -67,32 +72,69 @@ def read_call(
         stands: without a mask tensor or the kernels that read formulas, dense whatever the mask
         says, while a CUDA graph is captured, or under a mask that no formula says.
     """
-    mask = call.attn_mask
+    mask, query, key = call.attn_mask, call.query, call.key
     if type(mask) is not Tensor or not (everywhere or mask.device.type == DEVICE):
         return None
-    if not call.query.numel():
+    for tensor in (query, key, call.value, mask):
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return None
+    if query.dim() != 4 or key.dim() != 4 or not query.numel():
         return None
+    # Of what a transform wraps nothing may be asked unless it is to be read.
+    wrapped = torch._C._functorch.peek_interpreter_stack() is not None
+    if wrapped and not _may_read(call, config, everywhere=everywhere):
+        return None
+    if mask.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    place, kind = _place(mask, query.shape[2], key.shape[2]), _kind(call, config, everywhere)
+    known = _find(mask, place)
+    if known is None or kind not in known.calls:
+        if not _may_read(call, config, everywhere=everywhere):
+            return None
+        known = known or _read(mask, place, q_len=query.shape[2], kv_len=key.shape[2])
+        known.calls[kind] = _prepare(call, config, known.contents)
+    read = known.calls[kind]
+    return None if read is None else (replace(call, **read[0]), read[1])
+
+
+def _may_read(call: SdpaCall, config: SparseConfig, *, everywhere: bool) -> bool:
+    """Whether anything depends on what the mask of a call says."""
     # Few queries or a short prompt are dense whatever the mask says, and cost nothing more.
     if refuse(_as_if_read(call), config) is not None:
-        return None
+        return False
     by_length = replace(config, min_length=config.min_length or 0)
     if refuse(call, by_length) is not None:
+        return False
+    return everywhere or _obstacle(call, config) is None
+
+
+def _prepare(call: SdpaCall, config: SparseConfig, contents: MaskContents | None) -> _Read | None:
+    """What becomes of the call, and of others of its kind."""
+    if contents is None:
         return None
-    if not everywhere and _obstacle(call, config) is not None:
-        return None
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return None
-    known = _look_up(mask, q_len=call.query.shape[2], kv_len=call.key.shape[2])
-    if known.contents is None:
-        return None
-    result = _bind(call, known.contents)
-    kind = (config.encode(), call.query.shape, call.key.shape, call.query.dtype)
-    prepared = known.prepared.get(kind)
-    if prepared is None:
-        skipped = not result.mask or keeps_window(call_geometry(result, config))
-        prepared = [] if skipped else prepare_mask(result, config)
-        known.prepared[kind] = prepared
-    return result, prepared
+    fields = _formula(call, contents)
+    result = replace(call, **fields)
+    skipped = not result.mask or keeps_window(call_geometry(result, config))
+    return fields, [] if skipped else prepare_mask(result, config)
+
+
+def _kind(call: SdpaCall, config: SparseConfig, everywhere: bool) -> Hashable:
+    """All of a call but its numbers that decides whether its mask is read, and what follows."""
+    query, key, value = call.query, call.key, call.value
+    device = query.device.type
+    return (
+        config.encode(),
+        everywhere,
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        *((t.shape, t.dtype, t.device, t.requires_grad) for t in (query, key, value)),
+        call.attn_mask.requires_grad,
+        call.dropout_p,
+        call.scale,
+        call.enable_gqa,
+        call.is_causal,
+        call.causal_lower_right,
+    )
 
 
 def _as_if_read(call: SdpaCall) -> SdpaCall:
@@ -114,21 +156,34 @@ def _obstacle(call: SdpaCall, config: SparseConfig) -> str | None:
     )
 
 
-def _look_up(mask: Tensor, *, q_len: int, kv_len: int) -> _Known:
-    """What is known of a mask, which is read if nothing is."""
-    owner = mask if mask._base is None else mask._base
+def _place(mask: Tensor, q_len: int, kv_len: int) -> Hashable:
+    """Where a mask lies, and as of which change; ``None`` where nothing tells when it changes."""
+    if mask.is_inference():
+        return None
     place = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, mask.device)
-    key = None if mask.is_inference() else (*place, mask._version, q_len, kv_len)
+    return (*place, mask._version, q_len, kv_len)
+
+
+def _owner(mask: Tensor) -> Tensor:
+    """The tensor that a mask is, or is a view of."""
+    return mask if mask._base is None else mask._base
+
+
+def _find(mask: Tensor, place: Hashable) -> _Known | None:
+    """What is known of a mask."""
     with _lock:
-        found = _known.get(key)
-    if found is not None and found.owner() is owner:
-        return found
+        found = _known.get(place)
+    return found if found is not None and found.owner() is _owner(mask) else None
+
+
+def _read(mask: Tensor, place: Hashable, *, q_len: int, kv_len: int) -> _Known:
+    """Reads a mask."""
     with torch.no_grad():
         contents = read_mask(mask.detach(), q_len=q_len, kv_len=kv_len)
-    found = _Known(weakref.ref(owner), contents)
-    if key is not None:
+    found = _Known(weakref.ref(_owner(mask)), contents)
+    if place is not None:
         with _lock:
-            _known[key] = found
+            _known[place] = found
             for old in [old for old, value in _known.items() if value.owner() is None]:
                 del _known[old]
             while len(_known) > MOST:
@@ -136,8 +191,8 @@ def _look_up(mask: Tensor, *, q_len: int, kv_len: int) -> _Known:
     return found
 
 
-def _bind(call: SdpaCall, contents: MaskContents) -> SdpaCall:
-    """The call under a mask that was read: a formula, or a flag where that says it all."""
+def _formula(call: SdpaCall, contents: MaskContents) -> dict[str, Any]:
+    """Fields of a call under a mask that was read: a formula, or a flag where that says it all."""
     offset, text = contents.causal_offset, contents.text
     whole = call.key.shape[2] - call.query.shape[2]
     flag = not text and offset in (0, whole)
@@ -147,12 +202,11 @@ def _bind(call: SdpaCall, contents: MaskContents) -> SdpaCall:
         if offset != 0:
             numbers, causality = [contents.number, offset], "(kv <= q + n1)"
         text = " & ".join([causality, *([text] if text else [])])
-    return replace(
-        call,
-        attn_mask=None,
-        is_causal=flag and offset == 0,
-        causal_lower_right=flag and offset == whole != 0,
-        mask=text,
-        mask_tensors=list(contents.tensors) or None,
-        mask_numbers=numbers or None,
-    )
+    return {
+        "attn_mask": None,
+        "is_causal": flag and offset == 0,
+        "causal_lower_right": flag and offset == whole != 0,
+        "mask": text,
+        "mask_tensors": list(contents.tensors) or None,
+        "mask_numbers": numbers or None,
+    }
