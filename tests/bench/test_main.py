@@ -82,3 +82,19 @@ def test_folders_are_used_through_what_they_export(path: Path) -> None:
 def test_an_unknown_name_is_said_with_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert harness.main(["speed"]) == 2
     assert "got 'speed'; list them with: python -m bench --list" in capsys.readouterr().err
+
+
+EVERY_PAGE = sorted([*PAGES, *ROOT.glob("docs/evidence/*.md")])
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.name)
+def test_files_of_this_folder_that_a_page_names_are_there(page: Path) -> None:
+    named = re.findall(r"`(bench/[\w/]+\.py)", page.read_text())
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.name)
+def test_pictures_have_a_caption(page: Path) -> None:
+    after = re.findall(r"^!\[[^\]]*\]\([^)]+\.png\)\n\n?(.?)", page.read_text(), re.MULTILINE)
+    # Of several pictures the last has it.
+    assert set(after) <= {"*", "!"}
