@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,8 @@ DENSE: Literal["dense"] = "dense"
 QUALITIES = ("recall", "kl")
 MAX_FILE_BYTES = 1_000_000
 WAY_OUT = "write a new file with unisparse_flex.calibrate(...).save"
+# Of files that were written before there were these.
+OPTIONAL = {"uniform_density", "sizes"}
 _TEXTS = ("model", "unisparse_flex", "torch")
 LARGEST = sys.float_info.max
 _NUMBERS = {"target": LARGEST, "reached": LARGEST, "density": 1.0}
@@ -51,6 +53,9 @@ class Calibration:
         model: Class name of the model.
         unisparse_flex: Version of this library.
         torch: Version of torch.
+        sizes: What tells the model from others of its class: how many layers it has of the named
+            kinds, and its numbers of heads, by the names that it has for them. `optimize` warns of
+            a model with others. Empty where nobody looked.
     """
 
     layers: Mapping[str, Setting]
@@ -62,6 +67,7 @@ class Calibration:
     unisparse_flex: str
     torch: str
     uniform_density: float | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
@@ -80,7 +86,14 @@ class Calibration:
             _validate_text(name, "a name in layers")
             if setting != DENSE and not isinstance(setting, Selector):
                 raise ValueError(f"layers[{name!r}] must be a selector or 'dense', got {setting!r}")
+        if not isinstance(self.sizes, Mapping):
+            raise ValueError(f"sizes must map names to integers, got {self.sizes!r}; {WAY_OUT}")
+        for name, size in self.sizes.items():
+            _validate_text(name, "a name in sizes")
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise ValueError(f"sizes[{name!r}] must be an integer, got {size!r}; {WAY_OUT}")
         object.__setattr__(self, "layers", dict(self.layers))
+        object.__setattr__(self, "sizes", dict(self.sizes))
 
     @property
     def sparse_layers(self) -> dict[str, Selector]:
@@ -118,7 +131,7 @@ class Calibration:
                 f"a calibration must be a JSON object, got {type(values).__name__}; {WAY_OUT}"
             )
         known = {f.name for f in fields(cls)}
-        if set(values) | {"uniform_density"} != known:
+        if set(values) | OPTIONAL != known:
             raise ValueError(f"{_say_keys(known, set(values))}; {WAY_OUT}")
         layers = values.pop("layers")
         if not isinstance(layers, dict):
@@ -157,7 +170,7 @@ class Calibration:
 
 def _say_keys(known: set[str], found: set[str]) -> str:
     """What keeps a JSON object with such keys from being a calibration."""
-    unknown, missing = sorted(found - known), sorted(known - found - {"uniform_density"})
+    unknown, missing = sorted(found - known), sorted(known - found - OPTIONAL)
     if "layers" not in found:
         got = f"one with {_name_some(sorted(found))}" if found else "an empty one"
         return f"a calibration must be a JSON object with layers, got {got}"

@@ -16,6 +16,7 @@ from torch import fx, nn
 from .block_masks import DEFAULT_SELECTOR, Selector
 from .block_masks.selectors import choose_selector
 from .calibration import DENSE, Calibration, Setting
+from .calibration_fit import describe_misfit, say_missing
 from .catching import (
     await_first_forward,
     fuse_split_layers,
@@ -72,8 +73,9 @@ def optimize(
         model: Any module whose attention goes through these, or what `torch.compile` made of it.
         selector: Which blocks are kept; `UniSparse()` by default. A `Calibration`, or the path of
             the file of one, gives each of the layers that it names settings of its own; all other
-            attention stays dense. A quality in words, ``"paper"`` (the paper's policy) or a
-            selector's text such as ``"UniSparse(top_p=0.95)"`` is taken here too.
+            attention stays dense, and a warning says where it is of a model of another class, with
+            another number of layers or of heads. A quality in words, ``"paper"`` (the paper's
+            policy) or a selector's text such as ``"UniSparse(top_p=0.95)"`` is taken here too.
         quality: ``"fast"``, ``"balanced"`` or ``"high"`` instead of ``selector``: how much of the
             attention mass the default selector keeps. Or a number: 1 is ``"balanced"``, and larger
             ones keep more blocks (`selectors.selector_of_quality`).
@@ -85,7 +87,8 @@ def optimize(
             negative ones from the end.
         backend: The kernel on CUDA: ``"flash"`` (FlashAttention-4), ``"triton"``, or ``"auto"``,
             which takes FlashAttention-4 where it is installed and can run the call: 16-bit,
-            head_dim up to 128, blocks of 128, inference, no mask but a window, on Hopper.
+            head_dim up to 128, blocks of 128, inference, under masks that are formulas (causal,
+            windows, padding, documents), on Hopper.
         context: The ranks that share the tokens, where ``model`` is given some of a sequence
             (`distributed.ContextParallel`); dense calls see the keys of all ranks too.
 
@@ -118,7 +121,11 @@ def optimize(
         for name in layers:
             if _is_below(name, excluded):
                 layers[name] = DENSE
+        _require_layers(module, layers, selector.model)
         optimize_layers(module, layers, min_length=min_length, backend=backend, context=context)
+        misfit = describe_misfit(selector, module)
+        if misfit is not None:
+            warnings.warn(misfit, stacklevel=2)
         return model
     selector = choose_selector(selector, quality)
     name_of = None if context is None else context.name
@@ -177,13 +184,7 @@ def optimize_layers(
     Raises:
         ValueError: A name is no module of ``model``.
     """
-    modules = layer_modules(model)
-    for name in layers:
-        if name not in modules:
-            raise ValueError(
-                f"layers must name modules of the model, got {name!r}, which "
-                f"{type(model).__name__} does not have; calibrate this model anew"
-            )
+    modules = _require_layers(model, layers)
     name_of = None if context is None else context.name
     dense = SparseConfig(selector=DEFAULT_SELECTOR, dense=True, context=name_of).encode()
     configs = {module: dense for _, module in _own_modules(model)}
@@ -195,6 +196,17 @@ def optimize_layers(
             )
             configs[modules[name]] = config.encode()
     _intercept_only(model, configs)
+
+
+def _require_layers(
+    model: nn.Module, layers: Collection[str], of: str | None = None
+) -> dict[str, nn.Module]:
+    """The `layer_modules` of a model; raises ValueError where some of these are none."""
+    modules = layer_modules(model)
+    for name in layers:
+        if name not in modules:
+            raise ValueError(say_missing(name, model, modules, of))
+    return modules
 
 
 def layer_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from unisparse_flex import (
@@ -331,7 +332,7 @@ def test_a_layer_of_torchs_own_has_settings_too_until_the_next_optimize() -> Non
     calibration = calibrate(model, [X], recall=0.8, **options)
     assert list(calibration.layers) == ["layers.0.self_attn", "layers.1.self_attn"]
     chosen: dict[str, Setting] = {"layers.0.self_attn": DENSE, "layers.1.self_attn": LADDER[0]}
-    optimize(model, with_layers(chosen), min_length=0)
+    optimize(model, replace(calibration, layers=chosen), min_length=0)
     assert [call.decision for call in explain(model, X).calls] == ["dense", "sparse"]
     optimize(model, SELECTOR, min_length=0)
     densities = [call.density for call in explain(model, X).calls]
@@ -346,6 +347,77 @@ def test_a_name_that_is_no_module_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match=r"layers must name modules .* got 'layers.7.attention'"):
         optimize(model, with_layers({"layers.7.attention": FINE}))
     assert not is_optimized(model)
+
+
+@pytest.mark.parametrize("of", [lambda m: m.layers, lambda m: m.layers[1], nn.Sequential])
+def test_a_part_of_the_calibrated_model_or_what_is_around_it_is_told_so(of: Any) -> None:
+    module = of(create())
+    with pytest.raises(ValueError, match="give it the Transformer that was calibrated, not a part"):
+        optimize(module, with_layers(TWO))
+
+
+class WithHeads(Transformer):
+    """A model that says how many heads it has."""
+
+    def __init__(self, layers: int = 2, num_heads: int = 4) -> None:
+        super().__init__(layers)
+        for layer in self.layers:
+            layer.attention.num_heads = num_heads  # type: ignore[union-attr]
+
+
+class Renamed(WithHeads):
+    """The same under another name."""
+
+
+def test_a_calibration_of_the_model_itself_says_nothing() -> None:
+    calibration = found(create(WithHeads), recall=0.9)
+    assert calibration.sizes == {"layers": 2, "num_heads": 4}
+    # Other weights, and a model that was optimized already.
+    for model in (create(WithHeads), optimize(create(WithHeads, seed=1), SELECTOR)):
+        assert is_optimized(optimize(model, calibration, min_length=0))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Renamed(), "one of WithHeads for Renamed, and the recall that"),
+        (WithHeads(layers=3), r"WithHeads \(layers=2\) for WithHeads \(layers=3\); layers that it"),
+        (WithHeads(num_heads=8), r"WithHeads \(num_heads=4\) for WithHeads \(num_heads=8\), and"),
+        (
+            Renamed(layers=3, num_heads=8),
+            r"WithHeads \(layers=2, num_heads=4\) for Renamed \(layers=3, num_heads=8\);",
+        ),
+    ],
+)
+def test_a_calibration_of_another_model_names_both(model: Any, said: str, tmp_path: Path) -> None:
+    found(create(WithHeads), recall=0.9).save(tmp_path / "calibration.json")
+    with pytest.warns(UserWarning, match=f"selector must be the calibration .* {said}"):
+        optimize(model, tmp_path / "calibration.json", min_length=0)
+    assert is_optimized(model)
+    with pytest.raises(ValueError, match=r"'layers.1.attention' of WithHeads, which Transformer"):
+        optimize(create(layers=1), tmp_path / "calibration.json")
+
+
+def test_models_of_a_library_say_their_heads_in_their_configuration() -> None:
+    options = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 16, "head_dim": 8}
+
+    def of_heads(heads: int, layers: int = 2) -> Any:
+        config = transformers.LlamaConfig(
+            **options | {"num_hidden_layers": layers},
+            intermediate_size=32,
+            num_attention_heads=heads,
+            num_key_value_heads=2,
+        )
+        return transformers.LlamaForCausalLM(config).eval()
+
+    calibration = calibrate(
+        of_heads(4), [torch.arange(90)[None] % 16], recall=0.9, ladder=LADDER, min_length=0
+    )
+    assert is_optimized(optimize(of_heads(4), calibration))
+    with pytest.warns(UserWarning, match="num_attention_heads=4.*num_attention_heads=8"):
+        optimize(of_heads(8), calibration)
+    with pytest.warns(UserWarning, match="layers=2.*layers=3"):
+        optimize(of_heads(4, layers=3), calibration)
 
 
 def changed(**changes: Any) -> Callable[[], str]:
@@ -386,6 +458,9 @@ MALFORMED: list[tuple[Callable[[], str], str]] = [
     (changed(quality=["kl"]), "quality must be one of"),
     (changed(model=3), "model must be a text, got 3"),
     (changed(torch=""), "torch must be a text"),
+    (changed(sizes=[]), r"sizes must map names to integers, got \[\]"),
+    (changed(sizes={"layers": 2.5}), r"sizes\['layers'\] must be an integer, got 2.5"),
+    (changed(sizes={"": 2}), "a name in sizes must be a text"),
     (changed(layers=[]), r"layers must be a JSON object, got \[\]"),
     (changed(layers={}), "layers must map at least one"),
     (changed(layers={"": "dense"}), "a name in layers must be a text"),

@@ -171,8 +171,11 @@ def shard_calibration() -> tuple[Any, Any]:
         model="Model",
         unisparse_flex="0",
         torch="2",
+        sizes={"layers": 3, "num_heads": 4},
     )
-    layers = shard_heads(calibration).layers
+    sharded = shard_heads(calibration)
+    assert sharded.sizes == {"layers": 3}
+    layers = sharded.layers
     first: Any = layers["layers.0"]
     return first.head_thresholds, (layers["layers.1"], layers["layers.2"])
 

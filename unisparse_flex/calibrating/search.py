@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..block_masks import Selector
 from ..calibration import DENSE, Calibration, Setting
+from ..calibration_fit import attention_sizes
 from ..optimization import optimize_layers, release_all
 from ..passes import DenseReason, observe_calls
 from ..passes.decision import say_reasons
@@ -252,6 +253,7 @@ class Search:
             model=type(self.model).__name__,
             unisparse_flex=__version__,
             torch=str(torch.__version__),
+            sizes=attention_sizes(self.model, self.all_layers),
         )
 
     def _density(self, plan: Plan) -> float:

@@ -42,7 +42,9 @@ def shard_heads(
             name: shard_selector(setting, shard) if isinstance(setting, Selector) else setting
             for name, setting in settings.layers.items()
         }
-        return replace(settings, layers=layers)
+        # How many heads a module says to have may be those of all ranks, or of one.
+        sizes = {name: size for name, size in settings.sizes.items() if name == "layers"}
+        return replace(settings, layers=layers, sizes=sizes)
     if not isinstance(settings, Selector):
         raise TypeError(
             f"settings must be a selector or a Calibration, got {settings!r} of type "
