@@ -16,6 +16,7 @@ from ..masks import ends_plan
 from .recording import Recordings
 
 _recordings = Recordings()
+SETTINGS = ("c_q", "c_k", "sampled_queries", "sink_blocks", "last_query_blocks")
 # Which of the tables are empty where no composites, or no samples, are scored.
 EMPTY = {1: "c_q", 2: "sampled_queries"}
 
@@ -56,7 +57,7 @@ def tables_of_mask(
         made: Any = make_tables(ends, logs, geometry, batch=count, **settings)
         return [table for table in made.tensors() if table.numel()]
 
-    kind = (ends.kind, geometry, count, *settings.values())
+    kind = (ends.kind, geometry, count, *(settings[name] for name in SETTINGS))
     found = list(_recordings.run(kind, (logs, *ends.tensors()), compute))
     for at, name in EMPTY.items():
         if not settings[name]:

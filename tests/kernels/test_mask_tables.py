@@ -148,7 +148,14 @@ CASES: dict[str, tuple[str, tuple[Tensor, ...], tuple[int, ...]]] = {
 def test_masks_at_the_edge(name: str, offset: int | None) -> None:
     text, tensors, numbers = CASES[name]
     geometry = BlockGeometry(q_len=70, kv_len=70, block_size=16, causal_offset=offset)
-    for options in ({}, {"c_q": 0}, {"sampled_queries": 0}, {"last_query_blocks": 3}):
+    for options in (
+        {},
+        {"c_q": 0},
+        {"sampled_queries": 0},
+        {"last_query_blocks": 3, "sink_blocks": 0},
+        {"c_q": 1, "c_k": 1, "sampled_queries": 16},
+        {"c_q": 16, "c_k": 16, "sampled_queries": 1},
+    ):
         assert_same_tables(text, tensors, geometry, batch=2, numbers=numbers, **options)
 
 
