@@ -66,8 +66,8 @@ def optimize(
     model afterwards attends by the settings of what it is put into, not by those of the layer
     before it: sparse, even at a place in ``dense_layers``; optimize again then.
 
-    Rows of a mask that see no key are 0, where dense attention gives NaN, or the mean of all values
-    under a float mask of only lowest numbers.
+    Rows that a mask hides all keys from are 0 in sparse calls, where dense ones give NaN, or the
+    mean of all values under a float mask of only lowest numbers.
 
     Args:
         model: Any module whose attention goes through these, or what `torch.compile` made of it.

@@ -26,6 +26,9 @@ class DecodeSelector:
     agree in 8 significant bits the earlier unit goes first. Whatever the numbers say, the first
     units and the last ones stay, and those that the end of the prompt looked at most.
 
+    The rules may be given together: what ``top_p`` asks for is kept, but no more than ``budget``
+    and ``share`` allow, the smaller of both, and no less than ``min_keys`` and the units that stay.
+
     Attributes:
         top_p: Least share of the estimated attention that kept units hold; 1 keeps everything.
         budget: Most keys that are kept; ``None`` for no limit.
