@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment, Template
     from markupsafe import Markup
 
-OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]*|unisparse-flex)(?![\w-])")
+OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]*|unisparse-flex|\d+-\d+(?:,\d[\d,-]*)?)(?![\w-])")
 TEMPLATE, STYLE = "page.html.jinja", "page.css"
 
 
