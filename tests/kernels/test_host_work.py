@@ -140,3 +140,23 @@ def test_tables_take_few_launches(work: Work, name: str) -> None:
         )
     assert work.kernels.total() <= kernels, work.kernels
     assert work.operators.total() <= operators, work.operators
+
+
+def test_what_is_known_of_a_mask_is_of_one_kind_of_call(work: Work) -> None:
+    query = torch.zeros(1, 2, LENGTH, 16)
+    mask = torch.zeros(LENGTH, LENGTH).masked_fill(~MASKS["padding"][0], -torch.inf)
+    call = SdpaCall(query=query, key=query, value=query, attn_mask=mask)
+    known = mask_contents.read_call(call, CONFIG)
+    assert known is not None
+    again = mask_contents.read_call(replace(call, scale=0.5), CONFIG)
+    assert again is not None
+    assert again[0].scale == 0.5
+    assert again[0].mask == known[0].mask
+    assert mask_contents.read_call(replace(call, dropout_p=0.1), CONFIG) is None
+    assert mask_contents.read_call(replace(call, is_causal=True), CONFIG) is None
+    assert mask_contents.read_call(replace(call, query=query[:, :, :8]), CONFIG) is None
+    longer = torch.zeros(1, 2, LENGTH + 8, 16)
+    assert mask_contents.read_call(replace(call, key=longer, value=longer), CONFIG) is None
+    assert work.kernels.total() == MASKS["padding"][1] + 5
+    mask.requires_grad_()
+    assert mask_contents.read_call(call, CONFIG) is None
