@@ -105,7 +105,13 @@ class SparseConfig:
         Raises:
             ValueError: The text names a selector that no imported module defines.
         """
-        return _decode(text, tuple(map(Selector.registry.get, SELECTOR_NAME.findall(text))))
+        return _decode(text, *map(Selector.registry.get, _names(text)))
+
+
+@lru_cache(maxsize=256)
+def _names(text: str) -> tuple[str, ...]:
+    """The selectors that settings name."""
+    return tuple(SELECTOR_NAME.findall(text))
 
 
 @lru_cache(maxsize=256)

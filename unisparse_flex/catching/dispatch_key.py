@@ -155,18 +155,29 @@ def can_catch_attention() -> bool:
     )
 
 
-@contextmanager
-def catch_attention(config: str) -> Iterator[None]:
+class _Catching:
+    """One `catch_attention`; written out, as every forward enters one."""
+
+    __slots__ = ("_config", "_outer", "_was_on")
+
+    def __init__(self, config: str) -> None:
+        self._config = config
+
+    def __enter__(self) -> None:
+        assert _key is not None
+        self._outer, self._was_on = in_force.scope, _key.is_on()
+        in_force.scope = Scope.create(self._config)
+        _key.switch(True)
+
+    def __exit__(self, *_: object) -> None:
+        assert _key is not None
+        _key.switch(self._was_on)
+        in_force.scope = self._outer
+
+
+def catch_attention(config: str) -> AbstractContextManager[None]:
     """Turns the attention calls of this thread into the marker operator with these settings."""
-    assert _key is not None
-    outer, was_on = in_force.scope, _key.is_on()
-    in_force.scope = Scope.create(config)
-    _key.switch(True)
-    try:
-        yield
-    finally:
-        _key.switch(was_on)
-        in_force.scope = outer
+    return _Catching(config)
 
 
 def leave_attention() -> AbstractContextManager[None]:
