@@ -104,6 +104,25 @@ def test_all_units_answer_as_the_dense_cache(
     assert cache.density == 1.0
 
 
+def test_a_cache_of_which_nothing_was_read_has_no_density(llama: LlamaForCausalLM) -> None:
+    assert SparseStaticCache(llama.config, 215, ALMOST_ALL).density is None
+    windows = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=16,
+            attn_implementation="sdpa",
+        )
+    ).eval()
+    cache = SparseStaticCache(windows.config, 215, ALMOST_ALL)
+    generate(windows, prompt(200), cache)
+    assert cache.density is None
+
+
 def logits_of_steps(model: Any, ids: Tensor, cache: Any, steps: int = 3) -> Tensor:
     """[steps, vocabulary] after a prompt that leaves so many tokens."""
     found = []

@@ -71,17 +71,19 @@ class SparseStaticCache(StaticCache):
                 made[index] = SparseStaticLayer(length, selector, config)
 
     @property
-    def density(self) -> float:
+    def density(self) -> float | None:
         """Keys read of those that there were, in units, over all layers and generated tokens.
 
-        On a GPU over the layers of which a part is read, and 1 without any; it waits for the GPU.
+        ``None`` before a token is generated, and of a model without full attention, whose windows
+        are read whole. On a GPU over the layers of which a part is read, and 1 without any; it
+        waits for the GPU.
         """
         layers = [layer for layer in self.layers if isinstance(layer, SparseStaticLayer)]
         counts = [layer.read_counts() for layer in layers]
         kept, visible = (sum(of_layer) for of_layer in zip((0, 0), *counts, strict=True))
         if visible:
             return kept / visible
-        return float(any(layer.is_read_whole for layer in layers))
+        return 1.0 if any(layer.is_read_whole for layer in layers) else None
 
 
 class SparseStaticLayer(StaticLayer):
