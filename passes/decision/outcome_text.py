@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 
-def say_reasons(reasons: Mapping[object, int]) -> str:
+def say_reasons(reasons: Mapping[Any, int]) -> str:
     """What follows "all calls stay dense": every reason, that of the most calls first.
 
     Args:

@@ -162,6 +162,7 @@ def test_places_that_were_not_written_are_not_read(
 def test_fewer_units_are_read_and_summaries_are_those_of_the_keys(llama: LlamaForCausalLM) -> None:
     cache = SparseStaticCache(llama.config, 512, FEW)
     generate(llama, prompt(400), cache)
+    assert cache.density is not None
     assert 0 < cache.density < 0.25
     [layer, _] = cache.layers
     assert isinstance(layer, SparseStaticLayer)
@@ -206,6 +207,7 @@ def test_short_caches_and_those_that_are_chosen_whole_are_read_whole(
     wide = SparseStaticCache(llama.config, 224, DecodeSelector(share=0.8, min_keys=0, unit=16))
     generate(llama, ids, wide)
     # Of seven tokens the first, and each third after it, ask what would be chosen.
+    assert wide.density is not None
     assert 0.85 < wide.density < 1.0
 
 

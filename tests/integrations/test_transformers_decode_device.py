@@ -128,6 +128,7 @@ def test_the_compiled_decode_of_generate_is_one_graph_and_answers_alike(
     assert torch.equal(found.sequences, expected.sequences)
     for ours, theirs in zip(found.scores, expected.scores, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert cache.density is not None
     assert cache.density < 0.3
     # Shorter ones and other answers are the same graph.
     cache.reset()
