@@ -253,6 +253,7 @@ def _positions(lifter: Lifter, index: Any, size: Any) -> Any:
         )
         entries = opaque(made, tensor)
         return entries
+    assert isinstance(value, Affine)
     _require_within(lifter, value, tensor_of(index).shape, size)
     return value
 

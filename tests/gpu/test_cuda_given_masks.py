@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.api.reference import attend, rmse
+from tests.api.test_masks_of_other_lengths import LENGTHS, Attend, arguments
 from tests.gpu.test_cuda import BF16, BLOCKS, assert_attends, on_cuda
-from unisparse_flex import optimize
+from unisparse_flex import UniSparse, optimize
 
 pytestmark = pytest.mark.gpu
 
@@ -109,3 +110,25 @@ def test_a_graph_that_is_captured_takes_the_masks_of_later_replays() -> None:
             expected = run(query, key, value, mask.clone())
         torch.cuda.synchronize()
     assert output.equal(expected)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    "name",
+    ["documents", "window of a tensor, made", "padding, made", "documents, made", "prefix, made"],
+)
+def test_a_compiled_call_is_right_at_a_second_length(name: str, dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    plain, selector = Attend(name), UniSparse(top_p=1.0)
+    run = torch.compile(
+        optimize(Attend(name), selector, min_length=0), fullgraph=True, dynamic=dynamic
+    )
+    for length in LENGTHS:
+        query, key, given = (tensor.cuda() for tensor in arguments(name, 2, length))
+        with torch.no_grad():
+            exact = plain(query.double(), key.double(), given)
+            query, key = query.to(BF16), key.to(BF16)
+            found, dense = run(query, key, given), plain(query, key, given)
+        sees = exact.isfinite().all(-1)
+        assert sees.float().mean() > 0.8
+        assert rmse(found[sees], exact[sees]) <= 2 * rmse(dense[sees], exact[sees])
