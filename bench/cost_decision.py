@@ -3,7 +3,7 @@
 python -m bench.cost_decision [--lengths 1024,...] [--top-k 16,...] [--layers 0,2]
     [--max-seconds N] [--output FILE]
 
-Both are compiled for dynamic lengths and launched from Python, in turns: the optimized one must
+Both are compiled for dynamic lengths and launched from Python, in turns: the optimized one should
 not be slower, whichever way it runs. Decoding (one query) is measured as well. What runs is a bare
 attention call (`--layers 0`: every microsecond of the call shows) or so many layers of a decoder.
 """
