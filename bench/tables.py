@@ -87,6 +87,7 @@ OTHERS: dict[str, Callable[[], str]] = {
     "gain": front_tables.gain_sentence,
     "decisions": front_sentences.decisions_sentence,
     "equal KL": front_sentences.equal_sentence,
+    "rivals": front_sentences.rivals_sentence,
     "all lengths": front_sentences.lengths_sentence,
     "coverage": front_tables.coverage_table,
 }

@@ -17,7 +17,7 @@ from unisparse_flex.selectors import DEFAULT_SELECTOR
 from ..calls import SHAPES
 from ..cost_decision import is_default, is_prompt
 from ..record import FOLDER
-from .front import load
+from .front import QUALITY, load
 from .front_tables import DECISIONS, OURS, TEXTS, density_ratios
 
 HEADS = "llama3-8b"
@@ -104,7 +104,7 @@ def equal_sentence() -> str:
     first, second = ("flexprefill", "minference"), CLAIMED
     return (
         "- **At equal KL the default keeps fewer blocks than the other methods, on long code of "
-        "Gemma 3 hardly**; over theirs, in the mean of excerpts: on SmolLM2 at 8192 tokens "
+        "Gemma 3 a few fewer**; over theirs, in the mean of excerpts: on SmolLM2 at 8192 tokens "
         f"{_span(small, second)} of what the paper's policy or XAttention needs and "
         f"{_span(small, first)} of FlexPrefill's or MInference's. Of the former two's on Gemma 3 "
         f"at 32768 tokens {_span(long, second, ['prose'])} on prose and "
@@ -115,6 +115,22 @@ def equal_sentence() -> str:
         f"{_span(f'{small}-unseen', second)}; with all positions of a text judged, the early ones "
         f"too: {_span(f'{small}-all', second)}.\n"
     ) % {"tables": "evidence/quality-tables.md"}
+
+
+def rivals_sentence() -> str:
+    """How many more blocks the paper's policy and XAttention need, by the columns of the dial."""
+    ratios = [
+        [r for rival in CLAIMED for r in density_ratios(load(name), rival, text)]
+        for name in QUALITY
+        for text in TEXTS
+    ]
+    *first, last = [[1 / ratio for ratio in column] for column in ratios]
+    return (
+        "For the same KL the paper's policy and XAttention need "
+        f"{_ends(ratio for column in first for ratio in column)} times as many blocks in the "
+        f"first three columns, {_ends(last)} times in the last "
+        "([docs/quality.md](docs/quality.md)).\n"
+    )
 
 
 def _span(

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from bench.figures.front_sentences import equal_sentence, lengths_sentence, rivals_sentence
+from bench.figures.front_tables import claims_table
 from bench.quality import curves, tables
 from bench.quality.plots import draw
 from bench.quality.summary import COLUMNS, OURS, summary_table
@@ -279,3 +281,23 @@ def test_the_page_shows_the_default_as_it_is() -> None:
     page = (ROOT / "docs/selectors.md").read_text()
     [shown] = re.findall(r"## The default\n\n((?:    .*\n)+)", page)
     assert eval(dedent(shown), {"UniSparse": UniSparse}) == DEFAULT_SELECTOR
+
+
+def test_sentences_of_equal_kl_say_what_the_table_of_claims_does() -> None:
+    *_, prose, code, _ = [line for line in claims_table().splitlines() if "equal KL" in line] + [""]
+    ends = {}
+    for text, row in (("prose", prose), ("code", code)):
+        numbers = re.findall(r"\d\.\d\d", row.partition("equal KL")[2].partition("|")[0])
+        ends[text] = min(numbers), max(numbers)
+    said = equal_sentence()
+    assert f"at 32768 tokens {' to '.join(ends['prose'])} on prose" in said
+    assert f"and {' to '.join(ends['code'])} on code" in said
+    least, most = re.findall(r"\d\.\d\d", rivals_sentence())[2:]
+    assert float(least) == pytest.approx(1 / float(ends["code"][1]), abs=0.02)
+    assert float(most) == pytest.approx(1 / float(ends["code"][0]), abs=0.02)
+
+
+def test_single_texts_are_no_closer_than_their_mean() -> None:
+    for part in lengths_sentence().split("; "):
+        _, most, single = map(float, re.findall(r"(?<!\d)0\.\d{3}", part))
+        assert single >= most
