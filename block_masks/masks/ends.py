@@ -30,6 +30,10 @@ from .program import MaskProgram
 from .tiles import token_values
 from .walk import coordinates
 
+# Where a tensor is read that has an entry for each token of a batch element, or of all alike.
+OF_BATCH = {along: (variable(B), variable(along)) for along in (Q, KV)}
+OF_ALL = {along: (variable(along),) for along in (Q, KV)}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowEnds:
@@ -235,10 +239,10 @@ class _Ends:
         if not isinstance(atom, Load):
             return None
         tensor = self.program.tensors[int(atom.source[1:])]
-        token, batched = variable(along), atom.index[:1] == (variable(B),)
         length = self.program.q_len if along == Q else self.program.kv_len
+        batched = len(atom.index) == len(OF_BATCH[along])
         shape = (self.program.batch, length) if batched else (length,)
-        at = (variable(B), token) if batched else (token,)
+        at = OF_BATCH[along] if batched else OF_ALL[along]
         if tensor.dtype is not dtype or atom.index != at or tensor.shape != shape:
             return None
         return tensor if batched else tensor[None]

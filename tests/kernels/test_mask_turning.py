@@ -43,9 +43,9 @@ def assert_prepared_alike(call: SdpaCall, *, by_kernel: bool) -> None:
     expected = alignment.prepare_mask(call, CONFIG)
     turns: list[int] = []
 
-    def turn(*args: Tensor, **sizes: int) -> list[Tensor]:
+    def turn(valid: Tensor, **sizes: int) -> list[Tensor]:
         turns.append(1)
-        return mask_reading.turn_keys(*args, **sizes)
+        return mask_reading.turn_keys(valid, **sizes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(alignment, "runs_mask_kernels", lambda _: True)
