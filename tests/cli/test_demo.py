@@ -19,7 +19,7 @@ def test_help_has_every_option_and_examples(run):
 def test_exit_codes(run, monkeypatch):
     ran = run("demo", "--tokens", "9000")
     assert ran.code == 2
-    assert "tokens must be in [512, 8192]" in ran.err
+    assert "--tokens must be in [512, 8192]" in ran.err
     assert run("demo", "-x").code == 2
     monkeypatch.setattr(failures, "find_spec", lambda name: None)
     assert run("demo", "--quiet").code == 1
@@ -29,4 +29,4 @@ def test_the_demo_runs_as_a_command_of_the_module():
     command = [sys.executable, "-m", "unisparse_flex", "demo", "--tokens", "1"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
-    assert "tokens must be in [512, 8192]" in ran.stderr
+    assert "--tokens must be in [512, 8192]" in ran.stderr

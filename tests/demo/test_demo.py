@@ -179,13 +179,16 @@ def test_missing_compiler_is_said_before_the_model_is_loaded(monkeypatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tokens", "9000"], "tokens must be in [512, 8192]"),
-        (["--depth", "2"], "depth must be in [0, 1], got 2.0"),
+        (["--tokens", "9000"], "--tokens must be in [512, 8192]"),
+        (["--depth", "2"], "--depth must be in [0, 1], got 2.0"),
         (["--top-p", "1.5"], "top_p must be in (0, 1], got 1.5"),
-        (["--block-size", "100"], "block_size must be"),
-        (["--tokens", "2048", "--min-length", "4096"], "min_length must be at most tokens (2048)"),
-        (["--repeats", "0"], "repeats must be at least 1, got 0"),
-        (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--block-size", "100"], "--block-size must be"),
+        (
+            ["--tokens", "2048", "--min-length", "4096"],
+            "--min-length must be at most tokens (2048)",
+        ),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
     ],
 )
 def test_wrong_arguments_exit_with_the_rule(arguments, message, capsys):

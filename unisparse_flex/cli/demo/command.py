@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,25 @@ Examples:
 At depth 0.1 of a full prompt this small model misses most needles, dense or not."""
 
 
+@contextmanager
+def _wrong_options() -> Iterator[None]:
+    """As `wrong_arguments`, for errors that begin with a setting's name, as Python spells it."""
+    with wrong_arguments():
+        try:
+            yield
+        except ValueError as error:
+            name, _, rest = str(error).partition(" ")
+            spelled = f"--{name.replace('_', '-')}" if name in DEFAULT else name
+            raise ValueError(f"{spelled} {rest}") from error
+
+
 class _Demo(click.Command):
     """Keeps what was typed, which the JSON file says, and checks it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.obj = [PROGRAM, "demo", *args]
         rest = super().parse_args(ctx, args)
-        with wrong_arguments():
+        with _wrong_options():
             check_ranges(**ctx.params)
         return rest
 
@@ -146,7 +160,7 @@ def demo(command: list[str], /, **values: Any) -> None:
     needle: dense, then optimized by unisparse_flex. Prints both side by side and draws the blocks
     that every layer keeps. Runs offline, on the first GPU or else on the CPU (a few minutes).
     """
-    with wrong_arguments():
+    with _wrong_options():
         options = DemoOptions(**values)
     require_what_is_needed(options)
     show_demo(options, command)
