@@ -56,7 +56,7 @@ class BlockGeometry:
     @property
     def q_blocks_after(self) -> int:
         """Query blocks of the same call after these."""
-        return -(-self.rows_after // self.block_size)
+        return (self.rows_after + self.block_size - 1) // self.block_size
 
     @property
     def is_part(self) -> bool:

@@ -238,6 +238,19 @@ class TestLayers:
         with pytest.raises(ValueError, match="calibration must name layers of the model"):
             validate_calibration(options, ["blocks.0.attention"])
 
+    def test_a_calibration_of_fewer_layers_or_other_heads_is_told(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        sizes = {"layers": 1, "num_attention_heads": 4, "head_dim": 64}
+        options = Options(calibration=replace(calibration(), sizes=sizes))
+        alike = {"num_attention_heads": 4, "head_dim": 64, "num_hidden_layers": 1}
+        validate_calibration(options, [NAME.format(0)], alike)
+        assert caplog.text == ""
+        names = [NAME.format(i) for i in range(3)]
+        validate_calibration(options, names, alike | {"num_attention_heads": 8})
+        assert "one of LlamaForCausalLM for a model with num_attention_heads=8" in caplog.text
+        assert f"(it says 4), {NAME.format(1)!r} and 2 layers in all" in caplog.text
+
 
 def plan(*rows: tuple[int, int], prefilling: list[bool] | None = None, **options: Any) -> Plan:
     """A batch of rows of so many queries and keys."""

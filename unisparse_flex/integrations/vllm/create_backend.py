@@ -133,9 +133,9 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 index=get_tensor_model_parallel_rank(),
                 count=vllm_config.parallel_config.tensor_parallel_size,
             )
-            count = vllm_config.model_config.hf_text_config.num_hidden_layers
-            excluded = excluded_layers(self.options, count)
-            validate_calibration(self.options, list(self.layers))
+            text_config = vllm_config.model_config.hf_text_config
+            excluded = excluded_layers(self.options, text_config.num_hidden_layers)
+            validate_calibration(self.options, list(self.layers), vars(text_config))
             for name, layer in self.layers.items():
                 if layer.impl.unisparse is not None:
                     # Builders of several micro-batches share the layers.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...block_masks import Selector, UniSparse
 from ...passes.calls import PER_HEAD, HeadShard, shard_selector
 from .options import Options
 from .reasons import Reason
+
+logger = logging.getLogger(__name__)
 
 FLOATING_CACHES = ("auto", "float16", "bfloat16", "float32")
 
@@ -74,8 +77,15 @@ def local_setting(setting: Selector | Reason, shard: HeadShard, q_heads: int) ->
     return found
 
 
-def validate_calibration(options: Options, names: Sequence[str]) -> None:
-    """Refuses a calibration of another model.
+def validate_calibration(
+    options: Options, names: Sequence[str], config: Mapping[str, Any] | None = None
+) -> None:
+    """Refuses a calibration of another model; warns of one of more layers or other heads.
+
+    Args:
+        options: The settings.
+        names: The layers, as vLLM names their attention.
+        config: What the model's configuration says.
 
     Raises:
         ValueError: It names none of the layers.
@@ -89,6 +99,19 @@ def validate_calibration(options: Options, names: Sequence[str]) -> None:
         raise ValueError(
             f"calibration must name layers of the model, got none of {names[0]!r} and others; "
             "calibrate this model anew"
+        )
+    said = config or {}
+    sizes = {n: size for n, size in options.calibration.sizes.items() if n in said}
+    unlike = [f"{n}={said[n]} (it says {size})" for n, size in sizes.items() if said[n] != size]
+    unnamed = [name for name in names if not _is_named(name, options)]
+    if unnamed:
+        unlike.append(f"{unnamed[0]!r} and {len(unnamed)} layers in all that it does not name")
+    if unlike:
+        logger.warning(
+            "calibration must be of the model that is served, got one of %s for a model with %s; "
+            "calibrate this model",
+            options.calibration.model,
+            ", ".join(unlike),
         )
 
 
