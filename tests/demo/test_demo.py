@@ -227,3 +227,14 @@ def test_smollm2_finds_the_needle_dense_and_sparse(tmp_path):
     assert dense["found"]
     assert optimized["found"]
     assert optimized["kl"] < 0.1
+
+
+def test_weights_that_cannot_be_read_are_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("invalid header\n\nmore of it")
+
+    monkeypatch.setattr(run, "load_smollm2", fail)
+    assert main(["demo", "--no-compile", "--output", str(tmp_path), "--quiet"]) == 1
+    assert capsys.readouterr().err == "Error: cannot load smollm2: RuntimeError: invalid header\n"

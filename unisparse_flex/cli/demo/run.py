@@ -27,6 +27,8 @@ from ...optimization import optimize
 from ...progress import Progress
 from ...reports import record_attention
 from ...selectors import Selector
+from ..choices import BUNDLED
+from ..failures import any_failure
 from .judge import Judge
 from .options import DemoOptions
 from .results import DemoResult, Layer, Row
@@ -42,7 +44,7 @@ def run_demo(options: DemoOptions, progress: Progress) -> DemoResult:
         options: Every knob.
         progress: Told about each step.
     """
-    with progress.step("Load SmolLM2-135M-Instruct"):
+    with progress.step("Load SmolLM2-135M-Instruct"), any_failure(f"load {BUNDLED}"):
         loaded = load_smollm2()
     with progress.step(f"Hide a needle in {options.tokens} tokens of {options.text}"):
         prompt = build_prompt(

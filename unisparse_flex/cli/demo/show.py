@@ -10,7 +10,7 @@ from shutil import which
 import click
 
 from ...progress import Progress
-from ..failures import all_missing_at_once, require
+from ..failures import all_missing_at_once, failures, require
 from .options import STDOUT, DemoOptions
 
 EXTRA_MODULES = (
@@ -42,14 +42,16 @@ def show_demo(options: DemoOptions, command: Sequence[str]) -> None:
 
     to_stdout = options.json_path == STDOUT
     console = Console(stderr=to_stdout)
-    with Progress(shown=not options.quiet) as progress:
+    with Progress(shown=not options.quiet) as progress, failures("run the demo"):
         result = run_demo(options, progress)
-    save_figure(result, options, options.figure_path)
+    with failures(f"write {options.figure_path}"):
+        save_figure(result, options, options.figure_path)
     written = [options.figure_path]
     if to_stdout:
         sys.stdout.write(dump_json(result, options, command))
     else:
-        write_json(result, options, command, options.json_path)
+        with failures(f"write {options.json_path}"):
+            write_json(result, options, command, options.json_path)
         written.append(options.json_path)
     if not options.quiet:
         print_report(console, result, options)
