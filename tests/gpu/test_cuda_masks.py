@@ -16,6 +16,7 @@ from tests.api.reference import attend, rmse
 from tests.gpu.test_cuda import BF16, BLOCKS, FP32, assert_attends, on_cuda
 from unisparse_flex import UniSparse, attention, optimize
 from unisparse_flex.block_masks import kernels, masks
+from unisparse_flex.block_masks.kernels import mask_reading
 from unisparse_flex.passes.attend import mask_contents
 
 pytestmark = pytest.mark.gpu
@@ -179,3 +180,8 @@ def test_the_kernels_read_what_operators_do(length: int, dtype: torch.dtype) -> 
             assert found.causal_offset == expected.causal_offset, name
             for ours, theirs in zip(found.tensors, expected.tensors, strict=True):
                 assert ours.equal(theirs), name
+
+
+def test_this_gpu_reads_and_turns_masks_as_pytorch_does() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert not mask_reading.find_reading_failure(device)
