@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -34,6 +34,7 @@ def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
     """
     if needs_grad(call) or not call.has_plain_numbers() or inductor_config.cpp_wrapper:
         return compiled_inline(call, config)
+    call = _with_known_strides(call)
     tensors = [call.query, call.key, call.value]
     if call.attn_mask is not None:
         tensors.append(call.attn_mask)
@@ -58,6 +59,28 @@ def compiled_once(call: SdpaCall, config: SparseConfig) -> Tensor:
     run: Any = _region(config, flags)
     output: Tensor = torch.ops.higher_order.invoke_subgraph(run, name, *operands)[0]
     return restore_nan(output, call, config) if output.device.type == "cpu" else output
+
+
+def _with_known_strides(call: SdpaCall) -> SdpaCall:
+    """The call, with copies of tensors whose strides hold a symbol that no size of the call does.
+
+    Such are the keys of a static cache that is larger than what it holds. A region is told sizes
+    alone, and each layer's cache has a symbol of its own: with copies all layers share one.
+    """
+    tensors = [call.query, call.key, call.value, call.attn_mask, *(call.mask_tensors or ())]
+    stated = {s for t in tensors if t is not None for s in _symbols(t.shape)}
+
+    def apart(tensor: Tensor) -> Tensor:
+        steps = (*tensor.stride(), tensor.storage_offset())
+        return tensor if _symbols(steps) <= stated else _apart(tensor)
+
+    return call.map_tensors(apart)
+
+
+def _symbols(numbers: Iterable[Any]) -> set[Any]:
+    """The symbols in sizes or strides."""
+    symbolic = [number for number in numbers if isinstance(number, torch.SymInt)]
+    return {symbol for number in symbolic for symbol in number.node.expr.free_symbols}
 
 
 def compiled_inline(call: SdpaCall, config: SparseConfig) -> Tensor:

@@ -183,3 +183,25 @@ def test_the_last_block_may_be_ragged(length: int, size: int) -> None:
     geometry = BlockGeometry(q_len=length, kv_len=length, block_size=size)
     assert geometry.num_q_blocks == geometry.num_kv_blocks
     assert (geometry.num_kv_blocks - 1) * size < length <= geometry.num_kv_blocks * size
+
+
+class Cached(nn.Module):
+    """Attention to the part of a static cache that is written."""
+
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        keys, values = (tensor[:, :, : query.shape[2]] for tensor in (keys, values))
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
+
+
+def test_static_caches_of_other_sizes() -> None:
+    """Strides of such keys hold the size of the cache, which no size says."""
+    torch._dynamo.reset()
+    selector = UniSparse(block_size=128, top_k=2)
+    run = torch.compile(optimize(Cached(), selector, min_length=0))
+    plain = optimize(Cached(), selector, min_length=0)
+    for size in (512, 384, 448):
+        query, keys, values = (torch.randn(1, 2, n, 16) for n in (300, size, size))
+        with torch.no_grad():
+            torch.testing.assert_close(
+                run(query, keys, values), plain(query, keys, values), rtol=1e-4, atol=1e-5
+            )

@@ -158,15 +158,15 @@ def can_catch_attention() -> bool:
 class _Catching:
     """One `catch_attention`; written out, as every forward enters one."""
 
-    __slots__ = ("_config", "_outer", "_was_on")
+    __slots__ = ("_outer", "_settings", "_was_on")
 
     def __init__(self, config: str) -> None:
-        self._config = config
+        self._settings = config
 
     def __enter__(self) -> None:
         assert _key is not None
         self._outer, self._was_on = in_force.scope, _key.is_on()
-        in_force.scope = Scope.create(self._config)
+        in_force.scope = Scope.create(self._settings)
         _key.switch(True)
 
     def __exit__(self, *_: object) -> None:
