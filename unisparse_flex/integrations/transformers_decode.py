@@ -192,8 +192,8 @@ class SparseStaticLayer(StaticLayer):
         if self._awaits_attention:
             name = getattr(self._model_config.get_text_config(), "_attn_implementation", None)
             raise RuntimeError(
-                "SparseStaticCache must be read by the attention of register(), which was not "
-                f"called: the model has attn_implementation={name!r}; call "
+                "SparseStaticCache must be read by the attention of register(), which this "
+                f"model does not use: it has attn_implementation={name!r}; call "
                 "model.set_attn_implementation('unisparse')"
             )
         self._awaits_attention = rows == 1

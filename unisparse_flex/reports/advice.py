@@ -77,7 +77,7 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
     if all(_is_expected_faster(call) for call in calls):
         start = "these calls keep more blocks than is expected of the selector"
         if share >= DIFFUSE:
-            start += ", as attention that is diffuse does, and all with random weights"
+            start += " (attention is diffuse here, as it always is with random weights)"
         if quality == "fast":
             return f"{start}: leave them dense"
         if quality in SPARSER:
