@@ -596,6 +596,8 @@ def test_the_table_says_that_a_compiled_model_may_prove_its_masks(min_length: in
     (call,) = explain(masked, X).calls
     assert call.reason is (None if min_length == 0 else DenseReason.NO_KERNEL)
     assert call.masked
+    without = "a prompt without padding, or min_length=0" in explain(masked, X).next_step
+    assert without is (min_length is None)
     assert explain(masked, X).notes()[-1] == MASK_NOTE
     assert MASK_NOTE in " ".join(str(explain(masked, X)).split())
     by_flag = optimize(Windowed(masked=False), SELECTOR, min_length=min_length)

@@ -15,6 +15,8 @@ from .wording import Wording
 SPARSER: dict[str | None, str] = {"high": "balanced", "balanced": "fast"}
 # Density from which attention is called diffuse.
 DIFFUSE = 0.9
+# From here on no setting of the dial keeps much less.
+ALL = 0.99
 NO_CALL_STEP = "load models of Hugging Face with attn_implementation='sdpa'; others must call SDPA"
 COMPILED = "torch.compile(model), if it is not compiled: the times are of that"
 COMMANDS = (
@@ -78,7 +80,7 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
         start = "these calls keep more blocks than is expected of the selector"
         if share >= DIFFUSE:
             start += " (attention is diffuse here, as it always is with random weights)"
-        if quality == "fast":
+        if quality == "fast" or share >= ALL:
             return f"{start}: leave them dense"
         if quality in SPARSER:
             return f"{start}: {wording.quality('fast')} keeps fewer; or leave them dense"
@@ -103,6 +105,13 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
         sizes = {call.config.selector.block_size for call in few if call.config is not None}
         block = f" ({max(sizes)} tokens)" if sizes else ""
         return f"a longer prompt: one that is shorter than a block{block} stays dense"
+    if reason is DenseReason.NO_KERNEL and any(c.masked for c in calls if c.reason is reason):
+        return (
+            f"a prompt without padding, or {wording.min_length_0}: no kernel of this device reads "
+            "a mask that is a tensor, compiled models may prove theirs"
+        )
+    if reason is DenseReason.EXCLUDED and (later := _longer(calls)):
+        return f"a longer prompt: sparse is predicted faster from {later} keys on"
     if reason is not DenseReason.SLOWER:
         step = NEXT_STEPS.get(reason, "the reasons above say what keeps calls dense")
         return step.format(
