@@ -356,7 +356,9 @@ def test_advice_never_names_a_setting_that_is_in_force(density: float, milliseco
         assert ("its attention is diffuse" in fast) is (density >= 0.9)
         assert ("with random weights" in fast) is (density >= 0.9)
     balanced = Explanation((at("balanced", call),)).next_step
-    assert "quality='fast' keeps fewer" in balanced
+    # Where all are kept, and it is slower, no setting of the dial changes much.
+    gains = milliseconds < call.prediction.dense_ms  # type: ignore[union-attr]
+    assert ("quality='fast' keeps fewer" in balanced) is (gains or density < 0.99)
     assert "more blocks" not in Explanation((at("high", sparse_call(0, 0.4, 4.0)),)).next_step
 
 

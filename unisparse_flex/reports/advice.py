@@ -110,7 +110,8 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
             f"a prompt without padding, or {wording.min_length_0}: no kernel of this device reads "
             "a mask that is a tensor, compiled models may prove theirs"
         )
-    if reason is DenseReason.EXCLUDED and (later := _longer(calls)):
+    short = [call for call in calls if call.reason is DenseReason.SLOWER]
+    if reason is DenseReason.EXCLUDED and short and (later := _longer(short)):
         return f"a longer prompt: sparse is predicted faster from {later} keys on"
     if reason is not DenseReason.SLOWER:
         step = NEXT_STEPS.get(reason, "the reasons above say what keeps calls dense")
