@@ -38,6 +38,18 @@ def _write_unit(found, numbers, scales, line, head_dim, column):
     tl.store(out, rounded.to(tl.int8), mask=column < head_dim)
 
 
+@triton.jit
+def _summarize_unit(key, held, size, numbers, scales, line, head_dim, column):
+    """Writes what decoding needs of a unit: the mean of its held keys, and their deviations."""
+    mean = tl.sum(key, 0) / size
+    mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
+    apart = tl.where(held, key - mean[None, :], 0.0)
+    spread = tl.sqrt(tl.sum(apart * apart, 0) / size)
+    spread = tl.where(spread < float("inf"), spread, float("nan"))
+    _write_unit(mean, numbers, scales, line * 2, head_dim, column)
+    _write_unit(spread, numbers, scales, line * 2 + 1, head_dim, column)
+
+
 @triton.jit(do_not_specialize=["count"])
 def _summarize(
     keys,
@@ -102,14 +114,8 @@ def _summarize(
                 at = base + (place - place % UNIT + row).to(tl.int64)[:, None] * stride_row
                 key = tl.load(at + column[None, :], mask=inside & held, other=0.0).to(tl.float32)
                 size = (place % UNIT + 1).to(tl.float32)
-                mean = tl.sum(key, 0) / size
-                mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
-                apart = tl.where(held, key - mean[None, :], 0.0)
-                spread = tl.sqrt(tl.sum(apart * apart, 0) / size)
-                spread = tl.where(spread < float("inf"), spread, float("nan"))
                 line = (page * heads + head) * (PAGE // UNIT) + place // UNIT
-                _write_unit(mean, numbers, scales, line * 2, head_dim, column)
-                _write_unit(spread, numbers, scales, line * 2 + 1, head_dim, column)
+                _summarize_unit(key, held, size, numbers, scales, line, head_dim, column)
                 tl.store(pinned + line, tl.zeros([], dtype=tl.uint8))
 
 

@@ -10,11 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .pages import _write_unit
+from .pages import OF_WARP, _summarize_unit
 from .scratch import power_of_two
-
-# Numbers of a unit that a warp holds: a single warp does not wait for others.
-OF_WARP = 4096
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -48,14 +45,8 @@ def _summarize_rows(
         inside = held & (column < head_dim)[None, :]
         key = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         size = tl.minimum(length - first, UNIT).to(tl.float32)
-        mean = tl.sum(key, 0) / size
-        mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
-        apart = tl.where(held, key - mean[None, :], 0.0)
-        spread = tl.sqrt(tl.sum(apart * apart, 0) / size)
-        spread = tl.where(spread < float("inf"), spread, float("nan"))
-        line = ((sequence * heads + head) * units + unit) * 2
-        _write_unit(mean, numbers, scales, line, head_dim, column)
-        _write_unit(spread, numbers, scales, line + 1, head_dim, column)
+        line = (sequence * heads + head) * units + unit
+        _summarize_unit(key, held, size, numbers, scales, line, head_dim, column)
 
 
 _launch = Launch(_summarize_rows)
