@@ -158,82 +158,18 @@ def _places_of(value, ids, kv_len, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _ends(
-    row,
-    batch,
-    lasts,
-    firsts,
-    sees,
-    gaps,
-    row_ids,
-    ids,
-    order,
-    found,
-    nearest,
-    stride_lasts_b,
-    stride_lasts_s,
-    stride_firsts_b,
-    stride_firsts_s,
-    stride_sees_b,
-    stride_sees_s,
-    stride_gaps_b,
-    stride_gaps_s,
-    stride_row_ids_b,
-    stride_row_ids_s,
-    stride_ids_b,
-    last_offset,
-    first_offset,
-    kv_len,
-    blocks,
-    BLOCK: tl.constexpr,
-    LAST: tl.constexpr,
-    LAST_OFFSET: tl.constexpr,
-    FIRST: tl.constexpr,
-    FIRST_OFFSET: tl.constexpr,
-    SEES: tl.constexpr,
-    GAPS: tl.constexpr,
-    EQUAL: tl.constexpr,
-    HOLES: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """The first and last key that rows see, Skv and -1 for none; whether they may have gaps."""
-    row = row.to(tl.int64)
-    low = tl.zeros_like(row)
-    high = low + kv_len - 1
-    gap = tl.zeros_like(row).to(tl.int32)
-    if LAST_OFFSET:
-        high = tl.minimum(high, row + last_offset)
-    if FIRST_OFFSET:
-        low = tl.maximum(low, row + first_offset)
-    if LAST:
-        high = tl.minimum(high, tl.load(lasts + batch * stride_lasts_b + row * stride_lasts_s))
-    if FIRST:
-        low = tl.maximum(low, tl.load(firsts + batch * stride_firsts_b + row * stride_firsts_s))
-    if SEES:
-        seen = tl.load(sees + batch * stride_sees_b + row * stride_sees_s)
-        high = tl.where(seen > 0, high, -1)
-    if GAPS:
-        gap = (tl.load(gaps + batch * stride_gaps_b + row * stride_gaps_s) > 0).to(tl.int32)
-    if EQUAL:
-        value = tl.load(row_ids + batch * stride_row_ids_b + row * stride_row_ids_s)
-        begin, end = _places_of(value, ids + batch * stride_ids_b, kv_len, STEPS)
-        places = order + batch * stride_ids_b
-        first = tl.load(places + tl.minimum(begin, kv_len - 1))
-        last = tl.load(places + tl.maximum(end - 1, 0))
-        last = tl.where(end > begin, last, first - 1)
-        gap = gap | (end - begin < last - first + 1).to(tl.int32)
-        low, high = tl.maximum(low, first), tl.minimum(high, last)
-    high = tl.minimum(high, kv_len - 1)
-    if HOLES:
-        low, high = tl.minimum(tl.maximum(low, 0), kv_len), tl.maximum(high, -1)
-        near = nearest + batch * blocks * BLOCK * 2
-        line = found + batch * blocks * 3
-        low = _following(low, near, line, kv_len, blocks, BLOCK, 2).to(tl.int64)
-        high = _preceding(high, near, line, BLOCK, 2).to(tl.int64)
-    seen = low <= high
-    first = tl.where(seen, low, kv_len).to(tl.int32)
-    last = tl.where(seen, high, -1).to(tl.int32)
-    return first, last, gap * seen.to(tl.int32)
+def _of_rows(tensor, batch, row, stride_b, stride_s):
+    return tl.load(tensor + batch * stride_b + row * stride_s)
+
+
+@triton.jit
+def _keys_of(value, ids, order, kv_len, STEPS: tl.constexpr):
+    """The first and last key that has an id, and whether others lie between; ids are in order."""
+    begin, end = _places_of(value, ids, kv_len, STEPS)
+    first = tl.load(order + tl.minimum(begin, kv_len - 1))
+    last = tl.load(order + tl.maximum(end - 1, 0))
+    last = tl.where(end > begin, last, first - 1)
+    return first, last, (end - begin < last - first + 1).to(tl.int32)
 
 
 LENGTHS = [
@@ -311,54 +247,48 @@ def _row_blocks(
     block, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = block * BLOCK + tl.arange(0, BLOCK)
     exists = row < q_len
-    own = tl.minimum(row, q_len - 1)
-    first, last, gap = _ends(
-        own,
-        batch,
-        lasts,
-        firsts,
-        sees,
-        gaps,
-        row_ids,
-        ids,
-        order,
-        found,
-        nearest,
-        stride_lasts_b,
-        stride_lasts_s,
-        stride_firsts_b,
-        stride_firsts_s,
-        stride_sees_b,
-        stride_sees_s,
-        stride_gaps_b,
-        stride_gaps_s,
-        stride_row_ids_b,
-        stride_row_ids_s,
-        stride_ids_b,
-        last_offset,
-        first_offset,
-        kv_len,
-        blocks,
-        BLOCK,
-        LAST,
-        LAST_OFFSET,
-        FIRST,
-        FIRST_OFFSET,
-        SEES,
-        GAPS,
-        EQUAL,
-        HOLES,
-        STEPS,
-    )
+    # After the last row there is only that one again.
+    own = tl.minimum(row, q_len - 1).to(tl.int64)
+    low = tl.zeros_like(own)
+    high = low + kv_len - 1
+    gap = tl.zeros_like(own).to(tl.int32)
+    if LAST_OFFSET:
+        high = tl.minimum(high, own + last_offset)
+    if FIRST_OFFSET:
+        low = tl.maximum(low, own + first_offset)
+    if LAST:
+        high = tl.minimum(high, _of_rows(lasts, batch, own, stride_lasts_b, stride_lasts_s))
+    if FIRST:
+        low = tl.maximum(low, _of_rows(firsts, batch, own, stride_firsts_b, stride_firsts_s))
+    if SEES:
+        sees_some = _of_rows(sees, batch, own, stride_sees_b, stride_sees_s) > 0
+        high = tl.where(sees_some, high, -1)
+    if GAPS:
+        gap = (_of_rows(gaps, batch, own, stride_gaps_b, stride_gaps_s) > 0).to(tl.int32)
+    if EQUAL:
+        value = _of_rows(row_ids, batch, own, stride_row_ids_b, stride_row_ids_s)
+        of_batch = batch * stride_ids_b
+        first, last, others = _keys_of(value, ids + of_batch, order + of_batch, kv_len, STEPS)
+        low, high, gap = tl.maximum(low, first), tl.minimum(high, last), gap | others
+    high = tl.minimum(high, kv_len - 1)
+    if HOLES:
+        low, high = tl.minimum(tl.maximum(low, 0), kv_len), tl.maximum(high, -1)
+        near = nearest + batch * blocks * BLOCK * 2
+        line = found + batch * blocks * 3
+        low = _following(low, near, line, kv_len, blocks, BLOCK, 2).to(tl.int64)
+        high = _preceding(high, near, line, BLOCK, 2).to(tl.int64)
+    # Of rows that see no key: Skv and -1.
+    first = tl.where(low <= high, low, kv_len).to(tl.int32)
+    last = tl.where(low <= high, high, -1).to(tl.int32)
+    gap *= (first <= last).to(tl.int32)
     seen = (first <= last) & exists
     line = batch * q_len + row
     tl.store(rows + line * 2, first, mask=exists)
     tl.store(rows + line * 2 + 1, last, mask=exists)
     tl.store(row_valid + line, seen.to(tl.uint8), mask=exists)
-    # After the last row there is only that one again.
     apart = seen
     if OWN:
-        key = own.to(tl.int64) + own_offset
+        key = own + own_offset
         at = key_valid + batch * kv_len + tl.minimum(key, kv_len - 1)
         apart = seen & ((tl.load(at) == 0) | (first > key) | (last < key))
     lowest, highest = tl.min(first, 0), tl.max(last, 0)
@@ -383,52 +313,14 @@ def _row_blocks(
         tl.store(composites + line * 3 + 1, high)
         tl.store(composites + line * 3 + 2, count)
     if STEP > 0:
+        # The last row of so many stands for them.
         steps: tl.constexpr = BLOCK // STEP
-        start = block * BLOCK + tl.arange(0, steps) * STEP
-        sample = tl.minimum(start + STEP - 1, q_len - 1)
-        first, last, gap = _ends(
-            sample,
-            batch,
-            lasts,
-            firsts,
-            sees,
-            gaps,
-            row_ids,
-            ids,
-            order,
-            found,
-            nearest,
-            stride_lasts_b,
-            stride_lasts_s,
-            stride_firsts_b,
-            stride_firsts_s,
-            stride_sees_b,
-            stride_sees_s,
-            stride_gaps_b,
-            stride_gaps_s,
-            stride_row_ids_b,
-            stride_row_ids_s,
-            stride_ids_b,
-            last_offset,
-            first_offset,
-            kv_len,
-            blocks,
-            BLOCK,
-            LAST,
-            LAST_OFFSET,
-            FIRST,
-            FIRST_OFFSET,
-            SEES,
-            GAPS,
-            EQUAL,
-            HOLES,
-            STEPS,
-        )
-        count = tl.minimum(tl.maximum(q_len - start, 0), STEP) * (first <= last).to(tl.int32)
-        line = (batch * q_blocks + block) * steps + tl.arange(0, steps)
-        tl.store(samples + line * 3, first)
-        tl.store(samples + line * 3 + 1, last)
-        tl.store(samples + line * 3 + 2, count)
+        stands = row % STEP == STEP - 1
+        count = tl.minimum(tl.maximum(q_len - row + STEP - 1, 0), STEP)
+        line = (batch * q_blocks + block) * steps + tl.arange(0, BLOCK) // STEP
+        tl.store(samples + line * 3, first, mask=stands)
+        tl.store(samples + line * 3 + 1, last, mask=stands)
+        tl.store(samples + line * 3 + 2, count * (first <= last).to(tl.int32), mask=stands)
 
 
 @triton.jit(do_not_specialize=["q_blocks", "last_blocks"])
