@@ -397,7 +397,7 @@ def test_the_verdict_claims_no_gain_that_is_none(
     sparse_ms: float, rest_ms: float | None, said: str
 ) -> None:
     text = Explanation((sparse_call(0, 0.9, sparse_ms),), rest_ms).verdict
-    assert text.split("; ")[0] == f"1 of 1 calls sparse, 90% of blocks, {said}"
+    assert text.split("; ")[0] == f"1 of 1 call sparse, 90% of blocks, {said}"
 
 
 def test_layers_that_say_the_same_are_one_row() -> None:
@@ -461,7 +461,7 @@ def test_what_cannot_be_judged_is_counted_by_layer(value: float) -> None:
     k[0, 0, 170, 1] = value
     explanation = explain(model, q, k)
     assert explanation.calls[0].unjudged == 1 + 2 * 3
-    assert "7 query blocks hold or see NaN or infinity and keep all" in str(explanation)
+    assert "7 query blocks keep all: NaN or infinity is held or seen" in str(explanation)
     assert explain(optimize(model, min_length=10**6), q, k).calls[0].unjudged == 0
 
 
@@ -474,7 +474,7 @@ def test_why_slower_code_runs_on_a_gpu_is_said_once_with_how_many_calls() -> Non
     assert Explanation(tuple(calls)).notes() == [
         "PyTorch code selects the blocks of 2 calls, slower than the GPU kernels: the mask is a "
         "tensor of pairs, no proved formula",
-        "FlexAttention's own kernel attends in 1 calls, slower than FlashAttention-4: it is not "
+        "FlexAttention's own kernel attends in 1 call, slower than FlashAttention-4: it is not "
         "there",
     ]
     model = optimize(create(layers=1), SELECTOR, min_length=0)

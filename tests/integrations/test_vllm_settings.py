@@ -482,8 +482,8 @@ class TestReport:
     def test_it_says_what_runs_and_what_does_not_and_why(self) -> None:
         text = describe(self.states(), Options(), "FLASH_ATTN", None)
         assert "prefill of 2 of 3 layers sparse over FLASH_ATTN" in text
-        assert "1 layers stay with FLASH_ATTN: sliding window" in text
-        assert "1 layers: UniSparse(top_k=4)" in text
+        assert "1 layer stays with FLASH_ATTN: sliding window" in text
+        assert "1 layer: UniSparse(top_k=4)" in text
         assert "cost model" in text
         assert "pages of 64 keys" in text
         assert "0.78% of the cache" in text

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from ..counted import counted
 from ..progress import Progress
 from . import PROGRAM
 from .arguments import (
@@ -128,7 +129,7 @@ def calibrate(
         sparse = len(found.sparse_layers)
         click.echo(
             f"{found.quality} {found.reached:.4f} (asked for {found.target:g}), density "
-            f"{found.density:.1%}, {sparse} of {len(found.layers)} layers sparse"
+            f"{found.density:.1%}, {sparse} of {counted(len(found.layers), 'layer')} sparse"
         )
     say_written([output], quiet=quiet)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..counted import counted
 from . import PROGRAM
 from .arguments import ChecksFiles, check_quality, file_to_write, model_argument
 from .choices import TEXT_NAMES
@@ -143,9 +144,10 @@ def check_before_loading(
     for name in texts:
         if name not in TEXT_NAMES and lengths and Path(name).stat().st_size < lengths[-1]:
             # A token has at least one byte.
+            size = counted(Path(name).stat().st_size, "byte")
             raise click.UsageError(
                 f"{_lengths_option()} must be at most the tokens of every text, got {lengths[-1]} "
-                f"for {name}, a file of {Path(name).stat().st_size} bytes; give a longer --text"
+                f"for {name}, a file of {size}; give a longer --text"
             )
 
 
@@ -195,8 +197,8 @@ def create_prompts(
             ids = encode_start(loaded.tokenizer, text, length)
             if len(ids) < length:
                 raise click.UsageError(
-                    f"{_lengths_option()} must be at most the {len(ids)} tokens of {name}, got "
-                    f"{length}; give a longer --text"
+                    f"{_lengths_option()} must be at most the "
+                    f"{counted(len(ids), 'token')} of {name}, got {length}; give a longer --text"
                 )
             input_ids = torch.tensor([ids], device=loaded.device)
             prompts.append(TextPrompt(text=name, input_ids=input_ids))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..counted import counted
 from ..progress import Progress
 from .arguments import (
     device_argument,
@@ -203,8 +204,8 @@ def create_subject(
         "selector": describe(chosen, selector),
         "sparse from": "what the cost model predicts to be faster"
         if min_length is None
-        else f"{min_length} keys (min_length)",
-        "prompt": f"{input_ids.shape[1]} tokens of {text}",
+        else f"{counted(min_length, 'key')} (min_length)",
+        "prompt": f"{counted(input_ids.shape[1], 'token')} of {text}",
         "backend": backend,
     }
     if dense_layers:

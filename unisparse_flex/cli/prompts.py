@@ -11,6 +11,7 @@ import click
 import torch
 from torch import Tensor
 
+from ..counted import counted
 from ..evaluation import TEXT_NAMES, LoadedModel, draw_excerpt, load_text
 from .arguments import check_text
 from .failures import wrong_content
@@ -63,7 +64,7 @@ def create_input_ids(loaded: LoadedModel, text: str, tokens: int | None) -> Tens
     ids = loaded.tokenizer.encode(written, add_special_tokens=False, verbose=False)[:wanted]
     if not ids or (tokens is not None and len(ids) < tokens):
         raise click.UsageError(
-            f"--tokens must be at most the {len(ids)} tokens of {text}, got {wanted}"
+            f"--tokens must be at most the {counted(len(ids), 'token')} of {text}, got {wanted}"
         )
     return torch.tensor([ids], device=loaded.device)
 

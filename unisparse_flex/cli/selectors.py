@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..block_masks.selectors import QUALITIES
 from ..calibration import Calibration
+from ..counted import counted
 from ..passes.calls import NAMED_SELECTORS, read_selector
 from ..selectors import Selector, selector_of_quality
 from .failures import wrong_arguments, wrong_content
@@ -34,5 +35,6 @@ def describe(selector: Selector | Calibration, text: str) -> str:
     """A selector in words for reports."""
     if isinstance(selector, Selector):
         return selector.text
+    layers = counted(len(selector.sparse_layers), "layer")
     target = f"{selector.quality} {selector.target:g}"
-    return f"{text}: calibrated for {target}, {len(selector.sparse_layers)} layers sparse"
+    return f"{text}: calibrated for {target}, {layers} sparse"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ..block_masks import DEFAULT_SELECTOR, BlockGeometry, kernels
+from ..counted import counted
 from ..passes.calls import SdpaCall
 from ..passes.decision import (
     FLASH_CAPABILITY,
@@ -46,7 +47,8 @@ def check_device(device: torch.device) -> Finding:
         major, minor = torch.cuda.get_device_capability(device)
         words = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
     else:
-        words = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        threads = counted(torch.get_num_threads(), "thread")
+        words = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {threads}"
     note = find_rates(device, default_dtype(device)).note
     if note:
         return Finding(

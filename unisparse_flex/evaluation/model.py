@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..counted import counted
 from ..doctor import default_device
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -151,5 +152,5 @@ def describe_device(device: torch.device) -> str:
     """Returns the device in words: the GPU's name, or the CPU's instruction set and threads."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    threads = torch.get_num_threads()
-    return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
+    threads = counted(torch.get_num_threads(), "thread")
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {threads}"

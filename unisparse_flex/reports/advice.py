@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..block_masks.selectors import QUALITIES, Selector, selector_of_quality
+from ..counted import counted
 from ..passes import DenseReason
 from .attention_record import AttentionRecord, chosen_densities
 from .verdict import BY_LENGTH, MEASURED, PREDICTED, PYTHON, faster_calls, slower_calls
@@ -97,13 +98,13 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
     if faster and (gained := _gained_ms(calls)) > 0:
         return (
             f"{wording.min_length_0} makes calls sparse: measured {gained:.3g} ms faster in all, "
-            f"in {len(faster)} of {len(calls)} calls"
+            f"in {len(faster)} of {counted(len(calls), 'call')}"
         )
     reason = Counter(call.reason for call in calls).most_common(1)[0][0] or DenseReason.SLOWER
     few = [call for call in calls if call.reason is DenseReason.FEW_QUERIES]
     if reason is DenseReason.FEW_QUERIES and all(call.q_len == call.kv_len for call in few):
         sizes = {call.config.selector.block_size for call in few if call.config is not None}
-        block = f" ({max(sizes)} tokens)" if sizes else ""
+        block = f" ({counted(max(sizes), 'token')})" if sizes else ""
         return f"a longer prompt: one that is shorter than a block{block} stays dense"
     if reason is DenseReason.NO_KERNEL and any(c.masked for c in calls if c.reason is reason):
         return (

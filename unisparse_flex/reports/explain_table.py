@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ..block_masks import Selector
+from ..counted import counted
 from ..passes.decision import CallForecast
 from .attention_record import AttentionRecord
 from .verdict import predicted_ms, prefill_ms
@@ -93,7 +94,7 @@ def format_table(
     if known := sum(call.prediction is not None for call in calls):
         lines.append(wrap(describe_sparse_from(calls), columns))
         dense, decided = map(three_digits, predicted_ms(calls))
-        of = "" if known == len(calls) else f" for {known} calls"
+        of = "" if known == len(calls) else f" for {counted(known, 'call')}"
         lines.append(
             wrap(
                 f"predicted{of}, attention only: {decided} ms as decided, {dense} ms all dense",

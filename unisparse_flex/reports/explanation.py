@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ..block_masks import BlockSelection, valid_blocks
 from ..block_masks.selectors import selector_of_quality
 from ..catching import hint_at_tensors, original_module
+from ..counted import counted
 from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import MULTIHEAD_TARGETS, keeps_window, logit_scale, refuse_multihead
 from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
@@ -30,11 +31,9 @@ MASK_NOTE = (
     "where torch.compile proves what an attn_mask is, it keeps small windows whole: "
     "runs and density can differ"
 )
-SELECTION_NOTE = (
-    "PyTorch code selects the blocks of {count} calls, slower than the GPU kernels: {reason}"
-)
+SELECTION_NOTE = "PyTorch code selects the blocks of {calls}, slower than the GPU kernels: {reason}"
 KERNEL_NOTE = (
-    "FlexAttention's own kernel attends in {count} calls, slower than FlashAttention-4: {reason}"
+    "FlexAttention's own kernel attends in {calls}, slower than FlashAttention-4: {reason}"
 )
 
 # What a language model takes.
@@ -101,14 +100,15 @@ class Explanation:
         predictions = [call.prediction for call in self.calls if call.prediction]
         notes = list(dict.fromkeys(found.note for found in predictions if found.note))
         notes += [
-            f"{call.layer}: {call.unjudged} query blocks hold or see NaN or infinity and keep all"
+            f"{call.layer}: {counted(call.unjudged, 'query block', 'keep')} all: "
+            "NaN or infinity is held or seen"
             for call in self.calls
             if call.unjudged
         ]
         for what, field in ((SELECTION_NOTE, "plain_selection"), (KERNEL_NOTE, "own_kernel")):
             reasons = Counter(getattr(call, field) for call in self.sparse)
             notes += [
-                what.format(count=count, reason=reason)
+                what.format(calls=counted(count, "call"), reason=reason)
                 for reason, count in reasons.items()
                 if reason is not None
             ]

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from ..counted import counted
 from ..passes import DenseReason
 from ..passes.decision import say_reasons
 from .attention_record import AttentionRecord, chosen_densities
@@ -38,7 +39,7 @@ def verdict(
     windows = sum(call.window for call in sparse)
     verb = "keeps" if windows == 1 else "keep"
     whole_windows = f" ({windows} {verb} a whole window)" if windows else ""
-    parts = [f"{len(sparse)} of {len(calls)} calls sparse{whole_windows}{share}"]
+    parts = [f"{len(sparse)} of {counted(len(calls), 'call')} sparse{whole_windows}{share}"]
     measured = [call for call in calls if call.measured is not None]
     known = PREDICTED if not measured else MEASURED
     dense_ms, decided_ms = measured_ms(measured) if measured else predicted_ms(calls)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...counted import counted
 from ...evaluation import MODEL_NAME, ROW_STRIDE, TEXT_SOURCES
 from ...reports import find_versions
 from .options import DemoOptions
@@ -57,7 +58,8 @@ def print_report(console: Console, result: DemoResult, options: DemoOptions) -> 
         "before the question.",
         f"prefill: whole prompt to first token, warm; the models take turns, {_times(result)}.",
         *(
-            f"decoding: {count} attention calls {decision}" + (f" ({reason})." if reason else ".")
+            f"decoding: {counted(count, 'attention call')} {decision}"
+            + (f" ({reason})." if reason else ".")
             for (decision, reason), count in result.decode_calls.items()
         ),
     ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...counted import counted
 from .reasons import Reason
 
 
@@ -56,9 +57,11 @@ class Counts:
     def line(self) -> str:
         """One line for the log."""
         dense = ", ".join(f"{n} {reason.name}" for reason, n in sorted(self.dense_rows.items()))
+        rows = counted(self.sparse_rows, "prefill row")
+        blocks = counted(self.visible_blocks, "block")
         return (
-            f"unisparse: {self.sparse_rows} prefill rows of {self.sparse_tokens} tokens sparse, "
-            f"{self.kept_blocks} of {self.visible_blocks} blocks read ({self.density:.1%}); "
+            f"unisparse: {rows} of {counted(self.sparse_tokens, 'token')} sparse, "
+            f"{self.kept_blocks} of {blocks} read ({self.density:.1%}); "
             f"rows to the parent beside prefills: {dense or 'none'}" + self._decoding()
         )
 
@@ -66,8 +69,8 @@ class Counts:
         if not self.decode_rows:
             return ""
         return (
-            f"; {self.decode_rows} tokens decoded sparse, {self.kept_units} of "
-            f"{self.visible_units} units of keys read ({self.decode_density:.1%})"
+            f"; {counted(self.decode_rows, 'token')} decoded sparse, {self.kept_units} of "
+            f"{counted(self.visible_units, 'unit')} of keys read ({self.decode_density:.1%})"
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...block_masks import Selector, UniSparse
+from ...counted import counted
 from ...passes.calls import PER_HEAD, HeadShard, shard_selector
 from .options import Options
 from .reasons import Reason
@@ -25,8 +26,8 @@ def excluded_layers(options: Options, count: int) -> frozenset[int]:
     for index in options.dense_layers:
         if not -count <= index < count:
             raise ValueError(
-                f"dense_layers must be in [{-count}, {count}) for a model of {count} layers, got "
-                f"{index}; leave it out"
+                f"dense_layers must be in [{-count}, {count}) for a model of "
+                f"{counted(count, 'layer')}, got {index}; leave it out"
             )
     return frozenset(index % count for index in options.dense_layers)
 
@@ -105,7 +106,8 @@ def validate_calibration(
     unlike = [f"{n}={said[n]} (it says {size})" for n, size in sizes.items() if said[n] != size]
     unnamed = [name for name in names if not _is_named(name, options)]
     if unnamed:
-        unlike.append(f"{unnamed[0]!r} and {len(unnamed)} layers in all that it does not name")
+        layers = counted(len(unnamed), "layer")
+        unlike.append(f"{unnamed[0]!r} and {layers} in all that it does not name")
     if unlike:
         logger.warning(
             "calibration must be of the model that is served, got one of %s for a model with %s; "

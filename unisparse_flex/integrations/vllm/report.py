@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from ...counted import counted
 from .layer_state import LayerState
 from .options import Options
 from .reasons import Reason
@@ -24,11 +25,12 @@ def describe(
     if refused is not None:
         return f"unisparse: everything stays with {parent}: {refused}"
     sparse = [state for state in states if state.selector is not None]
-    lines = [f"unisparse: prefill of {len(sparse)} of {len(states)} layers sparse over {parent}"]
+    layers = counted(len(states), "layer")
+    lines = [f"unisparse: prefill of {len(sparse)} of {layers} sparse over {parent}"]
     for reason, count in Counter(s.reason for s in states if s.reason is not None).items():
-        lines.append(f"  {count} layers stay with {parent}: {reason}")
+        lines.append(f"  {counted(count, 'layer', 'stay')} with {parent}: {reason}")
     for selector, count in Counter(s.selector for s in sparse if s.selector).items():
-        lines.append(f"  {count} layers: {selector.text}")
+        lines.append(f"  {counted(count, 'layer')}: {selector.text}")
     if not sparse:
         return "\n".join(lines)
     which = (
@@ -39,11 +41,12 @@ def describe(
     lines.append(f"  rows of a prompt {which}; {parent} computes all other rows, in one call")
     for decode, count in Counter(state.decode for state in sparse).items():
         if decode is not None:
+            layers = counted(count, "layer")
             lines.append(
-                f"  decoding of {count} layers sparse, units of {decode.unit} keys: {decode.text}"
+                f"  decoding of {layers} sparse, units of {decode.unit} keys: {decode.text}"
             )
         elif options.decode is not None:
-            lines.append(f"  {count} layers decode densely: {Reason.DECODE_PAGE}")
+            lines.append(f"  {counted(count, 'layer', 'decode')} densely: {Reason.DECODE_PAGE}")
     view, summaries = sparse[0].view, sparse[0].summaries
     assert view is not None
     assert summaries is not None
@@ -55,5 +58,6 @@ def describe(
     )
     for copies, count in Counter(s.copies_keys for s in sparse).items():
         if copies is not None:
-            lines.append(f"  {count} layers copy a request's keys for their selection: {copies}")
+            layers = counted(count, "layer", "need")
+            lines.append(f"  {layers} copies of a request's keys for selection: {copies}")
     return "\n".join(lines)

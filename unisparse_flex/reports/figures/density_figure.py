@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...counted import counted
 from .block_maps import LayerBlocks
 from .style import COLORS, DASHES, FAINT, MARKERS, save, tidy
 
@@ -113,7 +114,7 @@ def _draw_series(axes: Axes, series: DensitySeries, place: int, *, spans: bool) 
             linestyle=dash,
             linewidth=1.0,
             markersize=4.5,
-            label=f"{series.name}: mean {mean:.1%} over {len(sparse)} sparse calls",
+            label=f"{series.name}: mean {mean:.1%} over {counted(len(sparse), 'sparse call')}",
         )
     if dense:
         axes.plot(
@@ -124,5 +125,5 @@ def _draw_series(axes: Axes, series: DensitySeries, place: int, *, spans: bool) 
             linestyle="none",
             fillstyle="none",
             markersize=5.5,
-            label=f"{series.name}: {len(dense)} dense calls",
+            label=f"{series.name}: {counted(len(dense), 'dense call')}",
         )
