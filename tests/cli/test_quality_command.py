@@ -303,7 +303,7 @@ def test_lists_are_split_outside_of_brackets(text, parts):
     assert split_outside_brackets(text) == parts
 
 
-def test_a_verdict_is_of_the_longest_length_and_begins_with_balanced():
+def test_a_verdict_is_of_the_longest_length_in_the_order_of_the_rows():
     def mean(tokens, setting, ratio):
         return {
             "tokens": tokens,
@@ -317,10 +317,10 @@ def test_a_verdict_is_of_the_longest_length_and_begins_with_balanced():
     means = [mean(8, "balanced", 2.0), mean(9, "fast", 0.9), mean(9, "balanced", 1.01)]
     means += [mean(9, "high", 1.0001), mean(9, "oracle", 1.0)]
     assert say_verdict(means, ["fast", "balanced", "high"]) == [
-        "At 9 tokens balanced keeps 34% of the blocks at a KL of 0.012: perplexity 1.0% above "
-        "dense, 95% of the likeliest next tokens the same.",
         "At 9 tokens fast keeps 34% of the blocks at a KL of 0.012: perplexity 10.0% below dense, "
         "95% of the likeliest next tokens the same.",
+        "At 9 tokens balanced keeps 34% of the blocks at a KL of 0.012: perplexity 1.0% above "
+        "dense, 95% of the likeliest next tokens the same.",
         "At 9 tokens high keeps 34% of the blocks at a KL of 0.012: perplexity as dense, 95% of "
         "the likeliest next tokens the same.",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -153,6 +154,26 @@ def test_what_one_way_cannot_do_stays_in_its_row(run, model_folder, monkeypatch)
         assert (row["ms"], row["error"]) == (None, "RuntimeError: no compiler was found")
     assert "could not be timed: RuntimeError" in found["verdict"][0]
     assert "no compiler was found" in render_speed(found)
+
+
+def headings(found):
+    html = render_speed(found)
+    return re.findall(r'scope="col">([^<]*)<', html), re.findall(r"<t[dh][ >]", html)
+
+
+def test_a_page_has_no_empty_columns(run, model_folder, uncompiled):
+    found = timed(run, model_folder, "--min-length", "0")
+    names, cells = headings(found)
+    assert names == [
+        *("run", "first token, ms", "over dense", "density", "KL, last token", "sparse calls"),
+        "first call, s",
+    ]
+    assert len(cells) == 7 * 4
+    # One row that has it is enough.
+    found["rows"][2] |= {"output_error": 0.042, "error": "of a kind"}
+    names, cells = headings(found)
+    assert names[-4:] == ["off dense", "sparse calls", "first call, s", "error"]
+    assert len(cells) == 9 * 4
 
 
 def test_text_and_page_hold_what_json_does(run, model_folder, uncompiled, tmp_path):

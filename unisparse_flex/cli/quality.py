@@ -388,10 +388,9 @@ def collect(
 
 
 def say_verdict(means: Sequence[dict[str, Any]], quality: Sequence[str]) -> list[str]:
-    """A sentence for each setting of the dial at the longest length, ``balanced`` first."""
+    """A sentence for each setting of the dial at the longest length, in the order of the rows."""
     longest = max(mean["tokens"] for mean in means)
     of_dial = [mean for mean in means if mean["tokens"] == longest and mean["setting"] in quality]
-    of_dial.sort(key=lambda mean: mean["setting"] != "balanced")
     return [
         f"At {longest} tokens {mean['setting']} keeps {mean['density']:.0%} of the blocks at a KL "
         f"of {say_kl(mean['kl'])}: {say_perplexity(mean['perplexity_ratio'])}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 from .page import STYLE, create_environment, format_ms, format_percent, read_part
@@ -22,6 +23,8 @@ SPEED_COLUMNS = (
     *("run", "first token, ms", "over dense", "density", "KL, last token"),
     *("off dense", "sparse calls", "first call, s", "error"),
 )
+# A column of such cells alone is left out.
+EMPTY = ("", "–")
 _BAR_WIDTH = 100.0
 
 
@@ -105,12 +108,14 @@ def render_speed(values: Mapping[str, Any]) -> str:
         ModuleNotFoundError: Jinja2 is not installed; the extra ``cli`` has it.
     """
     sections = []
+    cells = [_speed_cells(row) for row in values["rows"]]
+    filled = [any(cell not in EMPTY for cell in column) for column in zip(*cells, strict=True)]
     for tokens in dict.fromkeys(row["tokens"] for row in values["rows"]):
         rows = [row for row in values["rows"] if row["tokens"] == tokens]
         section = Section(
             title=f"{tokens} tokens of {values['settings']['text']}",
-            columns=SPEED_COLUMNS,
-            rows=[_speed_cells(row) for row in rows],
+            columns=tuple(compress(SPEED_COLUMNS, filled)),
+            rows=[tuple(compress(_speed_cells(row), filled)) for row in rows],
             bars=_bars(rows),
         )
         sections.append(section)
