@@ -14,6 +14,7 @@ from ..geometry import BlockGeometry
 from ..key_intervals import BLOCK_FIELDS, ROW_FIELDS, IntervalTables
 from ..masks import RowEnds
 from .launch import Launch
+from .nearest_keys import _following, _join_following, _join_preceding, _preceding, _write_nearest
 from .recording import empty
 from .scratch import power_of_two
 
@@ -21,16 +22,6 @@ from .scratch import power_of_two
 KEY_FIELDS = 3
 # Blocks that are looked at in one step of what goes through all of them.
 STEP_BLOCKS = 1024
-
-
-@triton.jit
-def _lower(one, other):
-    return tl.minimum(one, other)
-
-
-@triton.jit
-def _higher(one, other):
-    return tl.maximum(one, other)
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_s", "kv_len", "blocks", "sinks"])
@@ -68,15 +59,10 @@ def _key_blocks(
     some = (total > 0).to(tl.int32)
     true = some + (total == BLOCK).to(tl.int32) * 2
     if HOLES:
-        following = tl.where(here, key, kv_len)
-        preceding = tl.where(here, key, -1)
-        line = found + (batch * blocks + block) * 3
-        tl.store(line, tl.min(following, 0))
-        tl.store(line + 1, tl.max(preceding, 0))
-        tl.store(line + 2, true)
         near = nearest + (batch * blocks * BLOCK + key) * 2
-        tl.store(near, tl.associative_scan(following, 0, _lower, reverse=True))
-        tl.store(near + 1, tl.associative_scan(preceding, 0, _higher))
+        line = found + (batch * blocks + block) * 3
+        _write_nearest(here, key, near, line, kv_len)
+        tl.store(line + 2, true)
     else:
         sink = (block < sinks).to(tl.int32)
         tl.store(flags + batch * blocks + block, true + sink * 4)
@@ -92,47 +78,14 @@ def _nearest_blocks(found, flags, kv_len, blocks, sinks, STEP: tl.constexpr):
     for start in range(0, blocks, STEP):
         block = start + tl.arange(0, STEP)
         exists = block < blocks
-        preceding = tl.load(line + block * 3 + 1, mask=exists, other=-1)
         true = tl.load(line + block * 3 + 2, mask=exists, other=0)
         some = true % 2
         order = tl.cumsum(some, 0) + seen
         sink = some * (order <= sinks).to(tl.int32)
         tl.store(flags + batch * blocks + block, true + sink * 4, mask=exists)
-        highest = tl.maximum(tl.associative_scan(preceding, 0, _higher), last)
-        tl.store(line + block * 3 + 1, highest, mask=exists)
-        last = tl.maximum(last, tl.max(preceding, 0))
+        last = _join_preceding(line, block, exists, last)
         seen += tl.sum(some, 0)
-    first = kv_len
-    steps = (blocks + STEP - 1) // STEP
-    for step in range(0, steps):
-        block = (steps - 1 - step) * STEP + tl.arange(0, STEP)
-        exists = block < blocks
-        following = tl.load(line + block * 3, mask=exists, other=kv_len)
-        lowest = tl.minimum(tl.associative_scan(following, 0, _lower, reverse=True), first)
-        tl.store(line + block * 3, lowest, mask=exists)
-        first = tl.minimum(first, tl.min(following, 0))
-
-
-@triton.jit
-def _following(key, near, line, kv_len, blocks, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """The first valid key from a key on, or Skv; of keys up to Skv.
-
-    ``near`` has it for the keys of a block, Skv where it lies beyond, ``line`` for whole blocks;
-    it is the first of STEP, or of 3, numbers there.
-    """
-    inside = tl.load(near + key * STEP, mask=key < kv_len, other=kv_len)
-    block = key // BLOCK + 1
-    beyond = tl.load(line + block * 3, mask=block < blocks, other=kv_len)
-    return tl.where(inside < kv_len, inside, beyond)
-
-
-@triton.jit
-def _preceding(key, near, line, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """The last valid key up to a key, or -1; of keys from -1 on. It is the second number there."""
-    inside = tl.load(near + key * STEP + 1, mask=key >= 0, other=-1)
-    block = tl.maximum(key, 0) // BLOCK - 1
-    beyond = tl.load(line + block * 3 + 1, mask=block >= 0, other=-1)
-    return tl.where(inside >= 0, inside, beyond)
+    _join_following(line, kv_len, blocks, STEP)
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .intervals import _following, _higher, _lower, _preceding
 from .launch import Launch
+from .nearest_keys import _following, _join_following, _join_preceding, _preceding, _write_nearest
 from .recording import empty
 from .scratch import power_of_two
 
@@ -133,15 +133,10 @@ def _read_keys(
             inside = (piece < parts)[:, None] & is_key[None, :]
             here = tl.maximum(here, tl.max(tl.load(at, mask=inside, other=0).to(tl.int32), 0))
         tl.store(valid + batch * kv_len + key, here.to(tl.uint8), mask=is_key)
-        following = tl.where(here > 0, key, kv_len)
-        preceding = tl.where(here > 0, key, -1)
         near_key = near + (batch * blocks * KEYS + key) * 3
-        tl.store(near_key, tl.associative_scan(following, 0, _lower, reverse=True))
-        tl.store(near_key + 1, tl.associative_scan(preceding, 0, _higher))
-        tl.store(near_key + 2, tl.cumsum(here, 0))
         line = found + (batch * blocks + block) * 3
-        tl.store(line, tl.min(following, 0))
-        tl.store(line + 1, tl.max(preceding, 0))
+        _write_nearest(here > 0, key, near_key, line, kv_len)
+        tl.store(near_key + 2, tl.cumsum(here, 0))
         tl.store(line + 2, tl.sum(here, 0))
     else:
         part = block - blocks
@@ -170,22 +165,11 @@ def _join_keys(found, kv_len, blocks, STEP: tl.constexpr):
     for start in range(0, blocks, STEP):
         block = start + tl.arange(0, STEP)
         exists = block < blocks
-        preceding = tl.load(line + block * 3 + 1, mask=exists, other=-1)
         count = tl.load(line + block * 3 + 2, mask=exists, other=0)
-        highest = tl.maximum(tl.associative_scan(preceding, 0, _higher), last)
-        tl.store(line + block * 3 + 1, highest, mask=exists)
+        last = _join_preceding(line, block, exists, last)
         tl.store(line + block * 3 + 2, tl.cumsum(count, 0) - count + before, mask=exists)
-        last = tl.maximum(last, tl.max(preceding, 0))
         before += tl.sum(count, 0)
-    first = kv_len
-    steps = (blocks + STEP - 1) // STEP
-    for step in range(0, steps):
-        block = (steps - 1 - step) * STEP + tl.arange(0, STEP)
-        exists = block < blocks
-        following = tl.load(line + block * 3, mask=exists, other=kv_len)
-        lowest = tl.minimum(tl.associative_scan(following, 0, _lower, reverse=True), first)
-        tl.store(line + block * 3, lowest, mask=exists)
-        first = tl.minimum(first, tl.min(following, 0))
+    _join_following(line, kv_len, blocks, STEP)
 
 
 @triton.jit

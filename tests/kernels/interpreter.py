@@ -19,6 +19,7 @@ NAMES = (
     "pages",
     "rows",
     "decode",
+    "nearest_keys",
     "intervals",
     "read",
     "turn",
@@ -40,6 +41,7 @@ class Kernels:
     pages: Any
     rows: Any
     decode: Any
+    nearest_keys: Any
     intervals: Any
     read: Any
     turn: Any
