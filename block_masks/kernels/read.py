@@ -23,7 +23,8 @@ STEP = 1024
 PARTS = 16
 # Of a row: its first and last visible key, and how many.
 ROW_NUMBERS = 3
-# Of a part of the rows: by how much a row's last key exceeds it, the first key, added entries.
+# Of a part of the rows: by how much a row's last key exceeds it, its first key times -1, added
+# entries.
 PART_NUMBERS = 3
 # Of a key: the next and the one before that are valid in its block, and how many up to it.
 KEY_NUMBERS = 3
@@ -87,7 +88,7 @@ def _read_rows(
     tl.store(place + 2, count, mask=exists)
     of_part = of_parts + (batch * parts + part) * 3
     tl.store(of_part, tl.max(tl.where(count > 0, last - row, -kv_len), 0))
-    tl.store(of_part + 1, tl.min(first, 0))
+    tl.store(of_part + 1, -tl.min(first, 0))
     tl.store(of_part + 2, tl.max(added, 0))
 
 
@@ -142,13 +143,7 @@ def _read_keys(
         part = block - blocks
         row = part * ROWS + tl.arange(0, ROWS)
         offset = _highest(of_parts, 3, batches * parts, -kv_len, STEP)
-        least = kv_len
-        for start in range(0, parts, STEP):
-            other = start + tl.arange(0, STEP)
-            least_at = of_parts + (batch * parts + other) * 3 + 1
-            least = tl.minimum(
-                least, tl.min(tl.load(least_at, mask=other < parts, other=kv_len), 0)
-            )
+        least = -_highest(of_parts + batch * parts * 3 + 1, 3, parts, -kv_len, STEP)
         of_row = rows + (batch * row_count + row) * 3
         first = tl.load(of_row, mask=row < row_count, other=kv_len)
         count = tl.load(of_row + 2, mask=row < row_count, other=0)
