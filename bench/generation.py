@@ -25,6 +25,7 @@ from torch import Tensor
 from unisparse_flex.block_masks.pages import DecodeSelector
 from unisparse_flex.evaluation import MODEL_NAME, LoadedModel, TextName, load_smollm2
 from unisparse_flex.integrations.transformers import register
+from unisparse_flex.integrations.transformers_names import cache_name
 from unisparse_flex.passes.decision import device_name
 
 from . import generation_gpu, markdown
@@ -133,7 +134,7 @@ def create_caches(model: Any, ids: Tensor, longest: int) -> tuple[dict[str, Any]
 
     model.set_attn_implementation("sdpa")
     first = DynamicCache(config=model.config)
-    logits = model(ids, past_key_values=first, use_cache=True, logits_to_keep=1).logits
+    logits = model(ids, **{cache_name(): first}, use_cache=True, logits_to_keep=1).logits
     caches: dict[str, Any] = {"static": StaticCache(model.config, max_cache_len=longest)}
     for selector in SELECTORS:
         caches[selector.text] = SparseStaticCache(model.config, longest, selector)
@@ -145,7 +146,7 @@ def create_caches(model: Any, ids: Tensor, longest: int) -> tuple[dict[str, Any]
 
 @torch.inference_mode()
 def _next(model: Any, token: Tensor, cache: Any) -> Tensor:
-    logits = model(token, past_key_values=cache, use_cache=True).logits
+    logits = model(token, **{cache_name(): cache}, use_cache=True).logits
     following: Tensor = logits[:, -1].argmax(-1, keepdim=True)
     return following
 

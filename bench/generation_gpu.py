@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unisparse_flex.block_masks.pages import PROMPT_ROWS, DecodeSelector
 from unisparse_flex.integrations.transformers import register
+from unisparse_flex.integrations.transformers_names import cache_name
 
 from . import prefill
 from .record import guarded
@@ -77,7 +78,7 @@ def measure_cache(
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **{cache_name(): cache},
         max_new_tokens=tokens,
         do_sample=False,
         eos_token_id=None,

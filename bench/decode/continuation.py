@@ -16,11 +16,11 @@ from unisparse_flex.block_masks.pages import PROMPT_ROWS
 from unisparse_flex.evaluation import (
     Prefill,
     TextName,
-    cache_name,
     compute_kl,
     compute_log_probs,
     prefill,
 )
+from unisparse_flex.integrations.transformers_names import cache_name
 
 from ..excerpts import encode_excerpt
 from ..quality import Subject

@@ -35,6 +35,7 @@ from unisparse_flex.integrations.transformers import (
     unregister,
 )
 from unisparse_flex.integrations.transformers_decode import SparseStaticLayer
+from unisparse_flex.integrations.transformers_names import cache_name
 from unisparse_flex.passes.attend import attend_listed
 
 from .waiting import never_waiting
@@ -96,7 +97,7 @@ def prompt(length: int, batch: int = 1) -> Tensor:
 def generate(model: Any, ids: Tensor, cache: Any, **options: Any) -> Any:
     return model.generate(
         ids,
-        past_key_values=cache,
+        **{cache_name(): cache},
         max_new_tokens=8,
         do_sample=False,
         eos_token_id=None,

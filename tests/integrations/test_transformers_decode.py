@@ -28,6 +28,7 @@ from unisparse_flex.integrations.transformers import (
     unregister,
 )
 from unisparse_flex.integrations.transformers_decode import SparseStaticLayer
+from unisparse_flex.integrations.transformers_names import cache_name
 
 ALMOST_ALL = DecodeSelector(share=0.999, min_keys=0, unit=16)
 SIZES = (
@@ -78,7 +79,7 @@ def prompt(length: int, batch: int = 1) -> Tensor:
 def generate(model: Any, ids: Tensor, cache: Any, **options: Any) -> Any:
     return model.generate(
         ids,
-        past_key_values=cache,
+        **{cache_name(): cache},
         max_new_tokens=8,
         do_sample=False,
         eos_token_id=None,
@@ -104,6 +105,17 @@ def test_all_units_answer_as_the_dense_cache(
     assert cache.density == 1.0
 
 
+def test_a_cache_is_given_by_the_name_that_transformers_has_for_it(llama: LlamaForCausalLM) -> None:
+    # Warnings are errors: a version that deprecates a name says so.
+    cache = SparseStaticCache(llama.config, 215, ALMOST_ALL)
+    assert list(cache.as_argument.values()) == [cache]
+    ids = prompt(100)
+    expected = generate(llama, ids, SparseStaticCache(llama.config, 215, ALMOST_ALL)).sequences
+    options: Any = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    found: Any = llama.generate(ids, **cache.as_argument, max_new_tokens=8, **options)
+    assert torch.equal(found, expected)
+
+
 def test_a_cache_of_which_nothing_was_read_has_no_density(llama: LlamaForCausalLM) -> None:
     assert SparseStaticCache(llama.config, 215, ALMOST_ALL).density is None
     windows = MistralForCausalLM(
@@ -127,10 +139,10 @@ def logits_of_steps(model: Any, ids: Tensor, cache: Any, steps: int = 3) -> Tens
     """[steps, vocabulary] after a prompt that leaves so many tokens."""
     found = []
     with torch.no_grad():
-        model(ids[:, :-steps], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, :-steps], **{cache_name(): cache}, logits_to_keep=1)
         for at in range(ids.shape[1] - steps, ids.shape[1]):
             position = torch.tensor([[at]])
-            step = model(ids[:, at : at + 1], past_key_values=cache, position_ids=position)
+            step = model(ids[:, at : at + 1], **{cache_name(): cache}, position_ids=position)
             found.append(step.logits[0, -1])
     return torch.stack(found)
 

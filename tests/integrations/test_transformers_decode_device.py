@@ -29,6 +29,7 @@ from unisparse_flex.integrations.transformers import (
     unregister,
 )
 from unisparse_flex.integrations.transformers_decode import SparseStaticLayer
+from unisparse_flex.integrations.transformers_names import cache_name
 
 from .test_transformers_decode import (
     ALMOST_ALL,
@@ -237,8 +238,8 @@ def test_keys_that_a_mask_hides_from_a_token_are_not_read(llama: LlamaForCausalL
     found = []
     with torch.no_grad():
         for each in (cache, dense):
-            llama(ids, past_key_values=each)
-            step: dict[str, Any] = {"past_key_values": each, "attention_mask": mask}
+            llama(ids, **{cache_name(): each})
+            step: dict[str, Any] = {cache_name(): each, "attention_mask": mask}
             found.append(llama(ids[:, :1], position_ids=torch.tensor([[130]]), **step).logits)
             if each is dense:
                 break
@@ -261,9 +262,9 @@ def test_an_attention_that_does_not_ask_is_refused_by_name(llama: LlamaForCausal
 def test_gradients_are_refused_by_name(llama: LlamaForCausalLM) -> None:
     cache = SparseStaticCache(llama.config, 256, FEW)
     with torch.no_grad():
-        llama(prompt(130), past_key_values=cache)
+        llama(prompt(130), **{cache_name(): cache})
     with pytest.raises(RuntimeError, match=r"under torch\.no_grad"):
-        llama(prompt(1), past_key_values=cache, position_ids=torch.tensor([[130]]))
+        llama(prompt(1), **{cache_name(): cache}, position_ids=torch.tensor([[130]]))
 
 
 def test_assisted_generation_is_refused_by_name(llama: LlamaForCausalLM) -> None:
@@ -280,9 +281,9 @@ def test_several_rows_at_once_read_everything(llama: LlamaForCausalLM) -> None:
             SparseStaticCache(llama.config, 256, FEW),
             StaticCache(llama.config, max_cache_len=256),
         ):
-            llama(ids[:, :130], past_key_values=cache)
+            llama(ids[:, :130], **{cache_name(): cache})
             position = torch.arange(130, 140)[None]
-            rest = llama(ids[:, 130:], past_key_values=cache, position_ids=position)
+            rest = llama(ids[:, 130:], **{cache_name(): cache}, position_ids=position)
             logits.append(rest.logits)
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 

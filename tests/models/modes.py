@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 
+from unisparse_flex.integrations.transformers_names import cache_name
+
 from .family import LENGTH, PADDING_TOKEN, token_ids
 
 LENGTHS = (LENGTH, 150, 61)
@@ -111,7 +113,7 @@ def prefill_in_chunks(model: Any, ids: Tensor, *offsets: int) -> Tensor:
     edges = (0, *offsets, ids.shape[1])
     return torch.cat(
         [
-            model(input_ids=ids[:, start:stop], past_key_values=cache).logits
+            model(input_ids=ids[:, start:stop], **{cache_name(): cache}).logits
             for start, stop in pairwise(edges)
         ],
         dim=1,

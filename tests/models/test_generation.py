@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unisparse_flex import optimize
+from unisparse_flex.integrations.transformers_names import cache_name
 from unisparse_flex.passes import DenseReason
 from unisparse_flex.reports import record_attention
 
@@ -121,7 +122,7 @@ def test_generation_goes_on_from_a_cache(family: str, more: int) -> None:
             model,
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=first.past_key_values,
+            **{cache_name(): first[cache_name()]},
         )
 
     untouched, optimized = models(family)

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from tests.api.reference import rmse
 from unisparse_flex import optimize
+from unisparse_flex.integrations.transformers_names import cache_name
 from unisparse_flex.passes import DenseReason
 from unisparse_flex.reports import record_attention
 
@@ -73,9 +74,9 @@ def test_one_prefix_cache_serves_several_continuations() -> None:
     prefix = token_ids(length=101)
     plain, model = create("Llama"), create("Llama", EVERYTHING)
     cache = DynamicCache(config=model.config)
-    model(input_ids=prefix, past_key_values=cache)
+    model(input_ids=prefix, **{cache_name(): cache})
     for seed in (1, 2):
         tail = token_ids(length=67, seed=seed)
-        output = model(input_ids=tail, past_key_values=copy.deepcopy(cache)).logits
+        output = model(input_ids=tail, **{cache_name(): copy.deepcopy(cache)}).logits
         whole = plain(input_ids=torch.cat((prefix, tail), dim=1)).logits
         assert rmse(output, whole[:, 101:]) < 2e-6

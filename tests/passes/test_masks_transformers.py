@@ -25,6 +25,7 @@ from tests.api.reference import attend, rmse
 from unisparse_flex import Selector, UniSparse, optimize
 from unisparse_flex.block_masks import BlockGeometry
 from unisparse_flex.block_masks.masks import MaskProgram
+from unisparse_flex.integrations.transformers_names import cache_name
 from unisparse_flex.passes import SparseConfig, rewrite_sdpa
 from unisparse_flex.passes.attend.sparse_attention import keeps_window
 from unisparse_flex.passes.rewrite.report import WINDOW_KEPT
@@ -92,8 +93,8 @@ def packed(model: Any, run: Any) -> None:
 
 def chunked(model: Any, run: Any) -> None:
     cache, ids = DynamicCache(config=model.config), token_ids()
-    model(ids[:, :64], past_key_values=cache)
-    run(ids[:, 64:], past_key_values=cache)
+    model(ids[:, :64], **{cache_name(): cache})
+    run(ids[:, 64:], **{cache_name(): cache})
 
 
 SLIDING = f"causal, sliding window {WINDOW}"

@@ -7,7 +7,6 @@ from .answers import generate_together, score_samples
 from .longbench import LONGBENCH_NAMES, cut_prompts, read_longbench, score_answer
 from .measure import (
     Prefill,
-    cache_name,
     compute_kl,
     compute_log_probs,
     compute_perplexity,
@@ -76,7 +75,6 @@ __all__ = [
     "Tokenizer",
     "build_prompt",
     "build_task",
-    "cache_name",
     "compute_kl",
     "compute_log_probs",
     "compute_perplexity",

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .measure import Prefill, cache_name, generate_greedily, prefill
+from ..integrations.transformers_names import cache_name
+from .measure import Prefill, generate_greedily, prefill
 from .model import LoadedModel
 from .ruler import score
 

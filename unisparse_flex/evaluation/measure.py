@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..clock import timed
+from ..integrations.transformers_names import cache_name
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +52,6 @@ def prefill(model: Callable[..., Any], input_ids: Tensor, *, logits_to_keep: int
     )
     logger.debug("prefill of %d tokens: %.3f s", input_ids.shape[-1], seconds)
     return Prefill(logits=output.logits, cache=output[cache_name()], seconds=seconds)
-
-
-@cache
-def cache_name() -> str:
-    """What transformers calls the keys and values of earlier tokens: ``cache`` from 5.24 on."""
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    names = {field.name for field in fields(CausalLMOutputWithPast)}
-    return "cache" if "cache" in names else "past_key_values"
 
 
 @torch.inference_mode()

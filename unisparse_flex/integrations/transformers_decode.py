@@ -23,6 +23,7 @@ from ..block_masks.pages import (
 from ..passes.decision import flex_supports
 from .transformers_attention import DECODE_LAYER
 from .transformers_decode_device import DeviceReader, padding_error
+from .transformers_names import cache_name
 
 # What choosing takes for a token and layer, and copying what was chosen for each of its bytes, in
 # bytes of keys and values that dense attention reads meanwhile (`bench.generation`).
@@ -36,8 +37,9 @@ FIRST_DENSITY, RETRY = 0.1, 64
 class SparseStaticCache(StaticCache):
     """A static cache of which every generated token reads a part, chosen for it.
 
-    ``model.generate(..., past_key_values=SparseStaticCache(model.config, 8192, selector))`` with a
-    model whose ``attn_implementation`` is a name of `register`. Prompts are read as without it;
+    ``model.generate(..., cache=SparseStaticCache(model.config, 8192, selector))`` (before
+    transformers 5.24 ``past_key_values=``; `as_argument` is either) with a model whose
+    ``attn_implementation`` is a name of `register`. Prompts are read as without it;
     layers with a sliding window read all of it. On a CPU a layer whose cache is short, or of which
     most is chosen, is read whole: that is faster. On a GPU graphs hold the choice, those of
     ``generate`` too, and a small cache is read whole whatever it holds.
@@ -69,6 +71,15 @@ class SparseStaticCache(StaticCache):
         for index, layer in enumerate(made):
             if type(layer) is StaticLayer:
                 made[index] = SparseStaticLayer(length, selector, config)
+
+    @property
+    def as_argument(self) -> dict[str, SparseStaticCache]:
+        """The cache by the name that ``generate`` and models of this transformers have for it.
+
+        ``model.generate(..., **cache.as_argument)``: ``cache`` from 5.24 on, ``past_key_values``
+        before.
+        """
+        return {cache_name(): self}
 
     @property
     def density(self) -> float | None:
