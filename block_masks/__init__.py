@@ -8,7 +8,6 @@ from .geometry import BlockGeometry
 from .granularity import CompositeKeys, Pooled, Sampled, pool_tokens
 from .mask_summary import MaskSummary, summarize
 from .patch_order import PatchOrder
-from .renamed import renamed_error
 from .scoring import (
     compute_block_scores,
     compute_sampled_scores,
@@ -92,5 +91,5 @@ _MOVED = {name: f"{place}.{name}" for place, names in _PLACES.items() for name i
 def __getattr__(name: str) -> Any:
     if name in _MOVED:
         now = f"unisparse_flex.{_MOVED[name]} now"
-        raise renamed_error(f"unisparse_flex.block_masks.{name} is {now}")
+        raise AttributeError(f"unisparse_flex.block_masks.{name} is {now}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

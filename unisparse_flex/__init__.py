@@ -9,7 +9,6 @@ from typing import Any
 try:
     from . import selectors
     from .block_masks import create_block_mask
-    from .block_masks.renamed import renamed_error as _renamed_error
     from .calibrating import calibrate
     from .calibration import Calibration
     from .functional import attention, patch_attention
@@ -52,5 +51,5 @@ _RENAMED = {
 
 def __getattr__(name: str) -> Any:
     if name in _RENAMED:
-        raise _renamed_error(f"unisparse_flex.{name} is unisparse_flex.{_RENAMED[name]} now")
+        raise AttributeError(f"unisparse_flex.{name} is unisparse_flex.{_RENAMED[name]} now")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -307,8 +307,8 @@ def test_the_private_names_are_those_of_the_sources():
     assert {each for each in unused if each.rpartition(".")[2] not in attributes} == set()
 
 
-# Of named tuples, of Python's sys, of transformers and of vLLM.
-OF_OTHERS = {"_replace", "_getframe", "_global_mapping", "_supports_sdpa", "_k_scale", "_v_scale"}
+# Of named tuples, of transformers and of vLLM.
+OF_OTHERS = {"_replace", "_global_mapping", "_supports_sdpa", "_k_scale", "_v_scale"}
 
 
 def foreign_attributes():
