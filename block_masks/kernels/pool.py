@@ -15,6 +15,9 @@ from .launch import Launch
 from .recording import empty
 from .scratch import Rows, power_of_two
 
+# Tokens of a group that a loop reads at a time: to compile all of a long one takes seconds.
+AT_ONCE = tl.constexpr(16)
+
 
 @triton.jit
 def _pool_block(
@@ -63,18 +66,19 @@ def _pool_block(
         total = tl.zeros([groups, WIDTH], dtype=tl.float32)
         marked = tl.zeros([groups], dtype=tl.int32)
         for merged in tl.static_range(MERGED):
-            for i in tl.static_range(GROUP):
-                row = first + i
-                at = base + merged * stride_h + row[:, None].to(tl.int64) * stride_s
-                counted = row < length
-                if MASKED:
-                    mark = tl.load(valid + batch * stride_valid + row, mask=counted, other=0)
-                    counted = mark > 0
-                    marked += counted.to(tl.int32)
-                exists = counted[:, None] & inside[None, :]
-                total += tl.load(at + column[None, :] * stride_d, mask=exists, other=0.0).to(
-                    tl.float32
-                )
+            for start in range(0, GROUP, AT_ONCE):
+                for i in tl.static_range(min(GROUP, AT_ONCE)):
+                    row = first + start + i
+                    at = base + merged * stride_h + row[:, None].to(tl.int64) * stride_s
+                    counted = row < length
+                    if MASKED:
+                        mark = tl.load(valid + batch * stride_valid + row, mask=counted, other=0)
+                        counted = mark > 0
+                        marked += counted.to(tl.int32)
+                    exists = counted[:, None] & inside[None, :]
+                    total += tl.load(at + column[None, :] * stride_d, mask=exists, other=0.0).to(
+                        tl.float32
+                    )
         count = tl.minimum(tl.maximum(length - first, 1), GROUP) * MERGED
         if MASKED:
             count = tl.maximum(marked, 1)
