@@ -20,7 +20,7 @@ from .arguments import (
 )
 from .failures import failures, wrong_arguments
 from .options import MODEL_OPTIONS, json_option, min_length_option, quiet_option, with_options
-from .output import print_json, say_written, write_text
+from .output import print_json, say_written, text_columns, wrap, write_text
 
 
 class _OneTarget(ChecksFiles):
@@ -95,6 +95,7 @@ def calibrate(
     from ..calibrating import calibrate_or_say_why
     from .models import load_model, stated_context
     from .prompts import check_tokens, create_input_ids, model_inputs
+    from .saved import say_saved
 
     check_tokens(tokens, stated_context(model))
 
@@ -131,6 +132,8 @@ def calibrate(
             f"{found.quality} {found.reached:.4f} (asked for {found.target:g}), density "
             f"{found.density:.1%}, {sparse} of {counted(len(found.layers), 'layer')} sparse"
         )
+        if saved := say_saved(loaded.model):
+            click.echo(wrap(f"not used: {saved}, over which the file wins", text_columns()))
     say_written([output], quiet=quiet)
 
 

@@ -21,6 +21,7 @@ from .arguments import (
 )
 from .choices import BACKENDS, SELECTOR_NAMES
 from .failures import wrong_arguments
+from .output import SOURCE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,13 +138,17 @@ class Subject:
         name: As the user gave it.
         loaded: The model, its tokenizer and where it runs.
         input_ids: int64 [1, S].
+        setting: What the selector is called.
         settings: Selector, lengths and text in words.
+        source: Where settings come from that were saved with the model; ``None`` without any.
     """
 
     name: str
     loaded: LoadedModel
     input_ids: Tensor
+    setting: str
     settings: dict[str, str]
+    source: str | None
 
     @property
     def device(self) -> str:
@@ -178,10 +183,14 @@ def create_subject(
     dense_layers: tuple[int, ...],
     backend: str,
 ) -> Subject:
-    """Loads a model, optimizes it and tokenizes its prompt."""
+    """Loads a model, optimizes it and tokenizes its prompt.
+
+    Settings that were saved with it count where no option says otherwise.
+    """
     from ..optimization import optimize
     from .models import check_backend, check_layers, load_model, stated_context
     from .prompts import check_tokens, create_input_ids
+    from .saved import merge_saved
     from .selectors import describe, parse_quality, parse_selector
 
     chosen = parse_selector(selector) if quality is None else parse_quality(quality)
@@ -192,6 +201,15 @@ def create_subject(
     loaded = load_model(model, allow_download=allow_download, device=device)
     progress.show(f"tokenize {text}")
     input_ids = create_input_ids(loaded, text, tokens)
+    merged = merge_saved(
+        loaded.model,
+        device=device,
+        min_length=min_length,
+        dense_layers=dense_layers,
+        backend=backend,
+    )
+    chosen = merged.selector or chosen
+    min_length, dense_layers, backend = merged.min_length, merged.dense_layers, merged.backend
     with wrong_arguments():
         optimize(
             loaded.model,
@@ -200,7 +218,8 @@ def create_subject(
             dense_layers=dense_layers,
             backend=backend,
         )
-    settings = {
+    settings = {} if merged.source is None else {SOURCE: merged.source}
+    settings |= {
         "selector": describe(chosen, selector),
         "sparse from": "what the cost model predicts to be faster"
         if min_length is None
@@ -210,7 +229,14 @@ def create_subject(
     }
     if dense_layers:
         settings["dense layers"] = ", ".join(map(str, dense_layers))
-    return Subject(name=model, loaded=loaded, input_ids=input_ids, settings=settings)
+    return Subject(
+        name=model,
+        loaded=loaded,
+        input_ids=input_ids,
+        setting=merged.name or quality or selector,
+        settings=settings,
+        source=merged.source,
+    )
 
 
 __all__ = [

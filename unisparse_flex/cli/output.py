@@ -13,6 +13,9 @@ import click
 
 from .failures import failures
 
+# What is said before the source of settings.
+SOURCE = "settings from"
+
 
 def print_json(values: Any) -> None:
     """Prints JSON that any parser reads."""
@@ -31,6 +34,11 @@ def say_written(paths: list[Path], *, quiet: bool = False) -> None:
     if not quiet:
         for path in paths:
             click.echo(f"wrote {path}", err=True)
+
+
+def say_source(source: str | None, columns: int) -> list[str]:
+    """The line that says where settings come from that were saved with the model, if any were."""
+    return [] if source is None else [wrap(f"{SOURCE}: {source}", columns)]
 
 
 def text_columns() -> int:

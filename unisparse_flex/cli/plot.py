@@ -23,7 +23,7 @@ from .options import (
     quiet_option,
     with_options,
 )
-from .output import print_json, say_written
+from .output import print_json, say_source, say_written, text_columns
 
 if TYPE_CHECKING:
     from ..reports import DensitySeries
@@ -131,6 +131,9 @@ def _plot_model(
 
     with Progress("plot", shown=shown) as progress:
         subject = create_subject(model, progress=progress, **options)
+        if shown:
+            for line in say_source(subject.source, text_columns()):
+                click.echo(line, err=True)
         progress.total = getattr(subject.loaded.model.config, "num_hidden_layers", 0) or 0
         with failures(f"plot {model}"):
             blocks = collect_blocks(
@@ -146,8 +149,7 @@ def _plot_model(
             maps = draw_block_maps(
                 blocks, output / f"block-maps.{suffix}", title=f"Blocks kept: {title}", heads=heads
             )
-            setting = options["quality"] or options["selector"]
-            series = DensitySeries.of(shorten(setting, NAME_CHARACTERS), blocks)
+            series = DensitySeries.of(shorten(subject.setting, NAME_CHARACTERS), blocks)
             path = output / f"density-by-layer.{suffix}"
             return [*maps, draw_densities([series], path, title=f"Density by layer: {title}")]
 

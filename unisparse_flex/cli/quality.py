@@ -35,7 +35,7 @@ from .measuring import (
     write_results,
 )
 from .options import min_length_option, with_options
-from .output import wrap
+from .output import say_source, wrap
 
 if TYPE_CHECKING:
     from ..evaluation import QualityRow, TaskRow
@@ -239,7 +239,7 @@ def quality(
     Ctrl-C prints what was judged so far.
     """
     check_before_loading(model, lengths, texts, layers=dense_layers, device=device, backend=backend)
-    settings: dict[str, Selector] = create_dial(quality) | create_baselines(against)
+    dial, baselines = create_dial(quality), create_baselines(against)
     from ..evaluation import (
         Sparsity,
         cut_prompts,
@@ -251,14 +251,19 @@ def quality(
     )
     from ..reports import render_quality
     from .models import load_model
+    from .saved import merge_saved
 
     contents = read_texts(texts, lengths)
     with wrong_content(f"read {longbench}"):
         questions = {} if longbench is None else read_longbench(longbench, samples=samples)
-    sparsity = Sparsity(min_length=min_length, dense_layers=dense_layers, backend=backend)
     with Progress("quality", shown=not quiet) as progress:
         progress.show(f"load {model}")
         loaded = load_model(model, allow_download=allow_download, device=device)
+        given: Any = {"min_length": min_length, "dense_layers": dense_layers, "backend": backend}
+        merged = merge_saved(loaded.model, device=device, **given)
+        dial = merged.dial(dial)
+        settings: dict[str, Selector] = dial | baselines
+        sparsity = Sparsity(**merged.sparsity)
         prompts = create_prompts(loaded, contents, lengths)
         sizes = list(dict.fromkeys(prompt.tokens for prompt in prompts))
         progress.show("draw tasks")
@@ -308,19 +313,18 @@ def quality(
     values["settings"] = {
         "texts": list(contents),
         "lengths": sizes,
-        "quality": list(quality),
+        "quality": list(dial),
+        "source": merged.source,
         "against": list(against),
         "tasks": list(tasks),
         "longbench": None if longbench is None else str(longbench),
         "samples": samples,
         "judged": judged,
-        "min_length": min_length,
-        "dense_layers": list(dense_layers),
-        "backend": backend,
+        **merged.sparsity,
     }
-    forced = [FORCED] if min_length == 0 else []
+    forced = [FORCED] if merged.min_length == 0 else []
     cut_short = [INTERRUPTED] if interrupted else []
-    values["verdict"] = [*cut_short, *say_verdict(values["means"], quality), *forced]
+    values["verdict"] = [*cut_short, *say_verdict(values["means"], list(dial)), *forced]
     values["notes"] = [*NOTES, *([TASK_NOTE] if tasks else [])]
     values["notes"] += [LONGBENCH_NOTE] if longbench is not None else []
     write_results(
@@ -411,7 +415,7 @@ def format_quality(values: dict[str, Any]) -> str:
     """The tables for a terminal of 80 columns."""
     device = values["device"]
     head = f"{values['model']}: {values['model_class']}, {device['dtype']} on {device['name']}"
-    lines = [wrap(head, COLUMNS)]
+    lines = [wrap(head, COLUMNS), *say_source(values["settings"]["source"], COLUMNS)]
     for (tokens, text), group in groupby(values["rows"], lambda row: (row["tokens"], row["text"])):
         rows = list(group)
         first = rows[0]

@@ -30,7 +30,7 @@ from .measuring import (
     write_results,
 )
 from .options import min_length_option, text_option, with_options
-from .output import wrap
+from .output import say_source, wrap
 
 if TYPE_CHECKING:
     from ..evaluation import LoadedRival
@@ -152,18 +152,21 @@ def speed(
     check_before_loading(
         model, lengths, [text], layers=dense_layers, device=device, backend=backend
     )
-    settings = create_dial(quality)
+    dial = create_dial(quality)
     from ..evaluation import Sparsity, SpeedInterrupted, measure_speed
     from ..reports import render_speed
     from .models import load_model
+    from .saved import merge_saved
 
     contents = read_texts([text], lengths)
-    sparsity = Sparsity(min_length=min_length, dense_layers=dense_layers, backend=backend)
     found_rivals, rivals = find_rivals(against)
     rows: list[dict[str, Any]] = []
     with Progress("speed", shown=not quiet) as progress:
         progress.show(f"load {model}")
         loaded = load_model(model, allow_download=allow_download, device=device)
+        given: Any = {"min_length": min_length, "dense_layers": dense_layers, "backend": backend}
+        merged = merge_saved(loaded.model, device=device, **given)
+        settings, sparsity = merged.dial(dial), Sparsity(**merged.sparsity)
         prompts = create_prompts(loaded, contents, lengths)
         turns = REPEATS[loaded.device.type] if repeats is None else repeats
         progress.total = len(prompts) * (2 + len(settings) + len(rivals)) * (2 + turns)
@@ -195,12 +198,11 @@ def speed(
         "settings": {
             "text": text,
             "lengths": [prompt.tokens for prompt in prompts],
-            "quality": list(quality),
+            "quality": list(settings),
+            "source": merged.source,
             "compile": compile_scope,
             "repeats": turns,
-            "min_length": min_length,
-            "dense_layers": list(dense_layers),
-            "backend": backend,
+            **merged.sparsity,
         },
         "selectors": {name: selector.text for name, selector in settings.items()},
         "rows": rows,
@@ -209,7 +211,7 @@ def speed(
         "notes": [
             *NOTES,
             *([RIVALS_NOTE] if rivals else []),
-            *([DENSE_NOTE] if min_length is None else []),
+            *([DENSE_NOTE] if merged.min_length is None else []),
         ],
     }
     write_results(
@@ -334,7 +336,7 @@ def format_speed(values: dict[str, Any]) -> str:
     """The tables for a terminal of 80 columns."""
     device = values["device"]
     head = f"{values['model']}: {values['model_class']}, {device['dtype']} on {device['name']}"
-    lines = [wrap(head, COLUMNS)]
+    lines = [wrap(head, COLUMNS), *say_source(values["settings"]["source"], COLUMNS)]
     for tokens in dict.fromkeys(row["tokens"] for row in values["rows"]):
         lines += ["", f"{tokens} tokens"]
         lines.append(_cells("run", "ms", "over dense", "density", "KL", "first call"))

@@ -165,15 +165,23 @@ def read_texts(values: Any) -> tuple[str, str, tuple[int, ...], int]:
     return _read_texts(repr(values)) if _is_plain(values) else _refuse(values)
 
 
-@lru_cache(maxsize=256)
-def _read_texts(written: str) -> tuple[str, str, tuple[int, ...], int]:
-    values: Any = ast.literal_eval(written)
-    if not isinstance(values, dict) or not set(values) <= set(KEYS):
+def read_settings(values: Any) -> AttentionSettings:
+    """The settings that stored values are.
+
+    Raises:
+        ValueError: They are not what `configure` writes.
+    """
+    if not _is_plain(values) or not isinstance(values, dict) or not set(values) <= set(KEYS):
         _refuse(values)
     try:
-        texts = CallTexts.of(create_settings(**values))
+        return create_settings(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.{ATTRIBUTE}: {error}") from error
+
+
+@lru_cache(maxsize=256)
+def _read_texts(written: str) -> tuple[str, str, tuple[int, ...], int]:
+    texts = CallTexts.of(read_settings(ast.literal_eval(written)))
     return texts.sparse, texts.dense, texts.dense_layers, texts.min_queries
 
 
