@@ -1,7 +1,11 @@
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+from tests.integrations.generation import NAME, create
+from unisparse_flex.integrations.transformers import register, unregister
 
 
 @pytest.fixture(scope="module")
@@ -11,3 +15,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Iterator[Any]:
+    """A tiny model under a registered name, whose rows look at few keys."""
+    register(NAME)
+    yield create("llama", sharpness=12)
+    unregister(NAME)

@@ -2,80 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers import (
-    CompileConfig,
-    DynamicCache,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    StaticCache,
-)
+from transformers import CompileConfig, StaticCache
 
-from unisparse_flex.integrations import transformers_decode, transformers_decode_device
-from unisparse_flex.integrations.transformers import (
-    DecodeSelector,
-    SparseStaticCache,
-    register,
-    unregister,
-)
+from unisparse_flex.integrations import transformers_decode_device
+from unisparse_flex.integrations.transformers import DecodeSelector, SparseStaticCache
 from unisparse_flex.integrations.transformers_decode import SparseStaticLayer
 from unisparse_flex.integrations.transformers_names import cache_name
 
-from .test_transformers_decode import (
+from .generation import (
     ALMOST_ALL,
     FEW,
-    SIZES,
+    assert_alike,
     generate,
-    logits_of_steps,
     prompt,
+    read_by_operators,
+    read_by_python,
 )
 
 
-@pytest.fixture(scope="module")
-def llama() -> Iterator[LlamaForCausalLM]:
-    register("unisparse")
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=2,
-        vocab_size=128,
-        max_position_embeddings=2048,
-        attn_implementation="unisparse",
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.weight.data.mul_(12)
-        layer.self_attn.k_proj.weight.data.mul_(12)
-    yield model
-    unregister("unisparse")
-
-
 @pytest.fixture(autouse=True)
-def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU is taken for a device that is not waited for, and no cache for a small one."""
-    monkeypatch.setattr(transformers_decode, "DEVICES", ("cpu",))
-    monkeypatch.setattr(transformers_decode_device, "FEW_BYTES", 0)
+def by_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_by_operators(monkeypatch)
 
 
-def by_python(model: Any, ids: Tensor, selector: DecodeSelector, room: int, **options: Any) -> Any:
+def answer_by_python(
+    model: Any, ids: Tensor, selector: DecodeSelector, room: int, **options: Any
+) -> Any:
     """What the CPU's own way of reading a cache answers, and how much it read."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers_decode, "DEVICES", ())
-        patch.setattr(transformers_decode, "CHOICE_BYTES", 0)
-        patch.setattr(transformers_decode, "COPY", 0)
+        read_by_python(patch)
         cache = SparseStaticCache(model.config, room, selector)
         return generate(model, ids, cache, **options), cache.density
 
@@ -85,38 +46,20 @@ def layers_of(cache: SparseStaticCache) -> list[SparseStaticLayer]:
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
-def test_all_units_answer_as_the_dense_cache(
-    llama: LlamaForCausalLM, options: dict[str, Any]
-) -> None:
-    ids = prompt(200, 2)
-    expected = generate(llama, ids, StaticCache(llama.config, max_cache_len=224), **options)
-    cache = SparseStaticCache(llama.config, 215, ALMOST_ALL)
-    found = generate(llama, ids, cache, **options)
-    assert torch.equal(found.sequences, expected.sequences)
-    for ours, theirs in zip(found.scores, expected.scores, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert cache.density == 1.0
-
-
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
 @pytest.mark.parametrize("selector", [FEW, DecodeSelector(share=0.3, unit=16, min_keys=64)])
 def test_a_part_is_that_of_the_choice_in_python(
-    llama: LlamaForCausalLM, selector: DecodeSelector, options: dict[str, Any]
+    llama: Any, selector: DecodeSelector, options: dict[str, Any]
 ) -> None:
     ids = prompt(400, 2)
-    expected, density = by_python(llama, ids, selector, 512, **options)
+    expected, density = answer_by_python(llama, ids, selector, 512, **options)
     cache = SparseStaticCache(llama.config, 512, selector)
     found = generate(llama, ids, cache, **options)
-    assert torch.equal(found.sequences, expected.sequences)
-    for ours, theirs in zip(found.scores, expected.scores, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert_alike(found, expected)
     assert cache.density == pytest.approx(density)
     assert 0 < density < 0.5
 
 
-def test_the_compiled_decode_of_generate_is_one_graph_and_answers_alike(
-    llama: LlamaForCausalLM,
-) -> None:
+def test_the_compiled_decode_of_generate_is_one_graph_and_answers_alike(llama: Any) -> None:
     torch._dynamo.reset()
     ids = prompt(300, 2)
     expected = generate(llama, ids, SparseStaticCache(llama.config, 512, FEW))
@@ -126,9 +69,7 @@ def test_the_compiled_decode_of_generate_is_one_graph_and_answers_alike(
     counters.clear()
     found = generate(llama, ids, cache, compile_config=compiled)
     assert counters["stats"]["unique_graphs"] == 1
-    assert torch.equal(found.sequences, expected.sequences)
-    for ours, theirs in zip(found.scores, expected.scores, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert_alike(found, expected)
     assert cache.density is not None
     assert cache.density < 0.3
     # Shorter ones and other answers are the same graph.
@@ -140,7 +81,7 @@ def test_the_compiled_decode_of_generate_is_one_graph_and_answers_alike(
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_prompt_in_compiled_chunks_is_followed_and_pinned_too(llama: LlamaForCausalLM) -> None:
+def test_a_prompt_in_compiled_chunks_is_followed_and_pinned_too(llama: Any) -> None:
     torch._dynamo.reset()
     ids = prompt(400, 2)
     selector = DecodeSelector(budget=128, min_keys=0, unit=16, prompt_share=0.5)
@@ -149,37 +90,13 @@ def test_a_prompt_in_compiled_chunks_is_followed_and_pinned_too(llama: LlamaForC
     compiled._compile_all_devices = True
     cache = SparseStaticCache(llama.config, 512, selector)
     found = generate(llama, ids, cache, compile_config=compiled, prefill_chunk_size=128)
-    assert torch.equal(found.sequences, expected.sequences)
-    for ours, theirs in zip(found.scores, expected.scores, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert_alike(found, expected)
     for layer in layers_of(cache):
         assert layer._reader is not None
         assert {int(count) for count in layer._reader._units.pinned.sum(-1).flatten()} == {4}
 
 
-@pytest.mark.parametrize("room", [1, 2, 8])
-@pytest.mark.parametrize("kind", ["llama", "window beyond the cache", "window", "hybrid"])
-def test_places_that_were_not_written_are_not_read(
-    llama: LlamaForCausalLM, kind: str, room: int
-) -> None:
-    model: Any = llama
-    sizes = {key: getattr(llama.config, key) for key in SIZES}
-    if kind.startswith("window"):
-        window = 64 if kind == "window" else 4096
-        model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=window)).eval()
-    elif kind == "hybrid":
-        types = ["sliding_attention", "full_attention"]
-        config = Gemma3TextConfig(**sizes, head_dim=16, sliding_window=4096, layer_types=types)
-        model = Gemma3ForCausalLM(config).eval()
-    model.set_attn_implementation("unisparse")
-    ids = prompt(130)
-    expected = logits_of_steps(model, ids, DynamicCache(config=model.config))
-    cache = SparseStaticCache(model.config, 130 * room, ALMOST_ALL)
-    found = logits_of_steps(model, ids, cache)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_summaries_and_pins_follow_the_cache(llama: LlamaForCausalLM) -> None:
+def test_summaries_and_pins_follow_the_cache(llama: Any) -> None:
     selector = DecodeSelector(budget=128, min_keys=0, unit=16, prompt_share=0.5)
     cache = SparseStaticCache(llama.config, 512, selector)
     generate(llama, prompt(400, 2), cache)
@@ -194,9 +111,7 @@ def test_summaries_and_pins_follow_the_cache(llama: LlamaForCausalLM) -> None:
         assert torch.equal(scales, units.scales)
 
 
-def test_a_small_cache_is_read_whole(
-    llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_cache_is_read_whole(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = prompt(200)
     expected = generate(llama, ids, StaticCache(llama.config, max_cache_len=224))
     fewest = SparseStaticCache(llama.config, 224, DecodeSelector(share=0.1, min_keys=224))
@@ -210,26 +125,7 @@ def test_a_small_cache_is_read_whole(
         assert cache.density == 1.0
 
 
-def test_a_cache_that_is_reset_answers_as_a_new_one(llama: LlamaForCausalLM) -> None:
-    cache = SparseStaticCache(llama.config, 512, FEW)
-    first = generate(llama, prompt(300), cache).sequences
-    cache.reset()
-    generate(llama, prompt(100), cache)
-    cache.reset()
-    assert torch.equal(generate(llama, prompt(300), cache).sequences, first)
-
-
-@pytest.mark.parametrize("length", [100, 200])
-def test_padding_is_refused_by_name(llama: LlamaForCausalLM, length: int) -> None:
-    ids = prompt(length, 2)
-    mask = torch.ones_like(ids)
-    mask[0, :30] = 0
-    cache = SparseStaticCache(llama.config, 256, FEW)
-    with pytest.raises(ValueError, match="prompts without padding"):
-        generate(llama, ids, cache, attention_mask=mask)
-
-
-def test_keys_that_a_mask_hides_from_a_token_are_not_read(llama: LlamaForCausalLM) -> None:
+def test_keys_that_a_mask_hides_from_a_token_are_not_read(llama: Any) -> None:
     ids = prompt(130)
     cache = SparseStaticCache(llama.config, 256, ALMOST_ALL)
     dense = StaticCache(llama.config, max_cache_len=256)
@@ -249,17 +145,7 @@ def test_keys_that_a_mask_hides_from_a_token_are_not_read(llama: LlamaForCausalL
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-def test_an_attention_that_does_not_ask_is_refused_by_name(llama: LlamaForCausalLM) -> None:
-    cache = SparseStaticCache(llama.config, 128, FEW)
-    llama.set_attn_implementation("sdpa")
-    try:
-        with pytest.raises(RuntimeError, match=r"'sdpa'; call model.set_attn_implementation"):
-            generate(llama, prompt(100), cache)
-    finally:
-        llama.set_attn_implementation("unisparse")
-
-
-def test_gradients_are_refused_by_name(llama: LlamaForCausalLM) -> None:
+def test_gradients_are_refused_by_name(llama: Any) -> None:
     cache = SparseStaticCache(llama.config, 256, FEW)
     with torch.no_grad():
         llama(prompt(130), **{cache_name(): cache})
@@ -267,13 +153,13 @@ def test_gradients_are_refused_by_name(llama: LlamaForCausalLM) -> None:
         llama(prompt(1), **{cache_name(): cache}, position_ids=torch.tensor([[130]]))
 
 
-def test_assisted_generation_is_refused_by_name(llama: LlamaForCausalLM) -> None:
+def test_assisted_generation_is_refused_by_name(llama: Any) -> None:
     cache = SparseStaticCache(llama.config, 256, FEW)
     with pytest.raises(NotImplementedError, match="generate without assistant_model"):
         generate(llama, prompt(100), cache, prompt_lookup_num_tokens=3)
 
 
-def test_several_rows_at_once_read_everything(llama: LlamaForCausalLM) -> None:
+def test_several_rows_at_once_read_everything(llama: Any) -> None:
     ids = prompt(140)
     logits = []
     with torch.no_grad():
@@ -289,7 +175,7 @@ def test_several_rows_at_once_read_everything(llama: LlamaForCausalLM) -> None:
 
 
 def test_what_nothing_chooses_for_is_refused_by_name(
-    llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = torch.empty(1, 2, 1, 8, device="meta")
     layer = SparseStaticLayer(32, FEW, llama.config)
