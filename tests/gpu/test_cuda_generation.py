@@ -15,7 +15,6 @@ from tests.api.reference import rmse
 from tests.integrations.generation import (
     ALMOST_ALL,
     FEW,
-    NAME,
     SIZES,
     assert_alike,
     create,
@@ -23,6 +22,7 @@ from tests.integrations.generation import (
     prompt,
     read_by_operators,
 )
+from tests.integrations.named import NAME
 from unisparse_flex.block_masks.pages import (
     UnitSummaries,
     choose_rows,

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integrations.generation import NAME, create
+from tests.integrations.generation import create
+from tests.integrations.named import NAME
 from unisparse_flex.integrations.transformers import register, unregister
 
 
