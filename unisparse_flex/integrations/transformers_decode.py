@@ -5,6 +5,7 @@ Symbols: B batch, Hq/Hkv heads, S keys of the cache, n units, U keys of a unit, 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..block_masks.pages import (
     keep_units,
     pin_prompt,
 )
+from ..counted import counted
 from ..passes.decision import flex_supports
 from .transformers_attention import DECODE_LAYER
 from .transformers_decode_device import DeviceReader, padding_error
@@ -42,7 +44,8 @@ class SparseStaticCache(StaticCache):
     ``attn_implementation`` is a name of `register`. Prompts are read as without it;
     layers with a sliding window read all of it. On a CPU a layer whose cache is short, or of which
     most is chosen, is read whole: that is faster. On a GPU graphs hold the choice, those of
-    ``generate`` too, and a small cache is read whole whatever it holds.
+    ``generate`` too, and a small cache is read whole whatever it holds. `reason` says by which
+    rule layers are read whole, and its number.
 
     Args:
         config: The model's.
@@ -95,6 +98,23 @@ class SparseStaticCache(StaticCache):
         if visible:
             return kept / visible
         return 1.0 if any(layer.is_read_whole for layer in layers) else None
+
+    @property
+    def reason(self) -> str | None:
+        """Why layers are read whole, in a sentence that names the rule and its number.
+
+        ``None`` where a part of every layer is read that has no sliding window, and before a token
+        is generated. It tells of the last token, where `density` is over all of them, and waits for
+        a GPU as that does.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, SparseStaticLayer)]
+        if not layers:
+            return "every layer has a sliding window, which is read whole"
+        reasons = Counter(found for layer in layers if (found := layer.reason) is not None)
+        if not reasons:
+            return None
+        of_all = f"{reasons.total()} of {counted(len(layers), 'layer')} read whole"
+        return f"{of_all}: {reasons.most_common(1)[0][0]}"
 
 
 class SparseStaticLayer(StaticLayer):
@@ -161,6 +181,31 @@ class SparseStaticLayer(StaticLayer):
     def is_read_whole(self) -> bool:
         """Whether it is on a GPU and too small to be read in part."""
         return self._reader is not None and not self._reader.reads_part
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is read whole; ``None`` where a part is, and before a token is generated."""
+        if self._reader is not None and not self._reader.reads_part:
+            return self._reader.reason
+        if not self.read_counts()[1]:
+            return None
+        fewest = self.selector.min_keys
+        held = self.length if self._reader is None else int(self.cumulative_length)
+        if held <= fewest:
+            return f"{held} keys each, and of min_keys={fewest} or fewer all are read"
+        if self._reader is not None or self.pays:
+            return None
+        copied = COPY * self._density
+        if copied < 1:
+            least = CHOICE_BYTES / (1 - copied)
+            return (
+                f"{self._size / 1e6:.1f} MB of keys and values each, and on a CPU reading "
+                f"{self._density:.0%} of them is faster from {least / 1e6:.1f} MB on"
+            )
+        return (
+            f"{self._density:.0%} of the keys were chosen, and on a CPU reading a part is faster "
+            f"below {1 / COPY:.0%} at best"
+        )
 
     def read_counts(self) -> tuple[int, int]:
         """Units that were read, of all heads and generated tokens, and units that there were."""
@@ -249,8 +294,12 @@ class SparseStaticLayer(StaticLayer):
     @property
     def pays(self) -> bool:
         """Whether reading a part, as much as it was lately, is faster than reading everything."""
-        size = self.length * (self.keys[:, :, 0].nbytes + self.values[:, :, 0].nbytes)
-        return CHOICE_BYTES + COPY * self._density * size < size
+        return CHOICE_BYTES + COPY * self._density * self._size < self._size
+
+    @property
+    def _size(self) -> int:
+        """Bytes of the keys and values that were written."""
+        return self.length * (self.keys[:, :, 0].nbytes + self.values[:, :, 0].nbytes)
 
     def observe(self, query: Tensor, attention_mask: Tensor | None, scale: float) -> None:
         """Pins the units that the last rows of a prompt look at.

@@ -43,9 +43,9 @@ class DeviceReader:
     def __init__(self, keys: Tensor, values: Tensor, selector: DecodeSelector) -> None:
         batch, device = keys.shape[0], keys.device
         self._pins, self._text = selector.prompt_share > 0, selector.text
-        self.reads_part = (
-            keys.nbytes + values.nbytes > FEW_BYTES and keys.shape[2] > selector.min_keys
-        )
+        self._bytes, self._room = keys.nbytes + values.nbytes, keys.shape[2]
+        self._min_keys = selector.min_keys
+        self.reads_part = self._bytes > FEW_BYTES and self._room > self._min_keys
         self.counter = torch.zeros(2, dtype=torch.int64, device=device)
         if not self.reads_part:
             return
@@ -59,6 +59,21 @@ class DeviceReader:
             for tensor in (self._lengths, self._order, self.counter, *held):
                 # CUDA graphs neither copy it nor stop at its changes.
                 torch._dynamo.mark_static_address(tensor)
+
+    @property
+    def reason(self) -> str | None:
+        """Why no keys are left out; ``None`` where some are."""
+        if self.reads_part:
+            return None
+        if self._room <= self._min_keys:
+            return (
+                f"room for {self._room} keys each, and of min_keys={self._min_keys} or fewer all "
+                "are read"
+            )
+        return (
+            f"{self._bytes / 2**20:.1f} MiB of keys and values each, and on a GPU those of "
+            f"{FEW_BYTES / 2**20:.0f} MiB or less are read whole"
+        )
 
     def follow(self, keys: Tensor, length: Tensor, rows: int) -> None:
         """Takes note of rows that were written.
