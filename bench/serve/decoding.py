@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from statistics import median
@@ -151,6 +152,7 @@ def time_layer(shape: Shape, requests: int, length: int, longest: int) -> dict[s
         "parent_us": each(Layer.attend_parent),
         "sparse_us": each(sparse),
         "choice_us": each(Layer.choose),
+        "choice_with_update_us": each(lambda layer: layer.choose(is_behind=True)),
         "update_us": each(lambda layer: layer.summaries.update(middle)),
         "update_page_us": each(lambda layer: layer.summaries.update(end)),
     }
@@ -205,15 +207,16 @@ class Layer:
         self.view = view
         self.summaries = PageSummaries.create(view.pages, PAGE, unit=selector.unit)
         self.summaries.update(torch.arange(count * PAGE, device=device))
-        assert self.summaries.units is not None
-        self.units = self.summaries.units
         self.space = DecodeSpace.create(
             selector,
             torch.zeros_like(self.output),
             kv_heads=shape.kv_heads,
             units=self.tables.shape[1] * (PAGE // selector.unit),
         )
-        self.rows = DecodeRows(lengths=self.lengths, tables=self.tables, tokens=slice(0, requests))
+        # As in an engine, whose choice tells summaries of the rows' own keys.
+        self.rows = DecodeRows(
+            lengths=self.lengths, tables=self.tables, tokens=slice(0, requests), is_behind=True
+        )
         # As vLLM's builder makes it for a graph of decoding.
         self.schedule = None
         if self.version == 3:
@@ -267,18 +270,19 @@ class Layer:
             None,
             self.kernel,
             self.view,
-            self.units,
+            self.summaries,
             self.space,
             rows,
             self.query,
             self.output,
         )
 
-    def choose(self) -> None:
-        """The choice alone."""
+    def choose(self, *, is_behind: bool = False) -> None:
+        """The choice, without attention."""
         from unisparse_flex.integrations.vllm.decode_rows import choose
 
-        choose(self.impl, self.view, self.units, self.space, self.rows, self.query)
+        rows = replace(self.rows, is_behind=is_behind)
+        choose(self.impl, self.view, self.summaries, self.space, rows, self.query)
 
 
 def time_graph(function: Callable[[], None]) -> float:

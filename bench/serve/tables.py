@@ -174,11 +174,12 @@ def _decode_attention(rows: Sequence[Mapping[str, Any]]) -> str:
         "choice and attention, us": "{:.0f}",
         "parent / sparse": "{:.2f}",
         "choice alone, us": "{:.1f}",
-        "summaries of new keys, us": "{:.1f}",
+        "with summaries of new keys, us": "{:.1f}",
+        "these by themselves, us": "{:.1f}",
         "at the end of pages, us": "{:.1f}",
     }
     names = ("requests", "prompt", "parent_us", "sparse_us", "ratio")
-    parts = ("choice_us", "update_us", "update_page_us")
+    parts = ("choice_us", "choice_with_update_us", "update_us", "update_page_us")
     return markdown.table(columns, [[row.get(name) for name in (*names, *parts)] for row in rows])
 
 

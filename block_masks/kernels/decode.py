@@ -13,11 +13,13 @@ from torch import Tensor
 from .decode_rule import DecodeRule
 from .gpu import early_options, starts_early
 from .launch import Launch
+from .pages import FEW_ROWS, _summarize_key
 from .recording import empty
 from .scratch import power_of_two
 
-# Units that one program scores at a time, and programs for all sequences together at least.
-ROWS, PROGRAMS = 64, 512
+# Units that a warp estimates at a time, warps of a program that only does that, and warps for all
+# sequences together at least.
+ROWS_OF_WARP, ESTIMATING, WARPS_AT_WORK = 16, 4, 2048
 # Units of a sequence that a warp of the choice holds, and how many warps there are at most: for
 # very many units twice as many.
 OF_WARP, WARPS, VERY_MANY = 256, 16, 16384
@@ -33,22 +35,19 @@ SMALL, MIDDLE = 512, 1024
 KEY_BITS = 12
 
 
-@triton.jit(do_not_specialize=["width", "whole", "table_stride"])
+@triton.jit
 def _estimate(
-    query,
+    rows,
+    stride_head,
+    table,
     numbers,
     scales,
-    tables,
-    lengths,
-    masses,
-    packed,
-    stride_row,
-    stride_head,
-    table_stride,
+    out,
+    length,
+    head,
     width,
     kv_heads,
     head_dim,
-    whole,
     scale,
     UNITS: tl.constexpr,
     UNIT: tl.constexpr,
@@ -57,59 +56,38 @@ def _estimate(
     TYPE: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
-    PACK: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    """Logarithms of the masses of units, ROWS at a time, for the query heads of one key head.
-
-    With PACK the query is copied besides, rows and heads side by side. With EARLY it may start
-    before the kernel that it comes after is done, and the one behind it before it is.
-    """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    request = tl.program_id(1) // kv_heads
-    head = tl.program_id(1) % kv_heads
-    length = tl.load(lengths + request)
-    if PACK and tl.program_id(0) == 0:
-        row = tl.arange(0, PADDED)[:, None]
-        at = tl.arange(0, WIDTH)[None, :]
-        inside = (row < HEADS) & (at < head_dim)
-        rows = query + request.to(tl.int64) * stride_row + (head * HEADS + row) * stride_head
-        out = packed + (tl.program_id(1) * HEADS + row).to(tl.int64) * head_dim
-        tl.store(out + at, tl.load(rows + at, mask=inside), mask=inside)
-    # A request that keeps everything is not scored.
-    if tl.cdiv(length, UNIT) > whole:
-        table = tables + request.to(tl.int64) * table_stride
-        column = tl.arange(0, WIDTH)
-        own_head = tl.arange(0, PADDED)
-        rows = query + request.to(tl.int64) * stride_row + (head * HEADS + own_head) * stride_head
-        held_row = (own_head < HEADS)[None, :] & (column < head_dim)[:, None]
-        own = tl.load(rows[None, :] + column[:, None], mask=held_row, other=0.0)
-        own = own.to(tl.float32) * scale
-        square = (own * own).to(TYPE)
-        own = own.to(TYPE)
-        out = masses + (tl.program_id(1) * HEADS + own_head).to(tl.int64)[None, :] * width
-        units = tl.cdiv(length, UNIT)
-        for first in range(tl.program_id(0) * ROWS, units, tl.num_programs(0) * ROWS):
-            place = first + tl.arange(0, ROWS)
-            exists = place < units
-            page = tl.load(table + place // UNITS, mask=exists, other=0).to(tl.int64)
-            line = ((page * kv_heads + head) * UNITS + place % UNITS) * 2
-            inside = exists[:, None] & (column < head_dim)[None, :]
-            at = numbers + line[:, None] * head_dim + column[None, :]
-            mean = tl.load(at, mask=inside, other=0).to(tl.float32).to(TYPE)
-            spread = tl.load(at + head_dim, mask=inside, other=0).to(tl.float32)
-            of_mean = tl.load(scales + line, mask=exists, other=0.0).to(tl.float32)
-            of_spread = tl.load(scales + line + 1, mask=exists, other=0.0).to(tl.float32)
-            held = tl.minimum(length - place * UNIT, UNIT)
-            size = tl.log(tl.maximum(held, 1).to(tl.float32))[:, None]
-            logit = tl.dot(mean, own, input_precision="ieee") * of_mean[:, None]
-            variance = tl.dot((spread * spread).to(TYPE), square, input_precision="ieee")
-            variance *= (of_spread * of_spread)[:, None]
-            frozen = tl.sqrt(2 * variance * size) - size
-            mass = logit + size + tl.where(variance < 2 * size, variance / 2, frozen)
-            tl.store(out + place[:, None], mass, mask=exists[:, None] & (own_head < HEADS)[None, :])
+    """Logarithms of the masses of units, ROWS at a time, for the query heads of one key head."""
+    column = tl.arange(0, WIDTH)
+    # Products are of 16 columns at least.
+    own_head = tl.arange(0, PADDED if PADDED > 16 else 16)
+    own_rows = rows + (head * HEADS + own_head) * stride_head
+    held_row = (own_head < HEADS)[None, :] & (column < head_dim)[:, None]
+    own = tl.load(own_rows[None, :] + column[:, None], mask=held_row, other=0.0)
+    own = own.to(tl.float32) * scale
+    square = (own * own).to(TYPE)
+    own = own.to(TYPE)
+    out += own_head.to(tl.int64)[None, :] * width
+    units = tl.cdiv(length, UNIT)
+    for first in range(tl.program_id(0) * ROWS, units, tl.num_programs(0) * ROWS):
+        place = first + tl.arange(0, ROWS)
+        exists = place < units
+        page = tl.load(table + place // UNITS, mask=exists, other=0).to(tl.int64)
+        line = ((page * kv_heads + head) * UNITS + place % UNITS) * 2
+        inside = exists[:, None] & (column < head_dim)[None, :]
+        at = numbers + line[:, None] * head_dim + column[None, :]
+        mean = tl.load(at, mask=inside, other=0).to(tl.float32).to(TYPE)
+        spread = tl.load(at + head_dim, mask=inside, other=0).to(tl.float32)
+        of_mean = tl.load(scales + line, mask=exists, other=0.0).to(tl.float32)
+        of_spread = tl.load(scales + line + 1, mask=exists, other=0.0).to(tl.float32)
+        held = tl.minimum(length - place * UNIT, UNIT)
+        size = tl.log(tl.maximum(held, 1).to(tl.float32))[:, None]
+        logit = tl.dot(mean, own, input_precision="ieee") * of_mean[:, None]
+        variance = tl.dot((spread * spread).to(TYPE), square, input_precision="ieee")
+        variance *= (of_spread * of_spread)[:, None]
+        frozen = tl.sqrt(2 * variance * size) - size
+        mass = logit + size + tl.where(variance < 2 * size, variance / 2, frozen)
+        tl.store(out + place[:, None], mass, mask=exists[:, None] & (own_head < HEADS)[None, :])
 
 
 @triton.jit
@@ -217,6 +195,7 @@ def _choose_of(
 
 @triton.jit(
     do_not_specialize=[
+        "stride_token",
         "width",
         "out_width",
         "table_stride",
@@ -227,18 +206,31 @@ def _choose_of(
         "last",
     ]
 )
-def _choose(
-    masses,
+def _decode(
+    query,
+    packed,
+    keys,
+    means,
+    numbers,
+    scales,
     pinned,
     tables,
     lengths,
+    masses,
+    arrivals,
     out_tables,
     out_lengths,
     counter,
+    stride_token,
+    stride_head,
+    stride_page,
+    stride_key_head,
+    stride_key,
     table_stride,
     width,
     out_width,
     kv_heads,
+    head_dim,
     page_step,
     head_step,
     unit_step,
@@ -249,10 +241,19 @@ def _choose(
     whole,
     sinks,
     last,
+    scale,
+    ESTIMATES: tl.constexpr,
+    CHOOSES: tl.constexpr,
+    PACK: tl.constexpr,
+    GROUP: tl.constexpr,
+    FEW_ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     UNIT: tl.constexpr,
     HEADS: tl.constexpr,
     PADDED: tl.constexpr,
+    TYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
     HELD: tl.constexpr,
     TOP_P: tl.constexpr,
     BITS: tl.constexpr,
@@ -261,54 +262,85 @@ def _choose(
     SIZES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Chooses and names the units of one request and key head, if these are more than ABOVE.
+    """Programs of one request and key head: they estimate units, and the last to arrive chooses.
 
-    A request takes the least of SIZES sizes, each twice the one before, that holds its units: in an
-    engine for long requests short ones take no longer than in one for short ones.
+    With ESTIMATES alone nothing is chosen, and with CHOOSES alone the choice is one program's, of
+    units that were estimated. With PACK the query is copied besides, rows and heads side by side,
+    with GROUP what summaries say of the request's last key is brought up to date first.
+
+    A request takes the least of SIZES sizes, each twice the one before, that holds its units, if
+    these are more than ABOVE: in an engine for long requests short ones take no longer than in one
+    for short ones. With EARLY it may start before the kernel that it comes after is done.
     """
     if EARLY:
-        # All programs: what comes after this kernel takes the one before it for done. First of all:
-        # what wrote the lengths may not be done either.
+        # What comes after a choice takes the kernels before it for done: only what comes after an
+        # estimate starts early. All programs wait, for what wrote the lengths may not be done.
+        if not CHOOSES:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    sequence = tl.program_id(0)
+    sequence = tl.program_id(1)
     request = sequence // kv_heads
+    head = sequence % kv_heads
+    program = tl.program_id(0)
     length = tl.load(lengths + request)
     count = tl.cdiv(length, UNIT)
-    for i in tl.static_range(SIZES):
-        if (count > ((LEAST << i) // 2 if i > 0 else ABOVE)) & (count <= (LEAST << i)):
-            total = _choose_of(
-                masses,
-                pinned,
-                tables + request.to(tl.int64) * table_stride,
-                out_tables + sequence.to(tl.int64) * out_width,
-                sequence,
-                count,
-                width,
-                kv_heads,
-                page_step,
-                head_step,
-                unit_step,
-                top_p,
-                share,
-                budget,
-                fewest,
-                whole,
-                sinks,
-                last,
-                UNITS,
-                HEADS,
-                PADDED if PADDED * (LEAST << i) <= HELD else max(HELD // (LEAST << i), 1),
-                TOP_P,
-                BITS,
-                LEAST << i,
-            )
-            tl.store(out_lengths + sequence, total * UNIT - (count * UNIT - length))
-            tl.atomic_add(counter, total.to(tl.int64))
-            tl.atomic_add(counter + 1, count.to(tl.int64))
+    table = tables + request.to(tl.int64) * table_stride
+    # A request that keeps everything is not scored, and needs one program.
+    programs = tl.minimum(tl.cdiv(count, ROWS), tl.num_programs(0)) if ESTIMATES else 1
+    programs = tl.where(count > whole, programs, 1)
+    chooses = program == 0
+    if ESTIMATES:
+        rows = query + request.to(tl.int64) * stride_token
+        if PACK and program == 0:
+            row = tl.arange(0, PADDED)[:, None]
+            at = tl.arange(0, WIDTH)[None, :]
+            inside = (row < HEADS) & (at < head_dim)
+            held = tl.load(rows + (head * HEADS + row) * stride_head + at, mask=inside)
+            out = packed + (sequence * HEADS + row).to(tl.int64) * head_dim
+            tl.store(out + at, held, mask=inside)
+        # The program that reads the last unit.
+        own = (tl.cdiv(count, ROWS) - 1) % programs
+        if GROUP > 0 and (length > 0) & (program == own):
+            page: tl.constexpr = UNITS * UNIT
+            slot = tl.load(table + (length - 1) // page) * page + (length - 1) % page
+            _summarize_key(
+                slot, slot >= 0, head, keys, means, numbers, scales, pinned,
+                stride_page, stride_key_head, stride_key, kv_heads, head_dim,
+                page, GROUP, UNIT, FEW_ROWS, WIDTH,
+            )  # fmt: skip
+            tl.debug_barrier()
+        if (count > whole) & (program < programs):
+            _estimate(
+                rows, stride_head, table, numbers, scales,
+                masses + (sequence * HEADS).to(tl.int64) * width,
+                length, head, width, kv_heads, head_dim, scale,
+                UNITS, UNIT, HEADS, PADDED, TYPE, ROWS, WIDTH,
+            )  # fmt: skip
+            if CHOOSES:
+                # What all threads wrote is there before this program counts as arrived.
+                tl.debug_barrier()
+                before = tl.atomic_add(arrivals + sequence, 1, sem="acq_rel")
+                chooses = before == programs - 1
+                if chooses:
+                    tl.store(arrivals + sequence, 0)
+    if CHOOSES:
+        for i in tl.static_range(SIZES):
+            holds = (count > ((LEAST << i) // 2 if i > 0 else ABOVE)) & (count <= (LEAST << i))
+            if chooses & holds:
+                total = _choose_of(
+                    masses, pinned, table, out_tables + sequence.to(tl.int64) * out_width,
+                    sequence, count, width, kv_heads, page_step, head_step, unit_step,
+                    top_p, share, budget, fewest, whole, sinks, last,
+                    UNITS, HEADS,
+                    PADDED if PADDED * (LEAST << i) <= HELD else max(HELD // (LEAST << i), 1),
+                    TOP_P, BITS, LEAST << i,
+                )  # fmt: skip
+                tl.store(out_lengths + sequence, total * UNIT - (count * UNIT - length))
+                tl.atomic_add(counter, total.to(tl.int64))
+                tl.atomic_add(counter + 1, count.to(tl.int64))
 
 
-_launch_estimate = Launch(_estimate)
-_launch_choose = Launch(_choose)
+_launch = Launch(_decode)
 
 
 def choose_units(
@@ -327,6 +359,8 @@ def choose_units(
     scale: float,
     steps: tuple[int, int, int],
     packed: Tensor | None = None,
+    arrivals: Tensor | None = None,
+    written: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """`pages.choose_units` on the GPU.
 
@@ -345,62 +379,49 @@ def choose_units(
         scale: Factor on the logits.
         steps: What a page, a key head, and a unit of a page, adds to the number of a unit.
         packed: [B, Hq, D], contiguous, where the query is copied to; ``None`` for nowhere.
+        arrivals: int32 [B * Hkv or more], zeros before and after, so that one launch does for all
+            but very many long requests; ``None`` for launches of their own.
+        written: Keys [all pages, Hkv, P, D], numbers of a key side by side, and means
+            [all pages, Hkv, R, D], contiguous: what summaries say of every request's last key is
+            brought up to date first. ``None`` where they are.
     """
     batch, q_heads, head_dim = query.shape
     kv_heads, units = numbers.shape[1:3]
-    heads, width = q_heads // kv_heads, tables.shape[1] * units
+    heads, width, page = q_heads // kv_heads, tables.shape[1] * units, units * unit
     sequences = batch * kv_heads
     masses = empty(query, (sequences * heads * width,), torch.float32)
-    programs = min(-(-width // ROWS), -(-PROGRAMS // sequences))
+    keys, means = (query, query) if written is None else written
+    key_strides = (0, 0, 0) if written is None else keys.stride()[:3]
     early = starts_early(query.device)
-    _launch_estimate(
-        (programs, sequences, 1),
-        query,
-        numbers,
-        scales,
-        tables,
-        lengths,
-        masses,
-        query if packed is None else packed,
-        query.stride(0),
-        query.stride(1),
-        tables.stride(0),
-        width,
-        kv_heads,
-        head_dim,
-        rule.read_whole,
-        scale,
-        UNITS=units,
-        UNIT=unit,
-        HEADS=heads,
-        PADDED=max(16, power_of_two(heads)),
-        TYPE=tl.float32 if query.dtype == torch.float32 else tl.bfloat16,
-        ROWS=ROWS,
-        WIDTH=power_of_two(head_dim),
-        PACK=packed is not None,
-        EARLY=early,
-        num_warps=4,
-        enable_fp_fusion=True,
-        **early_options(early),
-    )
-    size = power_of_two(width)
-    together = sequences <= FEW or size <= MIDDLE
-    for above, largest in [(-1, size)] if together else [(-1, MIDDLE), (MIDDLE, size)]:
-        least = min(SMALL, size) if above < 0 else 2 * above
-        warps = min(WARPS if size < VERY_MANY else 2 * WARPS, max(1, largest // OF_WARP))
-        _launch_choose(
-            (sequences, 1, 1),
-            masses,
+
+    def launch(estimates: bool, chooses: bool, warps: int, above: int, largest: int) -> None:
+        rows = ROWS_OF_WARP * warps
+        programs = min(-(-width // rows), -(-WARPS_AT_WORK // (sequences * warps)))
+        least = min(SMALL, largest) if above < 0 else 2 * above
+        _launch(
+            (programs if estimates else 1, sequences, 1),
+            query,
+            query if packed is None else packed,
+            keys,
+            means,
+            numbers,
+            scales,
             pinned,
             tables,
             lengths,
+            masses,
+            lengths if arrivals is None else arrivals,
             out_tables,
             out_lengths,
             counter,
+            query.stride(0),
+            query.stride(1),
+            *key_strides,
             tables.stride(0),
             width,
             out_tables.stride(0),
             kv_heads,
+            head_dim,
             *steps,
             rule.top_p,
             rule.share,
@@ -409,10 +430,19 @@ def choose_units(
             rule.read_whole,
             rule.sinks,
             rule.last,
+            scale,
+            ESTIMATES=estimates,
+            CHOOSES=chooses,
+            PACK=packed is not None and estimates,
+            GROUP=page // means.shape[2] if estimates and written is not None else 0,
+            FEW_ROWS=min(page, FEW_ROWS),
             UNITS=units,
             UNIT=unit,
             HEADS=heads,
             PADDED=power_of_two(heads),
+            TYPE=tl.float32 if query.dtype == torch.float32 else tl.bfloat16,
+            ROWS=rows,
+            WIDTH=power_of_two(head_dim),
             HELD=HELD * 32 * warps,
             TOP_P=rule.top_p < 1.0,
             BITS=KEY_BITS,
@@ -424,3 +454,19 @@ def choose_units(
             enable_fp_fusion=True,
             **early_options(early),
         )
+
+    size = power_of_two(width)
+    is_one = sequences <= FEW or size <= MIDDLE
+    parts = [(-1, size)] if is_one else [(-1, MIDDLE), (MIDDLE, size)]
+    if is_one and arrivals is not None:
+        launch(True, True, max(ESTIMATING, _choosing(size)), *parts[0])
+        return
+    launch(True, False, ESTIMATING, -1, size)
+    for above, largest in parts:
+        launch(False, True, _choosing(largest), above, largest)
+
+
+def _choosing(units: int) -> int:
+    """Warps of a choice among so many units."""
+    most = WARPS if units < VERY_MANY else 2 * WARPS
+    return min(most, max(1, units // OF_WARP))

@@ -50,6 +50,65 @@ def _summarize_unit(key, held, size, numbers, scales, line, head_dim, column):
     _write_unit(spread, numbers, scales, line * 2 + 1, head_dim, column)
 
 
+@triton.jit
+def _summarize_key(
+    slot,
+    ends_unit,
+    head,
+    keys,
+    means,
+    numbers,
+    scales,
+    pinned,
+    stride_page,
+    stride_head,
+    stride_row,
+    heads,
+    head_dim,
+    PAGE: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What a key that was written to ``slot`` changes for one key head; nothing below 0.
+
+    Means of its page where it fills that, ROWS keys at a time, and with a UNIT, where it is the
+    last one written to its unit, what decoding needs of this.
+    """
+    column = tl.arange(0, WIDTH)
+    inside = (column < head_dim)[None, :]
+    groups: tl.constexpr = PAGE // GROUP
+    of: tl.constexpr = ROWS // GROUP if ROWS > GROUP else 1
+    page = (slot // PAGE).to(tl.int64)
+    base = keys + page * stride_page + head.to(tl.int64) * stride_head
+    if (slot >= 0) & (slot % PAGE == PAGE - 1):
+        for first in range(0, PAGE, of * GROUP):
+            total = tl.zeros([of, WIDTH], dtype=tl.float32)
+            for start in range(first, first + of * GROUP, ROWS):
+                row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+                at = base + row * stride_row + column[None, :]
+                key = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+                total += tl.sum(tl.reshape(key, [of, ROWS // of, WIDTH]), 1)
+            mean = total / GROUP
+            # As composite keys that are pooled in place.
+            mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
+            line = (page * heads + head) * groups + first // GROUP + tl.arange(0, of)
+            out = means + line[:, None] * head_dim + column[None, :]
+            tl.store(out, mean.to(means.dtype.element_ty), mask=inside)
+    if UNIT:
+        place = slot % PAGE
+        if (slot >= 0) & ends_unit:
+            row = tl.arange(0, UNIT)
+            held = (row <= place % UNIT)[:, None]
+            at = base + (place - place % UNIT + row).to(tl.int64)[:, None] * stride_row
+            key = tl.load(at + column[None, :], mask=inside & held, other=0.0).to(tl.float32)
+            size = (place % UNIT + 1).to(tl.float32)
+            line = (page * heads + head) * (PAGE // UNIT) + place // UNIT
+            _summarize_unit(key, held, size, numbers, scales, line, head_dim, column)
+            tl.store(pinned + line, tl.zeros([], dtype=tl.uint8))
+
+
 @triton.jit(do_not_specialize=["count"])
 def _summarize(
     keys,
@@ -72,51 +131,25 @@ def _summarize(
     WIDTH: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Means of every GROUP keys of the pages whose last key is among the slots, ROWS at a time.
+    """What the keys of the slots change, TOKENS of them a program.
 
-    With a UNIT also what decoding needs of the units of all slots, however many keys they hold.
     With EARLY it may start before what wrote the keys is done, and a choice of units before it is.
     """
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    head = tl.program_id(1)
-    column = tl.arange(0, WIDTH)
-    inside = (column < head_dim)[None, :]
-    groups: tl.constexpr = PAGE // GROUP
-    of: tl.constexpr = ROWS // GROUP if ROWS > GROUP else 1
     for i in range(TOKENS):
         token = tl.program_id(0) * TOKENS + i
         slot = tl.load(slots + token, mask=token < count, other=-1)
-        page = (slot // PAGE).to(tl.int64)
-        base = keys + page * stride_page + head.to(tl.int64) * stride_head
-        if (slot >= 0) & (slot % PAGE == PAGE - 1):
-            for first in range(0, PAGE, of * GROUP):
-                total = tl.zeros([of, WIDTH], dtype=tl.float32)
-                for start in range(first, first + of * GROUP, ROWS):
-                    row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-                    at = base + row * stride_row + column[None, :]
-                    key = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-                    total += tl.sum(tl.reshape(key, [of, ROWS // of, WIDTH]), 1)
-                mean = total / GROUP
-                # As composite keys that are pooled in place.
-                mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
-                line = (page * heads + head) * groups + first // GROUP + tl.arange(0, of)
-                out = means + line[:, None] * head_dim + column[None, :]
-                tl.store(out, mean.to(means.dtype.element_ty), mask=inside)
+        ends_unit = slot >= 0
         if UNIT:
             behind = tl.load(slots + token + 1, mask=token + 1 < count, other=-1)
-            place = slot % PAGE
-            # The last of its unit that was written.
-            if (slot >= 0) & ((place % UNIT == UNIT - 1) | (behind != slot + 1)):
-                row = tl.arange(0, UNIT)
-                held = (row <= place % UNIT)[:, None]
-                at = base + (place - place % UNIT + row).to(tl.int64)[:, None] * stride_row
-                key = tl.load(at + column[None, :], mask=inside & held, other=0.0).to(tl.float32)
-                size = (place % UNIT + 1).to(tl.float32)
-                line = (page * heads + head) * (PAGE // UNIT) + place // UNIT
-                _summarize_unit(key, held, size, numbers, scales, line, head_dim, column)
-                tl.store(pinned + line, tl.zeros([], dtype=tl.uint8))
+            ends_unit = (slot % UNIT == UNIT - 1) | (behind != slot + 1)
+        _summarize_key(
+            slot, ends_unit, tl.program_id(1), keys, means, numbers, scales, pinned,
+            stride_page, stride_head, stride_row, heads, head_dim,
+            PAGE, GROUP, UNIT, ROWS, WIDTH,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["length", "composites"], do_not_specialize_on_alignment=["table"])

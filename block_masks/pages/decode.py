@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..validation import validate_fraction, validate_int
-from .summaries import UnitSummaries
+from .summaries import PageSummaries, UnitSummaries
 from .tables import PageTables
 
 
@@ -198,6 +198,7 @@ def choose_units(
     steps: tuple[int, int, int],
     packed: Tensor | None = None,
     few: int = 0,
+    written: PageSummaries | None = None,
 ) -> None:
     """Writes the units that decoding queries read as the pages of B * Hkv sequences.
 
@@ -206,7 +207,8 @@ def choose_units(
 
     Args:
         query: [B, Hq, D], one row of each request.
-        units: Those of the cache, up to date with the queries' own tokens.
+        units: Those of the cache, up to date with the queries' own tokens, or without these and
+            ``written``.
         tables: int32 [B, n], the pages of each request in order.
         lengths: int32 [B], keys of each; 0 for none.
         out: Where they are written, from the first sequence on; at least n * P / U wide. Its
@@ -217,6 +219,8 @@ def choose_units(
         packed: [B, Hq, D], contiguous, where the query is copied to: kernels that attend take
             key heads for sequences, and rows of them side by side. ``None`` for nowhere.
         few: Keys of a request that is read whole: to choose would take longer.
+        written: The summaries that ``units`` are part of, where they are first to be brought up to
+            date with each request's last key, as `PageSummaries.update` does.
     """
     unit, page, kv_heads = units.unit, units.page, units.numbers.shape[1]
     if query.device.type == "cuda":
@@ -235,8 +239,14 @@ def choose_units(
             scale=scale,
             steps=steps,
             packed=packed,
+            arrivals=out.arrivals,
+            written=None if written is None else (written.pages, written.means),
         )
         return
+    if written is not None:
+        last = (lengths - 1).clamp_min(0)
+        pages = tables.gather(1, (last // page)[:, None].long())[:, 0].long()
+        written.update(torch.where(lengths > 0, pages * page + last % page, -1))
     if packed is not None:
         packed.copy_(query)
     masses = estimate_masses(query, units, tables, lengths, scale=scale)

@@ -47,17 +47,24 @@ class Decoding:
         heads, page = self.summaries.pages.shape[1:3]
         return heads * page // self.units.unit, page // self.units.unit, 1
 
-    def outputs(self) -> PageTables:
-        """Room for the chosen units."""
+    def outputs(self, *, is_one: bool = True) -> PageTables:
+        """Room for the chosen units, where kernels may choose them in one launch, or may not."""
         heads, units = self.units.numbers.shape[1:3]
         batch, width = self.tables.shape
         counter = torch.zeros(2, dtype=torch.int64, device=self.query.device)
-        return PageTables.create(batch * heads, width * units, counter)
+        arrivals = counter.new_zeros(batch * heads, dtype=torch.int32) if is_one else None
+        return PageTables.create(batch * heads, width * units, counter, arrivals)
 
     def choose(
-        self, selector: DecodeSelector, out: PageTables, *, scale: float, few: int = 0
+        self,
+        selector: DecodeSelector,
+        out: PageTables,
+        *,
+        scale: float,
+        few: int = 0,
+        is_behind: bool = False,
     ) -> None:
-        """Writes what the requests read."""
+        """Writes what the requests read; where summaries are behind, of keys known to them then."""
         choose_units(
             self.query,
             self.units,
@@ -68,6 +75,7 @@ class Decoding:
             scale=scale,
             steps=self.steps,
             few=few,
+            written=self.summaries if is_behind else None,
         )
 
 

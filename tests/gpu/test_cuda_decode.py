@@ -48,16 +48,17 @@ def assert_same(found: PageTables, expected: PageTables, unit: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("page", "unit"), [(128, 32), (128, 128), (64, 32)])
 @pytest.mark.parametrize(
-    "selector",
+    ("selector", "is_one"),
     [
-        DecodeSelector(share=0.1, min_keys=0),
-        DecodeSelector(budget=1024),
-        DecodeSelector(top_p=0.8, min_keys=256),
-        DecodeSelector(),
+        (DecodeSelector(share=0.1, min_keys=0), True),
+        (DecodeSelector(share=0.1, min_keys=0), False),
+        (DecodeSelector(budget=1024), True),
+        (DecodeSelector(top_p=0.8, min_keys=256), True),
+        (DecodeSelector(), True),
     ],
 )
 def test_units_are_those_of_plain_pytorch(
-    selector: DecodeSelector, page: int, unit: int, dtype: torch.dtype
+    selector: DecodeSelector, is_one: bool, page: int, unit: int, dtype: torch.dtype
 ) -> None:
     call = create_decoding(
         LENGTHS,
@@ -71,7 +72,7 @@ def test_units_are_those_of_plain_pytorch(
     )
     plain = on_cpu(call)
     selector = selector.of_unit(unit)
-    found, expected = call.outputs(), plain.outputs()
+    found, expected = call.outputs(is_one=is_one), plain.outputs()
     call.choose(selector, found, scale=SCALE)
     plain.choose(selector, expected, scale=SCALE)
     if selector.top_p == 1.0:
@@ -101,6 +102,47 @@ def test_a_graph_chooses_for_other_lengths_and_queries() -> None:
         for i, length in enumerate(expected.lengths.tolist()):
             count = -(-length // 32)
             assert torch.equal(found.tables[i, :count], expected.tables[i, :count])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("requests", [1, 3, 40])
+@pytest.mark.parametrize("few", [0, 2000])
+def test_one_launch_does_what_three_do(requests: int, few: int, dtype: torch.dtype) -> None:
+    # Of one program a sequence and of many, the last of which chooses; again and again.
+    generator = torch.Generator().manual_seed(requests)
+    lengths = torch.randint(1, 20000 if requests < 40 else 3000, (requests,), generator=generator)
+    one, three = (
+        create_decoding(
+            lengths.tolist(), page=128, unit=32, head_dim=128, dtype=dtype, device="cuda"
+        )
+        for _ in range(2)
+    )
+    selector = DecodeSelector(share=0.1, min_keys=0)
+    for step in range(30):
+        pages = three.tables.gather(1, (three.lengths[:, None] - 1).long() // 128)[:, 0].long()
+        slots = pages * 128 + (three.lengths - 1) % 128
+        for call in (one, three):
+            call.query.normal_(generator=torch.Generator("cuda").manual_seed(step))
+            # The last key is another one, so that what was known of it is wrong.
+            call.summaries.pages[pages, :, (call.lengths - 1) % 128] *= -1.5
+        three.summaries.update(slots)
+        found, expected = one.outputs(), three.outputs(is_one=False)
+        one.choose(selector, found, scale=SCALE, few=few, is_behind=True)
+        three.choose(selector, expected, scale=SCALE, few=few)
+        for name in ("numbers", "scales", "pinned"):
+            assert torch.equal(getattr(one.units, name), getattr(three.units, name))
+        assert torch.equal(one.summaries.means, three.summaries.means)
+        assert found.arrivals is not None
+        assert not found.arrivals.any()
+        assert torch.equal(found.counter, expected.counter)
+        assert torch.equal(found.lengths, expected.lengths)
+        for i, length in enumerate(expected.lengths.tolist()):
+            count = -(-length // 32)
+            ours, theirs = (set(t.tables[i, :count].tolist()) for t in (found, expected))
+            # Tiles of another shape may round otherwise.
+            assert len(ours - theirs) <= 1
+        for call in (one, three):
+            call.lengths.sub_(1).clamp_min_(1)
 
 
 @pytest.mark.parametrize("length", [500, 4001])

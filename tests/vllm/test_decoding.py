@@ -86,15 +86,15 @@ def test_fewer_pages_are_read_and_the_last_ones_among_them(
 
 
 def checking_summaries(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Checks what decoding is told before it chooses; the list has the rows of every choice."""
+    """Checks what decoding chose by; the list has the rows of every choice."""
     found: list[int] = []
     attend = decode_rows.attend_decode
 
     def check(impl: Any, layer: Any, kernel: Any, view: CacheView, *rest: Any) -> None:
-        units, _, rows = rest[:3]
-        assert_summaries_are_fresh(view.pages, units, rows.tables, rows.lengths)
-        found.append(rows.lengths.shape[0])
+        summaries, _, rows = rest[:3]
         attend(impl, layer, kernel, view, *rest)
+        assert_summaries_are_fresh(view.pages, summaries.units, rows.tables, rows.lengths)
+        found.append(rows.lengths.shape[0])
 
     monkeypatch.setattr(create_backend, "attend_decode", check)
     return found

@@ -181,7 +181,7 @@ def test_the_kernels_of_gpus_decode_over_the_kept_units(
         selector, torch.zeros_like(output), kv_heads=KV_HEADS, units=width * page // unit
     )
     rows = DecodeRows(lengths=held, tables=tables, tokens=slice(0, batch))
-    attend_decode(impl, layer, kernel, view, summaries.units, space, rows, query, output)
+    attend_decode(impl, layer, kernel, view, summaries, space, rows, query, output)
     masses = estimate_masses(query, summaries.units, tables, held, scale=SCALE)
     units = units_of(space.names, view, tables)
     # Shares that round to another rank may change places.

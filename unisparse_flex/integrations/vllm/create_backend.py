@@ -275,6 +275,7 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 tables=tables[rows],
                 tokens=rows,
                 few=self._few_keys(common.num_reqs),
+                is_behind=True,
             )
             return Split(None, decode, None, None, tables)
 
@@ -336,6 +337,7 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                     tables=common.block_table_tensor[index],
                     tokens=decoded,
                     few=self._few_keys(len(plan.decode)),
+                    is_behind=sparse is None and metadata is None,
                 )
             return Split(sparse, decode, metadata, tokens, tables, ends)
 
@@ -350,11 +352,19 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
         def do_kv_cache_update(
             self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
         ) -> None:
-            """Writes the cache, then the summaries of what it was written to."""
+            """Writes the cache, then the summaries of what it was written to, or leaves these."""
             super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
             if self.unisparse is not None:
                 self.unisparse.bind(layer, kv_cache, key.dtype)
-                self.unisparse.written(slot_mapping)
+                if not self._is_behind(_metadata_of(layer)):
+                    self.unisparse.written(slot_mapping)
+
+        def _is_behind(self, metadata: Any) -> bool:
+            """Whether `forward` brings the summaries up to date with the keys of a batch."""
+            split, state = getattr(metadata, "unisparse", None), self.unisparse
+            if split is None or split.decode is None or state is None or state.space is None:
+                return False
+            return bool(split.decode.is_behind) and state.reason is None
 
         def fused_rope_kvcache_supported(self) -> bool:
             """No: it writes the cache past `do_kv_cache_update`."""
@@ -391,6 +401,8 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                     reason = Reason.QUANTIZED_OUTPUT
                 if reason is not None:
                     counting.dense_calls[reason] += 1
+                    if self._is_behind(attn_metadata):
+                        state.written(attn_metadata.slot_mapping)
             if split is not None and state is not None and state.space is not None and split.ends:
                 assert state.view is not None
                 assert state.summaries is not None
@@ -428,14 +440,13 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 at = split.decode.tokens
                 assert state.space is not None
                 assert state.units is not None
-                assert state.summaries.units is not None
                 with _part_of(output, at) as part:
                     attend_decode(
                         self,
                         layer,
                         kernel,
                         state.units,
-                        state.summaries.units,
+                        state.summaries,
                         state.space,
                         split.decode,
                         query[at],
@@ -543,6 +554,14 @@ def _part_of(output: Tensor, tokens: slice | Tensor) -> Iterator[Tensor]:
     part = torch.empty_like(output[tokens])
     yield part
     output[tokens] = part
+
+
+def _metadata_of(layer: Any) -> Any:
+    """What the forward that runs says of the batch for a layer; ``None`` where it says nothing."""
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    found = get_forward_context().attn_metadata if is_forward_context_available() else None
+    return found.get(layer.layer_name) if isinstance(found, dict) else None
 
 
 def _only(common: Any, rows: tuple[Row, ...], tokens: slice | Tensor) -> Any:

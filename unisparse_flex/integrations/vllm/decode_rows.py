@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...block_masks.pages import DecodeSelector, PageTables, UnitSummaries, choose_units
+from ...block_masks.pages import DecodeSelector, PageSummaries, PageTables, choose_units
 from .cache_view import CacheView
 from .counters import counting
 from .kernels import ParentKernel, Sequences
@@ -51,6 +51,7 @@ class DecodeRows:
         tables: int32 [B, pages], their page tables.
         tokens: Which tokens of the batch these are: a range, or int64 [B].
         few: Keys of a row that is read whole: to choose would take longer.
+        is_behind: Whether summaries do not know the rows' own keys yet, and a choice tells them.
         schedule: The kernel's, for the layers that compute these rows.
     """
 
@@ -58,6 +59,7 @@ class DecodeRows:
     tables: Tensor
     tokens: slice | Tensor
     few: int = 0
+    is_behind: bool = False
     schedule: Schedule = field(default_factory=Schedule)
 
 
@@ -84,7 +86,8 @@ class DecodeSpace:
         """Room for the rows of ``query``, [B, Hq, D] and written to, and so many units of each."""
         rows, device = query.shape[0], query.device
         sequences = rows * kv_heads
-        names = PageTables.create(sequences, units, counting.decode_units_on(device))
+        arrivals = torch.zeros(sequences, dtype=torch.int32, device=device)
+        names = PageTables.create(sequences, units, counting.decode_units_on(device), arrivals)
         # What a graph reads before anything was written must name a unit that is there.
         names.tables.zero_()
         names.lengths.zero_()
@@ -103,7 +106,7 @@ class DecodeSpace:
     ) -> int:
         """Of page tables, of what units weigh and of queries, for so many rows of so many keys."""
         units = -(-length // selector.unit)
-        return 4 * rows * ((q_heads + kv_heads) * units + q_heads * head_dim)
+        return 4 * rows * ((q_heads + kv_heads) * units + q_heads * head_dim + 3 * kv_heads)
 
 
 def attend_decode(
@@ -111,7 +114,7 @@ def attend_decode(
     layer: Any,
     kernel: ParentKernel,
     view: CacheView,
-    units: UnitSummaries,
+    summaries: PageSummaries,
     space: DecodeSpace,
     rows: DecodeRows,
     query: Tensor,
@@ -124,7 +127,7 @@ def attend_decode(
         layer: The layer.
         kernel: What attends.
         view: The layer's cache in units, with the keys of this batch.
-        units: Summaries of its units, up to date.
+        summaries: Those of its pages, with units; but for ``rows.is_behind`` up to date.
         space: Memory for the choice.
         rows: The rows.
         query: [B, Hq, D] or as many numbers, of the rows alone.
@@ -135,7 +138,7 @@ def attend_decode(
     width = rows.tables.shape[1] * (page // view.unit)
     query = query.view(batch, heads, head_dim)
     apart = None if query.is_contiguous() else space.query[:batch]
-    choose(impl, view, units, space, rows, query, apart)
+    choose(impl, view, summaries, space, rows, query, apart)
     packed = query if apart is None else apart
     sequences = batch * kv_heads
     given = Sequences(
@@ -155,7 +158,7 @@ def attend_decode(
 def choose(
     impl: Any,
     view: CacheView,
-    units: UnitSummaries,
+    summaries: PageSummaries,
     space: DecodeSpace,
     rows: DecodeRows,
     query: Tensor,
@@ -165,9 +168,10 @@ def choose(
 
     ``packed``, as large as the query, is where the query is copied to.
     """
+    assert summaries.units is not None
     choose_units(
         query,
-        units,
+        summaries.units,
         rows.tables,
         rows.lengths,
         space.names,
@@ -176,6 +180,7 @@ def choose(
         steps=view.steps,
         packed=packed,
         few=rows.few,
+        written=summaries if rows.is_behind else None,
     )
 
 

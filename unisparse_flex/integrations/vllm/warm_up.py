@@ -80,25 +80,26 @@ def _decode(layer: Any, state: LayerState, longest: int) -> None:
     assert state.units is not None
     assert state.space is not None
     assert state.summaries is not None
-    assert state.summaries.units is not None
     impl, pages = layer.impl, state.units.pages
     query = pages.new_zeros((1, impl.num_heads, impl.head_size))
     width = -(-longest // pages.shape[2])
     numbers = counting.decode_units_on(pages.device)
     before = numbers.clone()
-    attend_decode(
-        impl,
-        layer,
-        state.kernel,
-        state.units,
-        state.summaries.units,
-        state.space,
-        DecodeRows(
-            lengths=torch.zeros(1, dtype=torch.int32, device=pages.device),
-            tables=torch.zeros((1, width), dtype=torch.int32, device=pages.device),
-            tokens=slice(0, 1),
-        ),
-        query,
-        torch.empty_like(query),
-    )
+    for is_behind in (False, True):
+        attend_decode(
+            impl,
+            layer,
+            state.kernel,
+            state.units,
+            state.summaries,
+            state.space,
+            DecodeRows(
+                lengths=torch.zeros(1, dtype=torch.int32, device=pages.device),
+                tables=torch.zeros((1, width), dtype=torch.int32, device=pages.device),
+                tokens=slice(0, 1),
+                is_behind=is_behind,
+            ),
+            query,
+            torch.empty_like(query),
+        )
     numbers.copy_(before)
