@@ -261,6 +261,7 @@ def _decode(
     LEAST: tl.constexpr,
     SIZES: tl.constexpr,
     EARLY: tl.constexpr,
+    FOLLOWED: tl.constexpr,
 ):
     """Programs of one request and key head: they estimate units, and the last to arrive chooses.
 
@@ -270,12 +271,13 @@ def _decode(
 
     A request takes the least of SIZES sizes, each twice the one before, that holds its units, if
     these are more than ABOVE: in an engine for long requests short ones take no longer than in one
-    for short ones. With EARLY it may start before the kernel that it comes after is done.
+    for short ones. With EARLY it may start before the kernel that it comes after is done, and if
+    it is FOLLOWED by another of this kind, that one before this is.
     """
     if EARLY:
-        # What comes after a choice takes the kernels before it for done: only what comes after an
-        # estimate starts early. All programs wait, for what wrote the lengths may not be done.
-        if not CHOOSES:
+        # What comes after the last of these kernels takes those before it for done. All programs
+        # wait, for what wrote the lengths may not be done.
+        if FOLLOWED:
             tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     sequence = tl.program_id(1)
@@ -394,7 +396,9 @@ def choose_units(
     key_strides = (0, 0, 0) if written is None else keys.stride()[:3]
     early = starts_early(query.device)
 
-    def launch(estimates: bool, chooses: bool, warps: int, above: int, largest: int) -> None:
+    def launch(
+        warps: int, above: int, largest: int, *, estimates: bool, chooses: bool, followed: bool
+    ) -> None:
         rows = ROWS_OF_WARP * warps
         programs = min(-(-width // rows), -(-WARPS_AT_WORK // (sequences * warps)))
         least = min(SMALL, largest) if above < 0 else 2 * above
@@ -450,20 +454,25 @@ def choose_units(
             LEAST=least,
             SIZES=(largest // least).bit_length(),
             EARLY=early,
+            FOLLOWED=followed,
             num_warps=warps,
             enable_fp_fusion=True,
             **early_options(early),
         )
 
     size = power_of_two(width)
+    # Of many sequences those of few units have a launch of their own.
     is_one = sequences <= FEW or size <= MIDDLE
     parts = [(-1, size)] if is_one else [(-1, MIDDLE), (MIDDLE, size)]
-    if is_one and arrivals is not None:
-        launch(True, True, max(ESTIMATING, _choosing(size)), *parts[0])
-        return
-    launch(True, False, ESTIMATING, -1, size)
-    for above, largest in parts:
-        launch(False, True, _choosing(largest), above, largest)
+    if arrivals is None or _choosing(parts[0][1]) > WARPS:
+        launch(ESTIMATING, -1, size, estimates=True, chooses=False, followed=True)
+    else:
+        warps = max(ESTIMATING, _choosing(parts[0][1]))
+        launch(warps, *parts[0], estimates=True, chooses=True, followed=len(parts) > 1)
+        del parts[0]
+    for part in parts:
+        warps, followed = _choosing(part[1]), part[1] < size
+        launch(warps, *part, estimates=False, chooses=True, followed=followed)
 
 
 def _choosing(units: int) -> int:
