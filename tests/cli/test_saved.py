@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 from unisparse_flex import UniSparse, explain
+from unisparse_flex.cli.saved import saved_values
 from unisparse_flex.integrations.transformers import configure, register, unregister
 
 from .conftest import SELECTOR
@@ -159,6 +161,15 @@ def test_calibrate_says_that_it_goes_by_nothing_saved(run, saved, tmp_path):
     ran = run("calibrate", folder, "code", *options, "-o", tmp_path / "c.json")
     assert ran.code == 0, ran.err
     assert ran.out.endswith("not used: quality='high' in config.json, over which the file wins\n")
+
+
+def test_of_a_model_of_several_parts_those_of_its_text_count():
+    config = Gemma3Config()
+    config.unisparse = {"quality": "fast"}
+    model = SimpleNamespace(config=config)
+    assert saved_values(model) is None
+    configure(config.text_config, quality="high")
+    assert saved_values(model) == {"quality": "high"}
 
 
 @pytest.mark.parametrize(
