@@ -11,15 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .decode_rule import DecodeRule
-from .gpu import early_options, starts_early
+from .gpu import early_options, register_options, starts_early
 from .launch import Launch
-from .pages import FEW_ROWS, _summarize_key
+from .pages import _summarize_key
 from .recording import empty
 from .scratch import power_of_two
 
 # Units that a warp estimates at a time, warps of a program that only does that, and warps for all
 # sequences together at least.
 ROWS_OF_WARP, ESTIMATING, WARPS_AT_WORK = 16, 4, 2048
+# Warps of a program that estimates and chooses, registers of their threads, and programs of so many
+# warps at most: what GPUs of 132 multiprocessors hold at once.
+TOGETHER, REGISTERS, AT_ONCE = 8, 128, 264
+# Keys of a page that a warp reads at a time.
+PAGE_ROWS_OF_WARP = 8
 # Units of a sequence that a warp of the choice holds, and how many warps there are at most: for
 # very many units twice as many.
 OF_WARP, WARPS, VERY_MANY = 256, 16, 16384
@@ -43,6 +48,9 @@ def _estimate(
     numbers,
     scales,
     out,
+    first,
+    stop,
+    step,
     length,
     head,
     width,
@@ -57,7 +65,10 @@ def _estimate(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Logarithms of the masses of units, ROWS at a time, for the query heads of one key head."""
+    """Logarithms of the masses of units, for the query heads of one key head.
+
+    Of ROWS units from ``first`` on, and again every ``step`` units; none from ``stop`` on.
+    """
     column = tl.arange(0, WIDTH)
     # Products are of 16 columns at least.
     own_head = tl.arange(0, PADDED if PADDED > 16 else 16)
@@ -68,10 +79,9 @@ def _estimate(
     square = (own * own).to(TYPE)
     own = own.to(TYPE)
     out += own_head.to(tl.int64)[None, :] * width
-    units = tl.cdiv(length, UNIT)
-    for first in range(tl.program_id(0) * ROWS, units, tl.num_programs(0) * ROWS):
-        place = first + tl.arange(0, ROWS)
-        exists = place < units
+    for start in range(first, stop, step):
+        place = start + tl.arange(0, ROWS)
+        exists = place < stop
         page = tl.load(table + place // UNITS, mask=exists, other=0).to(tl.int64)
         line = ((page * kv_heads + head) * UNITS + place % UNITS) * 2
         inside = exists[:, None] & (column < head_dim)[None, :]
@@ -246,7 +256,7 @@ def _decode(
     CHOOSES: tl.constexpr,
     PACK: tl.constexpr,
     GROUP: tl.constexpr,
-    FEW_ROWS: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     UNIT: tl.constexpr,
     HEADS: tl.constexpr,
@@ -287,11 +297,13 @@ def _decode(
     length = tl.load(lengths + request)
     count = tl.cdiv(length, UNIT)
     table = tables + request.to(tl.int64) * table_stride
-    # A request that keeps everything is not scored, and needs one program.
-    programs = tl.minimum(tl.cdiv(count, ROWS), tl.num_programs(0)) if ESTIMATES else 1
-    programs = tl.where(count > whole, programs, 1)
+    # A request that keeps everything is not scored. Where summaries are behind the last unit has a
+    # program of its own, the last one, which others need not wait for.
+    apart: tl.constexpr = 1 if GROUP > 0 else 0
+    tiles = tl.num_programs(0) - apart
     chooses = program == 0
     if ESTIMATES:
+        chooses &= count <= whole
         rows = query + request.to(tl.int64) * stride_token
         if PACK and program == 0:
             row = tl.arange(0, PADDED)[:, None]
@@ -300,29 +312,29 @@ def _decode(
             held = tl.load(rows + (head * HEADS + row) * stride_head + at, mask=inside)
             out = packed + (sequence * HEADS + row).to(tl.int64) * head_dim
             tl.store(out + at, held, mask=inside)
-        # The program that reads the last unit.
-        own = (tl.cdiv(count, ROWS) - 1) % programs
-        if GROUP > 0 and (length > 0) & (program == own):
+        if GROUP > 0 and (length > 0) & (program == tiles):
             page: tl.constexpr = UNITS * UNIT
             slot = tl.load(table + (length - 1) // page) * page + (length - 1) % page
             _summarize_key(
                 slot, slot >= 0, head, keys, means, numbers, scales, pinned,
                 stride_page, stride_key_head, stride_key, kv_heads, head_dim,
-                page, GROUP, UNIT, FEW_ROWS, WIDTH,
+                page, GROUP, UNIT, PAGE_ROWS, WIDTH,
             )  # fmt: skip
             tl.debug_barrier()
-        if (count > whole) & (program < programs):
+        first = tl.where(program < tiles, program * ROWS, count - 1)
+        stop = tl.where(program < tiles, count - apart, count)
+        if (count > whole) & (first < stop):
             _estimate(
                 rows, stride_head, table, numbers, scales,
                 masses + (sequence * HEADS).to(tl.int64) * width,
-                length, head, width, kv_heads, head_dim, scale,
+                first, stop, tiles * ROWS, length, head, width, kv_heads, head_dim, scale,
                 UNITS, UNIT, HEADS, PADDED, TYPE, ROWS, WIDTH,
             )  # fmt: skip
             if CHOOSES:
                 # What all threads wrote is there before this program counts as arrived.
                 tl.debug_barrier()
                 before = tl.atomic_add(arrivals + sequence, 1, sem="acq_rel")
-                chooses = before == programs - 1
+                chooses = before == tl.minimum(tl.cdiv(count - apart, ROWS), tiles) + apart - 1
                 if chooses:
                     tl.store(arrivals + sequence, 0)
     if CHOOSES:
@@ -396,14 +408,19 @@ def choose_units(
     key_strides = (0, 0, 0) if written is None else keys.stride()[:3]
     early = starts_early(query.device)
 
+    groups = 0 if written is None else page // means.shape[2]
+
+    def programs_of(warps: int) -> int:
+        tiles = -(-width // (ROWS_OF_WARP * warps))
+        return min(tiles, -(-WARPS_AT_WORK // (sequences * warps))) + (groups > 0)
+
     def launch(
         warps: int, above: int, largest: int, *, estimates: bool, chooses: bool, followed: bool
     ) -> None:
-        rows = ROWS_OF_WARP * warps
-        programs = min(-(-width // rows), -(-WARPS_AT_WORK // (sequences * warps)))
+        programs = programs_of(warps) if estimates else 1
         least = min(SMALL, largest) if above < 0 else 2 * above
         _launch(
-            (programs if estimates else 1, sequences, 1),
+            (programs, sequences, 1),
             query,
             query if packed is None else packed,
             keys,
@@ -438,14 +455,14 @@ def choose_units(
             ESTIMATES=estimates,
             CHOOSES=chooses,
             PACK=packed is not None and estimates,
-            GROUP=page // means.shape[2] if estimates and written is not None else 0,
-            FEW_ROWS=min(page, FEW_ROWS),
+            GROUP=groups if estimates else 0,
+            PAGE_ROWS=min(page, PAGE_ROWS_OF_WARP * warps),
             UNITS=units,
             UNIT=unit,
             HEADS=heads,
             PADDED=power_of_two(heads),
             TYPE=tl.float32 if query.dtype == torch.float32 else tl.bfloat16,
-            ROWS=rows,
+            ROWS=ROWS_OF_WARP * warps,
             WIDTH=power_of_two(head_dim),
             HELD=HELD * 32 * warps,
             TOP_P=rule.top_p < 1.0,
@@ -458,21 +475,24 @@ def choose_units(
             num_warps=warps,
             enable_fp_fusion=True,
             **early_options(early),
+            **(register_options(query.device, REGISTERS) if estimates and chooses else {}),
         )
 
     size = power_of_two(width)
     # Of many sequences those of few units have a launch of their own.
     is_one = sequences <= FEW or size <= MIDDLE
     parts = [(-1, size)] if is_one else [(-1, MIDDLE), (MIDDLE, size)]
-    if arrivals is None or _choosing(parts[0][1]) > WARPS:
-        launch(ESTIMATING, -1, size, estimates=True, chooses=False, followed=True)
-    else:
-        warps = max(ESTIMATING, _choosing(parts[0][1]))
+    warps = max(ESTIMATING, min(TOGETHER, _choosing(parts[0][1])))
+    # Programs of many warps wait for one another where they are many.
+    is_fast = warps == ESTIMATING or sequences * programs_of(warps) <= AT_ONCE
+    if arrivals is not None and is_fast and size < VERY_MANY:
         launch(warps, *parts[0], estimates=True, chooses=True, followed=len(parts) > 1)
         del parts[0]
+    else:
+        launch(ESTIMATING, -1, size, estimates=True, chooses=False, followed=True)
     for part in parts:
-        warps, followed = _choosing(part[1]), part[1] < size
-        launch(warps, *part, estimates=False, chooses=True, followed=followed)
+        followed = part[1] < size
+        launch(_choosing(part[1]), *part, estimates=False, chooses=True, followed=followed)
 
 
 def _choosing(units: int) -> int:

@@ -24,30 +24,27 @@ FEW_ROWS, OF_WARP = 32, 4096
 
 
 @triton.jit
-def _write_unit(found, numbers, scales, line, head_dim, column):
-    """Writes one row of found [WIDTH] in 8 bits, with a scale of its own."""
-    scale = tl.max(tl.abs(found), 0) / 127
-    # A maximum does not see what is not a number, a sum does.
-    scale = tl.where(tl.sum(found, 0) * 0 == 0, scale, float("nan")).to(scales.dtype.element_ty)
-    tl.store(scales + line, scale)
-    scale = scale.to(tl.float32)
-    apart = found / tl.where(scale > 0, scale, 1.0)
-    apart = tl.where(apart == apart, apart, 0.0)
-    rounded = tl.minimum(tl.maximum(tl.floor(apart + 0.5), -127.0), 127.0)
-    out = numbers + line * head_dim + column
-    tl.store(out, rounded.to(tl.int8), mask=column < head_dim)
-
-
-@triton.jit
 def _summarize_unit(key, held, size, numbers, scales, line, head_dim, column):
-    """Writes what decoding needs of a unit: the mean of its held keys, and their deviations."""
+    """Writes what decoding needs of a unit: the mean of its held keys, and their deviations.
+
+    Each in 8 bits, with a scale of its own.
+    """
     mean = tl.sum(key, 0) / size
     mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
     apart = tl.where(held, key - mean[None, :], 0.0)
     spread = tl.sqrt(tl.sum(apart * apart, 0) / size)
-    spread = tl.where(spread < float("inf"), spread, float("nan"))
-    _write_unit(mean, numbers, scales, line * 2, head_dim, column)
-    _write_unit(spread, numbers, scales, line * 2 + 1, head_dim, column)
+    # [WIDTH, 2]: what is reduced together waits once.
+    found = tl.join(mean, spread)
+    is_known = tl.abs(found) < float("inf")
+    scale = tl.max(tl.where(is_known, tl.abs(found), float("inf")), 0) / 127
+    scale = tl.where(scale < float("inf"), scale, float("nan")).to(scales.dtype.element_ty)
+    at = line * 2 + tl.arange(0, 2)
+    tl.store(scales + at, scale)
+    scale = scale.to(tl.float32)[None, :]
+    parts = tl.where(is_known, found, 0.0) / tl.where(scale > 0, scale, 1.0)
+    parts = tl.minimum(tl.maximum(tl.floor(parts + 0.5), -127.0), 127.0)
+    out = numbers + at[None, :] * head_dim + column[:, None]
+    tl.store(out, parts.to(tl.int8), mask=(column < head_dim)[:, None])
 
 
 @triton.jit

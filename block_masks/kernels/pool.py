@@ -15,8 +15,9 @@ from .launch import Launch
 from .recording import empty
 from .scratch import Rows, power_of_two
 
-# Tokens of a group that a loop reads at a time: to compile all of a long one takes seconds.
-AT_ONCE = tl.constexpr(16)
+# Tokens of a group that are read one after the other. Longer ones, which would take seconds to
+# compile so, are read in tiles.
+UNROLLED, TILE = tl.constexpr(16), tl.constexpr(32)
 
 
 @triton.jit
@@ -66,19 +67,33 @@ def _pool_block(
         total = tl.zeros([groups, WIDTH], dtype=tl.float32)
         marked = tl.zeros([groups], dtype=tl.int32)
         for merged in tl.static_range(MERGED):
-            for start in range(0, GROUP, AT_ONCE):
-                for i in tl.static_range(min(GROUP, AT_ONCE)):
-                    row = first + start + i
-                    at = base + merged * stride_h + row[:, None].to(tl.int64) * stride_s
+            head_base = base + merged * stride_h
+            if GROUP <= UNROLLED:
+                for i in tl.static_range(GROUP):
+                    row = first + i
                     counted = row < length
                     if MASKED:
                         mark = tl.load(valid + batch * stride_valid + row, mask=counted, other=0)
                         counted = mark > 0
                         marked += counted.to(tl.int32)
+                    at = head_base + row[:, None].to(tl.int64) * stride_s
                     exists = counted[:, None] & inside[None, :]
-                    total += tl.load(at + column[None, :] * stride_d, mask=exists, other=0.0).to(
-                        tl.float32
-                    )
+                    token = tl.load(at + column[None, :] * stride_d, mask=exists, other=0.0)
+                    total += token.to(tl.float32)
+            else:
+                tile = tl.zeros([groups, TILE, WIDTH], dtype=tl.float32)
+                for start in range(0, GROUP, TILE):
+                    row = first[:, None] + (start + tl.arange(0, TILE))[None, :]
+                    counted = row < length
+                    if MASKED:
+                        mark = tl.load(valid + batch * stride_valid + row, mask=counted, other=0)
+                        counted = mark > 0
+                        marked += tl.sum(counted.to(tl.int32), 1)
+                    at = head_base + row[:, :, None].to(tl.int64) * stride_s
+                    exists = counted[:, :, None] & inside[None, None, :]
+                    token = tl.load(at + column[None, None, :] * stride_d, mask=exists, other=0.0)
+                    tile += token.to(tl.float32)
+                total += tl.sum(tile, 1)
         count = tl.minimum(tl.maximum(length - first, 1), GROUP) * MERGED
         if MASKED:
             count = tl.maximum(marked, 1)

