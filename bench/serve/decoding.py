@@ -107,14 +107,16 @@ def measure_decode_attention(bench: Bench) -> Iterator[dict[str, Any]]:
     if bench.parent != "FLASH_ATTN":
         return
     for requests, length, _ in bench.decoding:
+        # As in nearly all steps no page ends.
+        keys = length - PAGE // 4
         row: dict[str, Any] = {
             "case": "decode-attention",
             "requests": requests,
-            "prompt": length,
+            "prompt": keys,
         }
 
-        def run(requests: int = requests, length: int = length, row: Any = row) -> None:
-            row.update(time_layer(bench.shape, requests, length, bench.longest))
+        def run(requests: int = requests, keys: int = keys, row: Any = row) -> None:
+            row.update(time_layer(bench.shape, requests, keys, bench.longest))
 
         guarded(row, "all", run)
         if "sparse_us" in row:
@@ -134,6 +136,7 @@ def time_layer(shape: Shape, requests: int, length: int, longest: int) -> dict[s
     first = layers[0]
     # Where keys stand that are written in one step; none is the last of its page.
     places = torch.arange(requests, device=first.tables.device) * PAGE // requests + PAGE // 2
+    own = first.last_pages * PAGE + (length - 1) % PAGE
     middle = first.last_pages * PAGE + places % (PAGE - 1)
     end = first.last_pages * PAGE + PAGE - 1
 
@@ -145,6 +148,8 @@ def time_layer(shape: Shape, requests: int, length: int, longest: int) -> dict[s
         return time_graph(run) / LAYERS
 
     def sparse(layer: Layer) -> None:
+        if not first.rows.is_behind:
+            layer.summaries.update(own)
         layer.attend_sparse(first.rows)
 
     return {
@@ -169,7 +174,11 @@ class Layer:
 
         from unisparse_flex.block_masks.pages import DecodeSelector, PageSummaries
         from unisparse_flex.integrations.vllm.cache_view import CacheView
-        from unisparse_flex.integrations.vllm.decode_rows import DecodeRows, DecodeSpace
+        from unisparse_flex.integrations.vllm.decode_rows import (
+            DecodeRows,
+            DecodeSpace,
+            follows_keys,
+        )
         from unisparse_flex.integrations.vllm.kernels import FlashKernel
 
         device, self.version = torch.device("cuda", 0), get_flash_attn_version()
@@ -213,9 +222,11 @@ class Layer:
             kv_heads=shape.kv_heads,
             units=self.tables.shape[1] * (PAGE // selector.unit),
         )
-        # As in an engine, whose choice tells summaries of the rows' own keys.
         self.rows = DecodeRows(
-            lengths=self.lengths, tables=self.tables, tokens=slice(0, requests), is_behind=True
+            lengths=self.lengths,
+            tables=self.tables,
+            tokens=slice(0, requests),
+            is_behind=follows_keys(requests, shape.kv_heads),
         )
         # As vLLM's builder makes it for a graph of decoding.
         self.schedule = None

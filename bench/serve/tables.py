@@ -171,7 +171,7 @@ def _decode_attention(rows: Sequence[Mapping[str, Any]]) -> str:
         "requests": "{}",
         "keys of each": "{}",
         "attention of a layer, parent, us": "{:.0f}",
-        "choice and attention, us": "{:.0f}",
+        "summaries, choice and attention, us": "{:.0f}",
         "parent / sparse": "{:.2f}",
         "choice alone, us": "{:.1f}",
         "with summaries of new keys, us": "{:.1f}",

@@ -46,11 +46,6 @@ def early_options(early: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if early else {}
 
 
-def register_options(device: torch.device, most: int) -> dict[str, int]:
-    """What a kernel is launched with that takes no more registers; not an option of AMD's."""
-    return {} if device.type == "cpu" or gpu_of(device).is_amd else {"maxnreg": most}
-
-
 def gpu_of(device: torch.device) -> Gpu:
     """The GPU that a device is; Hopper for what is none, where kernels are interpreted."""
     if device.type != "cuda":

@@ -27,83 +27,91 @@ FEW_ROWS, OF_WARP = 32, 4096
 def _summarize_unit(key, held, size, numbers, scales, line, head_dim, column):
     """Writes what decoding needs of a unit: the mean of its held keys, and their deviations.
 
-    Each in 8 bits, with a scale of its own.
+    Each in 8 bits, with a factor of its own. Returns both, [WIDTH, 2] and [2].
     """
     mean = tl.sum(key, 0) / size
     mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
     apart = tl.where(held, key - mean[None, :], 0.0)
     spread = tl.sqrt(tl.sum(apart * apart, 0) / size)
-    # [WIDTH, 2]: what is reduced together waits once.
+    # What is reduced together waits once.
     found = tl.join(mean, spread)
     is_known = tl.abs(found) < float("inf")
-    scale = tl.max(tl.where(is_known, tl.abs(found), float("inf")), 0) / 127
-    scale = tl.where(scale < float("inf"), scale, float("nan")).to(scales.dtype.element_ty)
+    factor = tl.max(tl.where(is_known, tl.abs(found), float("inf")), 0) / 127
+    factor = tl.where(factor < float("inf"), factor, float("nan")).to(scales.dtype.element_ty)
     at = line * 2 + tl.arange(0, 2)
-    tl.store(scales + at, scale)
-    scale = scale.to(tl.float32)[None, :]
-    parts = tl.where(is_known, found, 0.0) / tl.where(scale > 0, scale, 1.0)
+    tl.store(scales + at, factor)
+    factor = factor.to(tl.float32)
+    parts = tl.where(is_known, found, 0.0) / tl.where(factor > 0, factor, 1.0)[None, :]
     parts = tl.minimum(tl.maximum(tl.floor(parts + 0.5), -127.0), 127.0)
     out = numbers + at[None, :] * head_dim + column[:, None]
     tl.store(out, parts.to(tl.int8), mask=(column < head_dim)[:, None])
+    return parts, factor
 
 
 @triton.jit
-def _summarize_key(
-    slot,
-    ends_unit,
-    head,
-    keys,
+def _average_page(
+    base,
     means,
-    numbers,
-    scales,
-    pinned,
-    stride_page,
-    stride_head,
+    page,
+    head,
     stride_row,
     heads,
     head_dim,
     PAGE: tl.constexpr,
     GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """What a key that was written to ``slot`` changes for one key head; nothing below 0.
-
-    Means of its page where it fills that, ROWS keys at a time, and with a UNIT, where it is the
-    last one written to its unit, what decoding needs of this.
-    """
+    """Writes the means of every GROUP keys of a full page of one key head, ROWS at a time."""
     column = tl.arange(0, WIDTH)
     inside = (column < head_dim)[None, :]
     groups: tl.constexpr = PAGE // GROUP
     of: tl.constexpr = ROWS // GROUP if ROWS > GROUP else 1
-    page = (slot // PAGE).to(tl.int64)
-    base = keys + page * stride_page + head.to(tl.int64) * stride_head
-    if (slot >= 0) & (slot % PAGE == PAGE - 1):
-        for first in range(0, PAGE, of * GROUP):
-            total = tl.zeros([of, WIDTH], dtype=tl.float32)
-            for start in range(first, first + of * GROUP, ROWS):
-                row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-                at = base + row * stride_row + column[None, :]
-                key = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-                total += tl.sum(tl.reshape(key, [of, ROWS // of, WIDTH]), 1)
-            mean = total / GROUP
-            # As composite keys that are pooled in place.
-            mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
-            line = (page * heads + head) * groups + first // GROUP + tl.arange(0, of)
-            out = means + line[:, None] * head_dim + column[None, :]
-            tl.store(out, mean.to(means.dtype.element_ty), mask=inside)
-    if UNIT:
-        place = slot % PAGE
-        if (slot >= 0) & ends_unit:
-            row = tl.arange(0, UNIT)
-            held = (row <= place % UNIT)[:, None]
-            at = base + (place - place % UNIT + row).to(tl.int64)[:, None] * stride_row
-            key = tl.load(at + column[None, :], mask=inside & held, other=0.0).to(tl.float32)
-            size = (place % UNIT + 1).to(tl.float32)
-            line = (page * heads + head) * (PAGE // UNIT) + place // UNIT
-            _summarize_unit(key, held, size, numbers, scales, line, head_dim, column)
-            tl.store(pinned + line, tl.zeros([], dtype=tl.uint8))
+    for first in range(0, PAGE, of * GROUP):
+        total = tl.zeros([of, WIDTH], dtype=tl.float32)
+        for start in range(first, first + of * GROUP, ROWS):
+            row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+            at = base + row * stride_row + column[None, :]
+            key = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            total += tl.sum(tl.reshape(key, [of, ROWS // of, WIDTH]), 1)
+        mean = total / GROUP
+        # As composite keys that are pooled in place.
+        mean = tl.where(tl.abs(mean) < float("inf"), mean, float("nan"))
+        line = (page * heads + head) * groups + first // GROUP + tl.arange(0, of)
+        out = means + line[:, None] * head_dim + column[None, :]
+        tl.store(out, mean.to(means.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _summarize_last(
+    base,
+    place,
+    page,
+    head,
+    numbers,
+    scales,
+    pinned,
+    stride_row,
+    heads,
+    head_dim,
+    PAGE: tl.constexpr,
+    UNIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Summarizes the unit whose last key so far is at ``place`` in a page; it is not pinned.
+
+    Returns what `_summarize_unit` does.
+    """
+    column = tl.arange(0, WIDTH)
+    row = tl.arange(0, UNIT)
+    held = (row <= place % UNIT)[:, None]
+    at = base + (place - place % UNIT + row).to(tl.int64)[:, None] * stride_row
+    inside = held & (column < head_dim)[None, :]
+    key = tl.load(at + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    size = (place % UNIT + 1).to(tl.float32)
+    line = (page * heads + head) * (PAGE // UNIT) + place // UNIT
+    tl.store(pinned + line, tl.zeros([], dtype=tl.uint8))
+    return _summarize_unit(key, held, size, numbers, scales, line, head_dim, column)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -135,18 +143,24 @@ def _summarize(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    head = tl.program_id(1)
     for i in range(TOKENS):
         token = tl.program_id(0) * TOKENS + i
         slot = tl.load(slots + token, mask=token < count, other=-1)
-        ends_unit = slot >= 0
+        page = (slot // PAGE).to(tl.int64)
+        base = keys + page * stride_page + head.to(tl.int64) * stride_head
+        if (slot >= 0) & (slot % PAGE == PAGE - 1):
+            _average_page(
+                base, means, page, head, stride_row, heads, head_dim, PAGE, GROUP, ROWS, WIDTH
+            )
         if UNIT:
             behind = tl.load(slots + token + 1, mask=token + 1 < count, other=-1)
-            ends_unit = (slot % UNIT == UNIT - 1) | (behind != slot + 1)
-        _summarize_key(
-            slot, ends_unit, tl.program_id(1), keys, means, numbers, scales, pinned,
-            stride_page, stride_head, stride_row, heads, head_dim,
-            PAGE, GROUP, UNIT, ROWS, WIDTH,
-        )  # fmt: skip
+            # The last of its unit that was written.
+            if (slot >= 0) & ((slot % UNIT == UNIT - 1) | (behind != slot + 1)):
+                _summarize_last(
+                    base, slot % PAGE, page, head, numbers, scales, pinned, stride_row, heads,
+                    head_dim, PAGE, UNIT, WIDTH,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["length", "composites"], do_not_specialize_on_alignment=["table"])

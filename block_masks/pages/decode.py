@@ -239,7 +239,6 @@ def choose_units(
             scale=scale,
             steps=steps,
             packed=packed,
-            arrivals=out.arrivals,
             written=None if written is None else (written.pages, written.means),
         )
         return

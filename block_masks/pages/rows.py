@@ -27,8 +27,7 @@ _library.define(
 )
 _library.define(
     "choose_rows(Tensor query, Tensor numbers, Tensor scales, Tensor pinned, Tensor order, "
-    "Tensor lengths, Tensor(a!) counter, Tensor(b!) arrivals, str selector, float scale) "
-    "-> (Tensor, Tensor)"
+    "Tensor lengths, Tensor(a!) counter, str selector, float scale) -> (Tensor, Tensor)"
 )
 _library.define(
     "pin_rows(Tensor query, Tensor keys, Tensor lengths, Tensor(a!) pinned, str selector, "
@@ -83,7 +82,6 @@ def choose_rows(
     order: Tensor,
     lengths: Tensor,
     counter: Tensor,
-    arrivals: Tensor,
     *,
     selector: str,
     scale: float,
@@ -96,7 +94,6 @@ def choose_rows(
         order: int32 [B, 1], the sequences: 0, 1, ...
         lengths: int32 [B], keys of each.
         counter: int64 [2], to which kept and visible units are added.
-        arrivals: int32 [B * Hkv], zeros, and zeros afterwards: `PageTables`.
         selector: A selector's `DecodeSelector.text`, with the unit of the summaries.
         scale: Factor on the logits.
 
@@ -106,7 +103,7 @@ def choose_rows(
     """
     held = units.numbers, units.scales, units.pinned
     found: tuple[Tensor, Tensor] = torch.ops.unisparse.choose_rows(
-        query, *held, order, lengths, counter, arrivals, selector, scale
+        query, *held, order, lengths, counter, selector, scale
     )
     return found
 
@@ -159,13 +156,12 @@ def _choose(
     order: Tensor,
     lengths: Tensor,
     counter: Tensor,
-    arrivals: Tensor,
     selector: str,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, count = pinned.shape
     how = read_selector(selector)
-    out = PageTables.create(batch * heads, count, counter, arrivals)
+    out = PageTables.create(batch * heads, count, counter)
     if query.device.type != "cuda":
         # Plain PyTorch may look at all of it.
         out.tables.zero_()

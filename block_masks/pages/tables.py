@@ -30,22 +30,16 @@ class PageTables:
             nothing.
         lengths: int32 [sequences], keys of each.
         counter: int64 [1], to which kept blocks are added.
-        arrivals: int32 [sequences], zeros: kernels of decoding count their programs with them, and
-            leave zeros; ``None`` for kernels that need not.
     """
 
     tables: Tensor
     lengths: Tensor
     counter: Tensor
-    arrivals: Tensor | None = None
 
     @classmethod
-    def create(
-        cls, sequences: int, width: int, counter: Tensor, arrivals: Tensor | None = None
-    ) -> PageTables:
+    def create(cls, sequences: int, width: int, counter: Tensor) -> PageTables:
         """Room for so many sequences of at most ``width`` pages, on the counter's device."""
         return cls(
-            arrivals=arrivals,
             tables=counter.new_empty((sequences, width), dtype=torch.int32),
             lengths=counter.new_empty((sequences,), dtype=torch.int32),
             counter=counter,

@@ -47,13 +47,12 @@ class Decoding:
         heads, page = self.summaries.pages.shape[1:3]
         return heads * page // self.units.unit, page // self.units.unit, 1
 
-    def outputs(self, *, is_one: bool = True) -> PageTables:
-        """Room for the chosen units, where kernels may choose them in one launch, or may not."""
+    def outputs(self) -> PageTables:
+        """Room for the chosen units."""
         heads, units = self.units.numbers.shape[1:3]
         batch, width = self.tables.shape
         counter = torch.zeros(2, dtype=torch.int64, device=self.query.device)
-        arrivals = counter.new_zeros(batch * heads, dtype=torch.int32) if is_one else None
-        return PageTables.create(batch * heads, width * units, counter, arrivals)
+        return PageTables.create(batch * heads, width * units, counter)
 
     def choose(
         self,

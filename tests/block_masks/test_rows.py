@@ -64,14 +64,7 @@ def test_chosen_units_are_those_that_are_kept(selector: DecodeSelector, length: 
     order = torch.arange(2, dtype=torch.int32)[:, None]
     counter = torch.zeros(2, dtype=torch.int64)
     counts, found = choose_rows(
-        query,
-        units,
-        order,
-        lengths,
-        counter,
-        lengths.new_zeros(6),
-        selector=selector.text,
-        scale=SCALE,
+        query, units, order, lengths, counter, selector=selector.text, scale=SCALE
     )
     masses = estimate_masses(query, units, order, lengths, scale=SCALE)
     kept = keep_units(masses, lengths, selector, units.pinned.bool())

@@ -48,17 +48,16 @@ def assert_same(found: PageTables, expected: PageTables, unit: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("page", "unit"), [(128, 32), (128, 128), (64, 32)])
 @pytest.mark.parametrize(
-    ("selector", "is_one"),
+    "selector",
     [
-        (DecodeSelector(share=0.1, min_keys=0), True),
-        (DecodeSelector(share=0.1, min_keys=0), False),
-        (DecodeSelector(budget=1024), True),
-        (DecodeSelector(top_p=0.8, min_keys=256), True),
-        (DecodeSelector(), True),
+        DecodeSelector(share=0.1, min_keys=0),
+        DecodeSelector(budget=1024),
+        DecodeSelector(top_p=0.8, min_keys=256),
+        DecodeSelector(),
     ],
 )
 def test_units_are_those_of_plain_pytorch(
-    selector: DecodeSelector, is_one: bool, page: int, unit: int, dtype: torch.dtype
+    selector: DecodeSelector, page: int, unit: int, dtype: torch.dtype
 ) -> None:
     call = create_decoding(
         LENGTHS,
@@ -72,7 +71,7 @@ def test_units_are_those_of_plain_pytorch(
     )
     plain = on_cpu(call)
     selector = selector.of_unit(unit)
-    found, expected = call.outputs(is_one=is_one), plain.outputs()
+    found, expected = call.outputs(), plain.outputs()
     call.choose(selector, found, scale=SCALE)
     plain.choose(selector, expected, scale=SCALE)
     if selector.top_p == 1.0:
@@ -107,11 +106,12 @@ def test_a_graph_chooses_for_other_lengths_and_queries() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("requests", [1, 3, 40])
 @pytest.mark.parametrize("few", [0, 2000])
-def test_one_launch_does_what_three_do(requests: int, few: int, dtype: torch.dtype) -> None:
-    # Of one program a sequence and of many, the last of which chooses; again and again.
+def test_summaries_are_brought_up_to_date_on_the_way(
+    requests: int, few: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(requests)
     lengths = torch.randint(1, 20000 if requests < 40 else 3000, (requests,), generator=generator)
-    one, three = (
+    late, early = (
         create_decoding(
             lengths.tolist(), page=128, unit=32, head_dim=128, dtype=dtype, device="cuda"
         )
@@ -119,32 +119,32 @@ def test_one_launch_does_what_three_do(requests: int, few: int, dtype: torch.dty
     )
     selector = DecodeSelector(share=0.1, min_keys=0)
     for step in range(30):
-        pages = three.tables.gather(1, (three.lengths[:, None] - 1).long() // 128)[:, 0].long()
-        slots = pages * 128 + (three.lengths - 1) % 128
-        for call in (one, three):
+        pages = early.tables.gather(1, (early.lengths[:, None] - 1).long() // 128)[:, 0].long()
+        slots = pages * 128 + (early.lengths - 1) % 128
+        for call in (late, early):
             call.query.normal_(generator=torch.Generator("cuda").manual_seed(step))
             # The last key is another one, so that what was known of it is wrong.
             call.summaries.pages[pages, :, (call.lengths - 1) % 128] *= -1.5
-        three.summaries.update(slots)
-        found, expected = one.outputs(), three.outputs(is_one=False)
-        one.choose(selector, found, scale=SCALE, few=few, is_behind=True)
-        three.choose(selector, expected, scale=SCALE, few=few)
+        early.summaries.update(slots)
+        found, expected = late.outputs(), early.outputs()
+        late.choose(selector, found, scale=SCALE, few=few, is_behind=True)
+        early.choose(selector, expected, scale=SCALE, few=few)
         # Sums in another order.
-        torch.testing.assert_close(one.units.scales, three.units.scales, rtol=1e-2, atol=0)
-        differ = one.units.numbers.int() - three.units.numbers.int()
+        torch.testing.assert_close(late.units.scales, early.units.scales, rtol=1e-2, atol=0)
+        differ = late.units.numbers.int() - early.units.numbers.int()
         assert int(differ.abs().max()) <= 1
-        assert torch.equal(one.units.pinned, three.units.pinned)
-        torch.testing.assert_close(one.summaries.means, three.summaries.means, rtol=1e-2, atol=1e-2)
-        assert found.arrivals is not None
-        assert not found.arrivals.any()
+        assert torch.equal(late.units.pinned, early.units.pinned)
+        torch.testing.assert_close(
+            late.summaries.means, early.summaries.means, rtol=1e-2, atol=1e-3
+        )
         assert torch.equal(found.counter, expected.counter)
         assert torch.equal(found.lengths, expected.lengths)
         for i, length in enumerate(expected.lengths.tolist()):
             count = -(-length // 32)
             ours, theirs = (set(t.tables[i, :count].tolist()) for t in (found, expected))
-            # Tiles of another shape may round otherwise.
+            # Sums in another order may round otherwise.
             assert len(ours - theirs) <= 1
-        for call in (one, three):
+        for call in (late, early):
             call.lengths.sub_(1).clamp_min_(1)
 
 

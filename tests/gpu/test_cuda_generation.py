@@ -125,9 +125,8 @@ def test_chosen_keys_are_attended(
     counter = torch.zeros(2, dtype=torch.int64, device="cuda")
     summarize_rows(key, units, lengths, torch.tensor(length, device="cuda"), length)
     selector = DecodeSelector(share=0.1, min_keys=0, unit=unit).text
-    arrivals = lengths.new_zeros(2 * kv_heads)
     counts, listed = choose_rows(
-        query, units, order, lengths, counter, arrivals, selector=selector, scale=SCALE
+        query, units, order, lengths, counter, selector=selector, scale=SCALE
     )
     mask = None
     seen = seen_of(counts, listed, lengths, unit)
@@ -150,14 +149,13 @@ def test_a_step_waits_for_nothing_and_a_graph_repeats_it_for_other_lengths() -> 
     now = torch.tensor(2000, device="cuda")
     order = torch.arange(2, dtype=torch.int32, device="cuda")[:, None]
     counter = torch.zeros(2, dtype=torch.int64, device="cuda")
-    arrivals = lengths.new_zeros(4)
     selector = DecodeSelector(share=0.2, min_keys=64)
     summarize_rows(keys, units, lengths, now, 2000)
 
     def step() -> Tensor:
         summarize_rows(keys, units, lengths, now, 1)
         counts, listed = choose_rows(
-            query, units, order, lengths, counter, arrivals, selector=selector.text, scale=SCALE
+            query, units, order, lengths, counter, selector=selector.text, scale=SCALE
         )
         return attend_listed(query, keys, values, counts, listed, lengths, unit=32, scale=SCALE)
 

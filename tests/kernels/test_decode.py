@@ -23,11 +23,9 @@ def run(
     out: PageTables,
     packed: Tensor | None = None,
     few: int = 0,
-    is_one: bool = True,
-    is_written: bool = True,
+    is_behind: bool = False,
 ) -> None:
-    """The kernels, interpreted; in one launch where they may be, and with summaries brought by."""
-    arrivals = torch.zeros_like(out.lengths) if is_one else None
+    """The kernels, interpreted."""
     summaries = call.summaries
     kernels.decode.choose_units(
         call.query,
@@ -44,17 +42,12 @@ def run(
         scale=SCALE,
         steps=call.steps,
         packed=packed,
-        arrivals=arrivals,
-        written=None if is_written else (summaries.pages, summaries.means),
+        written=(summaries.pages, summaries.means) if is_behind else None,
     )
-    assert arrivals is None or not arrivals.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("page", "pinned", "is_one"),
-    [(16, 0.0, True), (16, 0.1, False), (64, 0.0, True), (64, 0.1, True)],
-)
+@pytest.mark.parametrize(("page", "pinned"), [(16, 0.0), (64, 0.0), (64, 0.1)])
 @pytest.mark.parametrize(
     "selector",
     [
@@ -69,7 +62,6 @@ def test_units_are_those_of_plain_pytorch(
     selector: DecodeSelector,
     page: int,
     pinned: float,
-    is_one: bool,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -77,12 +69,12 @@ def test_units_are_those_of_plain_pytorch(
     monkeypatch.setattr(kernels.decode, "SMALL", 16)
     monkeypatch.setattr(kernels.decode, "MIDDLE", 32)
     monkeypatch.setattr(kernels.decode, "FEW", 100 if page == 16 else 0)
-    monkeypatch.setattr(kernels.decode, "ROWS_OF_WARP", 4)
-    monkeypatch.setattr(kernels.decode, "WARPS_AT_WORK", 96)
+    monkeypatch.setattr(kernels.decode, "ROWS", 16)
+    monkeypatch.setattr(kernels.decode, "PROGRAMS", 24)
     call = create_decoding([0, 1, 33, 400, 397, 1000], page=page, pinned=pinned, dtype=dtype)
     found, expected = call.outputs(), call.outputs()
     call.choose(selector, expected, scale=SCALE)
-    run(kernels, call, selector, found, is_one=is_one)
+    run(kernels, call, selector, found)
     assert torch.equal(found.lengths, expected.lengths)
     assert torch.equal(found.counter, expected.counter)
     for i, length in enumerate(expected.lengths.tolist()):
@@ -94,14 +86,13 @@ def test_units_are_those_of_plain_pytorch(
 
 @pytest.mark.parametrize("page", [16, 64])
 @pytest.mark.parametrize("few", [0, 400])
-@pytest.mark.parametrize("is_one", [True, False])
 def test_summaries_are_brought_up_to_date_with_the_last_key(
-    kernels: Kernels, page: int, few: int, is_one: bool, monkeypatch: pytest.MonkeyPatch
+    kernels: Kernels, page: int, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The last key of an empty, a new, a filled and a half filled unit; and of a page.
     lengths = [0, 1, 32, 33, 400, 397, 1024]
-    monkeypatch.setattr(kernels.decode, "ROWS_OF_WARP", 4)
-    monkeypatch.setattr(kernels.decode, "WARPS_AT_WORK", 96)
+    monkeypatch.setattr(kernels.decode, "ROWS", 16)
+    monkeypatch.setattr(kernels.decode, "PROGRAMS", 24)
     fresh, stale = (create_decoding(lengths, page=page) for _ in range(2))
     last = [int(t[(n - 1) // page]) for t, n in zip(fresh.tables, lengths, strict=True) if n]
     own, units = fresh.summaries, fresh.units
@@ -123,7 +114,7 @@ def test_summaries_are_brought_up_to_date_with_the_last_key(
     selector = DecodeSelector(share=0.2, top_p=0.9, min_keys=0, last_keys=0, unit=UNIT)
     found, expected = stale.outputs(), fresh.outputs()
     run(kernels, fresh, selector, expected, few=few)
-    run(kernels, stale, selector, found, few=few, is_one=is_one, is_written=False)
+    run(kernels, stale, selector, found, few=few, is_behind=True)
     assert torch.equal(found.lengths, expected.lengths)
     for name in ("numbers", "scales", "pinned"):
         assert torch.equal(getattr(stale.units, name), getattr(units, name))

@@ -204,11 +204,9 @@ def test_the_choice_for_rows(device: str) -> None:
     selector = DecodeSelector(budget=32, min_keys=0, unit=16, last_keys=16).text
     # What follows the units that are read says nothing.
     utils = ALL if device == "cpu" else FAKE
-    held = units.numbers, units.scales, units.pinned
-    arrivals = lengths.new_zeros(units.pinned.shape[0] * units.pinned.shape[1])
     found = torch.library.opcheck(
         torch.ops.unisparse.choose_rows.default,
-        (query, *held, order, lengths, counter, arrivals, selector, 0.3),
+        (query, units.numbers, units.scales, units.pinned, order, lengths, counter, selector, 0.3),
         test_utils=utils,
     )
     assert found == dict.fromkeys(utils, "SUCCESS")

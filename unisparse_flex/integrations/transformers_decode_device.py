@@ -53,12 +53,10 @@ class DeviceReader:
         self._units = UnitSummaries.create(keys, selector.unit)
         self._lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._order = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
-        self._arrivals = self._lengths.new_zeros(batch * keys.shape[1])
         if not torch.compiler.is_compiling():
             units = self._units
             held = units.numbers, units.scales, units.pinned
-            own = self._lengths, self._order, self._arrivals, self.counter
-            for tensor in (*own, *held):
+            for tensor in (self._lengths, self._order, self.counter, *held):
                 # CUDA graphs neither copy it nor stop at its changes.
                 torch._dynamo.mark_static_address(tensor)
 
@@ -146,7 +144,6 @@ class DeviceReader:
             self._order,
             self._lengths,
             self.counter,
-            self._arrivals,
             selector=self._text,
             scale=scale,
         )

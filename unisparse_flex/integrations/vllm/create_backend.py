@@ -14,7 +14,7 @@ from torch import Tensor
 from ...block_masks.pages import units_share
 from ...passes.calls import HeadShard
 from .counters import counting
-from .decode_rows import DecodeRows, DecodeSpace, attend_decode
+from .decode_rows import DecodeRows, DecodeSpace, attend_decode, follows_keys
 from .kernels import ParentKernel
 from .layer_state import LayerState
 from .layers import (
@@ -275,13 +275,18 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                 tables=tables[rows],
                 tokens=rows,
                 few=self._few_keys(common.num_reqs),
-                is_behind=True,
+                is_behind=self._follows_keys(common.num_reqs),
             )
             return Split(None, decode, None, None, tables)
 
         def _few_keys(self, requests: int) -> int:
             """Keys of each of so many requests at which choosing takes as long as it saves."""
             return self.decode_keys // requests
+
+        def _follows_keys(self, requests: int) -> bool:
+            """Whether choosing for so many requests brings summaries up to date besides."""
+            assert self.policy is not None
+            return follows_keys(requests, self.policy.kv_heads)
 
         def _plan(self, policy: Policy, common: Any, prefix: int) -> Plan | None:
             count = common.num_reqs
@@ -337,7 +342,9 @@ def create_backend(parent: Any, kernel: ParentKernel, *, needs_settings: bool = 
                     tables=common.block_table_tensor[index],
                     tokens=decoded,
                     few=self._few_keys(len(plan.decode)),
-                    is_behind=sparse is None and metadata is None,
+                    is_behind=sparse is None
+                    and metadata is None
+                    and self._follows_keys(len(plan.decode)),
                 )
             return Split(sparse, decode, metadata, tokens, tables, ends)
 

@@ -18,6 +18,9 @@ from .cache_view import CacheView
 from .counters import counting
 from .kernels import ParentKernel, Sequences
 
+# Sequences up to which a choice brings summaries up to date on its way. That saves a kernel, and
+# takes programs.
+FEW_SEQUENCES = 32
 # Parts into which the keys of a sequence are cut at most, where sequences are few.
 MOST_SPLITS = 32
 
@@ -86,8 +89,7 @@ class DecodeSpace:
         """Room for the rows of ``query``, [B, Hq, D] and written to, and so many units of each."""
         rows, device = query.shape[0], query.device
         sequences = rows * kv_heads
-        arrivals = torch.zeros(sequences, dtype=torch.int32, device=device)
-        names = PageTables.create(sequences, units, counting.decode_units_on(device), arrivals)
+        names = PageTables.create(sequences, units, counting.decode_units_on(device))
         # What a graph reads before anything was written must name a unit that is there.
         names.tables.zero_()
         names.lengths.zero_()
@@ -106,7 +108,7 @@ class DecodeSpace:
     ) -> int:
         """Of page tables, of what units weigh and of queries, for so many rows of so many keys."""
         units = -(-length // selector.unit)
-        return 4 * rows * ((q_heads + kv_heads) * units + q_heads * head_dim + 3 * kv_heads)
+        return 4 * rows * ((q_heads + kv_heads) * units + q_heads * head_dim)
 
 
 def attend_decode(
@@ -182,6 +184,11 @@ def choose(
         few=rows.few,
         written=summaries if rows.is_behind else None,
     )
+
+
+def follows_keys(requests: int, kv_heads: int) -> bool:
+    """Whether a choice for so many rows is faster when it brings summaries up to date besides."""
+    return requests * kv_heads <= FEW_SEQUENCES
 
 
 def splits_of(sequences: int, device: torch.device) -> int:
