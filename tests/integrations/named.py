@@ -16,7 +16,7 @@ NAME = "unisparse"
 
 @contextmanager
 def registered(
-    selector: Selector | str = SELECTOR, *, name: str = NAME, **settings: Any
+    selector: Selector | str | None = SELECTOR, *, name: str = NAME, **settings: Any
 ) -> Iterator[str]:
     """A name that every call that can be is sparse under, inside."""
     register(name, selector, **{"min_length": 0, **settings})

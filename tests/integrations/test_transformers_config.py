@@ -14,7 +14,7 @@ from tests.api.capture import captured
 from tests.models.families import BY_NAME
 from tests.models.family import SELECTOR, token_ids
 from unisparse_flex import UniSparse, explain, optimize, selectors
-from unisparse_flex.integrations.transformers import configure
+from unisparse_flex.integrations.transformers import configure, register
 from unisparse_flex.passes import DenseReason
 
 from .named import NAME, create, registered
@@ -67,12 +67,40 @@ def test_a_quality_is_one_setting(tmp_path: Path, quality: Any) -> None:
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["unisparse"] == {"quality": quality}
     with registered(OTHER):
+        assert selectors_of(load(tmp_path)) == [selectors.selector_of_quality(quality)] * 2
+
+
+def test_what_the_configuration_leaves_out_is_as_registered(tmp_path: Path) -> None:
+    model = BY_NAME["Llama"].create()
+    configure(model.config, quality="high")
+    model.save_pretrained(tmp_path)
+
+    def decided(**registered_with: Any) -> list[tuple[str, DenseReason | None]]:
+        with registered(OTHER, **registered_with):
+            calls = explain(load(tmp_path), token_ids(length=203)).calls
+        return [(call.decision, call.reason) for call in calls]
+
+    assert decided(min_length=None) == [("dense", DenseReason.SLOWER)] * 2
+    assert decided() == [("sparse", None)] * 2
+    assert decided(dense_layers=[0]) == [("dense", DenseReason.EXCLUDED), ("sparse", None)]
+    with registered(OTHER, dense_layers=[0]):
         loaded = load(tmp_path)
-        # Its minimum length is the cost model's, not the registered 0.
-        (reason, *_) = [call.reason for call in explain(loaded, token_ids(length=203)).calls]
-        assert reason is DenseReason.SLOWER
-        loaded.config.unisparse["min_length"] = 0
-        assert selectors_of(loaded) == [selectors.selector_of_quality(quality)] * 2
+        assert selectors_of(loaded)[1] == selectors.selector_of_quality("high")
+        loaded.config.unisparse["dense_layers"] = []
+        assert [decision for decision, _ in kept(loaded)] == ["sparse", "sparse"]
+        # Registered anew, for models that are there.
+        register(NAME, OTHER, min_length=10_000)
+        assert [decision for decision, _ in kept(loaded)] == ["dense", "dense"]
+
+
+def test_a_selector_or_a_quality_of_a_configuration_replaces_either() -> None:
+    with registered(None, quality="fast"):
+        model = create("Llama")
+        configure(model.config, SELECTOR)
+        assert selectors_of(model) == [SELECTOR] * 2
+        configure(model.config, dense_layers=[])
+        assert model.config.unisparse == {"dense_layers": []}
+        assert selectors_of(model) == [selectors.selector_of_quality("fast")] * 2
 
 
 def test_a_saved_model_needs_the_name_and_the_name_needs_register(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..integrations.transformers_config import ATTRIBUTE, read_settings
+from ..integrations.transformers_config import ATTRIBUTE, read_settings, stated
 from ..selectors import Selector
 from .failures import wrong_content
 from .models import check_backend
@@ -87,7 +87,7 @@ def merge_saved(
         return Settings(selector=None, name="", source=None, **options)
     with wrong_content("read the settings saved with the model"):
         saved = read_settings(values)
-    values = {key: values[key] for key in OPTIONS if values.get(key) is not None}
+    values = stated(values)
     given = {key: _options_given(key) for key in values}
     used = {key: value for key, value in values.items() if not given[key]}
     options |= {key: getattr(saved, key) for key in used if key in options}

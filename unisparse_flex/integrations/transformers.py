@@ -85,8 +85,8 @@ def register(
     registered: with the first alone, transformers would make no masks, and padding be attended to.
     Where a call runs dense it is what ``"sdpa"`` computes. Models run sparse compiled or not; on
     CUDA an eager model's attention is compiled once for all layers. Settings that a model got from
-    `optimize` or `temporarily_optimize` win over those of its name, and so do those in its
-    configuration (`configure`), which are saved with it. Registering again with the
+    `optimize` or `temporarily_optimize` win over those of its name, and so does each that is in its
+    configuration (`configure`), which is saved with it. Registering again with the
     same settings changes nothing, whatever somebody has wrapped around the functions since; with
     others it replaces them, wrappers too, for every model of that name.
 

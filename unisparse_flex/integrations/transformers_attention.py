@@ -20,7 +20,7 @@ from ..passes.calls import SdpaCall
 from ..passes.decision import refuse
 from .deferred_mask import DeferredMask
 from .first_prompt import attend_first, is_first_forward, settle
-from .transformers_config import AttentionSettings, CallTexts, read_texts, stored_values
+from .transformers_config import AttentionSettings, CallTexts, create_reader, stored_values
 from .transformers_refusals import refuse_arguments, refuse_module
 
 # Where the keys of a cache that decodes sparse say of which layer they are.
@@ -37,10 +37,12 @@ def create_attention_function(sdpa: Attention, settings: AttentionSettings) -> A
     Args:
         sdpa: transformers' own. It brings the call into the form of
             ``F.scaled_dot_product_attention``; that one becomes sparse, or stays dense.
-        settings: Which blocks are kept, and where, unless the model's configuration says so.
+        settings: Which blocks are kept, and where, as far as the model's configuration says
+            nothing of it.
     """
     texts = CallTexts.of(settings)
     registered = texts.sparse, texts.dense, texts.dense_layers, texts.min_queries
+    read_texts = create_reader(settings)
 
     def unisparse_attention(
         module: nn.Module,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,12 @@ from ..passes.calls import read_selector
 # The attribute of a configuration, and its keys.
 ATTRIBUTE = "unisparse"
 KEYS = ("quality", "selector", "min_length", "dense_layers", "backend")
+# Those that say which blocks are kept: one of them replaces the other.
+SELECTS = ("quality", "selector")
+
+
+# The fields of `CallTexts`.
+Texts = tuple[str, str, tuple[int, ...], int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,23 +80,24 @@ def configure(
     *,
     quality: str | float | None = None,
     min_length: int | None = None,
-    dense_layers: Collection[int] = (),
-    backend: str = "auto",
+    dense_layers: Collection[int] | None = None,
+    backend: str | None = None,
 ) -> None:
     """Keeps settings in a model's configuration: ``save_pretrained`` saves them with the model.
 
     A registered name then runs the model by them, in this process and wherever the model is loaded
-    with ``attn_implementation="unisparse"``; they win over what the name was registered with. They
-    are plain values in ``config.json`` under ``"unisparse"``; to take them out, ``del
+    with ``attn_implementation="unisparse"``. What is given here wins over what the name was
+    registered with; what is left out, or ``None``, is as registered. They are plain values in
+    ``config.json`` under ``"unisparse"``, in place of any that were there; to take them out, ``del
     config.unisparse``.
 
     Args:
         config: ``model.config``; of a model of several parts that of the part, such as
             ``model.config.text_config``.
-        selector: As `register` takes it.
+        selector: As `register` takes it; a selector or a quality replaces either.
         quality: As `register` takes it.
         min_length: As `register` takes it.
-        dense_layers: As `register` takes it.
+        dense_layers: As `register` takes it; ``()`` for none, whatever is registered.
         backend: As `register` takes it.
 
     Raises:
@@ -106,17 +113,17 @@ def configure(
         selector,
         quality=quality,
         min_length=min_length,
-        dense_layers=dense_layers,
-        backend=backend,
+        dense_layers=dense_layers or (),
+        backend=backend or "auto",
     )
     values: dict[str, Any] = {} if quality is None else {"quality": quality}
     if selector is not None:
         values["selector"] = settings.selector.text
     if min_length is not None:
         values["min_length"] = min_length
-    if settings.dense_layers:
+    if dense_layers is not None:
         values["dense_layers"] = list(settings.dense_layers)
-    if backend != "auto":
+    if backend is not None:
         values["backend"] = backend
     setattr(config, ATTRIBUTE, values)
 
@@ -154,19 +161,41 @@ def stored_values(module: nn.Module) -> Any:
     return getattr(getattr(module, "config", None), ATTRIBUTE, None)
 
 
-# Dynamo guards what the values hold.
-@torch.compiler.assume_constant_result
-def read_texts(values: Any) -> tuple[str, str, tuple[int, ...], int]:
-    """The fields of the `CallTexts` of stored values.
+def create_reader(registered: AttentionSettings) -> Callable[[Any], Texts]:
+    """A function that reads stored values: the fields of the `CallTexts` of what a call has.
+
+    It raises ValueError where they are not what `configure` writes.
+
+    Args:
+        registered: What counts where the values say nothing.
+    """
+
+    @lru_cache(maxsize=256)
+    def read(written: str) -> Texts:
+        texts = CallTexts.of(merge_settings(registered, ast.literal_eval(written)))
+        return texts.sparse, texts.dense, texts.dense_layers, texts.min_queries
+
+    # Dynamo guards what the values hold.
+    @torch.compiler.assume_constant_result
+    def read_texts(values: Any) -> Texts:
+        return read(repr(values)) if _is_plain(values) else _refuse(values)
+
+    return read_texts
+
+
+def merge_settings(registered: AttentionSettings, values: Any) -> AttentionSettings:
+    """Settings of a model: those in its configuration, key by key, the others as registered.
 
     Raises:
-        ValueError: They are not what `configure` writes.
+        ValueError: The values are not what `configure` writes.
     """
-    return _read_texts(repr(values)) if _is_plain(values) else _refuse(values)
+    saved, said = read_settings(values), stated(values)
+    fields = {"selector" if key in SELECTS else key for key in said}
+    return replace(registered, **{name: getattr(saved, name) for name in fields})
 
 
 def read_settings(values: Any) -> AttentionSettings:
-    """The settings that stored values are.
+    """The settings that stored values are, with defaults where they say nothing.
 
     Raises:
         ValueError: They are not what `configure` writes.
@@ -174,15 +203,14 @@ def read_settings(values: Any) -> AttentionSettings:
     if not _is_plain(values) or not isinstance(values, dict) or not set(values) <= set(KEYS):
         _refuse(values)
     try:
-        return create_settings(**values)
+        return create_settings(**stated(values))
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.{ATTRIBUTE}: {error}") from error
 
 
-@lru_cache(maxsize=256)
-def _read_texts(written: str) -> tuple[str, str, tuple[int, ...], int]:
-    texts = CallTexts.of(read_settings(ast.literal_eval(written)))
-    return texts.sparse, texts.dense, texts.dense_layers, texts.min_queries
+def stated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored values that say something, in the order of `KEYS`."""
+    return {key: values[key] for key in KEYS if values.get(key) is not None}
 
 
 def _is_plain(values: Any) -> bool:
