@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tests.passes.graphs import Stripes
 from unisparse_flex import UniSparse, explain, optimize
+from unisparse_flex.command_line import CommandLine
 from unisparse_flex.passes import DenseReason, SparseConfig, observe_calls
 from unisparse_flex.passes.decision.call_forecast import CallForecast
 from unisparse_flex.passes.decision.cost_forecast import CallShape, forecast
@@ -296,7 +297,7 @@ def test_the_verdict_names_the_layers_to_leave_dense(slow: list[int], advice: st
 def test_on_the_command_line_advice_names_its_options() -> None:
     slow = [0, 2, 3, 4]
     calls = [sparse_call(i, 0.97 if i in slow else 0.2, 12 if i in slow else 4) for i in range(8)]
-    verdict = Explanation(tuple(calls), wording=Wording(command_line=True)).verdict
+    verdict = Explanation(tuple(calls), wording=Wording(CommandLine())).verdict
     assert verdict.endswith("leave them dense (--dense-layers 0,2-4)")
 
 
@@ -732,7 +733,7 @@ def test_where_calls_were_timed_the_verdict_goes_by_that() -> None:
     # Predicted slower than dense, measured twice as fast.
     slow = sparse_call(0, 0.9, 12.0)
     assert "predicted" in Explanation((slow,)).verdict
-    fast = Explanation((replace(slow, measured=(10.0, 5.0)),), wording=Wording(command_line=True))
+    fast = Explanation((replace(slow, measured=(10.0, 5.0)),), wording=Wording(CommandLine()))
     assert fast.verdict.endswith("attention measured 2x as fast")
     assert "slower" not in fast.verdict
     assert fast.next_step.startswith("unisparse-flex speed MODEL")
@@ -751,7 +752,7 @@ def test_layers_that_were_measured_slower_are_named() -> None:
 
 def test_dense_calls_that_were_measured_faster_sparse_are_counted() -> None:
     calls = (timed(0, 10.0, 4.0, **DENSE), timed(1, 10.0, 11.0, **DENSE))
-    found = Explanation(calls, wording=Wording(command_line=True))
+    found = Explanation(calls, wording=Wording(CommandLine()))
     assert found.verdict.endswith("; 1 of the dense calls was measured faster sparse")
     assert found.next_step == (
         "--min-length 0 makes calls sparse: measured 5 ms faster in all, in 1 of 2 calls"

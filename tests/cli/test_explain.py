@@ -235,4 +235,4 @@ def test_every_line_fits_in_80_columns(run, model_folder, monkeypatch):
     lines = [line for line in ran.out.splitlines() if str(model_folder) not in line]
     assert max(map(len, lines)) <= 80
     assert lines[0].startswith("2 of 2 calls sparse")
-    assert any(line.startswith("next: ") for line in lines)
+    assert "\nnext: " in ran.out

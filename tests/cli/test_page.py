@@ -12,6 +12,7 @@ import pytest
 from tests.api.models import SELECTOR, create, embeddings
 from tests.api.test_explain import Mixed
 from unisparse_flex import optimize
+from unisparse_flex.command_line import CommandLine
 from unisparse_flex.passes import DenseReason
 from unisparse_flex.passes.decision.call_forecast import CallForecast
 from unisparse_flex.reports import (
@@ -106,7 +107,14 @@ def call(*args, time=None, module="Attention", **kwargs):
 @pytest.fixture(scope="module")
 def mixed():
     model = optimize(create(Mixed), SELECTOR, min_length=0)
-    return report_model(model, {"x": embeddings(300)}, name="mixed", settings={}, device="CPU")
+    return report_model(
+        model,
+        {"x": embeddings(300)},
+        name="mixed",
+        settings={},
+        device="CPU",
+        line=CommandLine("mixed"),
+    )
 
 
 def test_every_call_and_reason_stands_on_the_page(mixed):

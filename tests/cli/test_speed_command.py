@@ -13,10 +13,12 @@ from tests.cli.test_page import FETCHING_TAGS, Page
 from unisparse_flex import evaluation
 from unisparse_flex.cli import models
 from unisparse_flex.cli import speed as command
+from unisparse_flex.command_line import CommandLine
 from unisparse_flex.evaluation import RIVALS, LoadedRival
 from unisparse_flex.evaluation import speed as measured
 from unisparse_flex.reports import render_speed
 
+LINE = CommandLine()
 KEYS = {
     *("schema", "kind", "model", "model_class", "weights", "densities", "device", "versions"),
     *("command", "settings", "selectors", "rows", "against", "verdict", "notes"),
@@ -136,7 +138,8 @@ def test_calls_that_stay_dense_are_said_to(run, model_folder, uncompiled, caplog
     assert found["rows"][2]["sparse_calls"] == 0
     assert found["rows"][2]["density"] is None
     assert found["verdict"][0] == (
-        "At 256 tokens balanced leaves every attention call dense; unisparse-flex explain says why."
+        "At 256 tokens balanced leaves every attention call dense; unisparse-flex explain "
+        f"{model_folder} --tokens 256 says why."
     )
     # Advice for who works in Python.
     assert not [record for record in caplog.records if "unisparse_flex.explain" in record.msg]
@@ -211,15 +214,17 @@ def test_a_verdict_says_slower_and_that_times_scatter():
         "output_error": None,
         "worst_output_error": None,
     }
-    assert command.say_verdict([row | {"speedup": 1.5}]) == [
+    assert command.say_verdict([row | {"speedup": 1.5}], LINE) == [
         "At 9 tokens balanced brings the first token 1.50 times as fast as the fastest dense run, "
         "with 25% of the blocks."
     ]
-    slower, scattered = command.say_verdict([row | {"speedup": 0.5, "times_ms": [10.0, 31.0]}])
+    slower, scattered = command.say_verdict(
+        [row | {"speedup": 0.5, "times_ms": [10.0, 31.0]}], LINE
+    )
     assert "is slower: its first token takes 2.00 times as long as that of the fastest" in slower
     assert scattered.startswith("Times of one way differ by up to 3.1 times")
     other = row | {"speedup": 1.5, "output_error": 0.042, "worst_output_error": 0.31}
-    assert command.say_verdict([other | {"setting": "xattn"}]) == [
+    assert command.say_verdict([other | {"setting": "xattn"}], LINE) == [
         "At 9 tokens xattn brings the first token 1.50 times as fast as the fastest dense run, its "
         "attention 4.2% off dense attention, at worst 31.0%."
     ]
@@ -254,7 +259,7 @@ def test_no_gain_is_claimed_that_may_be_noise(density, sparse, dense, told_apart
     command.add_speedups(rows)
     assert [each["told_apart"] for each in rows] == [None, told_apart]
     if density is not None:
-        verdict = command.say_verdict(rows)[0]
+        verdict = command.say_verdict(rows, LINE)[0]
         assert (
             "no difference to the fastest dense run that can be told" in verdict
         ) is not told_apart

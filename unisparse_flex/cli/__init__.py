@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-PROGRAM = "unisparse-flex"
+from ..command_line import PROGRAM
+
 MODULES = ("click", "jinja2")
 
 
@@ -31,3 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .app import run
 
     return run(sys.argv[1:] if argv is None else argv)
+
+
+__all__ = ["MODULES", "PROGRAM", "main"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..command_line import PROGRAM, SHARED_OPTIONS, CommandLine
 from .choices import BUNDLED, LEAST_QUALITY, QUALITY_NAMES, SELECTOR_NAMES, TEXT_NAMES
 from .failures import require, wrong_content
 
+# Where a context keeps what was typed.
+TYPED = "unisparse_flex.typed"
 # Which a Hugging Face folder holds.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 SELECTORS = (
@@ -107,24 +111,43 @@ def check_text(name: str) -> None:
         raise click.UsageError(f"a text must not be empty, got {name!r}, a file of 0 bytes")
 
 
-def selector_argument(ctx: click.Context, _: click.Parameter, text: str) -> str:
+def selector_argument(ctx: click.Context, _: click.Parameter, text: str | None) -> str | None:
     """A selector is a name, a file that is there, or looks like a call."""
-    if ctx.resilient_parsing:
+    if text is None or ctx.resilient_parsing:
         return text
-    _refuse_two_settings(ctx, quality=ctx.params.get("quality"))
     if text in SELECTOR_NAMES or "(" in text:
         return text
     if not text.endswith(".json"):
         raise click.BadParameter(f"it must be {SELECTORS}, got {text!r}")
     if not os.path.isfile(text):
-        raise click.BadParameter(f"there is no file {text}; unisparse-flex calibrate writes one")
+        typed = ctx.meta.get(TYPED, {})
+        texts = typed.get("texts") or [typed.get("text") or "TEXT"]
+        words = [typed.get("model") or "MODEL", *texts, "--recall", "0.95", "--output", text]
+        command = shlex.join([PROGRAM, "calibrate", *words])
+        raise click.BadParameter(f"there is no file {text}; to write it: {command}")
     return text
 
 
-def _refuse_two_settings(ctx: click.Context, *, quality: str | None) -> None:
-    given = ctx.get_parameter_source("selector") is ParameterSource.COMMANDLINE
-    if given and quality is not None:
+def only_selector_argument(ctx: click.Context, parameter: click.Parameter, text: str) -> str | None:
+    """A selector without a setting of the dial beside it."""
+    _refuse_two_settings(ctx)
+    return selector_argument(ctx, parameter, text)
+
+
+def _refuse_two_settings(ctx: click.Context) -> None:
+    if is_given("selector", ctx) and is_given("quality", ctx):
         raise click.UsageError("give --quality or --selector, not both")
+
+
+def is_given(name: str, ctx: click.Context | None = None) -> bool:
+    """Whether an option is on the command line.
+
+    Args:
+        name: Of its parameter.
+        ctx: Of the command; of the one that runs by default.
+    """
+    ctx = click.get_current_context() if ctx is None else ctx
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def layers_argument(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:
@@ -150,7 +173,7 @@ def setting_argument(ctx: click.Context, _: click.Parameter, value: str | None) 
     """One setting of the dial, as `--selector` takes it, or nothing."""
     if value is None or ctx.resilient_parsing:
         return value
-    _refuse_two_settings(ctx, quality=value)
+    _refuse_two_settings(ctx)
     check_quality(value)
     return value
 
@@ -206,10 +229,14 @@ def file_to_write(ctx: click.Context, _: click.Parameter, path: Path | None) -> 
 
 
 class ChecksFiles(click.Command):
-    """Wants files to write that differ from each other and from those that are read."""
+    """Wants files to write that differ from each other and from those that are read.
+
+    What was typed is kept for `typed_line`.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Reads the arguments."""
+        ctx.meta[TYPED], _, _ = self.make_parser(ctx).parse_args(args=list(args))
         rest = super().parse_args(ctx, args)
         written: dict[str, str] = {}
         for option in ("output", "html"):
@@ -230,6 +257,19 @@ class ChecksFiles(click.Command):
                     f"--{over} must not be a file that is read, got {name}; give another", ctx
                 )
         return rest
+
+
+def typed_line(model: str) -> CommandLine:
+    """The options that were typed and that other commands take too, for commands in output."""
+    context = click.get_current_context()
+    options: dict[str, tuple[str, ...]] = {}
+    for parameter in context.command.params:
+        option = next((each for each in parameter.opts if each in SHARED_OPTIONS), None)
+        value = context.meta.get(TYPED, {}).get(parameter.name)
+        if option is not None and value is not None:
+            several = value if isinstance(value, (list, tuple)) else (value,)
+            options[option] = () if value is True else tuple(map(str, several))
+    return CommandLine(model, options)
 
 
 def _files_read(params: Mapping[str, Any]) -> list[str]:

@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..command_line import CommandLine
 from ..progress import Progress
 from . import PROGRAM
-from .arguments import ChecksFiles, model_argument
+from .arguments import ChecksFiles, model_argument, typed_line
 from .failures import failures
+from .measuring import DEFAULT_LENGTH, LEAST_LENGTH
 from .options import (
     MODEL_OPTIONS,
     SPARSE_OPTIONS,
+    Subject,
     create_subject,
     html_option,
     json_option,
@@ -68,6 +71,7 @@ def explain(
                 model_inputs(subject.loaded.model, subject.input_ids),
                 name=subject.name,
                 settings=subject.settings,
+                line=_line_of(subject),
                 device=subject.device,
                 measure=measure,
                 show=progress.advance,
@@ -79,6 +83,23 @@ def explain(
     else:
         click.echo(format_report(report))
     say_written([html] if html else [], quiet=quiet)
+
+
+def _line_of(subject: Subject) -> CommandLine:
+    """What `speed` and `quality` are to go on with: a text that is short is read whole there too.
+
+    A prompt that is too short for them is left out.
+    """
+    from .models import context_length
+
+    line, tokens = typed_line(subject.name), subject.input_ids.shape[1]
+    options = dict(line.options)
+    if tokens < LEAST_LENGTH:
+        options.pop("--tokens", None)
+        options.pop("--text", None)
+    elif tokens < min(DEFAULT_LENGTH, context_length(subject.loaded.model) or DEFAULT_LENGTH):
+        options["--tokens"] = (str(tokens),)
+    return CommandLine(subject.name, options)
 
 
 def format_report(report: ExplainReport) -> str:

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..command_line import CommandLine
 from ..counted import counted
 from . import PROGRAM
-from .arguments import ChecksFiles, check_quality, file_to_write, model_argument
+from .arguments import ChecksFiles, check_quality, file_to_write, is_given, model_argument
 from .choices import TEXT_NAMES
-from .failures import failures
+from .failures import failures, wrong_arguments
 from .options import (
     LAYER_OPTIONS,
     LOAD_OPTIONS,
     html_option,
     json_option,
     quiet_option,
+    selector_option,
 )
 from .output import print_json, say_written, write_text
 
 if TYPE_CHECKING:
-    from ..evaluation import LoadedModel, TextPrompt
+    from ..calibration import Calibration
+    from ..evaluation import LoadedModel, Sparsity, TextPrompt
     from ..selectors import Selector
 
 DEFAULT_LENGTH, LEAST_LENGTH = 4096, 256
@@ -105,6 +108,9 @@ lengths_option = click.option(
     callback=lengths_argument,
     help=f"Prompt lengths in tokens.  [default: {DEFAULT_LENGTH}, or the model's context if less]",
 )
+selector_of_command = selector_option(
+    None, "What is measured in place of the default of --quality, or beside what that names: "
+)
 PLACE_OPTIONS = (*LOAD_OPTIONS, *LAYER_OPTIONS)
 OUTPUT_OPTIONS = (
     json_option,
@@ -160,11 +166,70 @@ def refuse_beyond(lengths: Sequence[int], context: int | None) -> None:
             )
 
 
-def create_dial(names: Sequence[str]) -> dict[str, Selector]:
-    """The selectors of settings of the dial, by their names."""
-    from .selectors import parse_quality
+def create_dial(names: Sequence[str], selector: str | None) -> dict[str, Selector | Calibration]:
+    """What is measured, by what it is called: a calibration by the name of its file.
 
-    return {name: parse_quality(name) for name in names}
+    Args:
+        names: Of ``--quality``; its default counts where there is no ``--selector``.
+        selector: Of ``--selector``.
+    """
+    from .selectors import parse_quality, parse_selector
+
+    dial: dict[str, Selector | Calibration] = {}
+    if selector is not None:
+        name = Path(selector).name if selector.endswith(".json") else selector
+        dial[name] = parse_selector(selector)
+    if selector is None or is_given("quality"):
+        dial |= {name: parse_quality(name) for name in names}
+    return dial
+
+
+def check_calibrations(
+    loaded: LoadedModel, settings: Mapping[str, Selector | Calibration], sparsity: Sparsity
+) -> None:
+    """Raises where a calibration names layers that the model does not have, before it is measured.
+
+    Raises:
+        click.UsageError: It does.
+    """
+    from ..selectors import Selector
+
+    for setting in settings.values():
+        if not isinstance(setting, Selector):
+            with wrong_arguments(), sparsity.applied(loaded.model, setting):
+                pass
+
+
+def describe_all(settings: Mapping[str, Selector | Calibration]) -> dict[str, str]:
+    """What is measured in words, by what it is called."""
+    from .selectors import describe
+
+    return {name: describe(setting, name) for name, setting in settings.items()}
+
+
+def write_explain(
+    line: CommandLine, name: str, selector: str | None, tokens: int, **changed: str | None
+) -> str:
+    """The command that explains one of the settings that were measured, at one length.
+
+    Args:
+        line: The options of this run.
+        name: What the setting is called.
+        selector: Of ``--selector``.
+        tokens: The length; it is written where lengths were given.
+        **changed: Other options with other values.
+    """
+    options = line.options
+    selects = selector is not None and name in (selector, Path(selector).name)
+    # What was saved with the model needs no option, nor does what both do by default.
+    of_dial = not selects and "--quality" in options
+    return line.write(
+        "explain",
+        tokens=str(tokens) if "--tokens" in options else None,
+        selector=selector if selects else None,
+        quality=name if of_dial else None,
+        **changed,
+    )
 
 
 def read_texts(names: Sequence[str], lengths: Sequence[int]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from .arguments import (
     device_argument,
     file_to_write,
     layers_argument,
+    only_selector_argument,
     selector_argument,
     setting_argument,
     text_argument,
@@ -109,17 +110,29 @@ text_option = click.option(
     callback=text_argument,
     help="What the model reads: a UTF-8 file, or prose, code or topics (installed texts).",
 )
+
+
+def selector_option(default: str | None, start: str = "") -> Callable[[Command], Command]:
+    """--selector.
+
+    Args:
+        default: Of the command; ``None`` where it takes ``--quality`` beside it.
+        start: How its help begins.
+    """
+    return click.option(
+        "--selector",
+        default=default,
+        show_default=default is not None,
+        metavar="SELECTOR",
+        callback=only_selector_argument if default is not None else selector_argument,
+        help=f"{start}{', '.join(SELECTOR_NAMES)}, a calibration (*.json) or such as "
+        "'UniSparse(top_p=0.95)'.",
+    )
+
+
 SPARSE_OPTIONS = (
     text_option,
-    click.option(
-        "--selector",
-        default="default",
-        show_default=True,
-        metavar="SELECTOR",
-        callback=selector_argument,
-        help=f"{', '.join(SELECTOR_NAMES)}, a calibration (*.json) or such as "
-        "'UniSparse(top_p=0.95)'.",
-    ),
+    selector_option("default"),
     click.option(
         "--quality",
         metavar="Q",

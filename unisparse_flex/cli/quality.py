@@ -13,7 +13,7 @@ import click
 
 from ..progress import Progress
 from . import PROGRAM
-from .arguments import check_text
+from .arguments import check_text, is_given, typed_line
 from .failures import failures, require, wrong_arguments, wrong_content
 from .measuring import (
     COLUMNS,
@@ -21,23 +21,28 @@ from .measuring import (
     PLACE_OPTIONS,
     KeepsCommand,
     check_before_loading,
+    check_calibrations,
     create_dial,
     create_prompts,
+    describe_all,
     describe_run,
     lengths_option,
     model_argument_of_command,
     quality_argument,
     read_texts,
     say_kl,
+    selector_of_command,
     shorten_end,
     shorten_start,
     split_outside_brackets,
+    write_explain,
     write_results,
 )
 from .options import min_length_option, with_options
 from .output import say_source, wrap
 
 if TYPE_CHECKING:
+    from ..calibration import Calibration
     from ..evaluation import QualityRow, TaskRow
     from ..selectors import Selector
 
@@ -73,7 +78,7 @@ NOTES = (
 INTERRUPTED = "Interrupted: what was not read with every setting is left out."
 FORCED = (
     "Every call that can be was sparse, also where optimize would leave it dense because that is "
-    "predicted to be faster (--min-length); unisparse-flex explain says where."
+    "predicted to be faster (--min-length); {explain} says where."
 )
 LONGBENCH_NOTE = (
     "LongBench's prompts, cut in the middle to the longest length, its rules of scoring; the first "
@@ -164,6 +169,7 @@ Examples:
         callback=quality_argument,
         help="Settings of the dial: fast, balanced, high or numbers.",
     ),
+    selector_of_command,
     click.option(
         "--against",
         default="",
@@ -217,6 +223,7 @@ def quality(
     texts: tuple[str, ...],
     lengths: tuple[int, ...],
     quality: tuple[str, ...],
+    selector: str | None,
     against: tuple[str, ...],
     tasks: tuple[str, ...],
     longbench: Path | None,
@@ -239,7 +246,7 @@ def quality(
     Ctrl-C prints what was judged so far.
     """
     check_before_loading(model, lengths, texts, layers=dense_layers, device=device, backend=backend)
-    dial, baselines = create_dial(quality), create_baselines(against)
+    dial, baselines = create_dial(quality, selector), create_baselines(against)
     from ..evaluation import (
         Sparsity,
         cut_prompts,
@@ -262,8 +269,9 @@ def quality(
         given: Any = {"min_length": min_length, "dense_layers": dense_layers, "backend": backend}
         merged = merge_saved(loaded.model, device=device, **given)
         dial = merged.dial(dial)
-        settings: dict[str, Selector] = dial | baselines
+        settings: dict[str, Selector | Calibration] = {**dial, **baselines}
         sparsity = Sparsity(**merged.sparsity)
+        check_calibrations(loaded, settings, sparsity)
         prompts = create_prompts(loaded, contents, lengths)
         sizes = list(dict.fromkeys(prompt.tokens for prompt in prompts))
         progress.show("draw tasks")
@@ -314,6 +322,7 @@ def quality(
         "texts": list(contents),
         "lengths": sizes,
         "quality": list(dial),
+        "selector": selector,
         "source": merged.source,
         "against": list(against),
         "tasks": list(tasks),
@@ -322,7 +331,15 @@ def quality(
         "judged": judged,
         **merged.sparsity,
     }
-    forced = [FORCED] if merged.min_length == 0 else []
+    explain = write_explain(
+        typed_line(model),
+        next(iter(dial)),
+        selector,
+        sizes[-1],
+        text=texts[0] if is_given("texts") else None,
+        min_length=None,
+    )
+    forced = [FORCED.format(explain=explain)] if merged.min_length == 0 else []
     cut_short = [INTERRUPTED] if interrupted else []
     values["verdict"] = [*cut_short, *say_verdict(values["means"], list(dial)), *forced]
     values["notes"] = [*NOTES, *([TASK_NOTE] if tasks else [])]
@@ -374,13 +391,13 @@ def create_baselines(names: Sequence[str]) -> dict[str, Selector]:
 def collect(
     rows: Sequence[QualityRow],
     tasks: Mapping[str, Sequence[TaskRow]],
-    settings: dict[str, Selector],
+    settings: Mapping[str, Selector | Calibration],
 ) -> dict[str, Any]:
     """The rows as JSON has them, and their means over texts."""
     from ..evaluation import mean_by_setting
 
     return {
-        "selectors": {name: selector.text for name, selector in settings.items()},
+        "selectors": describe_all(settings),
         "rows": [row.to_json() for row in rows],
         "means": [
             {"tokens": tokens, "setting": setting, **means}

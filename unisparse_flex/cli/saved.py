@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import click
-from click.core import ParameterSource
+from typing import TYPE_CHECKING, Any
 
 from ..integrations.transformers_config import ATTRIBUTE, read_settings, stated
 from ..selectors import Selector
+from .arguments import is_given
 from .failures import wrong_content
 from .models import check_backend
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration
 
 # What a saved selector is called that is no quality.
 SAVED = "saved"
@@ -46,7 +47,7 @@ class Settings:
     backend: str
     source: str | None
 
-    def dial(self, asked: dict[str, Selector]) -> dict[str, Selector]:
+    def dial(self, asked: dict[str, Selector | Calibration]) -> dict[str, Selector | Calibration]:
         """The saved selector by its name, else those that are asked for."""
         return asked if self.selector is None else {self.name: self.selector}
 
@@ -117,12 +118,7 @@ def say_saved(model: Any) -> str:
 
 def _options_given(key: str) -> list[str]:
     """The options on the command line that say something else than a saved key."""
-    context = click.get_current_context()
-    return [
-        f"--{name.replace('_', '-')}"
-        for name in OPTIONS.get(key, ())
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    ]
+    return [f"--{name.replace('_', '-')}" for name in OPTIONS.get(key, ()) if is_given(name)]
 
 
 def _say_source(

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..command_line import CommandLine
 from ..progress import Progress
 from . import PROGRAM
+from .arguments import typed_line
 from .failures import failures
 from .measuring import (
     COLUMNS,
@@ -17,16 +19,20 @@ from .measuring import (
     PLACE_OPTIONS,
     KeepsCommand,
     check_before_loading,
+    check_calibrations,
     create_dial,
     create_prompts,
+    describe_all,
     describe_run,
     lengths_option,
     model_argument_of_command,
     quality_argument,
     read_texts,
     repeats_option,
+    selector_of_command,
     shorten_end,
     split_outside_brackets,
+    write_explain,
     write_results,
 )
 from .options import min_length_option, text_option, with_options
@@ -45,16 +51,18 @@ SCOPES = ("layers", "model")
 MOST_SCATTER = 1.5
 # Density from which no gain is claimed.
 NEARLY_ALL = 0.995
-NOTES = (
+FIRST_NOTE = (
     "first token: from the prompt to the logits of its last token, without a cache; the ways take "
     "turns, after two calls each that warm up. first call: the first of them, compilation "
-    "included; a warm compilation cache makes it short.",
+    "included; a warm compilation cache makes it short."
+)
+COLUMNS_NOTE = (
     "over dense: the fastest dense run's time over this one's, in brackets where that cannot be "
     "told from noise: repeats of the two overlap, there is one of each, or a gain comes with at "
     f"least {NEARLY_ALL:.1%} of the blocks. density: kept over visible blocks, "
     "mean over the sparse calls, but for those that keep a whole narrow window. KL: of the "
     "next-token distribution after the prompt to the first dense run's, one position whose "
-    "own block of rows is read densely; unisparse-flex quality judges many.",
+    "own block of rows is read densely; {quality} judges many."
 )
 RIVALS_NOTE = (
     "Packages of other work run with the settings that their authors publish, in layers compiled "
@@ -96,6 +104,7 @@ Examples:
         callback=quality_argument,
         help="Settings of the dial: fast, balanced, high or numbers.",
     ),
+    selector_of_command,
     click.option(
         "--against",
         default="",
@@ -128,6 +137,7 @@ def speed(
     text: str,
     lengths: tuple[int, ...],
     quality: tuple[str, ...],
+    selector: str | None,
     against: tuple[str, ...],
     compile_scope: Any,
     repeats: int | None,
@@ -152,7 +162,7 @@ def speed(
     check_before_loading(
         model, lengths, [text], layers=dense_layers, device=device, backend=backend
     )
-    dial = create_dial(quality)
+    dial = create_dial(quality, selector)
     from ..evaluation import Sparsity, SpeedInterrupted, measure_speed
     from ..reports import render_speed
     from .models import load_model
@@ -167,6 +177,7 @@ def speed(
         given: Any = {"min_length": min_length, "dense_layers": dense_layers, "backend": backend}
         merged = merge_saved(loaded.model, device=device, **given)
         settings, sparsity = merged.dial(dial), Sparsity(**merged.sparsity)
+        check_calibrations(loaded, settings, sparsity)
         prompts = create_prompts(loaded, contents, lengths)
         turns = REPEATS[loaded.device.type] if repeats is None else repeats
         progress.total = len(prompts) * (2 + len(settings) + len(rivals)) * (2 + turns)
@@ -190,6 +201,7 @@ def speed(
             rows += [row.to_json() for row in found]
             if interrupted:
                 break
+    line = typed_line(model)
     any_timed = any(row["ms"] is not None for row in rows)
     if interrupted and not any_timed:
         raise KeyboardInterrupt
@@ -199,17 +211,19 @@ def speed(
             "text": text,
             "lengths": [prompt.tokens for prompt in prompts],
             "quality": list(settings),
+            "selector": selector,
             "source": merged.source,
             "compile": compile_scope,
             "repeats": turns,
             **merged.sparsity,
         },
-        "selectors": {name: selector.text for name, selector in settings.items()},
+        "selectors": describe_all(settings),
         "rows": rows,
         "against": found_rivals,
-        "verdict": [*interrupted, *say_verdict(rows)],
+        "verdict": [*interrupted, *say_verdict(rows, line, selector)],
         "notes": [
-            *NOTES,
+            FIRST_NOTE,
+            COLUMNS_NOTE.format(quality=line.write("quality")),
             *([RIVALS_NOTE] if rivals else []),
             *([DENSE_NOTE] if merged.min_length is None else []),
         ],
@@ -278,8 +292,16 @@ def find_rivals(names: Sequence[str]) -> tuple[list[dict[str, Any]], list[Loaded
     return said, found
 
 
-def say_verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for each setting at the longest length."""
+def say_verdict(
+    rows: Sequence[dict[str, Any]], line: CommandLine, selector: str | None = None
+) -> list[str]:
+    """A sentence for each setting at the longest length.
+
+    Args:
+        rows: Of `measure_speed`, with their speedups.
+        line: What commands in the sentences go on with.
+        selector: Of ``--selector``.
+    """
     longest = max(row["tokens"] for row in rows)
     sentences = []
     for row in rows:
@@ -289,9 +311,8 @@ def say_verdict(rows: Sequence[dict[str, Any]]) -> list[str]:
         if row["error"] is not None:
             sentences.append(f"{start} could not be timed: {row['error']}")
         elif not row["sparse_calls"]:
-            sentences.append(
-                f"{start} leaves every attention call dense; unisparse-flex explain says why."
-            )
+            explain = write_explain(line, row["setting"], selector, longest)
+            sentences.append(f"{start} leaves every attention call dense; {explain} says why.")
         elif row["output_error"] is not None:
             speed = f"takes {row['ms']:.0f} ms"
             if row["speedup"] is not None:

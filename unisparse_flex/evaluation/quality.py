@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration import Calibration
 from ..optimization import optimize, release_all
 from ..reports import AttentionRecord, chosen_densities, record_attention
 from ..selectors import Selector
@@ -62,7 +63,7 @@ class Sparsity:
     backend: str = "auto"
 
     @contextmanager
-    def applied(self, model: Any, selector: Selector) -> Iterator[None]:
+    def applied(self, model: Any, selector: Selector | Calibration) -> Iterator[None]:
         """The model is sparse inside, and plain afterwards."""
         optimize(
             model,
@@ -162,7 +163,7 @@ def encode_start(tokenizer: Any, text: str, tokens: int) -> list[int]:
 def judge_texts(
     loaded: LoadedModel,
     prompts: Sequence[TextPrompt],
-    settings: Mapping[str, Selector],
+    settings: Mapping[str, Selector | Calibration],
     *,
     judged: int,
     sparsity: Sparsity | None = None,
@@ -173,7 +174,7 @@ def judge_texts(
     Args:
         loaded: The model, plain; it is plain again after each row.
         prompts: What it reads.
-        settings: Selectors by what they are called.
+        settings: Selectors, or calibrations, by what they are called.
         judged: How many of the last positions are judged, at most half of the prompt.
         sparsity: How the model is made sparse; every call that can be, by default.
         show: Told which reading comes next.
@@ -263,7 +264,7 @@ def draw_samples(
 def score_tasks(
     loaded: LoadedModel,
     samples: Mapping[Any, Sequence[Sample]],
-    settings: Mapping[str, Selector],
+    settings: Mapping[str, Selector | Calibration],
     *,
     tokens: int,
     score: Callable[[Any, str], float] = score,
@@ -275,7 +276,7 @@ def score_tasks(
     Args:
         loaded: The model, plain; it is plain again after each row.
         samples: By task, from `draw_samples` or `cut_prompts`.
-        settings: Selectors by what they are called.
+        settings: Selectors, or calibrations, by what they are called.
         tokens: What these were given.
         score: What an answer to a sample is worth; by default by RULER's rule.
         sparsity: See `judge_texts`.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..calibration import Calibration
 from ..clock import in_turn, timed
 from ..optimization import optimize
 from ..reports import chosen_densities, record_attention
@@ -119,7 +120,7 @@ class _Contender:
 def measure_speed(
     loaded: LoadedModel,
     prompt: TextPrompt,
-    settings: Mapping[str, Selector],
+    settings: Mapping[str, Selector | Calibration],
     *,
     compile_scope: CompileScope = "layers",
     repeats: int = 3,
@@ -135,7 +136,8 @@ def measure_speed(
     Args:
         loaded: The model, plain; it stays so.
         prompt: What it reads.
-        settings: Selectors by what they are called; each is a way to run the model.
+        settings: Selectors, or calibrations, by what they are called; each is a way to run the
+            model.
         compile_scope: ``"layers"`` compiles each layer of the model by itself, ``"model"`` all of
             it at once; Hugging Face's models build a mask tensor in the latter.
         repeats: Timed runs of each way.
@@ -155,7 +157,7 @@ def measure_speed(
     torch.compiler.reset()
     contenders: list[_Contender] = []
     running: list[_Contender] = []
-    ways: list[tuple[str, str | None, Selector | LoadedRival | None]] = [
+    ways: list[tuple[str, str | None, Selector | Calibration | LoadedRival | None]] = [
         ("dense eager", None, None),
         ("dense compiled", None, None),
         *(("sparse compiled", name, selector) for name, selector in settings.items()),
@@ -242,7 +244,7 @@ def _begin(
     contender: _Contender,
     loaded: LoadedModel,
     prompt: TextPrompt,
-    attention: Selector | LoadedRival | None,
+    attention: Selector | Calibration | LoadedRival | None,
     compile_scope: CompileScope,
     sparsity: Sparsity,
 ) -> None:

@@ -20,10 +20,7 @@ DIFFUSE = 0.9
 ALL = 0.99
 NO_CALL_STEP = "load models of Hugging Face with attn_implementation='sdpa'; others must call SDPA"
 COMPILED = "torch.compile(model), if it is not compiled: the times are of that"
-COMMANDS = (
-    "unisparse-flex speed MODEL times it compiled, unisparse-flex quality MODEL says what it "
-    "changes in what the model predicts"
-)
+COMMANDS = "{speed} times it compiled, {quality} says what it changes in what the model predicts"
 # By the reason that most calls stay dense for.
 NEXT_STEPS = {
     DenseReason.NOT_OPTIMIZED: "model = unisparse_flex.optimize(model), then explain it again",
@@ -53,7 +50,9 @@ def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> st
     if len(slower) == len(sparse):
         return _where_nothing_is_gained(slower, wording)
     fewer = SPARSER.get(_quality_in_force(sparse))
-    step = COMMANDS if wording.command_line else COMPILED
+    line, step = wording.command_line, COMPILED
+    if line is not None:
+        step = COMMANDS.format(speed=line.write("speed"), quality=line.write("quality"))
     return step if fewer is None else f"{step}; {wording.quality(fewer)} keeps fewer blocks"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from ..block_masks.installation import installed_version
 from ..catching import original_module
+from ..command_line import CommandLine
 from ..passes import SparseConfig, observe_calls
 from ..passes.calls import SdpaCall
 from .attention_record import AttentionRecord
@@ -64,6 +65,7 @@ class ExplainReport:
         dtype: Of the weights.
         versions: Of Python and the packages; ``None`` for what is not installed.
         rest_ms: See `Explanation`.
+        line: What commands in the advice go on with.
     """
 
     calls: tuple[ReportedCall, ...]
@@ -74,6 +76,7 @@ class ExplainReport:
     dtype: str
     versions: Mapping[str, str | None]
     rest_ms: float | None = None
+    line: CommandLine = field(default_factory=CommandLine)
 
     @property
     def explanation(self) -> Explanation:
@@ -84,7 +87,7 @@ class ExplainReport:
             else replace(call.record, measured=(call.time.dense_ms, call.time.sparse_ms))
             for call in self.calls
         )
-        return Explanation(records, self.rest_ms, Wording(command_line=True))
+        return Explanation(records, self.rest_ms, Wording(self.line))
 
     @property
     def is_measured(self) -> bool:
@@ -152,6 +155,7 @@ def report_model(
     name: str,
     settings: Mapping[str, str],
     device: str,
+    line: CommandLine,
     measure: bool = False,
     show: Callable[[str], None] = lambda step: None,
 ) -> ExplainReport:
@@ -163,6 +167,7 @@ def report_model(
         name: What the user calls the model.
         settings: See `ExplainReport`.
         device: See `ExplainReport`.
+        line: See `ExplainReport`.
         measure: Times every call, dense and sparse, as it is made; the first of a kind waits for
             a compilation.
         show: Told which layer comes next.
@@ -193,6 +198,7 @@ def report_model(
         dtype=_dtype(module),
         versions=find_versions(),
         rest_ms=clock.milliseconds,
+        line=line,
     )
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..command_line import CommandLine
+
 
 @dataclass(frozen=True, slots=True)
 class Wording:
     """How settings are spelled.
 
     Attributes:
-        command_line: As options of the command, such as ``--quality fast``; else as arguments in
-            Python, such as ``quality='fast'``.
+        command_line: The options of the run, for advice on the command line, such as
+            ``--quality fast``; without it advice is in Python, such as ``quality='fast'``.
     """
 
-    command_line: bool = False
+    command_line: CommandLine | None = None
 
     @property
     def name_of_min_length(self) -> str:

@@ -1,0 +1,48 @@
+"""Commands as output names them: whole, with the options of the run that names them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+PROGRAM = "unisparse-flex"
+# What `explain`, `quality` and `speed` all take, in the order in which they are written.
+SHARED_OPTIONS = (
+    *("--text", "--tokens", "--selector", "--quality", "--dense-layers", "--backend"),
+    *("--min-length", "--device", "--allow-download"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """A model with the options of a run of `explain`, `quality` or `speed` that any of them takes.
+
+    Attributes:
+        model: As the user gave it.
+        options: Values by option, as typed; several of one that may be given several times, none
+            of a flag. What was left to its default is not there.
+    """
+
+    model: str = "MODEL"
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def write(self, command: str, **changed: str | None) -> str:
+        """A whole command for a shell.
+
+        Args:
+            command: Its name.
+            **changed: Options with other values, such as ``tokens="1024"``; ``None`` leaves one
+                out.
+        """
+        options = dict(self.options)
+        for name, value in changed.items():
+            options.pop(f"--{name.replace('_', '-')}", None)
+            if value is not None:
+                options[f"--{name.replace('_', '-')}"] = (value,)
+        words = [PROGRAM, command, self.model]
+        for option in SHARED_OPTIONS:
+            if option in options:
+                values = options[option]
+                words += [part for value in values for part in (option, value)] or [option]
+        return shlex.join(words)
