@@ -2,7 +2,7 @@
 
 python -m bench.masked [--parts models,calls,lengths,host] [--cases none,ones,padded,...]
     [--tokens 32768,...] [--batches 1,...] [--density 0.1] [--layers 4]
-    [--modes eager,compiled] [--variants dense,forced,default,without] [--sharpen 2]
+    [--modes eager,compiled] [--variants dense,causal,forced,default,without] [--sharpen 2]
     [--max-seconds N] [--output FILE]
 
 models: milliseconds to the logits of a Llama-3.1-8B-shaped model with random weights, stock
@@ -54,6 +54,8 @@ DOCUMENTS, WINDOW_SHARE = 8, 8
 REPEATS = 5
 LENGTHS = tuple(range(1000, 33001, 1684))
 HOST_TOKENS, HOST_CALLS = 1024, 200
+# No prompt is as long.
+LONGEST = 2**30
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -121,8 +123,10 @@ class Bench:
         layers: Of the model.
         sharpen: Factor on the projections of queries, and of keys.
         modes: ``eager``, ``compiled``.
-        names: Of the variants of a model: ``dense``, ``forced``, ``default``, and ``without``
-            attention, which is what any attention leaves to be done.
+        names: Of the variants of a model: ``dense``; ``causal``, optimized with every call dense,
+            which in a compiled graph loses the mask tensor that transformers makes there;
+            ``forced``, ``default``, and ``without`` attention, which is what any attention leaves
+            to be done.
     """
 
     device: str
@@ -156,6 +160,7 @@ class Bench:
         """Arguments of `optimize` by name; ``None`` leaves the model alone."""
         every: dict[str, dict[str, Any] | None] = {
             "dense": None,
+            "causal": {"min_length": LONGEST},
             "forced": {"selector": self.forced(tokens), "min_length": 0},
             "default": {},
             "without": None,

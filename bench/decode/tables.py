@@ -84,7 +84,7 @@ def kl_table(result: Result, prefill: str) -> str:
     rows = rows_at(result, prefill=prefill)
     shares = sorted({row["share"] for row in rows if row.get("share")})
     lines: list[list[Any]] = []
-    if prefill != "dense":
+    if prefill != "dense" and shares:
         found = _judged(rows_at(result, prefill=prefill, summary="dense"))
         lines.append(["dense", None, None, *[found for _ in shares]])
     for summary, unit, memory in settings_of([row for row in rows if row.get("share")]):

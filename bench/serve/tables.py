@@ -167,20 +167,25 @@ def _decode(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _decode_attention(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns: dict[str, markdown.Format] = {
-        "requests": "{}",
-        "keys of each": "{}",
-        "attention of a layer, parent, us": "{:.0f}",
-        "summaries, choice and attention, us": "{:.0f}",
-        "parent / sparse": "{:.2f}",
-        "choice alone, us": "{:.1f}",
-        "with summaries of new keys, us": "{:.1f}",
-        "these by themselves, us": "{:.1f}",
-        "at the end of pages, us": "{:.1f}",
+    # Files of an earlier version do not count the summaries of new keys among what is sparse.
+    counted = any("choice_with_update_us" in row for row in rows)
+    columns: dict[str, tuple[str, markdown.Format]] = {
+        "requests": ("requests", "{}"),
+        "prompt": ("keys of each", "{}"),
+        "parent_us": ("attention of a layer, parent, us", "{:.0f}"),
+        "sparse_us": ("summaries, choice and attention, us", "{:.0f}"),
+        "ratio": ("parent / sparse", "{:.2f}"),
+        "choice_us": ("choice alone, us", "{:.1f}"),
+        "choice_with_update_us": ("with summaries of new keys, us", "{:.1f}"),
+        "update_us": ("summaries of new keys by themselves, us", "{:.1f}"),
+        "update_page_us": ("at the end of pages, us", "{:.1f}"),
     }
-    names = ("requests", "prompt", "parent_us", "sparse_us", "ratio")
-    parts = ("choice_us", "choice_with_update_us", "update_us", "update_page_us")
-    return markdown.table(columns, [[row.get(name) for name in (*names, *parts)] for row in rows])
+    if not counted:
+        columns["sparse_us"] = ("choice and attention, us", "{:.0f}")
+        del columns["choice_with_update_us"]
+    return markdown.table(
+        dict(columns.values()), [[row.get(name) for name in columns] for row in rows]
+    )
 
 
 def _summaries(row: Mapping[str, Any]) -> float | None:

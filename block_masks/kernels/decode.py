@@ -272,25 +272,6 @@ def _largest(keys, weights, least, BITS: tl.constexpr):
 
 
 @triton.jit
-def _largest_by_count(keys, least, BITS: tl.constexpr):
-    """As `_largest` where every key weighs 1 that is not negative: half of its bits at a time."""
-    half: tl.constexpr = BITS // 2
-    count: tl.constexpr = 1 << half
-    bins = tl.arange(0, count)
-    found = tl.zeros([], dtype=tl.int32)
-    counted = keys >= 0
-    for i in tl.static_range(2):
-        part = (keys >> (half * (1 - i))) & (count - 1)
-        held = tl.histogram(tl.where(counted, part, 0), count, mask=counted)
-        enough = tl.cumsum(held, 0, reverse=True) >= least
-        most = tl.max(tl.where(enough, bins, 0), 0)
-        least -= tl.sum(tl.where(bins > most, held, 0), 0)
-        counted &= part == most
-        found = found * count + most
-    return found
-
-
-@triton.jit
 def _choose_of(
     masses,
     pinned,
@@ -360,7 +341,9 @@ def _choose_of(
         wanted = always + tl.where(needed > 0, tl.sum(taken.to(tl.int32), 0), 0)
     wanted = tl.maximum(tl.minimum(wanted, limit), fewest)
     total = tl.maximum(wanted, always)
-    least = _largest_by_count(keys, total - always, BITS)
+    # Integers are added up by one instruction.
+    ones = tl.full([SIZE], 1, dtype=tl.int32)
+    least = _largest(keys, ones, total - always, BITS)
     more = keys > least
     left = total - always - tl.sum(more.to(tl.int32), 0)
     # Of those that are alike the first ones. One sum counts them and the others.
