@@ -248,7 +248,7 @@ def restore(model: ModelT) -> ModelT:
     release_all(model)
     if said is not None:
         warnings.warn(said, stacklevel=2)
-    if (name := _registered_name(model)) is not None:
+    if (name := registered_name(model)) is not None:
         warnings.warn(
             f"restore undoes optimize, and this model is set to attn_implementation={name!r}, "
             "which stays sparse; call model.set_attn_implementation('sdpa')",
@@ -367,10 +367,10 @@ def is_optimized(model: nn.Module) -> bool:
     given, although these attend sparsely inside of an optimized model.
     """
     module = original_module(model)
-    return is_intercepted(module) or _registered_name(model) is not None
+    return is_intercepted(module) or registered_name(model) is not None
 
 
-def _registered_name(model: nn.Module) -> str | None:
+def registered_name(model: nn.Module) -> str | None:
     """The name of `integrations.register` that a Hugging Face model is set to, if any."""
     config = getattr(original_module(model), "config", None)
     name = getattr(config, "_attn_implementation", None)

@@ -251,8 +251,11 @@ def test_the_verdict_says_where_sparse_is_predicted_slower() -> None:
     (call,) = explanation.sparse
     assert call.prediction is not None
     assert call.prediction.sparse_ms > call.prediction.dense_ms
-    assert "every sparse call is predicted slower than dense" in explanation.verdict
-    assert "min_length" in explanation.next_step
+    assert explanation.verdict == "1 of 1 call sparse, 100% of blocks: nothing is gained"
+    assert explanation.next_step.startswith("give the selector a smaller budget")
+    some = Explanation((replace(call, density=0.9),))
+    assert "every sparse call is predicted slower than dense" in some.verdict
+    assert "min_length" in some.next_step
     dense = explain(optimize(create(Attention)), embeddings(512))
     assert not dense.sparse
     assert "slower" not in dense.verdict
@@ -350,16 +353,17 @@ def test_advice_never_names_a_setting_that_is_in_force(density: float, milliseco
     fast = Explanation((at("fast", call),)).next_step
     assert "quality='balanced'" not in fast
     assert "quality='high'" not in fast
-    if milliseconds < call.prediction.dense_ms:  # type: ignore[union-attr]
+    if milliseconds < call.prediction.dense_ms and density < 1.0:  # type: ignore[union-attr]
         assert "quality" not in fast
     else:
         assert "dense" in fast
-        assert ("its attention is diffuse" in fast) is (density >= 0.9)
+        assert ("attention is diffuse here" in fast) is (density >= 0.9)
         assert ("with random weights" in fast) is (density >= 0.9)
     balanced = Explanation((at("balanced", call),)).next_step
     # Where all are kept, and it is slower, no setting of the dial changes much.
     gains = milliseconds < call.prediction.dense_ms  # type: ignore[union-attr]
-    assert ("quality='fast' keeps fewer" in balanced) is (gains or density < 0.99)
+    named = "optimize(model, quality='fast') keeps fewer" in balanced
+    assert named is ((gains or density < 0.99) and density < 1.0)
     assert "more blocks" not in Explanation((at("high", sparse_call(0, 0.4, 4.0)),)).next_step
 
 
@@ -373,14 +377,89 @@ def test_dense_at_high_is_said_to_be_exact_and_from_where_balanced_is_sparse() -
     assert call.sparser_from == balanced.prediction.break_even
     assert "all attention is dense and the output exact" in explanation.next_step
     assert (
-        f"quality='balanced' would be sparse from {call.sparser_from} keys on"
+        f"optimize(model, quality='balanced') would be sparse from {call.sparser_from} keys on"
         in replace(explanation, calls=(call,)).next_step
     ) is (call.sparser_from is not None)
     known = replace(call, sparser_from=7168)
-    assert "quality='balanced' would be sparse from 7168 keys on" in Explanation((known,)).next_step
+    balanced_step = "optimize(model, quality='balanced') would be sparse from 7168 keys on"
+    assert balanced_step in Explanation((known,)).next_step
     assert explanation.next_step.endswith(
-        "min_length=0 makes calls sparse all the same, though predicted slower"
+        "optimize(model, quality='high', min_length=0) makes calls sparse all the same, though "
+        "predicted slower"
     )
+
+
+@pytest.mark.parametrize("quality", ["fast", "balanced", "high"])
+def test_where_nearly_all_blocks_are_kept_attention_is_said_to_be_diffuse(quality: str) -> None:
+    # Faster, as far as anybody knows.
+    kept, dropped = (at(quality, sparse_call(0, density, 9.0)) for density in (0.996, 0.9))
+    found = Explanation((kept, kept))
+    assert found.verdict == "2 of 2 calls sparse, 100% of blocks: nothing is gained"
+    assert found.next_step == (
+        "leave the model dense: attention is diffuse here, as it always is with random weights, so "
+        "that nearly all blocks are kept"
+    )
+    short = Explanation((replace(kept, q_len=512, kv_len=512),)).next_step
+    assert short.endswith("; a longer prompt may differ, from 4096 keys on")
+    assert "diffuse" not in Explanation((kept, dropped)).next_step
+    # What keeps a whole window chose nothing.
+    assert "diffuse" not in Explanation((dropped, replace(kept, window=True))).next_step
+    assert "diffuse" not in Explanation((replace(kept, window=True),)).next_step
+
+
+def test_advice_keeps_the_settings_that_are_known() -> None:
+    model = create(Attention)
+    dense = embeddings(512)
+    for settings, said in (
+        ({}, "optimize(model, min_length=0) makes"),
+        ({"quality": "fast"}, "optimize(model, quality='fast', min_length=0) makes"),
+        ({"quality": 2.0}, "optimize(model, ..., min_length=0) makes"),
+        ({"backend": "flash"}, "optimize(model, ..., min_length=0) makes"),
+    ):
+        step = explain(optimize(model, **settings), dense).next_step  # type: ignore[arg-type]
+        assert said in step
+    layers = optimize(create(Transformer), quality="high", dense_layers=(0,))
+    excluded, *_, other = explain(layers, embeddings(512)).calls
+    assert (excluded.reason, other.reason) == (DenseReason.EXCLUDED, DenseReason.SLOWER)
+    said = Explanation((excluded, other, other)).next_step
+    assert "optimize(model, ..., quality='high', min_length=0) makes calls sparse" in said
+
+
+class Swallows(nn.Module):
+    """Takes names that it has no use for, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = create(Attention)
+
+    def forward(self, x: Tensor, **_: Any) -> Any:
+        return self.inner(x)
+
+
+class Named(Swallows):
+    def forward(self, x: Tensor, min_length: int = 5, **_: Any) -> Any:  # type: ignore[override]
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(
+    ("given", "way_out"),
+    [
+        ({"min_length": 0}, "optimize(model, min_length=0), then explain it again"),
+        ({"quality": "high"}, "optimize(model, quality='high'), then"),
+        ({"dense_layers": (0,)}, "optimize(model, dense_layers=(0,)), then"),
+    ],
+)
+def test_settings_are_not_swallowed_by_the_model(given: dict[str, Any], way_out: str) -> None:
+    model = optimize(Swallows())
+    with pytest.raises(TypeError, match=f"which takes no {next(iter(given))}, got") as raised:
+        explain(model, X, **given)
+    assert way_out in str(raised.value)
+    assert len(explain(model, X, use_cache=False).calls) == 1
+    # The model's own argument, of this or of a module inside that it may give it to.
+    assert len(explain(optimize(Named()), X, min_length=0).calls) == 1
+    outer = Swallows()
+    outer.add_module("named", Named())
+    assert len(explain(outer, X, min_length=0).calls) == 1
 
 
 @pytest.mark.parametrize(
@@ -599,7 +678,8 @@ def test_the_table_says_that_a_compiled_model_may_prove_its_masks(min_length: in
     (call,) = explain(masked, X).calls
     assert call.reason is (None if min_length == 0 else DenseReason.NO_KERNEL)
     assert call.masked
-    without = "a prompt without padding, or min_length=0" in explain(masked, X).next_step
+    said = "a prompt without padding, or optimize(model, ..., min_length=0)"
+    without = said in explain(masked, X).next_step
     assert without is (min_length is None)
     assert explain(masked, X).notes()[-1] == MASK_NOTE
     assert MASK_NOTE in " ".join(str(explain(masked, X)).split())

@@ -53,6 +53,7 @@ def uncompiled(monkeypatch):
 def gaining(monkeypatch):
     """No call is predicted to be slower sparse."""
     monkeypatch.setattr(advice, "slower_calls", lambda calls: [])
+    monkeypatch.setattr(advice, "keeps_nearly_all", lambda calls: False)
 
 
 def values_of(run, command, *arguments):

@@ -326,6 +326,25 @@ def test_a_verdict_is_of_the_longest_length_in_the_order_of_the_rows():
     ]
 
 
+def test_a_setting_that_keeps_nearly_all_is_said_to_gain_nothing(values):
+    def mean(setting, density):
+        return {"tokens": 9, "setting": setting, "density": density, "kl": 1e-9} | {
+            "perplexity_ratio": 1.0,
+            "top1_agreement": 1.0,
+        }
+
+    means = [mean("fast", 0.9949), mean("balanced", 0.996), mean("1e6", 1.0)]
+    fast, balanced, all_kept, why = say_verdict(means, ["fast", "balanced", "1e6"])
+    assert "at a KL of" in fast
+    assert balanced == "At 9 tokens balanced keeps 100% of the blocks and gains nothing."
+    assert all_kept == "At 9 tokens 1e6 keeps 100% of the blocks and gains nothing."
+    assert why == "Attention is diffuse here, as it always is with random weights."
+    # A number may ask for all of them; a window that is whole chose nothing.
+    assert len(say_verdict(means[2:], ["1e6"])) == 1
+    assert "at a KL of" in say_verdict(means[1:2], ["balanced"], {"balanced"})[0]
+    assert "1e6 keeps 100% of the blocks and gains nothing." in " ".join(values[2].split())
+
+
 def test_points_of_the_curve_lie_inside_the_chart_by_density_and_divergence():
     means = [
         {"setting": str(n), "density": n / 4, "kl": kl}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import transformers
 from tests.api.capture import captured
 from tests.models.families import BY_NAME
 from tests.models.family import SELECTOR, token_ids
-from unisparse_flex import UniSparse, explain, optimize, selectors
+from unisparse_flex import UniSparse, explain, optimize, restore, selectors
 from unisparse_flex.integrations.transformers import configure, register
 from unisparse_flex.passes import DenseReason
 
@@ -198,3 +199,53 @@ def test_configure_checks_what_it_keeps() -> None:
     with pytest.raises(TypeError, match="dense_layers must hold integers"):
         configure(model.config, dense_layers=[True])
     assert not hasattr(model.config, "unisparse")
+
+
+def test_advice_names_what_is_saved_where_nothing_reads_it(tmp_path: Path) -> None:
+    model = BY_NAME["Llama"].create()
+    configure(model.config, quality="high", min_length=0)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, "sdpa")
+    step = explain(loaded, token_ids(length=203)).next_step
+    assert step == (
+        "its configuration has settings, which only a registered name reads: load it after "
+        "register() with attn_implementation='unisparse', or call "
+        "optimize(model, quality='high', min_length=0); then explain it again"
+    )
+    optimize(loaded, quality="high", min_length=0)
+    assert {decision for decision, _ in kept(loaded)} == {"sparse"}
+    # Of what nobody saved, or nothing reads, nothing is said.
+    del loaded.config.unisparse
+    restore(loaded)
+    assert "unisparse_flex.optimize(model)" in explain(loaded, token_ids(length=203)).next_step
+    loaded.config.unisparse = "high"
+    assert "unisparse_flex.optimize(model)" in explain(loaded, token_ids(length=203)).next_step
+
+
+@pytest.mark.parametrize(
+    ("name", "saved", "way_out"),
+    [
+        (NAME, {}, "register(quality='fast', min_length=0)"),
+        ("other", {}, "register('other', quality='fast', min_length=0)"),
+        (NAME, {"quality": "fast"}, "configure(model.config, quality='fast', min_length=0)"),
+    ],
+)
+def test_advice_on_a_registered_name_is_what_changes_its_settings(
+    name: str, saved: dict[str, Any], way_out: str
+) -> None:
+    with registered("fast", name=name, min_length=None):
+        model = create("Llama", name)
+        if saved:
+            configure(model.config, **saved)
+        step = explain(model, token_ids(length=203)).next_step
+        assert f"{way_out} makes calls sparse all the same" in step
+        setting = way_out.replace("quality='fast', ", "")
+        with pytest.raises(TypeError, match=re.escape(setting)):
+            explain(model, token_ids(length=203), min_length=0)
+        if not saved:
+            eval(way_out, {"register": register})
+        else:
+            eval(way_out, {"configure": configure, "model": model})
+        assert {decision for decision, _ in kept(model)} == {"sparse"}
+        optimize(model)
+        assert "optimize(model, min_length=0)" in explain(model, token_ids(length=203)).next_step

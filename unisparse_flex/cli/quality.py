@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -14,9 +14,11 @@ import click
 from ..progress import Progress
 from . import PROGRAM
 from .arguments import check_text, is_given, typed_line
+from .choices import QUALITY_NAMES
 from .failures import failures, require, wrong_arguments, wrong_content
 from .measuring import (
     COLUMNS,
+    NEARLY_ALL,
     OUTPUT_OPTIONS,
     PLACE_OPTIONS,
     KeepsCommand,
@@ -341,7 +343,11 @@ def quality(
     )
     forced = [FORCED.format(explain=explain)] if merged.min_length == 0 else []
     cut_short = [INTERRUPTED] if interrupted else []
-    values["verdict"] = [*cut_short, *say_verdict(values["means"], list(dial)), *forced]
+    values["verdict"] = [
+        *cut_short,
+        *say_verdict(values["means"], list(dial), _whole_windows(rows)),
+        *forced,
+    ]
     values["notes"] = [*NOTES, *([TASK_NOTE] if tasks else [])]
     values["notes"] += [LONGBENCH_NOTE] if longbench is not None else []
     write_results(
@@ -408,16 +414,40 @@ def collect(
     }
 
 
-def say_verdict(means: Sequence[dict[str, Any]], quality: Sequence[str]) -> list[str]:
-    """A sentence for each setting of the dial at the longest length, in the order of the rows."""
+def _whole_windows(rows: Sequence[QualityRow]) -> set[str]:
+    """The settings that chose nothing: every sparse call keeps a whole window."""
+    chose = {row.setting for row in rows if row.windows < row.sparse_calls}
+    return {row.setting for row in rows} - chose
+
+
+def say_verdict(
+    means: Sequence[dict[str, Any]], quality: Sequence[str], windows: Collection[str] = ()
+) -> list[str]:
+    """A sentence for each setting of the dial at the longest length, in the order of the rows.
+
+    Args:
+        means: Of `collect`.
+        quality: Settings of the dial.
+        windows: Those whose sparse calls all keep a whole window.
+    """
+    from ..reports import DIFFUSE_HERE
+
     longest = max(mean["tokens"] for mean in means)
     of_dial = [mean for mean in means if mean["tokens"] == longest and mean["setting"] in quality]
-    return [
-        f"At {longest} tokens {mean['setting']} keeps {mean['density']:.0%} of the blocks at a KL "
-        f"of {say_kl(mean['kl'])}: {say_perplexity(mean['perplexity_ratio'])}, "
-        f"{mean['top1_agreement']:.0%} of the likeliest next tokens the same."
-        for mean in of_dial
-    ]
+    sentences, useless = [], []
+    for mean in of_dial:
+        start = f"At {longest} tokens {mean['setting']} keeps {mean['density']:.0%} of the blocks"
+        if mean["density"] >= NEARLY_ALL and mean["setting"] not in windows:
+            sentences.append(f"{start} and gains nothing.")
+            useless.append(mean["setting"])
+            continue
+        sentences.append(
+            f"{start} at a KL of {say_kl(mean['kl'])}: {say_perplexity(mean['perplexity_ratio'])}, "
+            f"{mean['top1_agreement']:.0%} of the likeliest next tokens the same."
+        )
+    if any(name in QUALITY_NAMES for name in useless):
+        sentences.append(f"{DIFFUSE_HERE[0].upper()}{DIFFUSE_HERE[1:]}.")
+    return sentences
 
 
 def say_perplexity(ratio: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..integrations.transformers_config import ATTRIBUTE, read_settings, stated
+from ..integrations.transformers_config import read_settings, saved_values, stated
 from ..selectors import Selector
 from .arguments import is_given
 from .failures import wrong_content
@@ -101,13 +101,6 @@ def merge_saved(
         source=_say_source(used, {key: value for key, value in given.items() if value}, values),
         **options,
     )
-
-
-def saved_values(model: Any) -> Any:
-    """What attention of a language model finds in its configuration; ``None`` for nothing."""
-    config = model.config
-    of_text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(of_text, ATTRIBUTE, None)
 
 
 def say_saved(model: Any) -> str:

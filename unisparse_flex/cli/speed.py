@@ -15,6 +15,7 @@ from .arguments import typed_line
 from .failures import failures
 from .measuring import (
     COLUMNS,
+    NEARLY_ALL,
     OUTPUT_OPTIONS,
     PLACE_OPTIONS,
     KeepsCommand,
@@ -49,8 +50,6 @@ REPEATS = {"cuda": 5, "cpu": 3}
 SCOPES = ("layers", "model")
 # Slowest over fastest of repeats, above which the machine was not idle.
 MOST_SCATTER = 1.5
-# Density from which no gain is claimed.
-NEARLY_ALL = 0.995
 FIRST_NOTE = (
     "first token: from the prompt to the logits of its last token, without a cache; the ways take "
     "turns, after two calls each that warm up. first call: the first of them, compilation "

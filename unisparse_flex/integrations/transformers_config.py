@@ -161,6 +161,13 @@ def stored_values(module: nn.Module) -> Any:
     return getattr(getattr(module, "config", None), ATTRIBUTE, None)
 
 
+def saved_values(model: Any) -> Any:
+    """What attention of a language model finds in its configuration; ``None`` for nothing."""
+    config = getattr(model, "config", None)
+    of_text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(of_text, ATTRIBUTE, None)
+
+
 def create_reader(registered: AttentionSettings) -> Callable[[Any], Texts]:
     """A function that reads stored values: the fields of the `CallTexts` of what a call has.
 

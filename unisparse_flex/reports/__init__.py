@@ -13,9 +13,12 @@ from .figures import (
 )
 from .measured_page import render_quality, render_speed
 from .page import render_page
+from .verdict import DIFFUSE_HERE, NEARLY_ALL
 
 __all__ = [
+    "DIFFUSE_HERE",
     "MANY_LINES",
+    "NEARLY_ALL",
     "AttentionRecord",
     "DensitySeries",
     "ExplainReport",

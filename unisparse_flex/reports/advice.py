@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from ..block_masks.selectors import QUALITIES, Selector, selector_of_quality
 from ..counted import counted
 from ..passes import DenseReason
 from .attention_record import AttentionRecord, chosen_densities
-from .verdict import BY_LENGTH, MEASURED, PREDICTED, PYTHON, faster_calls, slower_calls
+from .verdict import (
+    BY_LENGTH,
+    DIFFUSE_HERE,
+    MEASURED,
+    PREDICTED,
+    PYTHON,
+    faster_calls,
+    keeps_nearly_all,
+    slower_calls,
+)
 from .wording import Wording
 
 # Each quality, and the next that keeps fewer blocks.
@@ -18,6 +28,8 @@ SPARSER: dict[str | None, str] = {"high": "balanced", "balanced": "fast"}
 DIFFUSE = 0.9
 # From here on no setting of the dial keeps much less.
 ALL = 0.99
+# The quality that is in force where none is named.
+DEFAULT_QUALITY = "balanced"
 NO_CALL_STEP = "load models of Hugging Face with attn_implementation='sdpa'; others must call SDPA"
 COMPILED = "torch.compile(model), if it is not compiled: the times are of that"
 COMMANDS = "{speed} times it compiled, {quality} says what it changes in what the model predicts"
@@ -47,13 +59,17 @@ def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> st
     slower = slower_calls(sparse)
     if not sparse:
         return _where_all_is_dense(calls, wording)
+    if keeps_nearly_all(sparse):
+        return _where_nearly_all_is_kept(sparse)
     if len(slower) == len(sparse):
         return _where_nothing_is_gained(slower, wording)
     fewer = SPARSER.get(_quality_in_force(sparse))
     line, step = wording.command_line, COMPILED
     if line is not None:
         step = COMMANDS.format(speed=line.write("speed"), quality=line.write("quality"))
-    return step if fewer is None else f"{step}; {wording.quality(fewer)} keeps fewer blocks"
+    if fewer is None:
+        return step
+    return f"{step}; {_setting(calls, wording, 'quality', fewer)} keeps fewer blocks"
 
 
 def quality_of(selector: Selector) -> str | None:
@@ -61,15 +77,42 @@ def quality_of(selector: Selector) -> str | None:
     return next((name for name in QUALITIES if selector_of_quality(name) == selector), None)
 
 
+def _setting(calls: Sequence[AttentionRecord], wording: Wording, name: str, value: Any) -> str:
+    """What gives the calls a setting, beside those that they have."""
+    configs = [call.config for call in calls if call.config is not None and not call.config.dense]
+    quality, lengths = _quality_in_force(calls), {config.min_length for config in configs}
+    kept: dict[str, Any] = {}
+    if quality not in (None, DEFAULT_QUALITY):
+        kept["quality"] = quality
+    if len(lengths) == 1 and lengths != {None}:
+        kept["min_length"] = lengths.copy().pop()
+    known = not configs or (quality is not None and len(lengths) == 1)
+    excluded = any(call.reason is DenseReason.EXCLUDED for call in calls)
+    all_kept = known and not excluded and {config.backend for config in configs} <= {"auto"}
+    return wording.setting(name, value, kept, all_kept=all_kept)
+
+
+def _where_nearly_all_is_kept(calls: Sequence[AttentionRecord]) -> str:
+    """Of sparse calls that drop next to nothing, whatever the quality."""
+    if _quality_in_force(calls) is not None:
+        step = f"leave the model dense: {DIFFUSE_HERE}, so that nearly all blocks are kept"
+    else:
+        step = (
+            "give the selector a smaller budget where that is what keeps nearly all blocks; else "
+            f"leave the model dense: {DIFFUSE_HERE}"
+        )
+    later = _longer(calls)
+    return f"{step}; a longer prompt may differ, from {later} keys on" if later else step
+
+
 def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording) -> str:
     """Of sparse calls, every one of them slower than dense, as predicted or measured."""
     quality, kept = _quality_in_force(calls), chosen_densities(calls)
     share = sum(kept) / len(kept)
     if share >= DIFFUSE and quality == "fast":
-        fast = wording.quality("fast")
         return (
-            f"leave the model dense: its attention is diffuse, so that even {fast} keeps "
-            f"{share:.0%} of the blocks; with random weights it always is"
+            f"leave the model dense: {DIFFUSE_HERE}, so that even {wording.quality('fast')} keeps "
+            f"{share:.0%} of the blocks"
         )
     if all(call.measured and _is_predicted_faster(call) for call in calls):
         return (
@@ -79,11 +122,12 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
     if all(_is_expected_faster(call) for call in calls):
         start = "these calls keep more blocks than is expected of the selector"
         if share >= DIFFUSE:
-            start += " (attention is diffuse here, as it always is with random weights)"
+            start += f" ({DIFFUSE_HERE})"
         if quality == "fast" or share >= ALL:
             return f"{start}: leave them dense"
         if quality in SPARSER:
-            return f"{start}: {wording.quality('fast')} keeps fewer; or leave them dense"
+            fast = _setting(calls, wording, "quality", "fast")
+            return f"{start}: {fast} keeps fewer; or leave them dense"
         return f"{start}: give it a smaller budget, or leave them dense"
     start = (
         f"calls are sparse because of {wording.name_of_min_length}: dense is "
@@ -93,10 +137,10 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
 
 
 def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> str:
-    faster = faster_calls(calls)
+    faster, forced = faster_calls(calls), _setting(calls, wording, "min_length", 0)
     if faster and (gained := _gained_ms(calls)) > 0:
         return (
-            f"{wording.min_length_0} makes calls sparse: measured {gained:.3g} ms faster in all, "
+            f"{forced} makes calls sparse: measured {gained:.3g} ms faster in all, "
             f"in {len(faster)} of {counted(len(calls), 'call')}"
         )
     reason = Counter(call.reason for call in calls).most_common(1)[0][0] or DenseReason.SLOWER
@@ -107,12 +151,14 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
         return f"a longer prompt: one that is shorter than a block{block} stays dense"
     if reason is DenseReason.NO_KERNEL and any(c.masked for c in calls if c.reason is reason):
         return (
-            f"a prompt without padding, or {wording.min_length_0}: no kernel of this device reads "
+            f"a prompt without padding, or {forced}: no kernel of this device reads "
             "a mask that is a tensor, compiled models may prove theirs"
         )
     short = [call for call in calls if call.reason is DenseReason.SLOWER]
     if reason is DenseReason.EXCLUDED and short and (later := _longer(short)):
         return f"a longer prompt: sparse is predicted faster from {later} keys on"
+    if reason is DenseReason.NOT_OPTIMIZED and wording.saved and not wording.registered:
+        return wording.use_saved
     if reason is not DenseReason.SLOWER:
         step = NEXT_STEPS.get(reason, "the reasons above say what keeps calls dense")
         return step.format(
@@ -126,12 +172,9 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
         parts.append("as it is, all attention is dense and the output exact")
     sparser = [call.sparser_from for call in calls if call.sparser_from is not None]
     if quality in SPARSER and sparser:
-        parts.append(
-            f"{wording.quality(SPARSER[quality])} would be sparse from {min(sparser)} keys on"
-        )
-    parts.append(
-        f"{wording.min_length_0} makes calls sparse all the same, though {_known(calls)} slower"
-    )
+        sparser_one = _setting(calls, wording, "quality", SPARSER[quality])
+        parts.append(f"{sparser_one} would be sparse from {min(sparser)} keys on")
+    parts.append(f"{forced} makes calls sparse all the same, though {_known(calls)} slower")
     return "; ".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,8 +15,11 @@ from torch.overrides import TorchFunctionMode
 
 from ..block_masks import BlockSelection, valid_blocks
 from ..block_masks.selectors import selector_of_quality
-from ..catching import hint_at_tensors, original_module
+from ..catching import hint_at_tensors, is_intercepted, original_module
 from ..counted import counted
+from ..integrations.transformers_config import KEYS as SAVED_KEYS
+from ..integrations.transformers_config import saved_values, stated
+from ..optimization import registered_name
 from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import MULTIHEAD_TARGETS, keeps_window, logit_scale, refuse_multihead
 from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
@@ -163,16 +167,47 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         One record per attention call.
 
     Raises:
-        TypeError: ``model`` is no module, or fails on a text, a list or a mapping among its inputs.
+        TypeError: ``model`` is no module, fails on a text, a list or a mapping among its inputs, or
+            is to be given an argument of `optimize`.
     """
-    clock = RestClock(_validate_module(model))
+    module = _validate_module(model)
+    wording = _wording_of(module)
+    _refuse_settings(module, kwargs, wording)
+    clock = RestClock(module)
     with (
         record_attention(model, clock=clock, as_compiled=True) as calls,
         torch.no_grad(),
         hint_at_tensors(args, kwargs, INPUTS),
     ):
-        original_module(model)(*args, **kwargs)
-    return Explanation(tuple(calls), clock.milliseconds)
+        module(*args, **kwargs)
+    return Explanation(tuple(calls), clock.milliseconds, wording)
+
+
+def _wording_of(module: nn.Module) -> Wording:
+    """How advice on a model is spelled in Python."""
+    saved = saved_values(module)
+    if not isinstance(saved, Mapping) or not set(saved) <= set(SAVED_KEYS):
+        saved = {}
+    saved = stated(saved)
+    # Settings of `optimize` win over those of a name.
+    name = None if is_intercepted(module) else registered_name(module)
+    return Wording(registered=name, saved=saved)
+
+
+def _refuse_settings(module: nn.Module, kwargs: Mapping[str, Any], wording: Wording) -> None:
+    """Raises where settings are given as inputs: a model may swallow names that it has no use for.
+
+    Raises:
+        TypeError: No forward in the model names them.
+    """
+    for name in (each for each in SAVED_KEYS if each in kwargs):
+        forwards = (each.forward for each in module.modules())
+        if not any(name in inspect.signature(forward).parameters for forward in forwards):
+            way_out = wording.setting(name, kwargs[name], {}, all_kept=True)
+            raise TypeError(
+                f"explain gives its arguments to the model, which takes no {name}, got "
+                f"{name}={kwargs[name]!r}; it is a setting: {way_out}, then explain it again"
+            )
 
 
 @contextmanager

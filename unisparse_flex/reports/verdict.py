@@ -16,6 +16,9 @@ PYTHON = Wording()
 NO_GAIN, PREDICTED, MEASURED = "no gain", "predicted", "measured"
 # Why calls stay dense that could be sparse at this length.
 BY_LENGTH = (DenseReason.SLOWER, DenseReason.SHORT)
+# Density from which sparse attention drops too little to gain a thing.
+NEARLY_ALL = 0.995
+DIFFUSE_HERE = "attention is diffuse here, as it always is with random weights"
 # Of a ratio of times: less is nothing.
 LEAST_GAIN = 0.01
 NO_CALL = "no attention call was seen: the model computes attention itself or with its own kernels"
@@ -40,6 +43,8 @@ def verdict(
     verb = "keeps" if windows == 1 else "keep"
     whole_windows = f" ({windows} {verb} a whole window)" if windows else ""
     parts = [f"{len(sparse)} of {counted(len(calls), 'call')} sparse{whole_windows}{share}"]
+    if keeps_nearly_all(sparse):
+        return f"{parts[0]}: nothing is gained{_say_measured(calls)}"
     measured = [call for call in calls if call.measured is not None]
     known = PREDICTED if not measured else MEASURED
     dense_ms, decided_ms = measured_ms(measured) if measured else predicted_ms(calls)
@@ -69,6 +74,12 @@ def verdict(
     elif slower:
         parts.append(f"{len(slower)} of them {known} slower than dense: calibrate, or set top_k")
     return "; ".join(parts) + _say_measured(calls)
+
+
+def keeps_nearly_all(sparse: Sequence[AttentionRecord]) -> bool:
+    """Whether sparse calls that choose their blocks drop next to none of them."""
+    kept = [c.density for c in sparse if c.density is not None and not c.window]
+    return bool(kept) and sum(kept) / len(kept) >= NEARLY_ALL
 
 
 def _say_measured(calls: Sequence[AttentionRecord]) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..command_line import CommandLine
+
+# Of `integrations.register`.
+DEFAULT_NAME = "unisparse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,10 +18,15 @@ class Wording:
 
     Attributes:
         command_line: The options of the run, for advice on the command line, such as
-            ``--quality fast``; without it advice is in Python, such as ``quality='fast'``.
+            ``--quality fast``; without it advice is in Python, such as
+            ``optimize(model, quality='fast')``.
+        registered: The name of `register` that the model has, whose settings advice then changes.
+        saved: Settings in the model's configuration.
     """
 
     command_line: CommandLine | None = None
+    registered: str | None = None
+    saved: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name_of_min_length(self) -> str:
@@ -29,14 +38,41 @@ class Wording:
         """The setting without a value."""
         return "--dense-layers" if self.command_line else "dense_layers"
 
-    @property
-    def min_length_0(self) -> str:
-        """What makes every call sparse that can be."""
-        return f"{self.name_of_min_length}{' ' if self.command_line else '='}0"
+    def setting(self, name: str, value: Any, kept: Mapping[str, Any], *, all_kept: bool) -> str:
+        """What gives a setting a value.
+
+        Args:
+            name: Of an argument of `optimize`.
+            value: Its value.
+            kept: Other arguments that the model has.
+            all_kept: Whether these are all that it has.
+        """
+        if self.command_line is not None:
+            return f"--{name.replace('_', '-')} {value}"
+        arguments = [] if all_kept else ["..."]
+        values = {**kept, name: value}
+        # A quality comes before a length, whichever is changed.
+        arguments += [f"{each}={values[each]!r}" for each in sorted(values, reverse=True)]
+        if self.registered is None:
+            return f"optimize(model, {', '.join(arguments)})"
+        if self.saved:
+            return f"configure(model.config, {', '.join(arguments)})"
+        start = [] if self.registered == DEFAULT_NAME else [repr(self.registered)]
+        return f"register({', '.join([*start, *arguments])})"
 
     def quality(self, name: str) -> str:
-        """A setting of the dial."""
+        """A setting of the dial that is in force."""
         return f"--quality {name}" if self.command_line else f"quality={name!r}"
+
+    @property
+    def use_saved(self) -> str:
+        """What makes a model sparse by the settings in its configuration."""
+        arguments = "".join(f", {name}={value!r}" for name, value in self.saved.items())
+        return (
+            "its configuration has settings, which only a registered name reads: load it after "
+            f"register() with attn_implementation={DEFAULT_NAME!r}, or call "
+            f"optimize(model{arguments}); then explain it again"
+        )
 
     def dense_layers(self, indices: Sequence[int]) -> str:
         """Layers that stay dense."""
