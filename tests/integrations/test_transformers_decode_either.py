@@ -103,3 +103,28 @@ def test_an_attention_that_does_not_ask_is_refused_by_name(llama: Any) -> None:
             generate(llama, prompt(100), cache)
     finally:
         llama.set_attn_implementation("unisparse")
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(300, None), (300, 64)])
+def test_a_prompt_without_room_is_told_how_much_it_needs(
+    llama: Any, length: int, chunk: int | None
+) -> None:
+    cache = SparseStaticCache(llama.config, 215, ALMOST_ALL)
+    options = {} if chunk is None else {"prefill_chunk_size": chunk}
+    message = (
+        r"max_cache_len must be at least 300 for 300 tokens, got 224 \(in whole units\); give .* "
+        "the prompt and of the whole answer together"
+        if chunk is None
+        else "at least 256 for 64 tokens after the 192 before, got 224"
+    )
+    with pytest.raises(ValueError, match=message):
+        generate(llama, prompt(length), cache, **options)
+
+
+def test_an_answer_without_room_is_told_so(llama: Any) -> None:
+    cache = SparseStaticCache(llama.config, 203, ALMOST_ALL)
+    # The last of the eight tokens is never read.
+    generate(llama, prompt(201), cache)
+    cache.reset()
+    with pytest.raises(ValueError, match="at least 209 for 1 token after the 208 before, got 208"):
+        generate(llama, prompt(202), cache)

@@ -163,7 +163,7 @@ def stored_values(module: nn.Module) -> Any:
 
 def saved_values(model: Any) -> Any:
     """What attention of a language model finds in its configuration; ``None`` for nothing."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     of_text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(of_text, ATTRIBUTE, None)
 

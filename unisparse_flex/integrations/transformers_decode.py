@@ -50,6 +50,7 @@ class SparseStaticCache(StaticCache):
     Args:
         config: The model's.
         max_cache_len: Tokens of prompt and answer together, at most; rounded up to whole units.
+            More raise ValueError, but for those that a graph on a GPU generates: it does not count.
         selector: Which keys are read.
 
     Raises:
@@ -135,7 +136,7 @@ class SparseStaticLayer(StaticLayer):
         self.selector = selector
         self._model_config = config
         self.length = self.kept = self.visible = 0
-        self._followed = self._read_whole = 0
+        self._followed = self._read_whole = self._seen = 0
         self._density = FIRST_DENSITY
         self._units: list[UnitSummaries] = []
         self._awaits_attention = False
@@ -221,12 +222,15 @@ class SparseStaticLayer(StaticLayer):
 
         Raises:
             RuntimeError: The last token's attention did not come here.
+            ValueError: There is no room for them; a graph does not ask.
         """
         if key_states.device.type not in DEVICES:
             return self._update_now(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self._reader is not None
+        if not torch.compiler.is_compiling():
+            self._expect_room(key_states.shape[2])
         self._expect_attention(key_states.shape[2])
         found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
         self._reader.follow(self.keys, self.cumulative_length, key_states.shape[2])
@@ -238,10 +242,23 @@ class SparseStaticLayer(StaticLayer):
     ) -> tuple[Tensor, Tensor]:
         """`update` on a CPU."""
         count = key_states.shape[2]
+        self._expect_room(count)
         self._expect_attention(count)
         found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
         self.length += count
         return found
+
+    def _expect_room(self, rows: int) -> None:
+        """Raises where rows go beyond what it holds, as far as calls outside of graphs tell."""
+        needed = self._seen + rows
+        if needed > self.max_cache_len:
+            after = f" after the {self._seen} before" if self._seen else ""
+            raise ValueError(
+                f"max_cache_len must be at least {needed} for {counted(rows, 'token')}{after}, got "
+                f"{self.max_cache_len} (in whole units); give SparseStaticCache the tokens of the "
+                "prompt and of the whole answer together"
+            )
+        self._seen = needed
 
     def _expect_attention(self, rows: int) -> None:
         """Raises unless `attend` was called since the last row; expects it for one more."""
@@ -257,7 +274,7 @@ class SparseStaticLayer(StaticLayer):
     def reset(self) -> None:
         """See transformers."""
         super().reset()
-        self.length = self._followed = self._read_whole = 0
+        self.length = self._followed = self._read_whole = self._seen = 0
         self._density = FIRST_DENSITY
         self._awaits_attention = False
         if self._reader is not None:
