@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from unisparse_flex.integrations import transformers_decode, transformers_decode_device
-from unisparse_flex.integrations.transformers import (
-    DecodeSelector,
-    SparseStaticCache,
-    register,
-    unregister,
-)
+from unisparse_flex.integrations.transformers import DecodeSelector, SparseStaticCache
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": 128,
-}
+from .generation import create, prompt
+
 # Of a key and a value of one layer.
 BYTES = 2 * 2 * 16 * 4
 
 
-@pytest.fixture(scope="module")
-def llama() -> Iterator[Any]:
-    register("unisparse")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, max_position_embeddings=2048)).eval()
-    model.set_attn_implementation("unisparse")
-    yield model
-    unregister("unisparse")
-
-
 def after_tokens(model: Any, selector: DecodeSelector, *, length: int = 200) -> SparseStaticCache:
     """A cache of ``length`` tokens of a prompt and one that was generated and read."""
-    ids = torch.randint(3, 128, (1, length), generator=torch.Generator().manual_seed(0))
     cache = SparseStaticCache(model.config, length + 2, selector)
     assert cache.reason is None or "window" in cache.reason
     options: Any = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    model.generate(ids, **cache.as_argument, max_new_tokens=2, **options)
+    model.generate(prompt(length), **cache.as_argument, max_new_tokens=2, **options)
     return cache
 
 
@@ -95,9 +70,7 @@ def test_where_a_part_is_read_there_is_no_reason(
 
 
 def test_windows_are_said_to_be_read_whole(llama: Any) -> None:
-    config = MistralConfig(**SIZES, sliding_window=16)
-    model = MistralForCausalLM(config).eval()
-    cache = after_tokens(model, few(min_keys=0))
+    cache = after_tokens(create("mistral", window=16), few(min_keys=0))
     assert cache.density is None
     assert cache.reason == "every layer has a sliding window, which is read whole"
 
