@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,24 @@ def test_a_kl_that_no_setting_reaches_leaves_all_dense(caplog: pytest.LogCapture
     assert "reaches a kl of 1e-09" in caplog.text
     assert set(calibration.layers.values()) == {DENSE}
     assert (calibration.reached, calibration.density) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_the_coarsest_setting_that_is_tried_is_told(
+    per_head: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="unisparse_flex")
+    said = "calibrate found the coarsest setting that is tried"
+    for target in ({"kl": 1e3}, {"recall": 1e-6}):
+        caplog.clear()
+        calibration = found(**target, per_head=per_head)
+        assert said in caplog.text
+        finer = found(**target, ladder=LADDER[1:], per_head=per_head)
+        assert finer.density > calibration.density
+    caplog.clear()
+    found(recall=0.9, per_head=per_head)
+    found(kl=1e-4, per_head=per_head)
+    assert said not in caplog.text
 
 
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:

@@ -45,6 +45,15 @@ def test_the_file_is_a_calibration_that_explain_takes(run, long_model, text, tmp
     assert f"calibrated for {found.quality}" in json.loads(explained.out)["settings"]["selector"]
 
 
+def test_the_coarsest_setting_is_called_so(run, long_model, text, tmp_path):
+    options = ("--tokens", TOKENS, "--min-length", "0", "-o", tmp_path / "c.json")
+    said = "this is the coarsest setting that is tried, which reaches more than was asked for"
+    for target, coarsest in ((("--kl", "100"), True), (("--recall", "0.94"), False)):
+        ran = run("calibrate", long_model, text, *target, *options)
+        assert ran.code == 0, ran.err
+        assert (said in " ".join(ran.out.split())) is coarsest
+
+
 def test_several_texts_are_all_read(run, long_model, text, tmp_path):
     options = ("--recall", "0.5", "--tokens", TOKENS, "--min-length", "0")
     ran = run("calibrate", long_model, text, "code", *options, "-o", tmp_path / "c.json")

@@ -1,8 +1,9 @@
 """Settings of each layer, found by running a model on a sample."""
 
-from .run import calibrate, calibrate_or_say_why
+from .run import COARSEST, calibrate, calibrate_or_say_why
 
 __all__ = [
+    "COARSEST",
     "calibrate",
     "calibrate_or_say_why",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,8 @@ THRESHOLDS = (
 )
 # Where heads have thresholds of their own, the mass is the same for all.
 PER_HEAD_TOP_P = 0.8
+# Of a result that no target asked for.
+COARSEST = "the coarsest setting that is tried, which reaches more than was asked for"
 # What a language model takes.
 INPUTS = "have the tokenizer return tensors: tokenizer(text, return_tensors='pt')"
 
@@ -94,7 +96,7 @@ def calibrate(
         ValueError: Not exactly one target, a target out of range, no batch, an empty ladder, a
             model that is compiled, optimized or in training mode or that makes no attention call.
     """
-    found, why_dense = calibrate_or_say_why(
+    found = calibrate_or_say_why(
         model,
         batches,
         kl=kl,
@@ -104,9 +106,27 @@ def calibrate(
         per_head=per_head,
         progress=progress,
     )
-    if why_dense is not None:
-        logger.warning("calibrate leaves every layer dense: %s", why_dense)
-    return found
+    if found.why_dense is not None:
+        logger.warning("calibrate leaves every layer dense: %s", found.why_dense)
+    if found.is_coarsest:
+        logger.info("calibrate found %s", COARSEST)
+    return found.calibration
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibrated:
+    """What was found, and what is to be said of it.
+
+    Attributes:
+        calibration: What `calibrate` returns.
+        why_dense: Why that leaves every layer dense; ``None`` if it does not.
+        is_coarsest: Whether it is the coarsest setting that is tried, so that the target is reached
+            with room to spare.
+    """
+
+    calibration: Calibration
+    why_dense: str | None
+    is_coarsest: bool
 
 
 def calibrate_or_say_why(
@@ -119,8 +139,8 @@ def calibrate_or_say_why(
     min_length: int | None,
     per_head: bool,
     progress: bool,
-) -> tuple[Calibration, str | None]:
-    """What `calibrate` returns, and why that leaves every layer dense; ``None`` if it does not."""
+) -> Calibrated:
+    """What `calibrate` does, with what is to be said of it."""
     module = validate_model(model)
     if module is not model or any(m._compiled_call_impl is not None for m in model.modules()):
         way_out = "copy.deepcopy(model), which leaves out what model.compile() did"
@@ -158,7 +178,11 @@ def calibrate_or_say_why(
         else:
             assert kl is not None
             found = search.reach_kl(kl)
-        return found, search.why_dense(found)
+        return Calibrated(
+            calibration=found,
+            why_dense=search.why_dense(found),
+            is_coarsest=search.is_coarsest,
+        )
 
 
 def _validate_ladder(ladder: tuple[Selector, ...], *, per_head: bool) -> None:

@@ -46,6 +46,10 @@ class Search:
         min_length: As `optimize` takes it.
         per_head: Whether heads have thresholds of their own.
         display: Told of what is done.
+
+    Attributes:
+        is_coarsest: Whether the result is the coarsest that is tried: each layer at what costs
+            least.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Search:
     ) -> None:
         self.model, self.runs, self.ladder = model, runs, ladder
         self.min_length, self.per_head, self.display = min_length, per_head, display
+        self.is_coarsest = False
         self.dense_logits: list[Tensor] = []
         self.all_layers: dict[str, LayerMeasure] = {}
         self.layers: dict[str, LayerMeasure] = {}
@@ -197,6 +202,14 @@ class Search:
         """The plan with its slow layers dense."""
         return self._plan([], ()) | {n: c for n, c in plan.items() if not self._is_slow(n, c)}
 
+    def _costs_least(self, plan: Plan) -> bool:
+        """Whether a plan is where both searches begin, with some layer sparse."""
+        names = list(self.layers)
+        if all(self._is_dense(choices) for choices in plan.values()):
+            return False
+        firsts = self._plan(names, Frontier(self._units(names))[0]), self._uniform_plans()[0]
+        return any(plan == self._without_slow(first) for first in firsts)
+
     def _recall(self, plan: Plan) -> float:
         if not plan:
             return 1.0
@@ -243,6 +256,7 @@ class Search:
     ) -> Calibration:
         from .. import __version__
 
+        self.is_coarsest = self._costs_least(plan)
         return Calibration(
             layers=self._settings(plan),
             quality=quality,

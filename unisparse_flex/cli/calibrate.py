@@ -92,7 +92,7 @@ def calibrate(
     Each TEXT is a UTF-8 file, or prose, code or topics (installed texts). Give --recall or --kl.
     Exits with 1, and writes nothing, where every layer would stay dense.
     """
-    from ..calibrating import calibrate_or_say_why
+    from ..calibrating import COARSEST, calibrate_or_say_why
     from .models import load_model, stated_context
     from .prompts import check_tokens, create_input_ids, model_inputs
     from .saved import say_saved
@@ -109,7 +109,7 @@ def calibrate(
         for each in inputs:
             each.pop("logits_to_keep", None)
     with failures(f"calibrate {model}"), wrong_arguments():
-        found, why_dense = calibrate_or_say_why(
+        calibrated = calibrate_or_say_why(
             loaded.model,
             inputs,
             recall=recall,
@@ -118,10 +118,10 @@ def calibrate(
             per_head=per_head,
             progress=not quiet,
         )
-    if why_dense is not None:
-        raise click.ClickException(
-            f"all layers stay dense, and nothing was written: {_in_options(why_dense)}"
-        )
+    found = calibrated.calibration
+    if calibrated.why_dense is not None:
+        why = _in_options(calibrated.why_dense)
+        raise click.ClickException(f"all layers stay dense, and nothing was written: {why}")
     with failures(f"write {output}"):
         write_text(output, found.to_json())
     if as_json:
@@ -132,6 +132,8 @@ def calibrate(
             f"{found.quality} {found.reached:.4f} (asked for {found.target:g}), density "
             f"{found.density:.1%}, {sparse} of {counted(len(found.layers), 'layer')} sparse"
         )
+        if calibrated.is_coarsest:
+            click.echo(wrap(f"this is {COARSEST}", text_columns()))
         if saved := say_saved(loaded.model):
             click.echo(wrap(f"not used: {saved}, over which the file wins", text_columns()))
     say_written([output], quiet=quiet)
