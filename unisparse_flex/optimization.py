@@ -50,7 +50,7 @@ def optimize(
     backend: str = "auto",
     context: ContextParallel | None = None,
 ) -> ModelT:
-    """Makes the attention of ``model`` dynamically block-sparse; call it before it is compiled.
+    """Makes the attention of ``model`` dynamically block-sparse, compiled or not.
 
     The model is changed in place: every ``F.scaled_dot_product_attention`` and every
     `nn.MultiheadAttention` without weights inside its forward, and nowhere else, selects blocks
@@ -58,7 +58,8 @@ def optimize(
     ``isinstance`` and saving stay as they were. Calls that cannot or should not be sparse stay
     dense; `explain` says which and why. Optimizing again replaces the settings of the whole
     model; optimizing a submodule afterwards overrides them there. What is compiled already compiles
-    anew at its next call, unless `torch.compile` was told to skip guards on modules.
+    anew at its next call, unless `torch.compile` was told to skip guards on modules: call it before
+    a model is compiled where that takes long.
 
     A module that two models share is one object and has one setting, that of the last call: it is
     sparse in a model that nobody optimized too, though `is_optimized` says False of that one. Give

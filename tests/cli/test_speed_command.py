@@ -179,6 +179,14 @@ def test_a_page_has_no_empty_columns(run, model_folder, uncompiled):
     assert len(cells) == 9 * 4
 
 
+def test_a_run_without_a_sparse_call_has_the_colour_of_dense_ones(run, model_folder, uncompiled):
+    def kinds(found):
+        return re.findall(r'<i class="(\w+)"', render_speed(found))
+
+    assert kinds(timed(run, model_folder, "--min-length", "0")) == ["dense", "dense", "sparse"]
+    assert kinds(timed(run, model_folder)) == ["dense"] * 3
+
+
 def test_text_and_page_hold_what_json_does(run, model_folder, uncompiled, tmp_path):
     html, output = tmp_path / "speed.html", tmp_path / "speed.json"
     ran = run(

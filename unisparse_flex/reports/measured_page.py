@@ -36,7 +36,7 @@ class Bar:
         name: Of the run.
         ms: Milliseconds.
         percent: Length of its bar, of the longest.
-        kind: ``"sparse"`` or ``"dense"``.
+        kind: ``"sparse"``, or ``"dense"`` where no call is sparse.
     """
 
     name: str
@@ -207,7 +207,7 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
             name=row["name"],
             ms=row["ms"],
             percent=round(_BAR_WIDTH * row["ms"] / longest, 2),
-            kind="dense" if row["setting"] is None else "sparse",
+            kind="sparse" if row["setting"] is not None and row["sparse_calls"] else "dense",
         )
         for row in timed
     ]
