@@ -171,7 +171,8 @@ def test_the_coarsest_setting_that_is_tried_is_told(
 ) -> None:
     caplog.set_level(logging.INFO, logger="unisparse_flex")
     said = "calibrate found the coarsest setting that is tried"
-    for target in ({"kl": 1e3}, {"recall": 1e-6}):
+    targets: list[dict[str, Any]] = [{"kl": 1e3}, {"recall": 1e-6}]
+    for target in targets:
         caplog.clear()
         calibration = found(**target, per_head=per_head)
         assert said in caplog.text

@@ -416,7 +416,7 @@ def test_advice_keeps_the_settings_that_are_known() -> None:
         ({"quality": 2.0}, "optimize(model, ..., min_length=0) makes"),
         ({"backend": "flash"}, "optimize(model, ..., min_length=0) makes"),
     ):
-        step = explain(optimize(model, **settings), dense).next_step  # type: ignore[arg-type]
+        step = explain(optimize(model, **settings), dense).next_step
         assert said in step
     layers = optimize(create(Transformer), quality="high", dense_layers=(0,))
     excluded, *_, other = explain(layers, embeddings(512)).calls
@@ -437,7 +437,7 @@ class Swallows(nn.Module):
 
 
 class Named(Swallows):
-    def forward(self, x: Tensor, min_length: int = 5, **_: Any) -> Any:  # type: ignore[override]
+    def forward(self, x: Tensor, min_length: int = 5, **_: Any) -> Any:
         return self.inner(x)
 
 
