@@ -208,7 +208,7 @@ def test_advice_names_what_is_saved_where_nothing_reads_it(tmp_path: Path) -> No
     loaded = load(tmp_path, "sdpa")
     step = explain(loaded, token_ids(length=203)).next_step
     assert step == (
-        "its configuration has settings, which only a registered name reads: load it after "
+        "the configuration has settings, which only a registered name reads: load it after "
         "register() with attn_implementation='unisparse', or call "
         "optimize(model, quality='high', min_length=0); then explain it again"
     )

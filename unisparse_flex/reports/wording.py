@@ -69,7 +69,7 @@ class Wording:
         """What makes a model sparse by the settings in its configuration."""
         arguments = "".join(f", {name}={value!r}" for name, value in self.saved.items())
         return (
-            "its configuration has settings, which only a registered name reads: load it after "
+            "the configuration has settings, which only a registered name reads: load it after "
             f"register() with attn_implementation={DEFAULT_NAME!r}, or call "
             f"optimize(model{arguments}); then explain it again"
         )
