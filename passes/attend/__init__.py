@@ -13,6 +13,7 @@ from .marker import (
     observer_in_force,
     run_compiled,
 )
+from .mask_contents import read_call
 from .multihead import MULTIHEAD_TARGETS, lowered_multihead, marked_multihead, refuse_multihead
 from .outcomes import Outcomes, are_counted, count_outcome, count_outcomes
 from .selected_attention import attend_selected
@@ -49,6 +50,7 @@ __all__ = [
     "observe_calls",
     "observer_in_force",
     "prepared_mask",
+    "read_call",
     "refuse_multihead",
     "register_context",
     "run_compiled",

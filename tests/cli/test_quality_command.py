@@ -32,7 +32,7 @@ KEYS = {
 }
 ROW_KEYS = {
     *("tokens", "text", "setting", "density", "sparse_calls", "windows", "calls", "judged", "kl"),
-    *("perplexity", "dense_perplexity", "perplexity_ratio", "top1_agreement"),
+    *("perplexity", "dense_perplexity", "perplexity_ratio", "top1_agreement", "sparse_density"),
 }
 SMALL = "UniSparse(block_size=32, c_q=8, c_k=8, top_p=0.3)"
 

@@ -26,7 +26,7 @@ KEYS = {
 ROW_KEYS = {
     *("tokens", "run", "setting", "name", "ms", "times_ms", "first_call_seconds", "density"),
     *("sparse_calls", "windows", "calls", "kl_last_token", "same_token", "error", "speedup"),
-    *("output_error", "worst_output_error", "told_apart"),
+    *("output_error", "worst_output_error", "told_apart", "sparse_density"),
 }
 
 

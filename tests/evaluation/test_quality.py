@@ -84,6 +84,8 @@ def test_layers_can_stay_dense(tiny_model, prompt):
     sparsity = Sparsity(dense_layers=(0,))
     (row,) = judge_texts(tiny_model, [prompt], {"few": FEW}, judged=8, sparsity=sparsity)
     assert (row.sparse_calls, row.calls) == (1, 2)
+    assert row.sparse_density < 1
+    assert row.density == pytest.approx((1 + row.sparse_density) / 2)
 
 
 def test_a_model_that_nothing_is_sparse_of_is_refused_and_left_plain(tiny_model, prompt):
@@ -156,6 +158,7 @@ def test_means_are_of_one_length_and_geometric_where_ratios():
             text="t",
             setting=setting,
             density=density,
+            sparse_density=density,
             sparse_calls=1,
             calls=1,
             judged=1,

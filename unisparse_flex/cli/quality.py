@@ -72,9 +72,10 @@ BASELINES = {
 PAPER = "paper"
 SETTINGS_A_TABLE = 5
 NOTES = (
-    "density: kept over visible blocks, mean over the sparse calls, but for those that keep a "
-    "whole narrow window; KL, perplexity and top-1: of the next tokens after the last positions, "
-    "top-1 the share whose likeliest token is the dense model's; ratio: perplexity over dense.",
+    "density: kept over visible blocks, mean over the calls that could be sparse, a dense one "
+    "counted as all of its blocks, but for those that keep a whole narrow window; KL, perplexity "
+    "and top-1: of the next tokens after the last positions, top-1 the share whose likeliest token "
+    "is the dense model's; ratio: perplexity over dense.",
     "The prompts are read as they are, without a chat template.",
 )
 INTERRUPTED = "Interrupted: what was not read with every setting is left out."

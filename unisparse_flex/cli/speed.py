@@ -59,7 +59,8 @@ COLUMNS_NOTE = (
     "over dense: the fastest dense run's time over this one's, in brackets where that cannot be "
     "told from noise: repeats of the two overlap, there is one of each, or a gain comes with at "
     f"least {NEARLY_ALL:.1%} of the blocks. density: kept over visible blocks, "
-    "mean over the sparse calls, but for those that keep a whole narrow window. KL: of the "
+    "mean over the calls that could be sparse, a dense one counted as all of its blocks, but for "
+    "those that keep a whole narrow window. KL: of the "
     "next-token distribution after the prompt to the first dense run's, one position whose "
     "own block of rows is read densely; {quality} judges many."
 )

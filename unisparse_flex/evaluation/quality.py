@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ..calibration import Calibration
 from ..optimization import optimize, release_all
-from ..reports import AttentionRecord, chosen_densities, record_attention
 from ..selectors import Selector
 from .answers import TOGETHER, Sample, score_samples
 from .measure import compute_kl, compute_log_probs, compute_perplexity
 from .model import LoadedModel
+from .read_blocks import ReadBlocks, watch_blocks
 from .ruler import TaskName, TaskSample, build_task, score
 
 # More than any text needs for a token.
@@ -86,10 +86,12 @@ class QualityRow:
         tokens: Length of the prompt.
         text: What the text is called.
         setting: What the setting is called.
-        density: Kept over visible blocks, mean over the sparse calls that choose.
+        density: Kept over visible blocks, mean over the calls that choose; one that could be sparse
+            but stays dense, by the settings or because that is predicted to be faster, counts as 1.
         sparse_calls: Attention calls that ran sparse.
         windows: Of those, calls that keep a whole sliding window; the density is of the others,
             where there are some.
+        sparse_density: The density of the sparse calls alone.
         calls: Attention calls in all.
         judged: How many of the last positions are judged.
         kl: Mean KL(dense || sparse) of their next-token distributions, in nats.
@@ -104,6 +106,7 @@ class QualityRow:
     density: float
     sparse_calls: int
     windows: int = 0
+    sparse_density: float
     calls: int
     judged: int
     kl: float
@@ -196,19 +199,19 @@ def judge_texts(
             show(f"{where}, {name}")
             with (
                 sparsity.applied(loaded.model, selector),
-                record_attention(loaded.model, as_compiled=True) as records,
+                watch_blocks(loaded.model) as read,
             ):
                 sparse = _read(loaded.model, prompt.input_ids, count)
-            kept = _densities(records)
-            sparse_calls = [record for record in records if record.density is not None]
+            density, sparse_density = _densities(read)
             yield QualityRow(
                 tokens=prompt.tokens,
                 text=prompt.text,
                 setting=name,
-                density=sum(kept) / len(kept),
-                sparse_calls=len(sparse_calls),
-                windows=sum(record.window for record in sparse_calls),
-                calls=len(records),
+                density=density,
+                sparse_density=sparse_density,
+                sparse_calls=len(read.sparse),
+                windows=read.windows,
+                calls=len(read.records),
                 judged=count,
                 kl=compute_kl(dense, sparse),
                 perplexity=compute_perplexity(sparse, targets),
@@ -294,28 +297,28 @@ def score_tasks(
             show(f"{where}, {setting}")
             with (
                 sparsity.applied(loaded.model, selector),
-                record_attention(loaded.model, as_compiled=True) as records,
+                watch_blocks(loaded.model) as read,
             ):
                 found = score_samples(loaded, drawn, score=score, together=together)
-            kept = _densities(records)
-            yield TaskRow(**row, setting=setting, score=found, density=sum(kept) / len(kept))
+            density, _ = _densities(read)
+            yield TaskRow(**row, setting=setting, score=found, density=density)
 
 
-def _densities(records: Collection[AttentionRecord]) -> list[float]:
-    """The densities of the sparse calls that choose blocks.
+def _densities(read: ReadBlocks) -> tuple[float, float]:
+    """The density, and that of the sparse calls alone.
 
     Raises:
         ValueError: There are none; the reasons are in the text.
     """
-    kept = chosen_densities(records)
-    if not kept:
-        reasons = sorted({str(record.reason) for record in records})
+    density, sparse_density = read.density, read.sparse_density
+    if density is None or sparse_density is None:
+        reasons = sorted({str(record.reason) for record in read.records})
         raise ValueError(
             f"no attention call ran sparse: {'; '.join(reasons)}"
             if reasons
             else "the model made no attention call that can be sparse (docs/coverage.md)"
         )
-    return kept
+    return density, sparse_density
 
 
 # Not in inference mode: there nothing tells whether a mask that was read has changed.

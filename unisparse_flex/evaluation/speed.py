@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ..calibration import Calibration
 from ..clock import in_turn, timed
 from ..optimization import optimize
-from ..reports import chosen_densities, record_attention
 from ..selectors import Selector
 from .measure import compute_kl, compute_log_probs
 from .model import LoadedModel
 from .quality import Sparsity, TextPrompt
+from .read_blocks import watch_blocks
 from .rival_attention import judged, use_rival
 from .rivals import LoadedRival
 
@@ -42,7 +42,10 @@ class SpeedRow:
             ``None`` where the run failed.
         times_ms: Of each repeat, warm.
         first_call_seconds: The first of the two calls before them, compilation included.
-        density: Kept over visible blocks, mean over the calls that choose; ``None`` without any.
+        density: Kept over visible blocks, mean over the calls that choose; one that could be sparse
+            but stays dense, by the settings or because that is predicted to be faster, counts as 1;
+            ``None`` without a sparse call.
+        sparse_density: The density of the sparse calls alone.
         sparse_calls: Attention calls that run sparse, or by the other work.
         calls: Attention calls in all.
         windows: Of the sparse calls, those that keep a whole sliding window; the density is of the
@@ -63,6 +66,7 @@ class SpeedRow:
     times_ms: tuple[float, ...] = ()
     first_call_seconds: float | None = None
     density: float | None = None
+    sparse_density: float | None = None
     sparse_calls: int = 0
     calls: int = 0
     windows: int = 0
@@ -273,13 +277,15 @@ def _begin(
             dense_layers=sparsity.dense_layers,
             backend=sparsity.backend,
         )
-        with record_attention(model, as_compiled=True) as records:
+        with watch_blocks(model) as read:
             model(prompt.input_ids, **inputs)
-        sparse = [record for record in records if record.density is not None]
-        kept = chosen_densities(sparse)
-        contender.found["calls"], contender.found["sparse_calls"] = len(records), len(sparse)
-        contender.found["windows"] = sum(record.window for record in sparse)
-        contender.found["density"] = sum(kept) / len(kept) if kept else None
+        contender.found |= {
+            "calls": len(read.records),
+            "sparse_calls": len(read.sparse),
+            "windows": read.windows,
+            "density": read.density,
+            "sparse_density": read.sparse_density,
+        }
     if contender.run != "dense eager":
         by_layer = compile_scope == "layers" or isinstance(attention, LoadedRival)
         compiled = find_layers(model) if by_layer else [model]
