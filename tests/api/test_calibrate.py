@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ from unisparse_flex import (
     optimize,
     restore,
 )
+from unisparse_flex.calibrating.run import default_ladder
 from unisparse_flex.calibration import DENSE, MAX_FILE_BYTES, Setting
 from unisparse_flex.evaluation.measure import compute_kl, compute_log_probs
 from unisparse_flex.evaluation.recall import CaptureAttention, compute_recall
@@ -160,7 +163,7 @@ def test_a_kl_that_no_setting_reaches_leaves_all_dense(caplog: pytest.LogCapture
     coarse = (replace(LADDER[0], top_p=0.1, threshold=1.0),)
     calibration = found(kl=1e-9, ladder=coarse)
     assert "calibrate leaves every layer dense: no setting that costs less" in caplog.text
-    assert "reaches a kl of 1e-09" in caplog.text
+    assert "reaches a kl of 1e-09; longer prompts or a larger kl" in caplog.text
     assert set(calibration.layers.values()) == {DENSE}
     assert (calibration.reached, calibration.density) == (0.0, 1.0)
 
@@ -611,6 +614,46 @@ def test_slow_layers_of_heads_are_dense() -> None:
     long = calibrate(create(Attention), [embeddings(4096)], recall=0.1, ladder=fast, per_head=True)
     assert set(long.layers) == {"Attention"}
     assert isinstance(long.layers["Attention"], UniSparse)
+
+
+class OfOneBlock(nn.Module):
+    """Attention to what is alike."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def of_blocks(tokens: int) -> Tensor:
+    """[1, 4, tokens, 64]: 128 tokens each are alike, and unlike all others."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn(1, 4, -(-tokens // 128), 64, generator=generator)
+    return 20 * F.normalize(codes, dim=-1).repeat_interleave(128, dim=2)[:, :, :tokens]
+
+
+def test_what_optimize_leaves_dense_is_told_with_the_length_from_which_it_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def is_sparse(calibration: Calibration, tokens: int) -> bool:
+        return bool(explain(optimize(OfOneBlock().eval(), calibration), of_blocks(tokens)).sparse)
+
+    # It expects more than what it keeps here.
+    ladder = [default_ladder()[9]]
+    options: dict[str, Any] = {"recall": 0.9, "ladder": ladder}
+    calibration = calibrate(OfOneBlock().eval(), [of_blocks(1024)], **options)
+    assert calibration.sparse_layers
+    assert not is_sparse(calibration, 1024)
+    said = re.search(
+        r"at 1024 tokens optimize leaves these layers dense; sparse from (\d+) on", caplog.text
+    )
+    assert said is not None
+    assert "or with min_length=0" in caplog.text
+    start = int(said[1])
+    assert not is_sparse(calibration, start - 128)
+    assert is_sparse(calibration, start)
+    caplog.clear()
+    calibrate(OfOneBlock().eval(), [of_blocks(start)], **options)
+    calibrate(OfOneBlock().eval(), [of_blocks(1024)], min_length=0, **options)
+    assert caplog.text == ""
 
 
 def test_nothing_is_shown_where_progress_is_off(

@@ -8,9 +8,12 @@ import shutil
 import pytest
 
 from unisparse_flex import Calibration
+from unisparse_flex.calibrating.layer_measure import LayerMeasure
+from unisparse_flex.calibrating.search import Search
 from unisparse_flex.cli import models
 
 TOKENS = 2560
+ZERO = ("--min-length", "0")
 
 
 @pytest.fixture
@@ -59,8 +62,42 @@ def test_several_texts_are_all_read(run, long_model, text, tmp_path):
     ran = run("calibrate", long_model, text, "code", *options, "-o", tmp_path / "c.json")
     assert ran.code == 0
     assert ran.out.startswith("recall ")
-    assert "of 2 layers sparse" in ran.out
+    assert "of 2 layers sparse" in " ".join(ran.out.split())
+    assert "over all positions" not in ran.out
     assert ran.err.endswith(f"wrote {tmp_path / 'c.json'}\n")
+
+
+def test_a_file_that_was_there_is_said_to_be_replaced(run, long_model, text, tmp_path):
+    path = tmp_path / "c.json"
+    options = ("--kl", "100", "--tokens", TOKENS, "--min-length", "0", "-o", path)
+    first, second = (run("calibrate", long_model, text, *options) for _ in range(2))
+    assert first.err.endswith(f"wrote {path}\n")
+    assert second.err.endswith(f"replaced {path}\n")
+    assert "over all positions (asked for 100)" in " ".join(first.out.split())
+
+
+def test_where_optimize_leaves_layers_dense_the_command_says_from_when_on(
+    run, long_model, text, tmp_path, monkeypatch
+):
+    said = "at 2560 tokens optimize leaves these layers dense; sparse from 9999 on, or with "
+    monkeypatch.setattr(Search, "say_left_dense", lambda *_: f"{said}min_length=0")
+    options = ("--tokens", TOKENS, "--min-length", "0", "-o", tmp_path / "c.json")
+    ran = run("calibrate", long_model, text, "--kl", "100", *options)
+    assert f"{said}--min-length 0" in " ".join(ran.out.split())
+
+
+def test_a_target_that_nothing_reaches_is_told_with_ways_out(
+    run, long_model, text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Search, "_measure_kl", lambda *_: 1.0)
+    options = ("--kl", "0.001", "--tokens", TOKENS, "-o", tmp_path / "c.json")
+    said = "reaches a kl of 0.001; longer prompts"
+    for more, ways in (((), ", a larger --kl, or --min-length 0 for"), (ZERO, " or a larger --kl")):
+        # Some setting costs less, whatever this machine's rates are.
+        monkeypatch.setattr(LayerMeasure, "could_be_faster", True)
+        ran = run("calibrate", long_model, text, *options, *more)
+        assert ran.code == 1
+        assert f"{said}{ways}" in " ".join(ran.err.split())
 
 
 @pytest.mark.parametrize(
@@ -116,7 +153,7 @@ def test_a_text_of_no_characters_is_refused(run, model_folder, tmp_path):
     ("options", "reason"),
     [
         (["--tokens", "64"], "no call could be sparse with any setting: few queries"),
-        (["--tokens", "300"], "longer inputs, or --min-length 0 for the fewest blocks"),
+        (["--tokens", "300"], "longer prompts, or --min-length 0 for the fewest blocks"),
         (["--tokens", "300", "--min-length", "0"], "every setting keeps all blocks at this length"),
     ],
 )
@@ -127,5 +164,5 @@ def test_where_every_layer_stays_dense_nothing_is_written(
     ran = run("calibrate", model_folder, text, "--recall", "0.9", *options, "-o", path, "-q")
     assert ran.code == 1
     assert ran.err.startswith("Error: all layers stay dense, and nothing was written: ")
-    assert reason in ran.err
+    assert reason in " ".join(ran.err.split())
     assert not path.exists()

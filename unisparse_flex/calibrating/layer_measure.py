@@ -19,7 +19,7 @@ from ..optimization import layer_modules, optimize_layers, release_all
 from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import apply_autocast, call_geometry, select
 from ..passes.calls import SdpaCall
-from ..passes.decision import call_shape, flex_lowers, forecast, refuse
+from ..passes.decision import CallShape, call_shape, flex_lowers, forecast, refuse
 from ..progress import Progress
 from ..reports import track_layer
 from .allocation import Choice
@@ -37,6 +37,7 @@ class LayerMeasure:
         kept: [settings + 1, units], blocks that each setting reads.
         cost: [settings + 1, units], predicted seconds of each setting, or the blocks.
         refused: Of calls that could not be sparse with any setting, how many for each reason.
+        shapes: Of calls that could.
 
     Args:
         settings: How many there are in the ladder.
@@ -49,6 +50,7 @@ class LayerMeasure:
         self.mass = self.visible = self.dense_cost = 0.0
         self.dropped = self.kept = self.cost = torch.zeros((settings + 1, 1), dtype=torch.float64)
         self.refused: Counter[DenseReason] = Counter()
+        self.shapes: set[CallShape] = set()
 
     @property
     def could_be_sparse(self) -> bool:
@@ -93,6 +95,8 @@ class LayerMeasure:
         if not any(usable):
             self.refused.update(reason for reason in reasons[:1] if reason is not None)
             return
+        # As `optimize` sees it, where it decides.
+        self.shapes.add(call_shape(call))
         call = apply_autocast(call)
         first = SparseConfig(selector=ladder[usable.index(True)])
         mass = compute_block_mass(call, call_geometry(call, first))

@@ -88,8 +88,8 @@ def calibrate(
     Returns:
         The settings of every module that made attention calls, each in its own name; `save` it,
         and give it or its path to `optimize` as ``selector``; a warning says why where all of them
-        stay dense. The default cost model still
-        decides there, call by call and without what was measured here.
+        stay dense. The default cost model still decides there, call by call and without what was
+        measured here; a warning says where it leaves layers dense at these lengths.
 
     Raises:
         TypeError: ``model`` is no module, or a batch or an output is none of the above.
@@ -108,6 +108,8 @@ def calibrate(
     )
     if found.why_dense is not None:
         logger.warning("calibrate leaves every layer dense: %s", found.why_dense)
+    if found.left_dense is not None:
+        logger.warning("calibrate: %s", found.left_dense)
     if found.is_coarsest:
         logger.info("calibrate found %s", COARSEST)
     return found.calibration
@@ -120,12 +122,15 @@ class Calibrated:
     Attributes:
         calibration: What `calibrate` returns.
         why_dense: Why that leaves every layer dense; ``None`` if it does not.
+        left_dense: Which sparse layers `optimize` leaves dense at these lengths; ``None`` if it
+            leaves none.
         is_coarsest: Whether it is the coarsest setting that is tried, so that the target is reached
             with room to spare.
     """
 
     calibration: Calibration
     why_dense: str | None
+    left_dense: str | None
     is_coarsest: bool
 
 
@@ -181,6 +186,7 @@ def calibrate_or_say_why(
         return Calibrated(
             calibration=found,
             why_dense=search.why_dense(found),
+            left_dense=search.say_left_dense(found),
             is_coarsest=search.is_coarsest,
         )
 

@@ -19,7 +19,7 @@ from ..calibration import DENSE, Calibration, Setting
 from ..calibration_fit import attention_sizes
 from ..optimization import optimize_layers, release_all
 from ..passes import DenseReason, observe_calls
-from ..passes.decision import say_reasons
+from ..passes.decision import break_even_length, forecast, say_reasons
 from ..progress import Progress
 from .allocation import Allocation, Frontier, Units, allocate
 from .layer_measure import LayerMeasure, measure_layers, with_head_thresholds
@@ -28,6 +28,9 @@ from .layer_measure import LayerMeasure, measure_layers, with_head_thresholds
 KL_PASSES = 6
 # Rows of [P, V] per step: keeps the temporaries of the KL small.
 ROWS_PER_STEP = 128
+# Settings in Python, which the command writes as options.
+MIN_LENGTH = "min_length=0"
+FEWEST_BLOCKS = f"{MIN_LENGTH} for the fewest blocks instead of the least time"
 # Sums of shares round: the target is met after rounding too.
 ROUNDING = 1e-12
 
@@ -172,12 +175,46 @@ class Search:
             return f"no call could be sparse with any setting{say_reasons(refused)}"
         if any(layer.could_be_faster for layer in self.layers.values()):
             target = f"a {found.quality} of {found.target:g}"
-            return f"no setting that costs less than dense attention reaches {target}"
+            easier = "a larger kl" if found.quality == "kl" else "a smaller recall"
+            ways = f"longer prompts, {easier}"
+            if self.min_length is None:
+                ways += f", or {FEWEST_BLOCKS}"
+            else:
+                ways = ways.replace(",", " or")
+            return f"no setting that costs less than dense attention reaches {target}; {ways}"
         if self.min_length is not None:
-            return "every setting keeps all blocks at this length; longer inputs drop some"
+            return "every setting keeps all blocks at this length; longer prompts drop some"
         return (
             "every setting is predicted to take longer than dense attention at this length; "
-            "longer inputs, or a min_length of 0 for the fewest blocks instead of the least time"
+            f"longer prompts, or {FEWEST_BLOCKS}"
+        )
+
+    def say_left_dense(self, found: Calibration) -> str | None:
+        """Which layers that may run sparse `optimize` leaves dense at these lengths, if any.
+
+        It goes by the density that a selector expects, not by what was measured here.
+        """
+        sparse = found.sparse_layers
+        left = {
+            name
+            for name, selector in sparse.items()
+            if not any(forecast(s, selector).is_sparse_faster for s in self.layers[name].shapes)
+        }
+        if self.min_length is not None or not left:
+            return None
+        longest = {name: max(self.layers[name].shapes, key=lambda s: s.kv_len) for name in left}
+        lengths = [
+            break_even_length(s, sparse[name], self_attention=s.q_len == s.kv_len)
+            for name, s in longest.items()
+        ]
+        known = [length for length in lengths if length is not None]
+        which = "these layers" if len(left) == len(sparse) else f"{len(left)} of these layers"
+        if len(known) < len(lengths):
+            return f"optimize leaves {which} dense at every length, unless it gets {MIN_LENGTH}"
+        tokens = max(s.kv_len for s in longest.values())
+        return (
+            f"at {tokens} tokens optimize leaves {which} dense; sparse from {max(known)} on, or "
+            f"with {MIN_LENGTH}"
         )
 
     def _units(self, names: Sequence[str]) -> Units:

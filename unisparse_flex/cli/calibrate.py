@@ -22,6 +22,13 @@ from .failures import failures, wrong_arguments
 from .options import MODEL_OPTIONS, json_option, min_length_option, quiet_option, with_options
 from .output import print_json, say_written, text_columns, wrap, write_text
 
+# Advice of the library in Python.
+OPTIONS = {
+    "min_length=0": "--min-length 0",
+    "a larger kl": "a larger --kl",
+    "a smaller recall": "a smaller --recall",
+}
+
 
 class _OneTarget(ChecksFiles):
     """Wants one of --recall and --kl."""
@@ -122,23 +129,30 @@ def calibrate(
     if calibrated.why_dense is not None:
         why = _in_options(calibrated.why_dense)
         raise click.ClickException(f"all layers stay dense, and nothing was written: {why}")
+    replaced = output.exists()
     with failures(f"write {output}"):
         write_text(output, found.to_json())
     if as_json:
         print_json(json.loads(found.to_json()))
     else:
         sparse = len(found.sparse_layers)
-        click.echo(
-            f"{found.quality} {found.reached:.4f} (asked for {found.target:g}), density "
+        over = " over all positions" if kl is not None else ""
+        line = (
+            f"{found.quality} {found.reached:.4f}{over} (asked for {found.target:g}), density "
             f"{found.density:.1%}, {sparse} of {counted(len(found.layers), 'layer')} sparse"
         )
+        click.echo(wrap(line, text_columns()))
+        if calibrated.left_dense is not None:
+            click.echo(wrap(_in_options(calibrated.left_dense), text_columns()))
         if calibrated.is_coarsest:
             click.echo(wrap(f"this is {COARSEST}", text_columns()))
         if saved := say_saved(loaded.model):
             click.echo(wrap(f"not used: {saved}, over which the file wins", text_columns()))
-    say_written([output], quiet=quiet)
+    say_written([output], quiet=quiet, replaced=replaced)
 
 
 def _in_options(text: str) -> str:
     """Advice with the settings of Python as options."""
-    return text.replace("a min_length of 0", "--min-length 0")
+    for python, option in OPTIONS.items():
+        text = text.replace(python, option)
+    return text

@@ -29,11 +29,17 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-def say_written(paths: list[Path], *, quiet: bool = False) -> None:
-    """Names the files written, on standard error: standard output may be for a program."""
+def say_written(paths: list[Path], *, quiet: bool = False, replaced: bool = False) -> None:
+    """Names the files written, on standard error: standard output may be for a program.
+
+    Args:
+        paths: The files.
+        quiet: Whether nothing is said.
+        replaced: Whether they were there before.
+    """
     if not quiet:
         for path in paths:
-            click.echo(f"wrote {path}", err=True)
+            click.echo(f"{'replaced' if replaced else 'wrote'} {path}", err=True)
 
 
 def say_source(source: str | None, columns: int) -> list[str]:
