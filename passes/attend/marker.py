@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +30,16 @@ from ..calls import (
     run_on_shards,
     shard_selector,
 )
-from ..decision import DenseReason, flex_backend, flex_lowers, needs_grad, refuse, refuse_sharding
-from .alignment import align
+from ..decision import (
+    DenseReason,
+    flex_backend,
+    flex_lowers,
+    lacks_kernel_for_mask,
+    needs_grad,
+    refuse,
+    refuse_sharding,
+)
+from .alignment import AlignedCall, align
 from .decided_at_run import has_stated_range, implement, sdpa_at_run
 from .first_output import proved
 from .mask_contents import read_call
@@ -58,6 +66,20 @@ Lowering = Callable[[SdpaCall, SparseConfig], Tensor]
 _observer: ContextVar[Observer | None] = ContextVar("unisparse_observer", default=None)
 _as_compiled: ContextVar[bool] = ContextVar("unisparse_as_compiled", default=False)
 _compiling = threading.local()
+# Whether it was said of calls whose masks no kernel reads, and of others.
+_said: set[bool] = set()
+UNCOMPILED = (
+    "sparse attention runs uncompiled: the same blocks, applied as a mask inside\n"
+    "  dense attention, which is slower than dense attention alone%s; call\n"
+    "  model.compile()"
+)
+# Measured without masks.
+TIME_UNCOMPILED = " (on a CPU a\n  prefill of SmolLM2 takes 1.5 to 1.9 times as long)"
+MASKED_UNCOMPILED = (
+    "sparse attention runs uncompiled, under a mask that is a tensor (such as padding)\n"
+    "  and that no kernel of a CPU reads: slower than dense attention; run prompts of\n"
+    "  one length, or leave it dense (a model without min_length)"
+)
 
 _library = torch.library.Library("unisparse", "DEF")
 _library.define(
@@ -248,7 +270,7 @@ def _run_sparse(
     if observer is not None:
         observer(call, config, selection, None)
     elif not tracing:
-        _say_uncompiled()
+        _say_uncompiled(call, config)
     if not tracing:
         return attend_masked_in_chunks(call, selection)
     if call.query.device.type == "cuda" and flex_lowers(call):
@@ -257,15 +279,21 @@ def _run_sparse(
     return attend_masked(call, selection)
 
 
-@cache
-def _say_uncompiled() -> None:
-    """Logs once that an eager call costs more than a dense one."""
-    logger.warning(
-        "sparse attention runs uncompiled: the same blocks, applied as a mask inside\n"
-        "  dense attention, which is slower than dense attention alone (on a CPU a\n"
-        "  prefill of SmolLM2 takes 1.5 to 1.9 times as long); call\n"
-        "  model.compile()"
-    )
+def _say_uncompiled(call: SdpaCall, config: SparseConfig) -> None:
+    """Logs that an eager call costs more than a dense one: once, and once of masked calls."""
+    lacks_kernel = lacks_kernel_for_mask(call)
+    if lacks_kernel in _said:
+        return
+    _said.add(lacks_kernel)
+    if lacks_kernel and not isinstance(call, AlignedCall):
+        # Compiled, it may be proved to be a formula that a kernel reads, such as a window.
+        read = read_call(call, config, everywhere=True)
+        lacks_kernel = read is None or lacks_kernel_for_mask(read[0])
+    masked = call.attn_mask is not None or bool(call.mask)
+    if lacks_kernel:
+        logger.warning(MASKED_UNCOMPILED)
+    else:
+        logger.warning(UNCOMPILED, "" if masked else TIME_UNCOMPILED)
 
 
 def _run_now(call: SdpaCall, config: SparseConfig) -> Tensor:

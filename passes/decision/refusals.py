@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from enum import StrEnum
 
 import torch
@@ -141,6 +142,17 @@ def flex_lowers(call: SdpaCall) -> bool:
     capture_free = capture_free and not any(is_symbolic(number) for number in numbers)
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     return capture_free and call.query.dtype in dtypes and _has_cpu_kernel()
+
+
+def lacks_kernel_for_mask(call: SdpaCall) -> bool:
+    """Whether its mask is all that keeps a CPU's kernel from the call: a tensor, or it reads one.
+
+    Such is padding. Sparse the call is then slower than dense.
+    """
+    if call.query.device.type != "cpu" or (call.attn_mask is None and not call.mask_tensors):
+        return False
+    plain = replace(call, attn_mask=None, mask="", mask_tensors=None, mask_numbers=None)
+    return flex_lowers(plain) and not flex_lowers(call)
 
 
 def _has_cpu_kernel() -> bool:

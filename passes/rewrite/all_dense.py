@@ -44,7 +44,7 @@ def warn_of_dense(
     logger.warning(
         textwrap.fill(
             f"nothing of a compiled graph is sparse: {calls} dense{say_reasons(reasons)}; "
-            "print(unisparse_flex.explain(model, ...)) says what to do",
+            "print(unisparse_flex.explain(model, inputs)) says what to do",
             COLUMNS,
             subsequent_indent="  ",
             break_long_words=False,

@@ -200,9 +200,25 @@ def test_a_call_changes_neither_its_inputs_nor_the_next_call() -> None:
 def test_an_uncompiled_call_says_once_that_it_gains_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    marker._say_uncompiled.cache_clear()
+    marker._said.clear()
     query, key, value = qkv(LENGTH)
+    causal = torch.ones(LENGTH, LENGTH).tril().bool()
+    padding = causal & (torch.arange(LENGTH) < LENGTH - 9)
     for _ in range(2):
         attention(query, key, value, is_causal=True, enable_gqa=True, selector=FEW)
+        attention(query, key, value, attn_mask=padding, enable_gqa=True, selector=FEW)
     said = [record for record in caplog.records if "runs uncompiled" in record.getMessage()]
-    assert [record.levelname for record in said] == ["WARNING"]
+    assert [record.levelname for record in said] == ["WARNING"] * 2
+    plain, masked = (record.getMessage() for record in said)
+    assert "times as long" in plain
+    assert plain.endswith("model.compile()")
+    assert "slower than dense attention; run prompts of\n  one length" in masked
+    assert not any(text in masked for text in ("times as long", "compile()"))
+    # Compiled, a kernel reads this one.
+    marker._said.clear()
+    caplog.clear()
+    window = causal & ~torch.ones(LENGTH, LENGTH).tril(-40).bool()
+    attention(query, key, value, attn_mask=window, enable_gqa=True, selector=FEW)
+    (windowed,) = (record.getMessage() for record in caplog.records)
+    assert "which is slower than dense attention alone; call" in windowed
+    assert "times as long" not in windowed

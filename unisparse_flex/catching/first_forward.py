@@ -76,7 +76,7 @@ def name_reason(model: str, outcomes: Outcomes) -> str:
     calls = f"all {total} calls" if total > 1 else "the only call"
     return textwrap.fill(
         f"nothing of {model} is sparse: {calls} of its attention stayed dense"
-        f"{say_reasons(outcomes)}; print(unisparse_flex.explain(model, ...)) says what to do",
+        f"{say_reasons(outcomes)}; print(unisparse_flex.explain(model, inputs)) says what to do",
         COLUMNS,
         subsequent_indent="  ",
         break_long_words=False,
