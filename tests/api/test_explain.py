@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.passes.graphs import Stripes
 from unisparse_flex import UniSparse, explain, optimize
 from unisparse_flex.command_line import CommandLine
+from unisparse_flex.optimization import optimize_layers
 from unisparse_flex.passes import DenseReason, SparseConfig, observe_calls
 from unisparse_flex.passes.decision.call_forecast import CallForecast
 from unisparse_flex.passes.decision.cost_forecast import CallShape, forecast
@@ -413,8 +414,8 @@ def test_advice_keeps_the_settings_that_are_known() -> None:
     for settings, said in (
         ({}, "optimize(model, min_length=0) makes"),
         ({"quality": "fast"}, "optimize(model, quality='fast', min_length=0) makes"),
-        ({"quality": 2.0}, "optimize(model, ..., min_length=0) makes"),
-        ({"backend": "flash"}, "optimize(model, ..., min_length=0) makes"),
+        ({"quality": 2.0}, f"selector={selector_of_quality(2.0).text!r}, min_length=0) makes"),
+        ({"backend": "flash"}, "optimize(model, min_length=0, backend='flash') makes"),
     ):
         step = explain(optimize(model, **settings), dense).next_step
         assert said in step
@@ -422,7 +423,40 @@ def test_advice_keeps_the_settings_that_are_known() -> None:
     excluded, *_, other = explain(layers, embeddings(512)).calls
     assert (excluded.reason, other.reason) == (DenseReason.EXCLUDED, DenseReason.SLOWER)
     said = Explanation((excluded, other, other)).next_step
-    assert "optimize(model, ..., quality='high', min_length=0) makes calls sparse" in said
+    whole = "optimize(model, quality='high', min_length=0, dense_layers=(0,))"
+    assert f"{whole} makes calls sparse" in said
+    eval(whole, {"optimize": optimize, "model": layers})
+    first, *_, last = explain(layers, embeddings(512)).calls
+    assert (first.reason, last.decision) == (DenseReason.EXCLUDED, "sparse")
+
+
+def test_advice_says_in_words_what_cannot_be_written_out() -> None:
+    model = create(Transformer)
+    names = [call.layer for call in explain(model, embeddings(512)).calls]
+    of_layers = [UniSparse(), UniSparse(top_p=0.9)]
+    optimize_layers(model, dict(zip(names, of_layers, strict=False)))
+    unlike = explain(model, embeddings(512))
+    assert "; min_length=0 added to your settings makes calls sparse" in unlike.next_step
+    # Where it is excluded no index says.
+    call, nowhere = sparse_call(0, 0.5, 4.0), replace(sparse_call(0, 0.5, 4.0), layer="attention")
+    excluded = replace(nowhere, decision="dense", density=None, reason=DenseReason.EXCLUDED)
+    found = Explanation((at("high", call), at("high", excluded))).next_step
+    assert "; quality='balanced' added to your settings keeps fewer blocks" in found
+    for step in (unlike.next_step, found):
+        assert "..." not in step
+
+
+def test_no_sparse_time_is_shown_of_calls_that_are_excluded() -> None:
+    call = at("balanced", sparse_call(1, 0.5, 4.0))
+    excluded = replace(
+        at("balanced", sparse_call(0, 0.5, 3.0)),
+        decision="dense",
+        density=None,
+        reason=DenseReason.EXCLUDED,
+    )
+    rows = [line.split() for line in Explanation((excluded, call)).table().splitlines()[3:5]]
+    assert [row[-4:-1] for row in rows[:1]] == [["10.0", "-", "4096"]]
+    assert rows[1][-3:] == ["10.0", "4.00", "4096"]
 
 
 class Swallows(nn.Module):
@@ -580,7 +614,9 @@ def test_the_table_fits_and_says_each_reason_once(q_len: int, columns: int) -> N
     rows = text.splitlines()[3 : 3 + len(calls)]
     # Names may be cut, but tell the layers apart.
     assert all(f".{i}." in row.split()[0] for i, row in enumerate(rows))
-    assert all(row.split()[-4:-1] == ["12346", "100.0", "131072"] for row in rows)
+    for row, call in zip(rows, calls, strict=True):
+        sparse = "-" if call.reason is DenseReason.EXCLUDED else "100.0"
+        assert row.split()[-4:-1] == ["12346", sparse, "131072"]
 
 
 @pytest.mark.parametrize(
@@ -678,13 +714,47 @@ def test_the_table_says_that_a_compiled_model_may_prove_its_masks(min_length: in
     (call,) = explain(masked, X).calls
     assert call.reason is (None if min_length == 0 else DenseReason.NO_KERNEL)
     assert call.masked
-    said = "a prompt without padding, or optimize(model, ..., min_length=0)"
-    without = said in explain(masked, X).next_step
-    assert without is (min_length is None)
+    step = explain(masked, X).next_step
+    assert step.startswith("padding, or another mask that is a tensor")
+    assert step.endswith("leave it dense" if min_length is None else "leave out min_length")
     assert explain(masked, X).notes()[-1] == MASK_NOTE
     assert MASK_NOTE in " ".join(str(explain(masked, X)).split())
     by_flag = optimize(Windowed(masked=False), SELECTOR, min_length=min_length)
     assert MASK_NOTE not in str(explain(by_flag, X))
+
+
+class Padded(nn.Module):
+    """Attention that hides padding; of two rows the first has some, on the right."""
+
+    def forward(self, x: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+        heads = split_heads(x).to(dtype)
+        lengths = torch.tensor([x.shape[1] - 40, x.shape[1]])
+        valid = torch.arange(x.shape[1]) < lengths[:, None]
+        mask = valid[:, None, None, :] & torch.ones(x.shape[1], x.shape[1]).tril().bool()
+        return F.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask)
+
+
+@pytest.mark.parametrize("min_length", [None, 0, 8192])
+def test_padding_on_a_cpu_is_named_and_nothing_that_does_not_help(min_length: int | None) -> None:
+    model = optimize(Padded(), SELECTOR, min_length=min_length)
+    found = explain(model, torch.cat([X, X]))
+    sparse = min_length == 0
+    assert len(found.sparse) == sparse
+    assert found.next_step == (
+        "padding, or another mask that is a tensor, "
+        + ("makes sparse calls slower than dense ones" if sparse else "keeps calls dense")
+        + ": no sparse CPU kernel reads it; run prompts of one length, or "
+        + ("leave out min_length" if sparse else "leave it dense")
+    )
+    command = replace(found, wording=Wording(CommandLine())).next_step
+    assert command == found.next_step.replace("min_length", "--min-length")
+
+
+def test_only_what_no_kernel_takes_without_a_mask_either_sends_to_doctor() -> None:
+    model = optimize(Padded(), SELECTOR)
+    found = explain(model, torch.cat([X, X]), dtype=torch.float64)
+    assert found.calls[0].reason is DenseReason.NO_KERNEL
+    assert found.next_step.startswith("run unisparse-flex doctor")
 
 
 def test_the_table_is_silent_about_masks_that_are_read() -> None:

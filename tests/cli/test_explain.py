@@ -109,6 +109,24 @@ def test_text_and_page_hold_what_json_does(run, model_folder, tmp_path):
     assert str(model_folder) in html
 
 
+def test_no_sparse_time_is_shown_of_a_layer_that_is_excluded(run, model_folder, tmp_path):
+    page = tmp_path / "explain.html"
+    options = ("--tokens", "300", "--dense-layers", "0")
+    ran = run("explain", model_folder, *options, "--html", page)
+    rows = [line.split() for line in ran.out.splitlines() if re.search(r"layers\.\d", line)]
+    assert [row[-3] == "-" for row in rows] == [True, False]
+    cells = re.findall(
+        r"×.*?</td>\s*<td>[^<]*</td>\s*<td>([^<]*)</td>\s*<td>([^<]*)</td>",
+        page.read_text(encoding="utf-8"),
+    )
+    assert [(dense == "–", sparse == "–") for dense, sparse in cells] == [
+        (False, True),
+        (False, False),
+    ]
+    values = explained(run, model_folder, *options)["calls"]
+    assert all(call["predicted"]["sparse_ms"] > 0 for call in values)
+
+
 def test_measured_times_are_those_of_each_call(run, model_folder, monkeypatch):
     compiled = []
 

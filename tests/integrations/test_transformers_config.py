@@ -239,7 +239,8 @@ def test_advice_on_a_registered_name_is_what_changes_its_settings(
             configure(model.config, **saved)
         step = explain(model, token_ids(length=203)).next_step
         assert f"{way_out} makes calls sparse all the same" in step
-        setting = way_out.replace("quality='fast', ", "")
+        # What is registered stays, what is saved would be replaced.
+        setting = way_out if saved else way_out.replace("quality='fast', ", "")
         with pytest.raises(TypeError, match=re.escape(setting)):
             explain(model, token_ids(length=203), min_length=0)
         if not saved:
@@ -249,3 +250,42 @@ def test_advice_on_a_registered_name_is_what_changes_its_settings(
         assert {decision for decision, _ in kept(model)} == {"sparse"}
         optimize(model)
         assert "optimize(model, min_length=0)" in explain(model, token_ids(length=203)).next_step
+
+
+def test_advice_on_a_registered_name_writes_out_its_layers_and_its_selector() -> None:
+    selector = UniSparse(top_p=0.85)
+    with registered(selector, min_length=None, dense_layers=(1,)):
+        model = create("Llama")
+        step = explain(model, token_ids(length=203)).next_step
+        way_out = f"register(selector={selector.text!r}, min_length=0, dense_layers=(1,))"
+        assert f"{way_out} makes calls sparse" in step
+        eval(way_out, {"register": register})
+        assert [decision for decision, _ in kept(model)] == ["sparse", "dense"]
+
+
+def test_advice_on_saved_settings_keeps_what_is_saved_and_no_more() -> None:
+    with registered("fast", min_length=None):
+        model = create("Llama")
+        configure(model.config, quality="balanced", dense_layers=[1])
+        step = explain(model, token_ids(length=203)).next_step
+        way_out = "configure(model.config, quality='balanced', min_length=0, dense_layers=(1,))"
+        assert f"{way_out} makes calls sparse" in step
+        eval(way_out, {"configure": configure, "model": model})
+        assert [decision for decision, _ in kept(model)] == ["sparse", "dense"]
+
+
+@pytest.mark.parametrize("name", [NAME, "sdpa"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_advice_on_a_padded_batch_names_padding(name: str, side: str) -> None:
+    mask = torch.ones(2, 203, dtype=torch.int64)
+    mask[0, slice(0, 40) if side == "left" else slice(-40, None)] = 0
+    with registered(min_length=None):
+        model = create("Llama", name)
+        if name == "sdpa":
+            optimize(model)
+        found = explain(model, token_ids(length=203).expand(2, -1), attention_mask=mask)
+    assert {call.reason for call in found.calls} == {DenseReason.NO_KERNEL}
+    assert found.next_step == (
+        "padding, or another mask that is a tensor, keeps calls dense: no sparse CPU kernel reads "
+        "it; run prompts of one length, or leave it dense"
+    )

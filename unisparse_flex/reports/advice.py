@@ -16,8 +16,10 @@ from .verdict import (
     MEASURED,
     PREDICTED,
     PYTHON,
+    excluded_layers,
     faster_calls,
     keeps_nearly_all,
+    layer_index,
     slower_calls,
 )
 from .wording import Wording
@@ -33,6 +35,10 @@ DEFAULT_QUALITY = "balanced"
 NO_CALL_STEP = "load models of Hugging Face with attn_implementation='sdpa'; others must call SDPA"
 COMPILED = "torch.compile(model), if it is not compiled: the times are of that"
 COMMANDS = "{speed} times it compiled, {quality} says what it changes in what the model predicts"
+PADDING = (
+    "padding, or another mask that is a tensor, {does}: no sparse CPU kernel reads it; run prompts "
+    "of one length, or {way_out}"
+)
 # By the reason that most calls stay dense for.
 NEXT_STEPS = {
     DenseReason.NOT_OPTIMIZED: "model = unisparse_flex.optimize(model), then explain it again",
@@ -59,6 +65,11 @@ def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> st
     slower = slower_calls(sparse)
     if not sparse:
         return _where_all_is_dense(calls, wording)
+    if all(call.lacks_mask_kernel for call in sparse):
+        return PADDING.format(
+            does="makes sparse calls slower than dense ones",
+            way_out=f"leave out {wording.name_of_min_length}",
+        )
     if keeps_nearly_all(sparse):
         return _where_nearly_all_is_kept(sparse)
     if len(slower) == len(sparse):
@@ -79,17 +90,37 @@ def quality_of(selector: Selector) -> str | None:
 
 def _setting(calls: Sequence[AttentionRecord], wording: Wording, name: str, value: Any) -> str:
     """What gives the calls a setting, beside those that they have."""
+    return wording.setting(name, value, _other_settings(calls, name))
+
+
+def _other_settings(calls: Sequence[AttentionRecord], name: str) -> dict[str, Any] | None:
+    """The arguments of `optimize` that give what calls have beside one setting.
+
+    ``None`` where no arguments are known that do: layers differ, as those of a calibration may, or
+    a context of ranks is among the settings.
+    """
     configs = [call.config for call in calls if call.config is not None and not call.config.dense]
-    quality, lengths = _quality_in_force(calls), {config.min_length for config in configs}
-    kept: dict[str, Any] = {}
-    if quality not in (None, DEFAULT_QUALITY):
-        kept["quality"] = quality
-    if len(lengths) == 1 and lengths != {None}:
-        kept["min_length"] = lengths.copy().pop()
-    known = not configs or (quality is not None and len(lengths) == 1)
-    excluded = any(call.reason is DenseReason.EXCLUDED for call in calls)
-    all_kept = known and not excluded and {config.backend for config in configs} <= {"auto"}
-    return wording.setting(name, value, kept, all_kept=all_kept)
+    found = {
+        "selector": {config.selector.text for config in configs},
+        "min_length": {config.min_length for config in configs},
+        "backend": {config.backend for config in configs},
+    }
+    # What it replaces does not matter.
+    found.pop("selector" if name == "quality" else name, None)
+    if any(len(values) > 1 for values in found.values()) or any(c.context for c in configs):
+        return None
+    kept = {each: value for each, values in found.items() for value in values}
+    quality = quality_of(configs[0].selector) if configs else None
+    if quality is not None and kept.pop("selector", None) is not None:
+        kept |= {} if quality == DEFAULT_QUALITY else {"quality": quality}
+    if kept.get("min_length") is None:
+        kept.pop("min_length", None)
+    if kept.get("backend") == "auto":
+        del kept["backend"]
+    layers = excluded_layers(calls)
+    if layers != {layer_index(call) for call in calls if call.is_excluded}:
+        return None
+    return kept | ({"dense_layers": tuple(sorted(layers))} if layers else {})
 
 
 def _where_nearly_all_is_kept(calls: Sequence[AttentionRecord]) -> str:
@@ -149,11 +180,8 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
         sizes = {call.config.selector.block_size for call in few if call.config is not None}
         block = f" ({counted(max(sizes), 'token')})" if sizes else ""
         return f"a longer prompt: one that is shorter than a block{block} stays dense"
-    if reason is DenseReason.NO_KERNEL and any(c.masked for c in calls if c.reason is reason):
-        return (
-            f"a prompt without padding, or {forced}: no kernel of this device reads "
-            "a mask that is a tensor, compiled models may prove theirs"
-        )
+    if any(call.lacks_mask_kernel for call in calls if call.reason is reason):
+        return PADDING.format(does="keeps calls dense", way_out="leave it dense")
     short = [call for call in calls if call.reason is DenseReason.SLOWER]
     if reason is DenseReason.EXCLUDED and short and (later := _longer(short)):
         return f"a longer prompt: sparse is predicted faster from {later} keys on"

@@ -37,6 +37,8 @@ class AttentionRecord:
         sparser_from: Of a call at ``"high"`` or ``"balanced"`` that stays dense because that is
             predicted to be faster, the fewest keys from which it would be sparse at the next
             quality that keeps fewer blocks; ``None`` of others, and where it never would.
+        lacks_mask_kernel: Whether a mask that is a tensor, such as padding, is all that keeps a
+            sparse kernel from it: on a CPU none reads one.
     """
 
     layer: str
@@ -55,6 +57,7 @@ class AttentionRecord:
     measured: tuple[float, float | None] | None = None
     config: SparseConfig | None = field(default=None, repr=False)
     sparser_from: int | None = None
+    lacks_mask_kernel: bool = False
 
     @property
     def milliseconds(self) -> tuple[float, float] | None:
@@ -64,6 +67,11 @@ class AttentionRecord:
             return None if sparse is None else (dense, sparse)
         p = self.prediction
         return None if p is None else (p.dense_ms, p.sparse_ms)
+
+    @property
+    def is_excluded(self) -> bool:
+        """Whether settings keep it dense: nothing is known then of what it would keep sparse."""
+        return self.reason is DenseReason.EXCLUDED
 
     @property
     def may_differ_compiled(self) -> bool:

@@ -45,7 +45,7 @@ class ReportedCall:
         values["reason"] = None if self.record.reason is None else str(self.record.reason)
         values["predicted"] = values.pop("prediction")
         # What the settings of the report say already, and what the advice does.
-        del values["config"], values["sparser_from"]
+        del values["config"], values["sparser_from"], values["lacks_mask_kernel"]
         return values | {
             "module": self.module,
             "measured": None if self.time is None else asdict(self.time),

@@ -206,7 +206,8 @@ def _cells(call: AttentionRecord, reasons: Mapping[str, int]) -> list[str]:
     density = "" if call.density is None else f"{call.density:.3f}"
     predicted = ["", "", ""]
     if (p := call.prediction) is not None:
-        predicted = [three_digits(p.dense_ms), three_digits(p.sparse_ms), say_sparse_from(p)]
+        sparse = NOT_THERE if call.is_excluded else three_digits(p.sparse_ms)
+        predicted = [three_digits(p.dense_ms), sparse, say_sparse_from(p)]
     why = "" if call.reason is None else f"[{[*reasons].index(str(call.reason)) + 1}]"
     return [call.layer, *lengths, call.heads, call.decision, density, *predicted, why]
 

@@ -23,7 +23,7 @@ from ..optimization import registered_name
 from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import MULTIHEAD_TARGETS, keeps_window, logit_scale, refuse_multihead
 from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
-from ..passes.decision import flash_obstacle, forecast_call
+from ..passes.decision import flash_obstacle, forecast_call, lacks_kernel_for_mask
 from .advice import SPARSER, next_step, quality_of
 from .attention_record import AttentionRecord
 from .explain_table import COLUMNS, MANY_LINES, format_table, terminal_columns, wrap
@@ -39,6 +39,9 @@ SELECTION_NOTE = "PyTorch code selects the blocks of {calls}, slower than the GP
 KERNEL_NOTE = (
     "FlexAttention's own kernel attends in {calls}, slower than FlashAttention-4: {reason}"
 )
+
+# Of calls that a kernel could take: sparse, or dense for want of one or of length.
+UP_TO_KERNELS = (None, DenseReason.NO_KERNEL, DenseReason.SHORT)
 
 # What a language model takes.
 INPUTS = "give token ids as a Tensor, or a tokenizer's tensors by name: explain(model, **inputs)"
@@ -203,7 +206,7 @@ def _refuse_settings(module: nn.Module, kwargs: Mapping[str, Any], wording: Word
     for name in (each for each in SAVED_KEYS if each in kwargs):
         forwards = (each.forward for each in module.modules())
         if not any(name in inspect.signature(forward).parameters for forward in forwards):
-            way_out = wording.setting(name, kwargs[name], {}, all_kept=True)
+            way_out = wording.setting(name, kwargs[name], {})
             raise TypeError(
                 f"explain gives its arguments to the model, which takes no {name}, got "
                 f"{name}={kwargs[name]!r}; it is a setting: {way_out}, then explain it again"
@@ -352,6 +355,7 @@ def _record(
         prediction=None if config is None else forecast_call(call, config.selector, density),
         config=config,
         sparser_from=_sparser_from(call, config, reason),
+        lacks_mask_kernel=reason in UP_TO_KERNELS and four and lacks_kernel_for_mask(call),
     )
 
 

@@ -64,12 +64,12 @@ def verdict(
     if slower and len(slower) == len(sparse):
         parts.append(f"every sparse call is {known} slower than dense")
     elif indices := _slower_layers(sparse):
-        density = [c.density or 0.0 for c in slower if _index(c) in indices]
+        density = [c.density or 0.0 for c in slower if layer_index(c) in indices]
         verb = "keeps" if len(indices) == 1 else "keep"
         parts.append(
             f"{_name_layers(indices)} {verb} {sum(density) / len(density):.0%}: leave "
             f"{'it' if len(indices) == 1 else 'them'} dense "
-            f"({wording.dense_layers(sorted({*indices, *_excluded_layers(calls)}))})"
+            f"({wording.dense_layers(sorted({*indices, *excluded_layers(calls)}))})"
         )
     elif slower:
         parts.append(f"{len(slower)} of them {known} slower than dense: calibrate, or set top_k")
@@ -148,18 +148,18 @@ def slower_calls(sparse: Sequence[AttentionRecord]) -> list[AttentionRecord]:
 def _slower_layers(sparse: Sequence[AttentionRecord]) -> list[int]:
     """What to give as ``dense_layers``: indices of which every sparse call is slower."""
     slower = slower_calls(sparse)
-    faster = {_index(call) for call in sparse if call not in slower}
-    return sorted({i for call in slower if (i := _index(call)) is not None} - faster)
+    faster = {layer_index(call) for call in sparse if call not in slower}
+    return sorted({i for call in slower if (i := layer_index(call)) is not None} - faster)
 
 
-def _excluded_layers(calls: Sequence[AttentionRecord]) -> set[int]:
+def excluded_layers(calls: Sequence[AttentionRecord]) -> set[int]:
     """Indices of which every call is excluded already."""
-    found = {_index(call) for call in calls if call.reason is DenseReason.EXCLUDED}
-    others = {_index(call) for call in calls if call.reason is not DenseReason.EXCLUDED}
+    found = {layer_index(call) for call in calls if call.is_excluded}
+    others = {layer_index(call) for call in calls if not call.is_excluded}
     return {index for index in found - others if index is not None}
 
 
-def _index(call: AttentionRecord) -> int | None:
+def layer_index(call: AttentionRecord) -> int | None:
     """The place of the call's layer in its stack, which is what ``dense_layers`` counts."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", call.layer)
     return int(found[1]) if found else None

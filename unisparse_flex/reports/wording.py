@@ -10,6 +10,8 @@ from ..command_line import CommandLine
 
 # Of `integrations.register`.
 DEFAULT_NAME = "unisparse"
+# Settings that replace one another.
+SELECTING = ("selector", "quality")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +40,35 @@ class Wording:
         """The setting without a value."""
         return "--dense-layers" if self.command_line else "dense_layers"
 
-    def setting(self, name: str, value: Any, kept: Mapping[str, Any], *, all_kept: bool) -> str:
-        """What gives a setting a value.
+    def setting(self, name: str, value: Any, kept: Mapping[str, Any] | None) -> str:
+        """What gives a setting a value, as a call that can be pasted, else in words.
 
         Args:
             name: Of an argument of `optimize`.
             value: Its value.
-            kept: Other arguments that the model has.
-            all_kept: Whether these are all that it has.
+            kept: The other arguments that the model has; ``None`` where they are not known.
         """
         if self.command_line is not None:
             return f"--{name.replace('_', '-')} {value}"
-        arguments = [] if all_kept else ["..."]
+        is_saved = self.registered is not None and bool(self.saved)
+        if is_saved:
+            # What is not saved stays as it is registered.
+            replaced = SELECTING if name in SELECTING else (name,)
+            kept = {each: self.saved[each] for each in self.saved if each not in replaced}
+        if kept is None:
+            return f"{name}={value!r} added to your settings"
         values = {**kept, name: value}
         # A quality comes before a length, whichever is changed.
-        arguments += [f"{each}={values[each]!r}" for each in sorted(values, reverse=True)]
+        arguments = [self._argument(each, values[each]) for each in sorted(values, reverse=True)]
         if self.registered is None:
             return f"optimize(model, {', '.join(arguments)})"
-        if self.saved:
+        if is_saved:
             return f"configure(model.config, {', '.join(arguments)})"
         start = [] if self.registered == DEFAULT_NAME else [repr(self.registered)]
         return f"register({', '.join([*start, *arguments])})"
+
+    def _argument(self, name: str, value: Any) -> str:
+        return self.dense_layers(value) if name == "dense_layers" else f"{name}={value!r}"
 
     def quality(self, name: str) -> str:
         """A setting of the dial that is in force."""
