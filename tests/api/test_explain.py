@@ -746,6 +746,9 @@ def test_padding_on_a_cpu_is_named_and_nothing_that_does_not_help(min_length: in
         + ": no sparse CPU kernel reads it; run prompts of one length, or "
         + ("leave out min_length" if sparse else "leave it dense")
     )
+    # Nor does it help to leave other layers out of those that stay dense.
+    excluded = AttentionRecord(layer="0", decision="dense", reason=DenseReason.EXCLUDED)
+    assert Explanation((excluded, excluded, *found.calls)).next_step == found.next_step
     command = replace(found, wording=Wording(CommandLine())).next_step
     assert command == found.next_step.replace("min_length", "--min-length")
 

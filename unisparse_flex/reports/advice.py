@@ -100,7 +100,7 @@ def _other_settings(calls: Sequence[AttentionRecord], name: str) -> dict[str, An
     a context of ranks is among the settings.
     """
     configs = [call.config for call in calls if call.config is not None and not call.config.dense]
-    found = {
+    found: dict[str, set[Any]] = {
         "selector": {config.selector.text for config in configs},
         "min_length": {config.min_length for config in configs},
         "backend": {config.backend for config in configs},
@@ -180,7 +180,8 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
         sizes = {call.config.selector.block_size for call in few if call.config is not None}
         block = f" ({counted(max(sizes), 'token')})" if sizes else ""
         return f"a longer prompt: one that is shorter than a block{block} stays dense"
-    if any(call.lacks_mask_kernel for call in calls if call.reason is reason):
+    of_masks = {call.reason for call in calls if call.lacks_mask_kernel}
+    if of_masks and reason in (*of_masks, DenseReason.EXCLUDED):
         return PADDING.format(does="keeps calls dense", way_out="leave it dense")
     short = [call for call in calls if call.reason is DenseReason.SLOWER]
     if reason is DenseReason.EXCLUDED and short and (later := _longer(short)):
