@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -160,10 +160,15 @@ def _notices() -> Iterator[None]:
         others = warnings.showwarning
 
         def show(
-            message: Warning | str, category: type[Warning], filename: str, *rest: Any
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
         ) -> None:
             if category is not UserWarning or not Path(filename).is_relative_to(LIBRARY):
-                others(message, category, filename, *rest)
+                others(message, category, filename, lineno, file, line)
             elif (text := f"note: {message}") not in said:
                 said.add(text)
                 click.echo(wrap_whole(text, terminal_columns(), indent=2), err=True)
