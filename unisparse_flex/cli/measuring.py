@@ -35,8 +35,6 @@ DEFAULT_LENGTH, LEAST_LENGTH = 4096, 256
 # More than any of the installed texts needs for a token.
 CHARACTERS_PER_TOKEN = 6
 COLUMNS = 80
-# `reports.NEARLY_ALL`: density from which no gain is claimed.
-NEARLY_ALL = 0.995
 
 model_argument_of_command = click.argument("model", callback=model_argument)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..nearly_all import NEARLY_ALL
 from ..progress import Progress
 from . import PROGRAM
 from .arguments import check_text, is_given, typed_line
@@ -18,7 +19,6 @@ from .choices import QUALITY_NAMES
 from .failures import failures, require, wrong_arguments, wrong_content
 from .measuring import (
     COLUMNS,
-    NEARLY_ALL,
     OUTPUT_OPTIONS,
     PLACE_OPTIONS,
     KeepsCommand,

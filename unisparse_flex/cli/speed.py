@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..command_line import CommandLine
+from ..nearly_all import NEARLY_ALL
 from ..progress import Progress
 from . import PROGRAM
 from .arguments import typed_line
 from .failures import failures
 from .measuring import (
     COLUMNS,
-    NEARLY_ALL,
     OUTPUT_OPTIONS,
     PLACE_OPTIONS,
     KeepsCommand,

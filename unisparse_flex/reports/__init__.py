@@ -13,12 +13,11 @@ from .figures import (
 )
 from .measured_page import render_quality, render_speed
 from .page import render_page
-from .verdict import DIFFUSE_HERE, NEARLY_ALL
+from .verdict import DIFFUSE_HERE
 
 __all__ = [
     "DIFFUSE_HERE",
     "MANY_LINES",
-    "NEARLY_ALL",
     "AttentionRecord",
     "DensitySeries",
     "ExplainReport",

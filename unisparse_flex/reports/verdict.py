@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..counted import counted
+from ..nearly_all import NEARLY_ALL
 from ..passes import DenseReason
 from ..passes.decision import say_reasons
 from .attention_record import AttentionRecord, chosen_densities
@@ -16,8 +17,6 @@ PYTHON = Wording()
 NO_GAIN, PREDICTED, MEASURED = "no gain", "predicted", "measured"
 # Why calls stay dense that could be sparse at this length.
 BY_LENGTH = (DenseReason.SLOWER, DenseReason.SHORT)
-# Density from which sparse attention drops too little to gain a thing.
-NEARLY_ALL = 0.995
 DIFFUSE_HERE = "attention is diffuse here, as it always is with random weights"
 # Of a ratio of times: less is nothing.
 LEAST_GAIN = 0.01
