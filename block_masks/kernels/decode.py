@@ -13,14 +13,12 @@ from torch import Tensor
 from .decode_rule import DecodeRule
 from .gpu import early_options, starts_early
 from .launch import Launch
-from .pages import _average_page, _summarize_last
+from .pages import FEW_ROWS, _average_page, _summarize_last
 from .recording import empty
 from .scratch import power_of_two
 
 # Units that one program scores at a time, and programs for all sequences together at least.
 ROWS, PROGRAMS = 64, 512
-# Keys of a page that are read at a time.
-PAGE_ROWS = 32
 # Units of a sequence that a warp of the choice holds, and how many warps there are at most: for
 # very many units twice as many.
 OF_WARP, WARPS, VERY_MANY = 256, 16, 16384
@@ -538,7 +536,7 @@ def choose_units(
         WIDTH=power_of_two(head_dim),
         PACK=packed is not None,
         GROUP=0 if written is None else page // means.shape[2],
-        PAGE_ROWS=min(page, PAGE_ROWS),
+        PAGE_ROWS=min(page, FEW_ROWS),
         EARLY=early,
         num_warps=4,
         enable_fp_fusion=True,

@@ -194,13 +194,15 @@ class Search:
 
         It goes by the density that a selector expects, not by what was measured here.
         """
+        if self.min_length is not None:
+            return None
         sparse = found.sparse_layers
         left = {
             name
             for name, selector in sparse.items()
             if not any(forecast(s, selector).is_sparse_faster for s in self.layers[name].shapes)
         }
-        if self.min_length is not None or not left:
+        if not left:
             return None
         longest = {name: max(self.layers[name].shapes, key=lambda s: s.kv_len) for name in left}
         lengths = [
