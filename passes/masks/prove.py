@@ -78,17 +78,25 @@ class MaskCache:
         self._given: dict[tuple[Any, ...], GivenTensors] = {}
         self._inserted: dict[Computed, fx.Node] = {}
 
-    def lift(self, node: fx.Node, shape: tuple[Any, ...] | None) -> ProvedMask | Unproved:
-        """See `lift_mask`."""
+    def lift(
+        self, node: fx.Node, shape: tuple[Any, ...] | None, *, may_read: bool = True
+    ) -> ProvedMask | Unproved:
+        """See `lift_mask`.
+
+        Args:
+            node: The mask.
+            shape: Of the call.
+            may_read: Whether entries of tensors that the graph is given may prove it.
+        """
         if shape is None:
             return Unproved.UNRECORDED
-        key = (node, *(str(size) for size in shape))
+        key = (node, may_read, *(str(size) for size in shape))
         if key not in self._lifted:
             lifter = Lifter(node)
             self._lifted[key] = lift_mask(node, shape, lifter)
             self._read.update(dict.fromkeys(lifter.visited))
             self._changed.update(lifter.changed)
-            if self._lifted[key] in READABLE:
+            if may_read and self._lifted[key] in READABLE:
                 self._read_given(node, shape, key, lifter.visited)
         return self._lifted[key]
 

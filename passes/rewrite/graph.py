@@ -42,6 +42,8 @@ MARKER_TARGETS: frozenset[Callable[..., Any]] = frozenset(
 )
 # What Inductor makes loops of, asking more outputs of the flex operator than its CPU kernel has.
 LOOPED = ("map_impl", "scan", "associative_scan")
+# What settings ask for, whatever the mask.
+KEPT_DENSE = (DenseReason.EXCLUDED, DenseReason.SHORT)
 LOWERED: frozenset[Callable[..., Any]] = frozenset({lowered_sdpa, lowered_multihead})
 
 
@@ -245,14 +247,30 @@ def _settle(
     # Whether it is slower is asked once the mask is known: a formula has faster kernels.
     reason = _refuse_node(call, replace(config, min_length=config.min_length or 0))
     proved: ProvedMask | Unproved | None = None
-    if reason is None and isinstance(call.attn_mask, fx.Node) and not call.causal:
+    masked = isinstance(call.attn_mask, fx.Node) and not call.causal
+    if masked and (reason is None or _depends_on_mask(call, config, reason)):
         shape = _shape(call)
-        proved = masks.lift(call.attn_mask, shape)
+        # Nothing is read, and so guarded, for a call that stays dense.
+        proved = masks.lift(call.attn_mask, shape, may_read=reason not in KEPT_DENSE)
         if shape is not None and isinstance(proved, ProvedMask):
             call = proved.bind(call, q_len=shape[2], kv_len=shape[3])
-    if reason is None and config.min_length is None:
+        reason = _refuse_node(call, config)
+    elif reason is None and config.min_length is None:
         reason = _refuse_node(call, config)
     return call, proved, reason
+
+
+def _depends_on_mask(call: SdpaCall, config: SparseConfig, reason: DenseReason) -> bool:
+    """Whether a call that is refused might not be, or be faster, were its mask a flag.
+
+    Not a step of decoding.
+    """
+    if reason is DenseReason.SELECTOR:
+        return True
+    if reason not in KEPT_DENSE or config.strict or not _is_square(call) or _decides_at_run(call):
+        return False
+    any_call = replace(config, dense=False, min_length=0, min_queries=1)
+    return _refuse_node(call, any_call) in (None, DenseReason.SELECTOR)
 
 
 def settings_in(graph: fx.Graph) -> frozenset[str]:
@@ -317,9 +335,13 @@ def _is_flagged(call: SdpaCall, config: SparseConfig, proved: ProvedMask | Unpro
 
 def _needs_no_mask(call: SdpaCall) -> bool:
     """Whether SDPA's own flag says all of a mask that was proved, in square calls."""
+    return _is_square(call) and not (call.mask or call.causal_lower_right)
+
+
+def _is_square(call: SdpaCall) -> bool:
+    """Whether there are as many queries as keys, at every length."""
     shape = _shape(call)
-    square = shape is not None and statically_known_true(shape[2] == shape[3])
-    return square and not (call.mask or call.causal_lower_right)
+    return shape is not None and statically_known_true(shape[2] == shape[3])
 
 
 def _write_call(node: fx.Node, call: SdpaCall, config: SparseConfig, *, lower: bool) -> None:

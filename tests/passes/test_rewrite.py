@@ -199,6 +199,28 @@ def causal_pairs(length: int, device: Any) -> Tensor:
     return (position <= position[:, None])[None, None]
 
 
+class CausalOnly(Stripes):
+    """A selector that is defined for causal calls without any other mask."""
+
+    def supports(self, *, causal: bool, masked: bool, self_attention: bool) -> bool:
+        return causal and not masked
+
+
+@pytest.mark.parametrize("name", ["causal", "window"])
+def test_a_selector_is_asked_about_what_a_mask_is_proved_to_be(name: str) -> None:
+    def masked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=SHORT_MASKS[name][0](query)
+        )
+
+    graph = TRACERS["dynamo"](Calls(masked), *inputs())
+    report = rewrite_sdpa(graph, SparseConfig(selector=CausalOnly()))
+    if name == "causal":
+        assert (len(report.rewritten), report.left) == (1, {})
+    else:
+        assert list(report.left.values()) == [DenseReason.SELECTOR]
+
+
 # Masks of a call too short to be sparse; whether SDPA's flag says all of one, and what it says.
 SHORT_MASKS: dict[str, tuple[Callable[[Tensor], Tensor], bool | None]] = {
     "causal": (lambda q: causal_pairs(q.shape[2], q.device), True),
@@ -213,17 +235,28 @@ SHORT_MASKS: dict[str, tuple[Callable[[Tensor], Tensor], bool | None]] = {
 }
 
 
+KEPT_DENSE: dict[DenseReason, dict[str, Any]] = {
+    DenseReason.SLOWER: {"min_length": None},
+    DenseReason.SHORT: {"min_length": LENGTH + 1},
+    DenseReason.EXCLUDED: {"dense": True},
+}
+
+
 @pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("reason", KEPT_DENSE)
 @pytest.mark.parametrize("name", SHORT_MASKS)
-def test_a_dense_call_does_without_a_mask_that_its_flag_says(name: str, lower: bool) -> None:
+def test_a_dense_call_does_without_a_mask_that_its_flag_says(
+    name: str, reason: DenseReason, lower: bool
+) -> None:
     make, flag = SHORT_MASKS[name]
 
     def masked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=make(query), scale=0.5)
 
     graph = TRACERS["dynamo"](Calls(masked), *inputs())
-    report = rewrite_sdpa(graph, SparseConfig(selector=FINE, min_length=None), lower=lower)
-    assert list(report.left.values()) == [DenseReason.SLOWER]
+    config = SparseConfig(selector=FINE, **KEPT_DENSE[reason])
+    report = rewrite_sdpa(graph, config, lower=lower)
+    assert list(report.left.values()) == [reason]
     assert bool(report.flagged) is (lower and flag is not None)
     (node,) = (node for node in graph.graph.nodes if is_sdpa(node))
     found = SdpaCall.bind(node.args, node.kwargs)
