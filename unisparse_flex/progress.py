@@ -25,9 +25,11 @@ class Progress:
 
     Beside the seconds of all steps stand those of the step itself, ``2 s, all 14 s``.
 
-    A terminal has the line overwritten, also while a step goes on, and cut to its width; what
-    others write to standard error takes its place. Elsewhere, as in a file or a pipe, there is a
-    new line every 15 seconds. All goes where standard error went when the block began.
+    A terminal has the line overwritten, also while a step goes on; what others write to standard
+    error takes its place. Elsewhere, as in a file or a pipe, there is a new line every 15 seconds.
+    A line fits the terminal's width, or 80 columns: of one that is too long the bar goes first,
+    then the end of the step, whose name therefore stands at its beginning. All goes where standard
+    error went when the block began.
 
     Args:
         title: Who is at work, before every step; nobody where it is empty.
@@ -38,6 +40,8 @@ class Progress:
     def __init__(self, title: str = "", *, total: int = 0, shown: bool = True) -> None:
         self.title, self.total, self.done, self.shown = title, total, 0, shown
         self._step = ""
+        # Parts of the step, over and in all; none in all where they are not counted.
+        self._parts = 0, 0
         self._unfinished = False
         self._yielded = False
         # What is collected while it is held may write a warning.
@@ -70,21 +74,24 @@ class Progress:
             step: What it is.
             at_once: Without waiting for two seconds.
         """
+        self._begin(step, (0, 0), at_once=at_once)
+
+    def _begin(self, step: str, parts: tuple[int, int], *, at_once: bool = False) -> None:
         with self._lock:
             now = self._step_start = time.monotonic()
-            self._step = step
+            self._step, self._parts = step, parts
             self._show(now, at_once=at_once)
 
-    def _go_on(self, step: str) -> None:
+    def _go_on(self, step: str, parts: tuple[int, int]) -> None:
         """Says what is done now in the step that began before."""
         with self._lock:
-            self._step = step
+            self._step, self._parts = step, parts
             self._show(time.monotonic())
 
     def advance(self, step: str) -> None:
         """Says which part comes next and counts it."""
         self.done += 1
-        self.show(f"{bar(self.done - 1, self.total)} {step}" if self.total else step)
+        self._begin(step, (self.done - 1, self.total))
 
     @contextmanager
     def step(self, name: str, total: int = 0) -> Iterator[Callable[[], None]]:
@@ -99,15 +106,15 @@ class Progress:
         def advance() -> None:
             nonlocal done
             done += 1
-            self._go_on(f"{bar(done, total)} {name}" if total else name)
+            self._go_on(name, (done, total))
 
         with self._lock:
             self._start = self._step_start = time.monotonic()
             self._next_line = self._start + LINE_SECONDS
-        self._go_on(f"{bar(done, total)} {name}" if total else name)
+        self._go_on(name, (done, total))
         yield advance
         with self._lock:
-            self._step = ""
+            self._step, self._parts = "", (0, 0)
             if self.shown:
                 self._write(name, time.monotonic(), end="\n")
 
@@ -128,11 +135,15 @@ class Progress:
     def _write(self, step: str, now: float, *, end: str) -> None:
         title = f"{self.title}: " if self.title else ""
         own, total = (f"{now - start:.0f} s" for start in (self._step_start, self._start))
-        what, seconds = f"{title}{step}", f", {total}" if own == total else f", {own}, all {total}"
-        if self._stream.isatty():
-            # A line that wraps is not overwritten; some terminals wrap after the last column.
-            what = ERASE + cut(what, terminal_columns(self._stream) - 1 - len(seconds))
-        self._stream.write(f"{what}{seconds}{end}")
+        seconds = f", {total}" if own == total else f", {own}, all {total}"
+        # A line that wraps is not overwritten; some terminals wrap after the last column.
+        room = terminal_columns(self._stream) - 1 - len(seconds)
+        done, parts = self._parts
+        what = f"{title}{bar(done, parts)} {step}" if parts else f"{title}{step}"
+        if parts and len(what) > room:
+            what = f"{title}{done}/{parts} {step}"
+        erase = ERASE if self._stream.isatty() else ""
+        self._stream.write(f"{erase}{cut(what, room)}{seconds}{end}")
         self._stream.flush()
         self._next_line, self._unfinished = now + LINE_SECONDS, not end
 

@@ -60,7 +60,7 @@ def test_a_terminal_has_one_line_that_is_overwritten(capsys, clock, monkeypatch)
     assert capsys.readouterr().err == "".join(OVERWRITE + line for line in lines) + "\n"
 
 
-@pytest.mark.parametrize("columns", [20, 60, 80])
+@pytest.mark.parametrize("columns", [20, 40, 60])
 def test_a_line_is_shorter_than_the_terminal_is_wide(capsys, clock, monkeypatch, columns):
     make_terminal(monkeypatch)
     monkeypatch.setattr(progress_module, "terminal_columns", lambda stream: columns)
@@ -72,6 +72,25 @@ def test_a_line_is_shorter_than_the_terminal_is_wide(capsys, clock, monkeypatch,
     assert len(first) == columns - 1
     assert first.endswith("..., 0 s, all 4 s")
     assert second == ("ex..." if columns == 20 else "explain: end") + ", 0 s, all 5 s\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    "name", ["UniSparse(top_p=0.95, threshold=0.004)", "model.language_model.layers.12.self_attn"]
+)
+def test_a_line_of_80_columns_names_the_setting(capsys, clock, monkeypatch, terminal, name):
+    if terminal:
+        make_terminal(monkeypatch)
+    clock([0.0, 700.0, 1000.0, 1600.0])
+    with Progress("quality", total=12) as progress:
+        progress.advance(f"{name}, 16384 tokens of /somewhere/with/a/long/name/of/a/text.txt")
+        progress.advance(name)
+        progress.show("end")
+    lines = capsys.readouterr().err.removeprefix(OVERWRITE).replace(OVERWRITE, "\n").splitlines()
+    assert all(len(line) < 80 for line in lines)
+    assert lines[0].startswith(f"quality: 0/12 {name}")
+    assert lines[0].endswith("..., 0 s, all 700 s")
+    assert lines[1] == f"quality: 1/12 {name}, 0 s, all 1000 s"
 
 
 def test_the_width_of_no_terminal_is_80(capsys):

@@ -45,6 +45,13 @@ def test_nothing_changes_where_everything_is_kept(tiny_model, prompt):
     assert not is_optimized(tiny_model.model)
 
 
+def test_what_is_read_next_begins_with_the_name_of_the_setting(tiny_model, prompt):
+    shown: list[str] = []
+    settings = {"all": ALL, "few": FEW}
+    list(judge_texts(tiny_model, [prompt], settings, judged=JUDGED, show=shown.append))
+    assert shown == [f"{name}, 300 tokens of random" for name in ("dense", "all", "few")]
+
+
 def test_the_last_tokens_are_judged_by_the_distributions_before_them(tiny_model, prompt):
     (row,) = judge_texts(tiny_model, [prompt], {"few": FEW}, judged=JUDGED)
     model, ids = tiny_model.model, prompt.input_ids

@@ -189,14 +189,14 @@ def judge_texts(
     for prompt in prompts:
         count = max(1, min(judged, prompt.tokens // 2))
         where = f"{prompt.tokens} tokens of {prompt.text}"
-        show(f"{where}, dense")
+        show(f"dense, {where}")
         targets = prompt.input_ids[0, -count:]
         dense = _read(loaded.model, prompt.input_ids, count)
         if dense.isnan().any():
             raise ValueError(f"the model must predict numbers, got NaN after {where}")
         dense_perplexity = compute_perplexity(dense, targets)
         for name, selector in settings.items():
-            show(f"{where}, {name}")
+            show(f"{name}, {where}")
             with (
                 sparsity.applied(loaded.model, selector),
                 watch_blocks(loaded.model) as read,
@@ -289,12 +289,12 @@ def score_tasks(
     together = max(1, min(TOGETHER[loaded.device.type], _CACHED_TOKENS // tokens))
     for name, drawn in samples.items():
         where = f"{name} at {tokens} tokens"
-        show(f"{where}, dense")
+        show(f"dense, {where}")
         row: Any = {"tokens": tokens, "task": name, "samples": len(drawn)}
         found = score_samples(loaded, drawn, score=score, together=together)
         yield TaskRow(**row, setting=None, score=found, density=None)
         for setting, selector in settings.items():
-            show(f"{where}, {setting}")
+            show(f"{setting}, {where}")
             with (
                 sparsity.applied(loaded.model, selector),
                 watch_blocks(loaded.model) as read,

@@ -170,7 +170,7 @@ def measure_speed(
     try:
         for run, setting, attention in ways:
             contender = _Contender(run=run, setting=setting, found={})
-            show(f"{prompt.tokens} tokens, {run}{f', {setting}' if setting else ''}: first call")
+            show(f"{setting or run}, {prompt.tokens} tokens: first call")
             contenders.append(contender)
             contender.attempt(
                 partial(_begin, contender, loaded, prompt, attention, compile_scope, sparsity)
@@ -193,7 +193,7 @@ def _clock(
     contender: _Contender, loaded: LoadedModel, prompt: TextPrompt, show: Callable[[str], None]
 ) -> float:
     """Times a way once, unless it failed before."""
-    show(f"{prompt.tokens} tokens, {contender.setting or contender.run}: timed")
+    show(f"{contender.setting or contender.run}, {prompt.tokens} tokens: timed")
     function, before = contender.first_token, len(contender.seconds)
     if function is not None:
         contender.attempt(lambda: contender.seconds.append(timed(function, loaded.device)[1]))
