@@ -10,13 +10,14 @@ models: milliseconds to the logits of a Llama-3.1-8B-shaped model with random we
     Projections of queries and keys are multiplied: random ones leave attention diffuse.
 calls: one attention call of its heads under each mask, and the selection in it.
 lengths: twenty lengths through one compiled call, and how often it was compiled.
-host: microseconds that Python takes to launch one call, and one compiled addition.
+host: microseconds that Python takes to launch one call, one compiled addition, and each further
+    call of a compiled forward (`further`).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,8 @@ DOCUMENTS, WINDOW_SHARE = 8, 8
 REPEATS = 5
 LENGTHS = tuple(range(1000, 33001, 1684))
 HOST_TOKENS, HOST_CALLS = 1024, 200
+# Attention calls of one forward, few and many: the difference is what each further one takes.
+FEW, MANY = 2, 10
 # No prompt is as long.
 LONGEST = 2**30
 
@@ -286,7 +289,28 @@ class Bench:
             call = partial(run, *given, ids)
             seconds = guarded(row, name, partial(host_seconds, call, HOST_CALLS))
             row[f"{name}_us"] = None if seconds is None else seconds * 1e6
+        for name in ("dense", "sparse"):
+            further = partial(self._further_us, mask, (*given, ids), settings, name == "sparse")
+            row[f"{name}_further_us"] = guarded(row, f"{name}_further", further)
         yield row
+
+    def _further_us(
+        self,
+        mask: Callable[[Tensor], Tensor] | None,
+        given: Sequence[Tensor],
+        settings: dict[str, Any],
+        sparse: bool,
+    ) -> float:
+        """Microseconds of each further call of a compiled forward, whose guards and mask it has."""
+        seconds = []
+        for calls in (FEW, MANY):
+            torch._dynamo.reset()
+            model = Masked(mask, calls)
+            if sparse:
+                unisparse_flex.optimize(model, **settings)
+            run = torch.compile(model, dynamic=False)
+            seconds.append(host_seconds(partial(run, *given), -(-HOST_CALLS // calls)))
+        return (seconds[1] - seconds[0]) / (MANY - FEW) * 1e6
 
     def time(self, call: Callable[[], Any]) -> float:
         """Milliseconds of a call, on a GPU without the gaps between its launches."""
@@ -317,19 +341,24 @@ def sum_alone(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> 
 
 
 class Masked(nn.Module):
-    """An attention call under a mask that the model makes of ids; causal alone without one."""
+    """Attention under a mask that the model makes of ids; causal alone without one.
 
-    def __init__(self, mask: Callable[[Tensor], Tensor] | None) -> None:
+    Args:
+        mask: Makes it.
+        calls: Attention calls, each with the output of the one before as its query.
+    """
+
+    def __init__(self, mask: Callable[[Tensor], Tensor] | None, calls: int = 1) -> None:
         super().__init__()
-        self.mask = mask
+        self.mask, self.calls = mask, calls
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, ids: Tensor) -> Tensor:
-        if self.mask is None:
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, enable_gqa=True
+        mask = None if self.mask is None else self.mask(ids)
+        for _ in range(self.calls):
+            query = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
             )
-        mask = self.mask(ids)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+        return query
 
 
 def paddings(tokens: int, batch: int, device: str) -> Tensor:
@@ -413,6 +442,8 @@ COLUMNS: dict[str, dict[str, markdown.Format]] = {
                 "dense compiled us",
                 "sparse compiled us",
                 "sparse eager us",
+                "dense further us",
+                "sparse further us",
             ),
             "{:.0f}",
         ),

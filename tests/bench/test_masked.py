@@ -59,6 +59,7 @@ def test_a_small_model_runs_and_its_file_has_tables(tmp_path: Path) -> None:
     # Default settings leave so short a prompt alone.
     assert dense["logits_relative_error"] == default["logits_relative_error"] == 0
     assert host["sparse_eager_us"] > 0
+    assert host["sparse_further_us"] is not None
     text = describe({output.name: result})
     assert "| ones | 600 | 1 | eager | forced |" in text
     assert f"{forced['ms'] / dense['ms']:.3f}" in text

