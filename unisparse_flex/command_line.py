@@ -15,6 +15,8 @@ SHARED_OPTIONS = (
     *("--text", "--tokens", "--selector", "--quality", "--dense-layers", "--backend"),
     *("--min-length", "--device", "--allow-download"),
 )
+# Those without a value.
+FLAGS = ("--allow-download",)
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,7 +142,7 @@ def test_the_table_holds_every_call_and_the_totals() -> None:
     assert lines[3].split() == [
         *("layers.0.attention", "300", "4/2", "sparse", density),
         *(three_digits(first.dense_ms), three_digits(first.sparse_ms)),
-        str(first.break_even or "never"),
+        str(first.break_even or "-"),
     ]
     assert lines[4].split()[:4] == ["layers.1.attention", "300", "4/2", "dense"]
     assert lines[4].split()[-1] == "[1]"
@@ -181,15 +181,18 @@ def test_the_note_says_at_which_density_the_milliseconds_are() -> None:
     )
 
 
-def test_no_call_that_is_faster_sparse_is_said_never_to_be() -> None:
+def test_a_dash_is_all_that_says_at_no_length_and_the_note_explains_it() -> None:
     slower, faster = (
         replace(sparse_call(0, 0.1, ms), prediction=predicted(2.0, ms, break_even=None))
         for ms in (3.0, 1.0)
     )
-    assert Explanation((slower,)).table().splitlines()[3].split()[-1] == "never"
-    table = Explanation((faster,)).table()
-    assert table.splitlines()[3].split()[-1] == "-"
-    assert "-: at no length there" in " ".join(table.split())
+    for calls in ((slower,), (faster,), (slower, faster)):
+        table = Explanation(calls).table()
+        rows = table.splitlines()[3 : 3 + len(calls)]
+        assert [row.split()[-1] for row in rows] == ["-"] * len(calls)
+        assert "faster sparse (-: at no length), at the density" in " ".join(table.split())
+    known = replace(slower, prediction=predicted(2.0, 3.0, break_even=4096))
+    assert "at no length" not in Explanation((known,)).table()
 
 
 def test_the_verdict_comes_first_and_what_to_do_next_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +230,7 @@ def test_calls_carry_what_the_cost_model_predicts() -> None:
     assert call.prediction.note == ""
     assert explanation.table().splitlines()[3].split()[-4:] == [
         *(f"{ms:.2f}" for ms in (call.prediction.dense_ms, call.prediction.sparse_ms)),
-        str(call.prediction.break_even or "never"),
+        str(call.prediction.break_even or "-"),
         "[1]",
     ]
 
@@ -455,7 +458,7 @@ def test_no_sparse_time_is_shown_of_calls_that_are_excluded() -> None:
         reason=DenseReason.EXCLUDED,
     )
     rows = [line.split() for line in Explanation((excluded, call)).table().splitlines()[3:5]]
-    assert [row[-4:-1] for row in rows[:1]] == [["10.0", "-", "4096"]]
+    assert rows[0][-4:-1] == ["dense", "10.0", "4096"]
     assert rows[1][-3:] == ["10.0", "4.00", "4096"]
 
 
@@ -615,8 +618,8 @@ def test_the_table_fits_and_says_each_reason_once(q_len: int, columns: int) -> N
     # Names may be cut, but tell the layers apart.
     assert all(f".{i}." in row.split()[0] for i, row in enumerate(rows))
     for row, call in zip(rows, calls, strict=True):
-        sparse = "-" if call.reason is DenseReason.EXCLUDED else "100.0"
-        assert row.split()[-4:-1] == ["12346", sparse, "131072"]
+        sparse = [] if call.reason is DenseReason.EXCLUDED else ["100.0"]
+        assert row.split()[row.split().index("dense") + 1 : -1] == ["12346", *sparse, "131072"]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ import pytest
 
 from unisparse_flex import __version__, cli
 from unisparse_flex.cli import app, choices, library, selectors
-from unisparse_flex.cli.output import wrap_whole
+from unisparse_flex.command_line import PROGRAM, CommandLine
 from unisparse_flex.evaluation import CONTEXT_LENGTH, TEXT_NAMES
 from unisparse_flex.passes.calls import BACKENDS
+from unisparse_flex.reports import advice
+from unisparse_flex.wrapping import wrap
 
 COMMANDS = tuple(app.COMMANDS)
 ROOT = Path(__file__).parents[2]
@@ -82,12 +84,40 @@ def test_an_interrupt_exits_with_130(run, monkeypatch):
 @pytest.mark.parametrize("before", range(50, 80, 3))
 def test_paths_and_commands_are_not_broken(kept, before):
     words = ("ab " * 40)[:before]
-    text = wrap_whole(
-        f"{words} {kept}; and so on", 80, ["explain", "/home/me/my texts/one of them.txt"]
-    )
+    text = wrap(f"{words} {kept}; and so on", 80, ["explain", "/home/me/my texts/one of them.txt"])
     assert kept.removeprefix("run: ") in text
     assert text.split() == f"{words} {kept}; and so on".split()
     assert all(len(line) <= 80 or kept[5:] in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"--text": ("/home/me/my texts/it's one.txt", "b.txt"), "--allow-download": ()},
+        {"--selector": ("UniSparse(top_p=0.95, threshold=0.004)",), "--tokens": ("1024",)},
+    ],
+)
+def test_a_command_that_output_names_has_a_line_of_its_own(columns, options):
+    line = CommandLine("./my model", options)
+    speed, quality = line.write("speed"), line.write("quality")
+    step = f"next: {advice.COMMANDS.format(speed=speed, quality=quality)}; and so on, to its end"
+    lines = wrap(step, columns).splitlines()
+    assert lines[0] == "next:"
+    assert [text for text in lines if PROGRAM in text] == [f"  {speed}", f"  {quality}"]
+    assert all(len(text) <= columns or PROGRAM in text for text in lines)
+    assert " ".join(text.strip() for text in lines) == step
+
+
+def test_prose_after_a_command_is_no_part_of_it():
+    doctor = "unisparse-flex doctor --measure gives it this machine's rates, and more of the like"
+    words = f"the cost model is wrong here; {doctor}"
+    assert wrap(words, 60).splitlines() == [
+        "the cost model is wrong here;",
+        "  unisparse-flex doctor --measure gives it this machine's",
+        "  rates, and more of the like",
+    ]
 
 
 @pytest.mark.parametrize("missing", ["click", "jinja2"])

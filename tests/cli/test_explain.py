@@ -113,8 +113,11 @@ def test_no_sparse_time_is_shown_of_a_layer_that_is_excluded(run, model_folder, 
     page = tmp_path / "explain.html"
     options = ("--tokens", "300", "--dense-layers", "0")
     ran = run("explain", model_folder, *options, "--html", page)
-    rows = [line.split() for line in ran.out.splitlines() if re.search(r"layers\.\d", line)]
-    assert [row[-3] == "-" for row in rows] == [True, False]
+    first, second = (
+        line.split() for line in ran.out.splitlines() if re.search(r"layers\.\d", line)
+    )
+    # Layer, keys, heads, dense, milliseconds dense (and sparse), sparse from, why.
+    assert (len(first), len(second)) == (7, 8)
     cells = re.findall(
         r"×.*?</td>\s*<td>[^<]*</td>\s*<td>([^<]*)</td>\s*<td>([^<]*)</td>",
         page.read_text(encoding="utf-8"),
@@ -127,7 +130,7 @@ def test_no_sparse_time_is_shown_of_a_layer_that_is_excluded(run, model_folder, 
     assert all(call["predicted"]["sparse_ms"] > 0 for call in values)
 
 
-def test_measured_times_are_those_of_each_call(run, model_folder, monkeypatch):
+def test_measured_times_are_those_of_each_call(run, model_folder, monkeypatch, tmp_path):
     compiled = []
 
     def record(call, config):
@@ -142,8 +145,15 @@ def test_measured_times_are_those_of_each_call(run, model_folder, monkeypatch):
     assert all(time["dense_ms"] > 0 and time["sparse_ms"] > 0 for time in times)
     measured = report["summary"]["measured"]
     assert measured["decided_ms"] == measured["dense_ms"]
-    text = run("explain", model_folder, "--tokens", "300", "--measure").out
+    page = tmp_path / "explain.html"
+    options = ("--tokens", "300", "--measure", "--dense-layers", "0", "--html", page)
+    text = run("explain", model_folder, *options).out
     assert "measured ms " in text
+    # Of the layer that is excluded no sparse time is shown.
+    rows = re.findall(r"layers\.\d\S+ ((?: +\d+\.\d\d)+)$", text, re.MULTILINE)
+    assert [len(row.split()) for row in rows] == [1, 2]
+    cells = re.findall(r"<td>([^<]*)</td>\s*<td class=\"left\">\[", page.read_text("utf-8"))
+    assert [cell == "–" for cell in cells] == [True, False]
     assert "measured, attention only: " in text
 
 
@@ -254,4 +264,4 @@ def test_every_line_fits_in_80_columns(run, model_folder, monkeypatch):
     lines = [line for line in ran.out.splitlines() if str(model_folder) not in line]
     assert max(map(len, lines)) <= 80
     assert lines[0].startswith("2 of 2 calls sparse")
-    assert "\nnext: " in ran.out
+    assert "\nnext:\n  unisparse-flex speed " in ran.out

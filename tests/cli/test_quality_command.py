@@ -137,7 +137,9 @@ def test_a_setting_that_drops_blocks_is_judged_by_half_of_the_prompt_at_most(val
 
 def test_the_table_fits_80_columns_and_holds_every_row(values):
     found, _, text = values
-    assert max(map(len, text.splitlines())) <= 80
+    # A command that is named stays whole.
+    lines = [line for line in text.splitlines() if not line.startswith("  unisparse-flex ")]
+    assert max(map(len, lines)) <= 80
     for row in found["rows"]:
         assert f"{row['density']:.1%}" in text
         assert f"{row['perplexity']:.3f}" in text

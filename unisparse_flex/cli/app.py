@@ -19,10 +19,10 @@ from typing import Any, TextIO
 import click
 
 from ..progress import Progress, terminal_columns
+from ..wrapping import wrap
 from . import PROGRAM
 from .failures import all_missing_at_once
 from .library import PACKAGE, is_library_loaded, load_library
-from .output import wrap_whole
 
 # Each in the module of its name, imported when it is asked for.
 COMMANDS = {
@@ -149,7 +149,7 @@ def _show(error: click.ClickException, arguments: Sequence[str]) -> None:
     text = io.StringIO()
     error.show(text)
     for line in text.getvalue().splitlines():
-        click.echo(wrap_whole(line, terminal_columns(), arguments), err=True)
+        click.echo(wrap(line, terminal_columns(), arguments, indent=0), err=True)
 
 
 @contextmanager
@@ -171,7 +171,7 @@ def _notices() -> Iterator[None]:
                 others(message, category, filename, lineno, file, line)
             elif (text := f"note: {message}") not in said:
                 said.add(text)
-                click.echo(wrap_whole(text, terminal_columns(), indent=2), err=True)
+                click.echo(wrap(text, terminal_columns()), err=True)
 
         warnings.showwarning = show
         yield

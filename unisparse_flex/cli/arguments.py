@@ -124,7 +124,7 @@ def selector_argument(ctx: click.Context, _: click.Parameter, text: str | None) 
         texts = typed.get("texts") or [typed.get("text") or "TEXT"]
         words = [typed.get("model") or "MODEL", *texts, "--recall", "0.95", "--output", text]
         command = shlex.join([PROGRAM, "calibrate", *words])
-        raise click.BadParameter(f"there is no file {text}; to write it: {command}")
+        raise click.BadParameter(f"there is no file {text}; to write it run: {command}")
     return text
 
 

@@ -9,6 +9,7 @@ import click
 
 from ..counted import counted
 from ..progress import Progress
+from ..wrapping import wrap
 from . import PROGRAM
 from .arguments import (
     ChecksFiles,
@@ -20,7 +21,7 @@ from .arguments import (
 )
 from .failures import failures, wrong_arguments
 from .options import MODEL_OPTIONS, json_option, min_length_option, quiet_option, with_options
-from .output import print_json, say_written, text_columns, wrap, write_text
+from .output import print_json, say_written, text_columns, write_text
 
 # Advice of the library in Python.
 OPTIONS = {

@@ -9,6 +9,7 @@ import click
 
 from ..command_line import CommandLine
 from ..progress import Progress
+from ..wrapping import wrap
 from . import PROGRAM
 from .arguments import ChecksFiles, model_argument, typed_line
 from .failures import failures
@@ -24,7 +25,7 @@ from .options import (
     quiet_option,
     with_options,
 )
-from .output import print_json, say_written, text_columns, wrap, write_text
+from .output import print_json, say_written, text_columns, write_text
 
 if TYPE_CHECKING:
     from ..reports import ExplainReport
@@ -121,12 +122,12 @@ def format_report(report: ExplainReport) -> str:
 
 
 def _measured_table(report: ExplainReport) -> list[str]:
-    timed = [(call.record.layer, call.time) for call in report.calls if call.time is not None]
-    width = max(len(layer) for layer, _ in timed)
+    timed = [(call, call.time) for call in report.calls if call.time is not None]
+    width = max(len(call.record.layer) for call, _ in timed)
     lines = [f"{'measured ms':{width}}  {'dense':>8}  {'sparse':>8}"]
-    for layer, time in timed:
-        sparse = "-" if time.sparse_ms is None else f"{time.sparse_ms:.2f}"
-        lines.append(f"{layer:{width}}  {time.dense_ms:8.2f}  {sparse:>8}")
+    for call, time in timed:
+        sparse = "" if call.shown_sparse_ms is None else f"{call.shown_sparse_ms:.2f}"
+        lines.append(f"{call.record.layer:{width}}  {time.dense_ms:8.2f}  {sparse:>8}".rstrip())
     if report.measured_ms is not None:
         dense, decided = report.measured_ms
         lines.append(f"measured, attention only: {decided:.1f} ms, all dense {dense:.1f} ms")

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
-import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..command_line import PROGRAM
+from ..wrapping import wrap
 from .failures import failures
 
 # What is said before the source of settings.
 SOURCE = "settings from"
-# In place of a space at which no line is broken.
-HELD = "\0"
-# What stands after "run: ", to its end, and the beginning of other commands.
-COMMAND = re.compile(rf"(?<=run: )[^;]+|\b(?:{PROGRAM} [\w-]+|pip install (?:--[\w-]+ )*\S+)")
 
 
 def print_json(values: Any) -> None:
@@ -64,35 +57,3 @@ def wrap_beside(text: str, indent: int) -> str:
     room = text_columns() - indent
     lines = [part for line in text.splitlines() for part in wrap(line, room).splitlines()]
     return ("\n" + " " * indent).join(lines)
-
-
-def wrap_whole(text: str, columns: int, whole: Sequence[str] = (), *, indent: int = 0) -> str:
-    """As `wrap`, but commands stay on one line, however long.
-
-    Args:
-        text: A line.
-        columns: The width.
-        whole: What else stays on one line.
-        indent: Of the lines after the first.
-    """
-
-    def hold(part: str) -> str:
-        return part.replace(" ", HELD)
-
-    for part in sorted(whole, key=len, reverse=True):
-        text = text.replace(part, hold(part)) if " " in part else text
-    text = COMMAND.sub(lambda found: hold(found[0]), text)
-    return wrap(text, columns, indent=indent).replace(HELD, " ")
-
-
-def wrap(text: str, columns: int, *, indent: int = 2) -> str:
-    """A line on as many as it takes, those after the first indented; one that fits stays."""
-    if len(text) <= columns:
-        return text
-    return textwrap.fill(
-        text,
-        columns,
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

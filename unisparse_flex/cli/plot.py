@@ -46,7 +46,7 @@ def sources_argument(
     require(["matplotlib"], purpose="plot", install="'unisparse-flex[viz]'")
     for file in files:
         if not os.path.isfile(file):
-            raise click.UsageError(f"there is no file {file}; write one with: {WRITE}")
+            raise click.UsageError(f"there is no file {file}; to write one run: {WRITE}")
     if not files:
         check_model(
             sources[0],
@@ -171,8 +171,8 @@ def read_densities(path: Path) -> DensitySeries:
         rows = values.get("calls", values.get("layers")) if isinstance(values, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError(
-                "it must hold calls (explain --json) or layers (the demo), got neither; write one "
-                f"with: {WRITE}"
+                "it must hold calls (explain --json) or layers (the demo), got neither; to "
+                f"write one run: {WRITE}"
             )
         densities = tuple(_density(row) for row in rows)
         return DensitySeries(name=f"{values.get('model', '')} ({path.name})", densities=densities)

@@ -13,6 +13,7 @@ import click
 
 from ..nearly_all import NEARLY_ALL
 from ..progress import Progress
+from ..wrapping import wrap
 from . import PROGRAM
 from .arguments import check_text, is_given, typed_line
 from .choices import QUALITY_NAMES
@@ -41,7 +42,7 @@ from .measuring import (
     write_results,
 )
 from .options import min_length_option, with_options
-from .output import say_source, wrap
+from .output import say_source
 
 if TYPE_CHECKING:
     from ..calibration import Calibration

@@ -11,6 +11,7 @@ import click
 from ..command_line import CommandLine
 from ..nearly_all import NEARLY_ALL
 from ..progress import Progress
+from ..wrapping import wrap
 from . import PROGRAM
 from .arguments import typed_line
 from .failures import failures
@@ -37,7 +38,7 @@ from .measuring import (
     write_results,
 )
 from .options import min_length_option, text_option, with_options
-from .output import say_source, wrap
+from .output import say_source
 
 if TYPE_CHECKING:
     from ..evaluation import LoadedRival

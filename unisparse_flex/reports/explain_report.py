@@ -39,6 +39,14 @@ class ReportedCall:
     module: str
     time: CallTime | None
 
+    @property
+    def shown_sparse_ms(self) -> float | None:
+        """What was measured sparse; ``None`` also where settings keep the call dense.
+
+        There nobody knows what it would keep; `time` has it for comparisons all the same.
+        """
+        return None if self.time is None or self.record.is_excluded else self.time.sparse_ms
+
     def to_json(self) -> dict[str, Any]:
         """The call as values that JSON holds."""
         values = asdict(self.record)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ..block_masks import Selector
 from ..counted import counted
 from ..passes.decision import CallForecast
+from ..wrapping import wrap
 from .attention_record import AttentionRecord
 from .verdict import predicted_ms, prefill_ms
 
@@ -26,15 +26,15 @@ HEADER = (
 PREDICTED, SPARSE_FROM = "predicted ms", "sparse"
 FROM_NOTE = (
     "sparse from: the fewest keys (tokens) from which such a call is predicted to be faster "
-    "sparse, at {expected}{density}"
+    "sparse{none}, at {expected}{density}"
 )
 EXPECTED, ASSUMED = (
     "the density that is expected of the selector",
     "half of the blocks, which is assumed of a selector without a cost",
 )
-# In place of a length, and what that means where a call is faster at the density that it has.
-NEVER, NOT_THERE = "never", "-"
-NOT_THERE_NOTE = "; -: at no length there"
+# In place of a length, and what that means, whether a call is faster at the density it has or not.
+AT_NO_LENGTH = "-"
+AT_NO_LENGTH_NOTE = " (-: at no length)"
 REST_RUN = "in one uncompiled run (a first run is slower)"
 LEFT = ("layer", "runs")
 # The place of a layer in its stack.
@@ -47,17 +47,6 @@ def terminal_columns() -> int:
     """Columns of the terminal, at least 80; 80 where there is none."""
     found = shutil.get_terminal_size((COLUMNS, 24)).columns
     return min(max(found, COLUMNS), MOST_COLUMNS)
-
-
-def wrap(text: str, columns: int, *, indent: int = 2) -> str:
-    """The text on lines of at most so many characters, those after the first indented."""
-    return textwrap.fill(
-        text,
-        columns,
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def format_table(
@@ -122,21 +111,17 @@ def describe_sparse_from(calls: Sequence[AttentionRecord]) -> str:
     if any(found):
         where = "" if all(found) else " where a call runs sparse"
         density = f"; the milliseconds are at the one found here{where}"
-    note = FROM_NOTE.format(expected=ASSUMED if assumed else EXPECTED, density=density)
     forecasts = (call.prediction for call in calls)
-    return note + (
-        NOT_THERE_NOTE if any(p and say_sparse_from(p) == NOT_THERE for p in forecasts) else ""
+    return FROM_NOTE.format(
+        none=AT_NO_LENGTH_NOTE if any(p and p.break_even is None for p in forecasts) else "",
+        expected=ASSUMED if assumed else EXPECTED,
+        density=density,
     )
 
 
 def say_sparse_from(found: CallForecast) -> str:
-    """The fewest keys from which a call is predicted to be faster sparse.
-
-    A dash where it is so at the density that it has, and at no length at the one expected.
-    """
-    if found.break_even is not None:
-        return str(found.break_even)
-    return NOT_THERE if found.sparse_ms < found.dense_ms else NEVER
+    """The fewest keys from which a call is predicted to be faster sparse; a dash for no length."""
+    return AT_NO_LENGTH if found.break_even is None else str(found.break_even)
 
 
 def collapse(rows: Sequence[list[str]]) -> list[list[str]]:
@@ -206,7 +191,7 @@ def _cells(call: AttentionRecord, reasons: Mapping[str, int]) -> list[str]:
     density = "" if call.density is None else f"{call.density:.3f}"
     predicted = ["", "", ""]
     if (p := call.prediction) is not None:
-        sparse = NOT_THERE if call.is_excluded else three_digits(p.sparse_ms)
+        sparse = "" if call.is_excluded else three_digits(p.sparse_ms)
         predicted = [three_digits(p.dense_ms), sparse, say_sparse_from(p)]
     why = "" if call.reason is None else f"[{[*reasons].index(str(call.reason)) + 1}]"
     return [call.layer, *lengths, call.heads, call.decision, density, *predicted, why]

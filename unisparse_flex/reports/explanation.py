@@ -24,9 +24,10 @@ from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import MULTIHEAD_TARGETS, keeps_window, logit_scale, refuse_multihead
 from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
 from ..passes.decision import flash_obstacle, forecast_call, lacks_kernel_for_mask
+from ..wrapping import wrap
 from .advice import SPARSER, next_step, quality_of
 from .attention_record import AttentionRecord
-from .explain_table import COLUMNS, MANY_LINES, format_table, terminal_columns, wrap
+from .explain_table import COLUMNS, MANY_LINES, format_table, terminal_columns
 from .rest_time import RestClock
 from .verdict import PYTHON, predicted_ms, prefill_ms, verdict
 from .wording import Wording
