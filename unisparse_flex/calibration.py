@@ -24,6 +24,8 @@ MAX_FILE_BYTES = 1_000_000
 WAY_OUT = "write a new file with unisparse_flex.calibrate(...).save"
 # Of files that were written before there were these.
 OPTIONAL = {"uniform_density", "sizes"}
+# What ``calibrate --json`` prints beside a calibration; a file may hold that.
+NOTES = "notes"
 _TEXTS = ("model", "unisparse_flex", "torch")
 LARGEST = sys.float_info.max
 _NUMBERS = {"target": LARGEST, "reached": LARGEST, "density": 1.0}
@@ -130,6 +132,7 @@ class Calibration:
             raise ValueError(
                 f"a calibration must be a JSON object, got {type(values).__name__}; {WAY_OUT}"
             )
+        values.pop(NOTES, None)
         known = {f.name for f in fields(cls)}
         if set(values) | OPTIONAL != known:
             raise ValueError(f"{_say_keys(known, set(values))}; {WAY_OUT}")

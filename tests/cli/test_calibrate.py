@@ -39,7 +39,11 @@ def test_the_file_is_a_calibration_that_explain_takes(run, long_model, text, tmp
     ran = run("calibrate", long_model, text, *target, *options, "--json")
     assert ran.code == 0, ran.err
     found = Calibration.load(path)
-    assert json.loads(ran.out) == json.loads(found.to_json())
+    values = json.loads(ran.out)
+    notes = ["the KL is the mean over all positions"] if target[0] == "--kl" else []
+    assert values.pop("notes")[: len(notes)] == notes
+    assert values == json.loads(found.to_json())
+    assert Calibration.from_json(ran.out) == found
     assert found.quality == target[0].removeprefix("--")
     assert list(found.layers) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     assert found.sparse_layers
@@ -55,6 +59,8 @@ def test_the_coarsest_setting_is_called_so(run, long_model, text, tmp_path):
         ran = run("calibrate", long_model, text, *target, *options)
         assert ran.code == 0, ran.err
         assert (said in " ".join(ran.out.split())) is coarsest
+        values = json.loads(run("calibrate", long_model, text, *target, *options, "--json").out)
+        assert (said in values["notes"]) is coarsest
 
 
 def test_several_texts_are_all_read(run, long_model, text, tmp_path):
@@ -84,6 +90,8 @@ def test_where_optimize_leaves_layers_dense_the_command_says_from_when_on(
     options = ("--tokens", TOKENS, "--min-length", "0", "-o", tmp_path / "c.json")
     ran = run("calibrate", long_model, text, "--kl", "100", *options)
     assert f"{said}--min-length 0" in " ".join(ran.out.split())
+    values = json.loads(run("calibrate", long_model, text, "--kl", "100", *options, "--json").out)
+    assert f"{said}--min-length 0" in values["notes"]
 
 
 def test_a_target_that_nothing_reaches_is_told_with_ways_out(
@@ -165,4 +173,12 @@ def test_where_every_layer_stays_dense_nothing_is_written(
     assert ran.code == 1
     assert ran.err.startswith("Error: all layers stay dense, and nothing was written: ")
     assert reason in " ".join(ran.err.split())
+    assert ran.out == ""
     assert not path.exists()
+    ran = run("calibrate", model_folder, text, "--recall", "0.9", *options, "-o", path, "--json")
+    assert (ran.code, path.exists()) == (1, False)
+    values = json.loads(ran.out)
+    assert set(values["layers"].values()) == {"dense"}
+    (why,) = values["notes"]
+    assert why.startswith("all layers stay dense: ")
+    assert reason in why

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 from unisparse_flex import UniSparse, explain
+from unisparse_flex.cli import models
 from unisparse_flex.integrations.transformers import configure, register, unregister
 from unisparse_flex.integrations.transformers_config import saved_values
 
@@ -179,12 +180,37 @@ def test_of_a_model_of_several_parts_those_of_its_text_count():
         ({"qualty": "high"}, "config.unisparse must be a dict with keys of quality, selector"),
         ("high", "config.unisparse must be a dict with keys of quality, selector"),
         ({"backend": "triton"}, "--backend triton cannot run here"),
+        (
+            {"dense_layers": [5]},
+            "unisparse.dense_layers in config.json must be of the model's layers, 0 to 1 (or -2 to "
+            "-1, from the end), got 5",
+        ),
     ],
 )
-def test_what_cannot_be_read_is_wrong_usage(run, saved, written, message):
-    folder = saved()
+@pytest.mark.parametrize("command", ["explain", "plot", "quality", "speed"])
+def test_what_cannot_be_used_is_wrong_usage_before_a_model_is_loaded(
+    run, model_folder, tmp_path, monkeypatch, command, written, message
+):
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    folder = shutil.copytree(model_folder, tmp_path / "saved")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"unisparse": written}))
-    ran = run("explain", folder, "--tokens", "300", "--device", "cpu")
+    ran = run(command, folder, "--text", "code", "--device", "cpu")
     assert ran.code == 2
     assert message in " ".join(ran.err.split())
+
+
+def test_of_a_folder_of_several_parts_the_settings_of_its_text_are_looked_at(tmp_path):
+    saved = {"quality": "high", "min_length": 0}
+    parts = {"text_config": {"model_type": "x", "unisparse": saved}, "unisparse": {"quality": "a"}}
+    (tmp_path / "config.json").write_text(json.dumps(parts))
+    assert models.stated_settings(str(tmp_path)) == saved
+    (tmp_path / "config.json").write_text(json.dumps({"unisparse": saved}))
+    assert models.stated_settings(str(tmp_path)) == saved
+    assert models.stated_settings("smollm2") is None
+
+
+def test_what_an_option_replaces_is_not_held_against_the_model(run, saved):
+    folder = saved(backend="triton", dense_layers=[5])
+    options = ("--tokens", "300", "--device", "cpu", "--backend", "auto", "--dense-layers", "1")
+    assert reported(run, folder, *options)["settings"]["dense layers"] == "1"

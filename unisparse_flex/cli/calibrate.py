@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -23,6 +24,10 @@ from .failures import failures, wrong_arguments
 from .options import MODEL_OPTIONS, json_option, min_length_option, quiet_option, with_options
 from .output import print_json, say_written, text_columns, write_text
 
+if TYPE_CHECKING:
+    from ..calibrating import Calibrated
+
+OVER_ALL = "the KL is the mean over all positions"
 # Advice of the library in Python.
 OPTIONS = {
     "min_length=0": "--min-length 0",
@@ -100,7 +105,8 @@ def calibrate(
     Each TEXT is a UTF-8 file, or prose, code or topics (installed texts). Give --recall or --kl.
     Exits with 1, and writes nothing, where every layer would stay dense.
     """
-    from ..calibrating import COARSEST, calibrate_or_say_why
+    from ..calibrating import calibrate_or_say_why
+    from ..calibration import NOTES
     from .models import load_model, stated_context
     from .prompts import check_tokens, create_input_ids, model_inputs
     from .saved import say_saved
@@ -127,15 +133,17 @@ def calibrate(
             progress=not quiet,
         )
     found = calibrated.calibration
+    remarks = _remarks(calibrated, say_saved(loaded.model))
+    if as_json:
+        over = [] if kl is None else [OVER_ALL]
+        print_json(json.loads(found.to_json()) | {NOTES: [*over, *remarks]})
     if calibrated.why_dense is not None:
         why = _in_options(calibrated.why_dense)
         raise click.ClickException(f"all layers stay dense, and nothing was written: {why}")
     replaced = output.exists()
     with failures(f"write {output}"):
         write_text(output, found.to_json())
-    if as_json:
-        print_json(json.loads(found.to_json()))
-    else:
+    if not as_json:
         sparse = len(found.sparse_layers)
         over = " over all positions" if kl is not None else ""
         line = (
@@ -143,13 +151,30 @@ def calibrate(
             f"{found.density:.1%}, {sparse} of {counted(len(found.layers), 'layer')} sparse"
         )
         click.echo(wrap(line, text_columns()))
-        if calibrated.left_dense is not None:
-            click.echo(wrap(_in_options(calibrated.left_dense), text_columns()))
-        if calibrated.is_coarsest:
-            click.echo(wrap(f"this is {COARSEST}", text_columns()))
-        if saved := say_saved(loaded.model):
-            click.echo(wrap(f"not used: {saved}, over which the file wins", text_columns()))
+        for remark in remarks:
+            click.echo(wrap(remark, text_columns()))
     say_written([output], quiet=quiet, replaced=replaced)
+
+
+def _remarks(calibrated: Calibrated, saved: str) -> list[str]:
+    """What is to be said of the result, beside its numbers.
+
+    Args:
+        calibrated: The result.
+        saved: Settings saved with the model, in words; empty where there are none.
+    """
+    from ..calibrating import COARSEST
+
+    remarks = []
+    if calibrated.why_dense is not None:
+        remarks.append(f"all layers stay dense: {_in_options(calibrated.why_dense)}")
+    if calibrated.left_dense is not None:
+        remarks.append(_in_options(calibrated.left_dense))
+    if calibrated.is_coarsest:
+        remarks.append(f"this is {COARSEST}")
+    if saved:
+        remarks.append(f"not used: {saved}, over which the file wins")
+    return remarks
 
 
 def _in_options(text: str) -> str:

@@ -139,13 +139,15 @@ def check_before_loading(
     """Raises where lengths go beyond the model's context or a text, as far as files say so.
 
     Raises:
-        click.UsageError: A length is too long, the model has no such layer, or the device no such
-            kernel.
+        click.UsageError: A length is too long, the model has no such layer, the device no such
+            kernel, or settings saved with the model cannot be used.
     """
     from .models import check_backend, check_layers, stated_context
+    from .saved import check_saved
 
     check_layers(model, layers)
     check_backend(backend, device)
+    check_saved(model, device=device)
     refuse_beyond(lengths, stated_context(model))
     for name in texts:
         if name not in TEXT_NAMES and lengths and Path(name).stat().st_size < lengths[-1]:

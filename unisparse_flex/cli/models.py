@@ -18,6 +18,7 @@ from ..evaluation import (
     load_smollm2,
     quiet_transformers,
 )
+from ..integrations.transformers_config import ATTRIBUTE
 from ..passes.decision import device_obstacle
 from .arguments import check_model
 from .choices import BUNDLED, BUNDLED_CONTEXT, BUNDLED_LAYERS
@@ -75,8 +76,20 @@ def stated_context(name: str) -> int | None:
     return _stated_number(_stated_config(name), LENGTH_KEYS)
 
 
-def check_layers(name: str, layers: Sequence[int]) -> None:
+def stated_settings(name: str) -> Any:
+    """What is saved as settings in the folder MODEL; ``None`` where nothing is, or no folder."""
+    config = {} if name == BUNDLED else _stated_config(name)
+    of_text = config.get("text_config")
+    return (of_text if isinstance(of_text, dict) else config).get(ATTRIBUTE)
+
+
+def check_layers(name: str, layers: Sequence[int], *, of: str = "--dense-layers") -> None:
     """Raises where MODEL has no such layer, and says how many it has without being loaded.
+
+    Args:
+        name: MODEL.
+        layers: Indices.
+        of: What they were given by.
 
     Raises:
         click.UsageError: A layer is out of range.
@@ -93,8 +106,8 @@ def check_layers(name: str, layers: Sequence[int]) -> None:
     for layer in layers:
         if not -count <= layer < count:
             raise click.UsageError(
-                f"--dense-layers must be of the model's layers, 0 to {count - 1} (or -{count} to "
-                f"-1, from the end), got {layer}"
+                f"{of} must be of the model's layers, 0 to {count - 1} (or -{count} to -1, from "
+                f"the end), got {layer}"
             )
 
 

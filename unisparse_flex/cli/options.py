@@ -203,13 +203,14 @@ def create_subject(
     from ..optimization import optimize
     from .models import check_backend, check_layers, load_model, stated_context
     from .prompts import check_tokens, create_input_ids
-    from .saved import merge_saved
+    from .saved import check_saved, merge_saved
     from .selectors import describe, parse_quality, parse_selector
 
     chosen = parse_selector(selector) if quality is None else parse_quality(quality)
     check_tokens(tokens, stated_context(model))
     check_layers(model, dense_layers)
     check_backend(backend, device)
+    check_saved(model, device=device)
     progress.show(f"load {model}")
     loaded = load_model(model, allow_download=allow_download, device=device)
     progress.show(f"tokenize {text}")

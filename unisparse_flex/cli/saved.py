@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..integrations.transformers_config import read_settings, saved_values, stated
+from ..integrations.transformers_config import (
+    ATTRIBUTE,
+    AttentionSettings,
+    read_settings,
+    saved_values,
+    stated,
+)
 from ..selectors import Selector
 from .arguments import is_given
 from .failures import wrong_content
-from .models import check_backend
+from .models import check_backend, check_layers, stated_settings
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -61,6 +67,22 @@ class Settings:
         }
 
 
+def check_saved(name: str, *, device: str | None) -> None:
+    """Raises where the settings saved in MODEL's folder cannot be used, before it is loaded.
+
+    Raises:
+        click.UsageError: As `merge_saved`; or the model has no such layer.
+    """
+    values = stated_settings(name)
+    if values is None or values == {}:
+        return
+    settings, used = _read(values), _used(values)
+    if "backend" in used:
+        check_backend(settings.backend, device)
+    if "dense_layers" in used:
+        check_layers(name, settings.dense_layers, of=f"{ATTRIBUTE}.dense_layers in config.json")
+
+
 def merge_saved(
     model: Any,
     *,
@@ -86,11 +108,10 @@ def merge_saved(
     options: Any = {"min_length": min_length, "dense_layers": dense_layers, "backend": backend}
     if values is None or values == {}:
         return Settings(selector=None, name="", source=None, **options)
-    with wrong_content("read the settings saved with the model"):
-        saved = read_settings(values)
+    saved = _read(values)
     values = stated(values)
     given = {key: _options_given(key) for key in values}
-    used = {key: value for key, value in values.items() if not given[key]}
+    used = _used(values)
     options |= {key: getattr(saved, key) for key in used if key in options}
     if "backend" in used:
         check_backend(saved.backend, device)
@@ -107,6 +128,16 @@ def say_saved(model: Any) -> str:
     """What was saved with a model, in words; empty where nothing was."""
     values = saved_values(model)
     return f"{_say(values)} in config.json" if isinstance(values, dict) and values else ""
+
+
+def _read(values: Any) -> AttentionSettings:
+    with wrong_content("read the settings saved with the model"):
+        return read_settings(values)
+
+
+def _used(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What no option replaces."""
+    return {key: value for key, value in stated(values).items() if not _options_given(key)}
 
 
 def _options_given(key: str) -> list[str]:
