@@ -99,13 +99,14 @@ def read_call(
 
 def _may_read(call: SdpaCall, config: SparseConfig, *, everywhere: bool) -> bool:
     """Whether anything depends on what the mask of a call says."""
+    if everywhere:
+        # Also why a call stays dense: under padding a CPU has no kernel, under a window it does.
+        return refuse(call, replace(config, min_length=0)) is None
     # Few queries or a short prompt are dense whatever the mask says, and cost nothing more.
     if refuse(_as_if_read(call), config) is not None:
         return False
     by_length = replace(config, min_length=config.min_length or 0)
-    if refuse(call, by_length) is not None:
-        return False
-    return everywhere or _obstacle(call, config) is None
+    return refuse(call, by_length) is None and _obstacle(call, config) is None
 
 
 def _prepare(call: SdpaCall, config: SparseConfig, contents: MaskContents | None) -> _Read | None:
