@@ -47,8 +47,9 @@ class Calibration:
         quality: ``"recall"`` or ``"kl"``: what ``target`` and ``reached`` are.
         target: What was asked for: the least mean recall in [0, 1], or the most KL in nats.
         reached: What the calibration batches reached.
-        density: Kept over visible blocks to expect in [0, 1], over all layers that could be
-            sparse; one that stays dense counts as 1.
+        density: Kept over visible blocks to expect in [0, 1], mean over the calls that could be
+            sparse; one that stays dense counts as 1, those that keep a whole narrow sliding window
+            are left out, unless all do.
         uniform_density: The density of the best setting that is the same in all layers and reaches
             the target too: what was gained is the difference. ``None`` where there is none, or the
             file is of before.

@@ -749,6 +749,8 @@ def test_padding_on_a_cpu_is_named_and_nothing_that_does_not_help(min_length: in
         + ": no sparse CPU kernel reads it; run prompts of one length, or "
         + ("leave out min_length" if sparse else "leave it dense")
     )
+    # Compiled, it is proved to be padding, and no kernel reads that either.
+    assert found.notes() == []
     # Nor does it help to leave other layers out of those that stay dense.
     excluded = AttentionRecord(layer="0", decision="dense", reason=DenseReason.EXCLUDED)
     assert Explanation((excluded, excluded, *found.calls)).next_step == found.next_step
@@ -772,6 +774,15 @@ def test_the_table_is_silent_about_masks_that_are_read() -> None:
 def test_the_table_is_silent_about_masks_of_calls_that_stay_dense_anyway() -> None:
     model = optimize(Windowed(masked=True), SELECTOR, min_length=301)
     assert MASK_NOTE not in str(explain(model, X))
+
+
+@pytest.mark.parametrize("min_length", [None, 301])
+def test_a_window_that_stays_dense_is_not_taken_for_padding(min_length: int | None) -> None:
+    found = explain(optimize(Windowed(masked=True), SELECTOR, min_length=min_length), X)
+    (call,) = found.calls
+    assert call.reason in (None, DenseReason.SLOWER, DenseReason.SHORT)
+    assert call.prediction is not None
+    assert "padding" not in found.next_step
 
 
 def test_a_window_is_kept_whole_where_it_is_explained_and_where_it_is_compiled() -> None:
@@ -875,6 +886,7 @@ def test_a_window_kept_whole_is_no_choice_and_not_in_the_density() -> None:
         found.verdict
     )
     assert chosen_densities(found.calls) == [other.density]
+    assert found.density == other.density
     assert chosen_densities([window]) == [1.0]
 
 

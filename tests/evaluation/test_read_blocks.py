@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from unisparse_flex import UniSparse, optimize
+from unisparse_flex import UniSparse, calibrate, optimize
 from unisparse_flex.evaluation.read_blocks import watch_blocks
+from unisparse_flex.evaluation.recall import CaptureAttention, compute_recall
 from unisparse_flex.optimization import optimize_layers
 
 FEW = UniSparse(block_size=32, c_q=8, c_k=8, top_p=0.3)
@@ -72,6 +74,35 @@ def test_a_narrow_window_is_left_out_whether_it_is_sparse_or_not():
     excluded = watched(optimize(create(window=32), FEW, min_length=0, dense_layers=(0,)))
     assert (excluded.windows, excluded.left_dense) == (0, 0)
     assert excluded.density == pytest.approx(sparse.density)
+
+
+@pytest.mark.parametrize("window", [None, 32, 4096])
+@pytest.mark.parametrize("target", [{"recall": 0.6}, {"recall": 1.0}, {"kl": 0.5}])
+def test_a_calibration_expects_the_density_that_is_measured(window, target):
+    model = create(window)
+    ladder = [replace(FEW, top_p=share) for share in (0.1, 0.3, 0.5, 0.7)]
+    found = calibrate(model, [IDS], ladder=ladder, min_length=0, progress=False, **target)
+    assert found.density < 1 or target == {"recall": 1.0}
+    measured = watched(optimize(model, found, min_length=0))
+    assert measured.windows == (window == 32 and "model.layers.0.self_attn" in found.sparse_layers)
+    density = 1.0 if measured.density is None else measured.density
+    assert found.density == pytest.approx(density, abs=1e-6)
+
+
+def test_a_narrow_window_does_not_count_towards_the_recall():
+    ladder = [replace(FEW, top_p=share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    options = {"ladder": ladder, "min_length": 0, "progress": False}
+    found = calibrate(create(window=32), [IDS], recall=0.8, **options)
+    # The other layer alone holds as much as was asked for.
+    setting = found.layers["model.layers.1.self_attn"]
+    with CaptureAttention() as capture, torch.no_grad():
+        create(window=32)(IDS, use_cache=False)
+    (call,) = capture.calls
+    keep = setting.select(call.query, call.key, is_causal=True, scale=call.scale).keep
+    recall = compute_recall(
+        call.query, call.key, keep, block_size=FEW.block_size, row_stride=1, scale=call.scale
+    )
+    assert found.reached == pytest.approx(recall, abs=1e-4)
 
 
 def test_decoding_is_not_counted():

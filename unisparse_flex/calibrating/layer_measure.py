@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..block_masks import Selector, UniSparse
 from ..optimization import layer_modules, optimize_layers, release_all
 from ..passes import DenseReason, SparseConfig, observe_calls
-from ..passes.attend import apply_autocast, call_geometry, select
+from ..passes.attend import apply_autocast, call_geometry, keeps_window, read_call, select
 from ..passes.calls import SdpaCall
 from ..passes.decision import CallShape, call_shape, flex_lowers, forecast, refuse
 from ..progress import Progress
@@ -36,6 +36,8 @@ class LayerMeasure:
         dropped: [settings + 1, units], mass that each setting drops; the last row drops nothing.
         kept: [settings + 1, units], blocks that each setting reads.
         cost: [settings + 1, units], predicted seconds of each setting, or the blocks.
+        densities: Of each call: [settings + 1, units], the blocks that each setting reads over
+            those that dense attention does, and whether it keeps all of a narrow window.
         refused: Of calls that could not be sparse with any setting, how many for each reason.
         shapes: Of calls that could.
 
@@ -49,6 +51,7 @@ class LayerMeasure:
         self.per_head = per_head
         self.mass = self.visible = self.dense_cost = 0.0
         self.dropped = self.kept = self.cost = torch.zeros((settings + 1, 1), dtype=torch.float64)
+        self.densities: list[tuple[Tensor, bool]] = []
         self.refused: Counter[DenseReason] = Counter()
         self.shapes: set[CallShape] = set()
 
@@ -56,6 +59,11 @@ class LayerMeasure:
     def could_be_sparse(self) -> bool:
         """Whether some call could, with some setting."""
         return self.visible > 0
+
+    @property
+    def chooses(self) -> bool:
+        """Whether settings matter to some call: not where all keep a narrow window whole."""
+        return not all(is_window for _, is_window in self.densities)
 
     @property
     def could_be_faster(self) -> bool:
@@ -80,7 +88,7 @@ class LayerMeasure:
         ]
 
     def add(self, call: SdpaCall, ladder: Sequence[Selector], min_length: int | None) -> None:
-        """Adds a call of real tensors, if it could be sparse.
+        """Adds a call of real tensors, if it could be sparse, as a compiled model makes it.
 
         Args:
             call: The call.
@@ -90,6 +98,8 @@ class LayerMeasure:
         Raises:
             ValueError: Heads are units, and there are others than in earlier calls.
         """
+        free = SparseConfig.of_model(ladder[0], min_length=0)
+        call, _ = read_call(call, free, everywhere=True) or (call, [])
         reasons = [refuse_call(call, selector, min_length) for selector in ladder]
         usable = [reason is None for reason in reasons]
         if not any(usable):
@@ -99,7 +109,8 @@ class LayerMeasure:
         self.shapes.add(call_shape(call))
         call = apply_autocast(call)
         first = SparseConfig(selector=ladder[usable.index(True)])
-        mass = compute_block_mass(call, call_geometry(call, first))
+        geometry = call_geometry(call, first)
+        mass = compute_block_mass(call, geometry)
         visible = self._per_unit(select(call, first).visible.expand(mass.shape))
         if self.could_be_sparse and self.num_units != len(visible):
             raise ValueError(
@@ -124,6 +135,7 @@ class LayerMeasure:
         dropped, kept, cost = (
             torch.stack(column) for column in zip(*rows, everything, strict=True)
         )
+        self.densities.append((kept / visible.sum(), keeps_window(geometry)))
         self.dropped, self.kept = self.dropped + dropped, self.kept + kept
         self.cost = self.cost + cost
         self.mass += float(mass.sum(dtype=torch.float64))

@@ -75,7 +75,8 @@ def calibrate(
             Those of the dense model are kept meanwhile, for all batches.
         recall: Share of dense attention's mass to keep at least, in (0, 1]: of a layer the mean
             over the query rows and heads of all its calls, of the model the mean over its layers.
-            A layer that stays dense counts as 1.
+            A layer that stays dense counts as 1; one that keeps a narrow sliding window whole,
+            whatever the setting, does not count.
         ladder: The settings to choose from; `DEFAULT_SELECTOR` at thirteen thresholds by
             default.
         min_length: As `optimize` will get it. By default time is what the cost model predicts for

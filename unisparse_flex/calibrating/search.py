@@ -21,6 +21,7 @@ from ..optimization import optimize_layers, release_all
 from ..passes import DenseReason, observe_calls
 from ..passes.decision import break_even_length, forecast, say_reasons
 from ..progress import Progress
+from ..reports import mean_density
 from .allocation import Allocation, Frontier, Units, allocate
 from .layer_measure import LayerMeasure, measure_layers, with_head_thresholds
 
@@ -75,7 +76,8 @@ class Search:
     def reach_recall(self, recall: float) -> Calibration:
         """The least cost that keeps a share of the mass."""
         self._measure(lambda _: None)
-        budget = max(0.0, (1.0 - recall) * len(self.layers) * (1.0 - ROUNDING))
+        choosing = sum(layer.chooses for layer in self.layers.values())
+        budget = max(0.0, (1.0 - recall) * choosing * (1.0 - ROUNDING))
         dense: set[str] = set()
         while True:
             free = [name for name in self.layers if name not in dense]
@@ -250,9 +252,10 @@ class Search:
         return any(plan == self._without_slow(first) for first in firsts)
 
     def _recall(self, plan: Plan) -> float:
-        if not plan:
-            return 1.0
         pairs = [(self.layers[name], choices) for name, choices in plan.items()]
+        pairs = [pair for pair in pairs if pair[0].chooses]
+        if not pairs:
+            return 1.0
         shares = [layer.chosen(layer.dropped, choices) / layer.mass for layer, choices in pairs]
         return 1.0 - math.fsum(shares) / len(shares)
 
@@ -276,7 +279,10 @@ class Search:
         optimize_layers(self.model, settings, min_length=self.min_length or 0)
         try:
             # Watched calls run uncompiled: each setting would compile a kernel of its own.
-            with observe_calls(lambda *_: None), torch.compiler.set_stance("force_eager"):
+            with (
+                observe_calls(lambda *_: None, as_compiled=True),
+                torch.compiler.set_stance("force_eager"),
+            ):
                 for i, (run, dense) in enumerate(zip(self.runs, self.dense_logits, strict=True)):
                     self.display.show(f"KL of a setting, batch {i + 1} of {len(self.runs)}")
                     total += _sum_kl(dense, _logits(run()))
@@ -310,10 +316,13 @@ class Search:
         )
 
     def _density(self, plan: Plan) -> float:
-        visible = math.fsum(layer.visible for layer in self.layers.values())
         pairs = [(self.layers[name], choices) for name, choices in plan.items()]
-        kept = math.fsum(layer.chosen(layer.kept, choices) for layer, choices in pairs)
-        return kept / visible if visible else 1.0
+        density = mean_density(
+            (layer.chosen(densities, choices), is_window)
+            for layer, choices in pairs
+            for densities, is_window in layer.densities
+        )
+        return 1.0 if density is None else density
 
 
 def _logits(output: Any) -> Tensor:

@@ -13,7 +13,7 @@ from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import call_geometry, keeps_window, read_call
 from ..passes.calls import SdpaCall
 from ..passes.decision import refuse
-from ..reports import AttentionRecord, chosen_densities, record_attention
+from ..reports import AttentionRecord, mean_density, record_attention, sparse_densities
 
 # Why a call stays dense that could be sparse.
 _LEFT_DENSE = frozenset({DenseReason.EXCLUDED, DenseReason.SHORT, DenseReason.SLOWER})
@@ -44,21 +44,13 @@ class ReadBlocks:
 
     @property
     def density(self) -> float | None:
-        """Kept over visible blocks, mean over the calls that could be sparse.
-
-        One that stays dense counts as 1, as `Calibration.density` has it. Calls that see a narrow
-        window are left out, unless all sparse ones do. ``None`` where no call ran sparse.
-        """
-        return self._mean(self.left_dense)
+        """See `mean_density`; ``None`` where no call ran sparse."""
+        return mean_density(sparse_densities(self.records), self.left_dense)
 
     @property
     def sparse_density(self) -> float | None:
         """`density` over the sparse calls alone."""
-        return self._mean(0)
-
-    def _mean(self, dense: int) -> float | None:
-        kept = chosen_densities(self.records)
-        return (sum(kept) + dense) / (len(kept) + dense) if kept else None
+        return mean_density(sparse_densities(self.records))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What `explain` says, with more around it: as text, as JSON and as one page of HTML."""
 
-from .attention_record import AttentionRecord, chosen_densities
+from .attention_record import AttentionRecord, chosen_densities, sparse_densities
+from .density import mean_density
 from .explain_report import ExplainReport, ReportedCall, find_versions, report_model
 from .explain_table import MANY_LINES
 from .explanation import Explanation, explain, record_attention, track_layer
@@ -30,10 +31,12 @@ __all__ = [
     "draw_densities",
     "explain",
     "find_versions",
+    "mean_density",
     "record_attention",
     "render_page",
     "render_quality",
     "render_speed",
     "report_model",
+    "sparse_densities",
     "track_layer",
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from ..passes import DenseReason, SparseConfig
 from ..passes.decision import CallForecast
+from .density import choosing_densities
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +82,9 @@ class AttentionRecord:
 
 def chosen_densities(records: Collection[AttentionRecord]) -> list[float]:
     """The densities of the sparse calls that choose blocks; of all sparse calls where none does."""
-    sparse = [record for record in records if record.density is not None]
-    choosing = [record for record in sparse if not record.window] or sparse
-    return [record.density for record in choosing if record.density is not None]
+    return choosing_densities(sparse_densities(records))
+
+
+def sparse_densities(records: Iterable[AttentionRecord]) -> list[tuple[float, bool]]:
+    """What `mean_density` takes of the sparse calls."""
+    return [(record.density, record.window) for record in records if record.density is not None]

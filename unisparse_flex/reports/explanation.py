@@ -26,7 +26,8 @@ from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
 from ..passes.decision import flash_obstacle, forecast_call, lacks_kernel_for_mask
 from ..wrapping import wrap
 from .advice import SPARSER, next_step, quality_of
-from .attention_record import AttentionRecord
+from .attention_record import AttentionRecord, sparse_densities
+from .density import mean_density
 from .explain_table import COLUMNS, MANY_LINES, format_table, terminal_columns
 from .rest_time import RestClock
 from .verdict import PYTHON, predicted_ms, prefill_ms, verdict
@@ -82,9 +83,11 @@ class Explanation:
 
     @property
     def density(self) -> float | None:
-        """Mean density of the sparse calls; ``None`` where there are none."""
-        kept = [call.density for call in self.sparse if call.density is not None]
-        return sum(kept) / len(kept) if kept else None
+        """Mean density of the sparse calls that choose blocks; ``None`` without a sparse call.
+
+        Calls that keep a whole narrow window are left out, unless all do.
+        """
+        return mean_density(sparse_densities(self.sparse))
 
     @property
     def predicted_ms(self) -> tuple[float, float]:

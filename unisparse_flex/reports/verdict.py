@@ -10,7 +10,8 @@ from ..counted import counted
 from ..nearly_all import NEARLY_ALL
 from ..passes import DenseReason
 from ..passes.decision import say_reasons
-from .attention_record import AttentionRecord, chosen_densities
+from .attention_record import AttentionRecord, sparse_densities
+from .density import mean_density
 from .wording import Wording, name_runs, runs_of
 
 PYTHON = Wording()
@@ -36,8 +37,8 @@ def verdict(
         reasons = say_reasons(Counter(call.reason for call in calls))
         all_calls = f"all {len(calls)} calls stay" if len(calls) > 1 else "the only call stays"
         return f"{all_calls} dense{reasons}{_say_measured(calls)}"
-    kept = chosen_densities(sparse)
-    share = f", {sum(kept) / len(kept):.0%} of blocks" if kept else ""
+    density = mean_density(sparse_densities(sparse))
+    share = "" if density is None else f", {density:.0%} of blocks"
     windows = sum(call.window for call in sparse)
     verb = "keeps" if windows == 1 else "keep"
     whole_windows = f" ({windows} {verb} a whole window)" if windows else ""
