@@ -91,10 +91,10 @@ def test_a_calibration_expects_the_density_that_is_measured(window, target):
 
 def test_a_narrow_window_does_not_count_towards_the_recall():
     ladder = [replace(FEW, top_p=share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    options = {"ladder": ladder, "min_length": 0, "progress": False}
+    options: Any = {"ladder": ladder, "min_length": 0, "progress": False}
     found = calibrate(create(window=32), [IDS], recall=0.8, **options)
     # The other layer alone holds as much as was asked for.
-    setting = found.layers["model.layers.1.self_attn"]
+    setting = found.sparse_layers["model.layers.1.self_attn"]
     with CaptureAttention() as capture, torch.no_grad():
         create(window=32)(IDS, use_cache=False)
     (call,) = capture.calls

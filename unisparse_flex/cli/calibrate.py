@@ -135,8 +135,8 @@ def calibrate(
     found = calibrated.calibration
     remarks = _remarks(calibrated, say_saved(loaded.model))
     if as_json:
-        over = [] if kl is None else [OVER_ALL]
-        print_json(json.loads(found.to_json()) | {NOTES: [*over, *remarks]})
+        notes = [*([] if kl is None else [OVER_ALL]), *remarks]
+        print_json(json.loads(found.to_json()) | {NOTES: notes})
     if calibrated.why_dense is not None:
         why = _in_options(calibrated.why_dense)
         raise click.ClickException(f"all layers stay dense, and nothing was written: {why}")

@@ -37,8 +37,8 @@ def verdict(
         reasons = say_reasons(Counter(call.reason for call in calls))
         all_calls = f"all {len(calls)} calls stay" if len(calls) > 1 else "the only call stays"
         return f"{all_calls} dense{reasons}{_say_measured(calls)}"
-    density = mean_density(sparse_densities(sparse))
-    share = "" if density is None else f", {density:.0%} of blocks"
+    kept = mean_density(sparse_densities(sparse))
+    share = "" if kept is None else f", {kept:.0%} of blocks"
     windows = sum(call.window for call in sparse)
     verb = "keeps" if windows == 1 else "keep"
     whole_windows = f" ({windows} {verb} a whole window)" if windows else ""
