@@ -14,7 +14,7 @@ QUIET_SECONDS = 2.0
 # Between two lines where they cannot overwrite one another.
 LINE_SECONDS = 15.0
 TICK_SECONDS = 0.5
-BAR_CHARACTERS = 24
+BAR_CHARACTERS = 12
 CUT = "..."
 # To the start of the line, and what stands after it away.
 ERASE = "\r\x1b[K"
@@ -27,9 +27,9 @@ class Progress:
 
     A terminal has the line overwritten, also while a step goes on; what others write to standard
     error takes its place. Elsewhere, as in a file or a pipe, there is a new line every 15 seconds.
-    A line fits the terminal's width, or 80 columns: of one that is too long the bar goes first,
-    then the end of the step, whose name therefore stands at its beginning. All goes where standard
-    error went when the block began.
+    A line fits the terminal's width, or 80 columns: where one is too long the bar goes first, for
+    good, then the end of the step, whose name therefore stands at its beginning. All goes where
+    standard error went when the block began.
 
     Args:
         title: Who is at work, before every step; nobody where it is empty.
@@ -42,6 +42,8 @@ class Progress:
         self._step = ""
         # Parts of the step, over and in all; none in all where they are not counted.
         self._parts = 0, 0
+        # Until a line has no room for it: what comes and goes is no help.
+        self._has_bar = True
         self._unfinished = False
         self._yielded = False
         # What is collected while it is held may write a warning.
@@ -140,7 +142,8 @@ class Progress:
         room = terminal_columns(self._stream) - 1 - len(seconds)
         done, parts = self._parts
         what = f"{title}{bar(done, parts)} {step}" if parts else f"{title}{step}"
-        if parts and len(what) > room:
+        if parts and (not self._has_bar or len(what) > room):
+            self._has_bar = False
             what = f"{title}{done}/{parts} {step}"
         erase = ERASE if self._stream.isatty() else ""
         self._stream.write(f"{erase}{cut(what, room)}{seconds}{end}")

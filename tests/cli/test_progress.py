@@ -35,9 +35,9 @@ def make_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bar_fills_with_the_parts_that_are_done():
-    assert bar(0, 4) == f"[{'-' * 24}] 0/4"
-    assert bar(1, 4) == f"[{'#' * 6}{'-' * 18}] 1/4"
-    assert bar(9, 4) == f"[{'#' * 24}] 9/4"
+    assert bar(0, 4) == f"[{'-' * 12}] 0/4"
+    assert bar(1, 4) == f"[{'#' * 3}{'-' * 9}] 1/4"
+    assert bar(9, 4) == f"[{'#' * 12}] 9/4"
 
 
 def test_a_pipe_gets_a_line_every_fifteen_seconds_after_two(capsys, clock):
@@ -125,7 +125,18 @@ def test_parts_are_counted_in_a_bar(capsys, clock):
     with Progress("explain", total=3) as progress:
         progress.advance("early")
         progress.advance("late")
-    assert capsys.readouterr().err == f"explain: [{'#' * 8}{'-' * 16}] 1/3 late, 0 s, all 3 s\n"
+    assert capsys.readouterr().err == f"explain: [{'#' * 4}{'-' * 8}] 1/3 late, 0 s, all 3 s\n"
+
+
+def test_a_bar_that_had_no_room_once_does_not_come_back(capsys, clock):
+    clock([0.0, 15.0, 30.0, 45.0])
+    with Progress("quality", total=3) as progress:
+        for step in ("short", "long " * 14, "short"):
+            progress.advance(step)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"quality: [{'-' * 12}] 0/3 short")
+    assert second.startswith("quality: 1/3 long ")
+    assert third.startswith("quality: 2/3 short")
 
 
 def test_a_pipe_keeps_a_line_for_every_step_that_is_over(capsys, clock):
@@ -136,7 +147,7 @@ def test_a_pipe_keeps_a_line_for_every_step_that_is_over(capsys, clock):
         with progress.step("read", 2) as advance:
             advance()
             advance()
-    running = f"[{'#' * 24}] 2/2 read, 16 s\n"
+    running = f"[{'#' * 12}] 2/2 read, 16 s\n"
     assert capsys.readouterr().err == f"load, 1 s\n{running}read, 17 s\n"
 
 
@@ -145,7 +156,7 @@ def test_on_a_terminal_the_line_of_a_step_that_is_over_stays(capsys, clock, monk
     clock([0.0, 0.0, 0.0, 5.0, 6.0])
     with Progress() as progress, progress.step("read", 2) as advance:
         advance()
-    running = f"[{'#' * 12}{'-' * 12}] 1/2 read, 5 s"
+    running = f"[{'#' * 6}{'-' * 6}] 1/2 read, 5 s"
     assert capsys.readouterr().err == f"{OVERWRITE}{running}{OVERWRITE}read, 6 s\n"
 
 
