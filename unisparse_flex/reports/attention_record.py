@@ -19,7 +19,7 @@ class AttentionRecord:
         q_len: Query rows, or 0 where the call does not say.
         kv_len: Keys, or 0.
         heads: Query and key heads, such as ``"9/3"``.
-        masked: Whether the call carries a mask, a tensor as the model runs uncompiled.
+        masked: Whether the call carries a mask that stays a tensor: none that was read.
         decision: ``"sparse"`` or ``"dense"``.
         reason: Why it stays dense; ``None`` where it runs sparse.
         density: Kept over visible blocks in [0, 1]; ``None`` where it stays dense.

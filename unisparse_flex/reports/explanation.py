@@ -161,9 +161,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Runs ``model(*args, **kwargs)`` once, uncompiled, and says what each attention call does.
 
     A compiled model is explained through the module that was compiled: it makes the same
-    decisions and selects the same blocks, but where a call carries an ``attn_mask``. That is a
-    tensor here; compiled, it may be proved to be a formula, which has faster kernels and whose
-    small sliding windows are kept whole.
+    decisions and selects the same blocks. An ``attn_mask`` is read for that; one that no formula
+    says here may still be proved to be one where it is compiled, which has faster kernels and
+    whose small sliding windows are kept whole.
 
     Args:
         model: An optimized model, compiled or not; any other is explained as all dense.
