@@ -376,6 +376,13 @@ def test_a_model_is_told_every_reason() -> None:
     assert f"dense; 3 of them: {DenseReason.FEW_QUERIES}; 1: {DenseReason.SLOWER}; print" in said
 
 
+@pytest.mark.parametrize("characters", range(1, 60, 7))
+def test_what_a_model_is_told_to_paste_is_on_one_line(characters: int) -> None:
+    lines = name_reason("M" * characters, Outcomes({DenseReason.SLOWER: 3})).splitlines()
+    assert sum("print(unisparse_flex.explain(model, inputs))" in line for line in lines) == 1
+    assert max(map(len, lines)) <= 80
+
+
 def test_graphs_beside_a_sparse_one_are_told_nothing(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

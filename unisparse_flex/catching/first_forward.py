@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
@@ -14,10 +13,12 @@ from torch._dynamo.utils import counters
 from ..passes import DenseReason
 from ..passes.attend import Outcomes, are_counted, count_outcomes, is_watched
 from ..passes.decision import say_reasons
+from ..wrapping import wrap
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = 80
+EXPLAIN = "print(unisparse_flex.explain(model, inputs))"
 
 # Models that were optimized, each with whether it was told that its prompt was short.
 _waiting: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -74,13 +75,11 @@ def name_reason(model: str, outcomes: Outcomes) -> str:
     """What a model is told none of whose calls was sparse."""
     total = outcomes.total()
     calls = f"all {total} calls" if total > 1 else "the only call"
-    return textwrap.fill(
+    return wrap(
         f"nothing of {model} is sparse: {calls} of its attention stayed dense"
-        f"{say_reasons(outcomes)}; print(unisparse_flex.explain(model, inputs)) says what to do",
+        f"{say_reasons(outcomes)}; {EXPLAIN} says what to do",
         COLUMNS,
-        subsequent_indent="  ",
-        break_long_words=False,
-        break_on_hyphens=False,
+        [EXPLAIN],
     )
 
 
