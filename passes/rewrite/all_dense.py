@@ -12,6 +12,8 @@ from .report import RewriteReport
 logger = logging.getLogger(__name__)
 
 COLUMNS = 80
+# With a sign in place of the space, at which no line is broken.
+EXPLAIN = "print(unisparse_flex.explain(model,\0inputs))"
 _sparse: set[str] = set()
 _told: set[tuple[frozenset[str], DenseReason]] = set()
 
@@ -44,10 +46,10 @@ def warn_of_dense(
     logger.warning(
         textwrap.fill(
             f"nothing of a compiled graph is sparse: {calls} dense{say_reasons(reasons)}; "
-            "print(unisparse_flex.explain(model, inputs)) says what to do",
+            f"{EXPLAIN} says what to do",
             COLUMNS,
             subsequent_indent="  ",
             break_long_words=False,
             break_on_hyphens=False,
-        )
+        ).replace("\0", " ")
     )

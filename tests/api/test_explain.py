@@ -400,8 +400,8 @@ def test_where_nearly_all_blocks_are_kept_attention_is_said_to_be_diffuse(qualit
     found = Explanation((kept, kept))
     assert found.verdict == "2 of 2 calls sparse, 100% of blocks: nothing is gained"
     assert found.next_step == (
-        "leave the model dense: attention is diffuse here, as it always is with random weights, so "
-        "that nearly all blocks are kept"
+        "leave the model dense: attention is diffuse here, as it is in short prompts and with "
+        "random weights, so that nearly all blocks are kept"
     )
     short = Explanation((replace(kept, q_len=512, kv_len=512),)).next_step
     assert short.endswith("; a longer prompt may differ, from 4096 keys on")

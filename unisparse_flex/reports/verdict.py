@@ -18,7 +18,7 @@ PYTHON = Wording()
 NO_GAIN, PREDICTED, MEASURED = "no gain", "predicted", "measured"
 # Why calls stay dense that could be sparse at this length.
 BY_LENGTH = (DenseReason.SLOWER, DenseReason.SHORT)
-DIFFUSE_HERE = "attention is diffuse here, as it always is with random weights"
+DIFFUSE_HERE = "attention is diffuse here, as it is in short prompts and with random weights"
 # Of a ratio of times: less is nothing.
 LEAST_GAIN = 0.01
 NO_CALL = "no attention call was seen: the model computes attention itself or with its own kernels"
