@@ -76,9 +76,9 @@ UNCOMPILED = (
 # Measured without masks.
 TIME_UNCOMPILED = " (on a CPU a\n  prefill of SmolLM2 takes 1.5 to 1.9 times as long)"
 MASKED_UNCOMPILED = (
-    "sparse attention runs uncompiled, under a mask that is a tensor (such as padding)\n"
-    "  and that no kernel of a CPU reads: slower than dense attention; run prompts of\n"
-    "  one length, or leave it dense (a model without min_length)"
+    "sparse attention runs uncompiled, under a mask that is a tensor (such as\n"
+    "  padding) and that no kernel of a CPU reads: slower than dense attention; run\n"
+    "  prompts of one length, or leave it dense (a model without min_length)"
 )
 
 _library = torch.library.Library("unisparse", "DEF")

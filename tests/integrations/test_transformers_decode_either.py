@@ -105,6 +105,14 @@ def test_an_attention_that_does_not_ask_is_refused_by_name(llama: Any) -> None:
         llama.set_attn_implementation("unisparse")
 
 
+def test_a_cache_of_another_models_config_is_refused_by_name(llama: Any) -> None:
+    cache = SparseStaticCache(llama.config, 128, FEW)
+    other = create("llama")
+    other.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match=r"the config of the model .*model\.config, \.\.\.\)"):
+        generate(other, prompt(100), cache)
+
+
 @pytest.mark.parametrize(("length", "chunk"), [(300, None), (300, 64)])
 def test_a_prompt_without_room_is_told_how_much_it_needs(
     llama: Any, length: int, chunk: int | None

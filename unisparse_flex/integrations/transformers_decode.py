@@ -22,6 +22,7 @@ from ..block_masks.pages import (
     pin_prompt,
 )
 from ..counted import counted
+from ..optimization import registered_names
 from ..passes.decision import flex_supports
 from .transformers_attention import DECODE_LAYER
 from .transformers_decode_device import DeviceReader, padding_error
@@ -264,6 +265,12 @@ class SparseStaticLayer(StaticLayer):
         """Raises unless `attend` was called since the last row; expects it for one more."""
         if self._awaits_attention:
             name = getattr(self._model_config.get_text_config(), "_attn_implementation", None)
+            if name in registered_names:
+                raise RuntimeError(
+                    "SparseStaticCache must be made of the config of the model that it is given "
+                    f"to, got one with attn_implementation={name!r}, whose attention does not run "
+                    "in this model; write SparseStaticCache(model.config, ...)"
+                )
             raise RuntimeError(
                 "SparseStaticCache must be read by the attention of register(), which this "
                 f"model does not use: it has attn_implementation={name!r}; call "
