@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 
@@ -25,7 +26,14 @@ from unisparse_flex.evaluation import answers, generate_together
 from unisparse_flex.passes.calls import read_selector
 from unisparse_flex.progress import Progress
 from unisparse_flex.reports import render_quality
-from unisparse_flex.reports.quality_curve import HEIGHT, LEAST_KL, WIDTH, compute_curve
+from unisparse_flex.reports.quality_curve import (
+    CHARACTER_WIDTH,
+    HEIGHT,
+    LABEL_HEIGHT,
+    LEAST_KL,
+    WIDTH,
+    compute_curve,
+)
 
 EVIL = """<script>alert("1")</script>&'<img src=x onerror=alert(2)>"""
 KEYS = {
@@ -391,3 +399,23 @@ def test_points_of_the_curve_lie_inside_the_chart_by_density_and_divergence():
     assert curve.divergences[0].label == f"{LEAST_KL:g}"
     assert curve.points[4].y == curve.divergences[0].at
     assert re.fullmatch(r"\d+%", curve.densities[-1].label)
+
+
+@pytest.mark.parametrize("density", [0.01, 0.5, 0.97])
+def test_labels_of_near_points_of_the_curve_lie_apart(density: float) -> None:
+    names = ("fast", "balanced", "high")
+    means = [
+        {"setting": name, "density": density + n / 100, "kl": 0.02 - n / 1000}
+        for n, name in enumerate(names)
+    ]
+    points = compute_curve(means, dial=names).points
+    boxes = []
+    for point in points:
+        width = CHARACTER_WIDTH * len(point.label)
+        left = point.label_x if point.anchor == "start" else point.label_x - width
+        assert left >= 0
+        assert left + width <= WIDTH
+        boxes.append((left, left + width, point.label_y))
+    for first, second in itertools.combinations(boxes, 2):
+        beside = first[1] <= second[0] or second[1] <= first[0]
+        assert beside or abs(first[2] - second[2]) >= LABEL_HEIGHT

@@ -12,8 +12,20 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 24, 30, 40
 # What is drawn of a KL of 0 on a logarithmic axis, and of those below.
 LEAST_KL = 1e-6
 LABEL_GAP, CHARACTER_WIDTH = 10, 7.5
-# A label is right of its point, above the falling line, or left and below.
+LABEL_HEIGHT = 14
+# A label is right of its point, above the falling line, or left and below; elsewhere where another
+# label lies there.
 ABOVE, BELOW = -7, 18
+PLACES = (
+    ("start", ABOVE),
+    ("end", BELOW),
+    ("start", BELOW),
+    ("end", ABOVE),
+    ("start", ABOVE - LABEL_HEIGHT),
+    ("end", BELOW + LABEL_HEIGHT),
+    ("start", BELOW + LABEL_HEIGHT),
+    ("end", ABOVE - LABEL_HEIGHT),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,18 +110,20 @@ def compute_curve(means: Sequence[Mapping[str, Any]], *, dial: Collection[str]) 
     def y_of(exponent: float) -> float:
         return round(TOP + (high - exponent) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
 
-    points = []
+    points: list[Point] = []
+    taken: list[tuple[float, float, float, float]] = []
     for mean, exponent in zip(means, exponents, strict=False):
         x, y, name = x_of(mean["density"]), y_of(exponent), mean["setting"]
-        starts = x + LABEL_GAP + CHARACTER_WIDTH * len(name) <= WIDTH
+        anchor, shift, box = _place(x, y, CHARACTER_WIDTH * len(name), taken)
+        taken.append(box)
         points.append(
             Point(
                 x=x,
                 y=y,
                 label=name,
-                label_x=x + LABEL_GAP if starts else x - LABEL_GAP,
-                label_y=y + (ABOVE if starts else BELOW),
-                anchor="start" if starts else "end",
+                label_x=x + LABEL_GAP if anchor == "start" else x - LABEL_GAP,
+                label_y=y + shift,
+                anchor=anchor,
                 kind="dial" if name in dial else "other",
                 title=f"{name}: density {mean['density']:.1%}, KL {mean['kl']:.4f}",
             )
@@ -121,3 +135,22 @@ def compute_curve(means: Sequence[Mapping[str, Any]], *, dial: Collection[str]) 
         densities=[Tick(at=x_of(n / 5), label=f"{20 * n}%") for n in range(6)],
         divergences=[Tick(at=y_of(n), label=f"{10.0**n:g}") for n in range(low, high + 1)],
     )
+
+
+def _place(
+    x: float, y: float, width: float, taken: Sequence[tuple[float, float, float, float]]
+) -> tuple[str, int, tuple[float, float, float, float]]:
+    """The first of `PLACES` for a label that is inside and free: its anchor, shift and box."""
+    boxes = []
+    for anchor, shift in PLACES:
+        left = x + LABEL_GAP if anchor == "start" else x - LABEL_GAP - width
+        boxes.append((anchor, shift, (left, left + width, y + shift - LABEL_HEIGHT, y + shift)))
+    inside = [place for place in boxes if place[2][0] >= LEFT and place[2][1] <= WIDTH] or boxes
+    for place in inside:
+        if not any(_overlap(place[2], other) for other in taken):
+            return place
+    return inside[0]
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
