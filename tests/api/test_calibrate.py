@@ -27,10 +27,12 @@ from unisparse_flex import (
     restore,
 )
 from unisparse_flex.calibrating.run import default_ladder
+from unisparse_flex.calibrating.search import KL_PASSES, Plan, Search
 from unisparse_flex.calibration import DENSE, MAX_FILE_BYTES, Setting
 from unisparse_flex.evaluation.measure import compute_kl, compute_log_probs
 from unisparse_flex.evaluation.recall import CaptureAttention, compute_recall
 from unisparse_flex.passes import DenseReason
+from unisparse_flex.progress import Progress
 from unisparse_flex.reports import record_attention
 from unisparse_flex.selectors import FlexPrefill
 
@@ -43,6 +45,7 @@ LADDER = tuple(
     UniSparse(block_size=16, c_q=4, c_k=4, sampled_queries=4, threshold=t, top_p=0.4)
     for t in (0.2, 0.1, 0.05, 0.02, 0.005)
 )
+SILENT = Progress("calibrate", shown=False)
 TWO: dict[str, Setting] = {"layers.0.attention": SELECTOR, "layers.1.attention": FINE}
 
 
@@ -162,7 +165,7 @@ def log_probs(model: Any) -> Tensor:
 def test_a_kl_that_no_setting_reaches_leaves_all_dense(caplog: pytest.LogCaptureFixture) -> None:
     coarse = (replace(LADDER[0], top_p=0.1, threshold=1.0),)
     calibration = found(kl=1e-9, ladder=coarse)
-    assert "calibrate leaves every layer dense: no setting that costs less" in caplog.text
+    assert "dense: of the 1 setting tried, down to threshold 1, none that costs less" in caplog.text
     assert "reaches a kl of 1e-09; longer prompts or a larger kl" in caplog.text
     assert set(calibration.layers.values()) == {DENSE}
     assert (calibration.reached, calibration.density) == (0.0, 1.0)
@@ -185,6 +188,73 @@ def test_the_coarsest_setting_that_is_tried_is_told(
     found(recall=0.9, per_head=per_head)
     found(kl=1e-4, per_head=per_head)
     assert said not in caplog.text
+
+
+class Unlike(nn.Module):
+    """Layers whose outputs are added up: what is dropped means more in some than in others."""
+
+    def __init__(self, scales: tuple[float, ...]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(OfRandom(scale, i) for i, scale in enumerate(scales))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in self.layers]).sum(0)
+
+
+class OfRandom(nn.Module):
+    """Diffuse attention whose output is scaled: mass does not see by how much."""
+
+    def __init__(self, scale: float, seed: int) -> None:
+        super().__init__()
+        self.scale, self.seed = scale, seed
+
+    def forward(self, x: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        q, k, v = torch.randn(3, 1, 2, x.shape[1], 16, generator=generator)
+        q = q + torch.tensor([1.0, -1.0])[:, None, None]
+        return self.scale * F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def test_the_kl_of_each_layer_is_measured_and_not_its_mass_alone() -> None:
+    model, kl = Unlike((0.1, 40.0, 0.1, 40.0)).eval(), 0.01
+    passes: list[float] = []
+
+    class Counting(Search):
+        def _measure_kl(self, plan: Plan) -> float:
+            passes.append(super()._measure_kl(plan))
+            return passes[-1]
+
+    class ByMass(Search):
+        def _weigh(self) -> None:
+            return None
+
+    options: dict[str, Any] = {"min_length": 0, "per_head": False, "display": SILENT}
+    by_kl, by_mass = (
+        kind(model, [lambda: model(X)], LADDER, **options).reach_kl(kl)
+        for kind in (Counting, ByMass)
+    )
+    assert by_kl.reached <= kl
+    assert by_mass.reached <= kl
+    assert by_kl.density < by_mass.density - 0.1
+    # What is small costs little where it is read least.
+    assert by_kl.layers["layers.0"] == by_kl.layers["layers.2"] == LADDER[0]
+    assert len(passes) <= 3 * (KL_PASSES + 1) + len(model.layers)
+
+
+def test_what_drops_next_to_nothing_is_no_result(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unisparse_flex.calibrating.search.NEARLY_ALL", 0.3)
+    for target in ({"kl": 0.02}, {"recall": 0.9}):
+        caplog.clear()
+        calibration = found(**target)
+        assert set(calibration.layers.values()) == {DENSE}
+        assert calibration.density == 1.0
+        assert calibration.reached == (0.0 if "kl" in target else 1.0)
+        said = (
+            r"every layer dense: nothing is gained, a \w+ of [\d.]+ keeps \d\d\.\d% of the blocks"
+        )
+        assert re.search(said, caplog.text)
 
 
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
@@ -643,7 +713,8 @@ def test_what_optimize_leaves_dense_is_told_with_the_length_from_which_it_is_not
     assert calibration.sparse_layers
     assert not is_sparse(calibration, 1024)
     said = re.search(
-        r"at 1024 tokens optimize leaves these layers dense; sparse from (\d+) on", caplog.text
+        r"at 1024 tokens optimize leaves that layer \(OfOneBlock\) dense too; sparse from (\d+) on",
+        caplog.text,
     )
     assert said is not None
     assert "or with min_length=0" in caplog.text

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.passes.graphs import Stripes
-from unisparse_flex import UniSparse, explain, optimize
+from unisparse_flex import Calibration, UniSparse, explain, optimize
 from unisparse_flex.command_line import CommandLine
 from unisparse_flex.optimization import optimize_layers
 from unisparse_flex.passes import DenseReason, SparseConfig, observe_calls
@@ -168,7 +168,8 @@ def test_the_table_holds_every_call_and_the_totals() -> None:
 def test_the_note_says_at_which_density_the_milliseconds_are() -> None:
     def note(**settings: Any) -> str:
         table = explain(optimize(create(), **settings), X).table()
-        return " ".join(table[table.index("sparse from:") :].split())
+        text = " ".join(table[table.index("sparse from:") :].split())
+        return text.replace(" (-: at no length, at that density)", "")
 
     both = note(selector=SELECTOR, min_length=0)
     assert "expected of the selector; the milliseconds are at the one found here predicted" in both
@@ -190,7 +191,8 @@ def test_a_dash_is_all_that_says_at_no_length_and_the_note_explains_it() -> None
         table = Explanation(calls).table()
         rows = table.splitlines()[3 : 3 + len(calls)]
         assert [row.split()[-1] for row in rows] == ["-"] * len(calls)
-        assert "faster sparse (-: at no length), at the density" in " ".join(table.split())
+        said = "expected of the selector (-: at no length, at that density); the milliseconds"
+        assert said in " ".join(table.split())
     known = replace(slower, prediction=predicted(2.0, 3.0, break_even=4096))
     assert "at no length" not in Explanation((known,)).table()
 
@@ -332,16 +334,92 @@ def test_what_is_next_depends_on_why_nothing_is_gained() -> None:
     dense = AttentionRecord(layer="a", q_len=1024, kv_len=1024, decision="dense")
     slower = replace(dense, reason=DenseReason.SLOWER, prediction=predicted(1, 2))
     never = replace(slower, prediction=predicted(1, 2, None))
-    assert "from 4096 keys on" in Explanation((slower, never)).next_step
+    may_be = "sparse may be faster from about 4096 keys on, at the density expected there"
+    assert Explanation((slower, never)).next_step.startswith(f"a longer prompt: {may_be}; ")
     assert "keys on" not in Explanation((never,)).next_step
     forced = Explanation((sparse_call(0, 0.9, 12, kv_len=1024),)).next_step
     assert forced.startswith("calls are sparse because of min_length: dense is predicted faster")
-    assert forced.endswith("from 4096 keys on")
+    assert forced.endswith(f"at this length; {may_be}")
     plain = Explanation((replace(dense, reason=DenseReason.NOT_OPTIMIZED),))
     assert "unisparse_flex.optimize(model)" in plain.next_step
     assert plain.verdict == f"the only call stays dense: {DenseReason.NOT_OPTIMIZED}"
     for reason in DenseReason:
         assert Explanation((replace(dense, reason=reason),)).next_step
+
+
+def excluded(index: int) -> AttentionRecord:
+    call = replace(sparse_call(index, 0.2, 4), density=None, decision="dense")
+    return replace(call, reason=DenseReason.EXCLUDED)
+
+
+@pytest.mark.parametrize("line", [None, CommandLine()])
+def test_where_most_layers_are_excluded_advice_goes_by_the_others(line: CommandLine | None) -> None:
+    wording = Wording(line)
+    never = at("high", replace(sparse_call(3, 0.2, 4), decision="dense", density=None))
+    never = replace(never, reason=DenseReason.SLOWER, prediction=predicted(1, 2, None))
+    others = tuple(at("high", excluded(i)) for i in range(3))
+    step = Explanation((*others, never), wording=wording).next_step
+    assert step.startswith("as it is, all attention is dense and the output exact; ")
+    assert "leave layers out" not in step
+    assert "calibration" not in step
+    of_layers = "dense_layers" if line is None else "--dense-layers"
+    assert Explanation(others, wording=wording).next_step == f"leave layers out of {of_layers}"
+    calibrated = replace(wording, calibrated=True)
+    assert (
+        "every layer is dense by the calibration" in Explanation(others, None, calibrated).next_step
+    )
+
+
+def test_sparse_layers_that_keep_all_beside_excluded_ones_are_not_called_diffuse() -> None:
+    kept = sparse_call(0, 0.999, 9.0)
+    calls = (kept, *(excluded(i) for i in (1, 2, 3)))
+    assert Explanation(calls).next_step == (
+        "the sparse layer keeps nearly all of its blocks; 3 are dense by dense_layers: leave some "
+        "out of it"
+    )
+    for wording in (Wording(calibrated=True), Wording(CommandLine(), calibrated=True)):
+        assert Explanation((kept, *calls), wording=wording).next_step == (
+            "the sparse layer keeps nearly all of its blocks; 3 are dense by the calibration: ask "
+            "for a larger kl (or a smaller recall)"
+        )
+    two = Explanation((kept, sparse_call(1, 0.999, 9.0), excluded(2))).next_step
+    assert two.startswith("the sparse layers keep nearly all of their blocks; 1 is dense by ")
+
+
+def test_a_calibration_is_told_by_the_model_that_it_is_in() -> None:
+    names = ["layers.0.attention", "layers.1.attention"]
+    calibration = Calibration(
+        layers={names[0]: SELECTOR, names[1]: "dense"},
+        quality="kl",
+        target=0.1,
+        reached=0.1,
+        density=0.5,
+        model="Transformer",
+        unisparse_flex="0.1.0",
+        torch="2.13.0",
+    )
+    model = optimize(create(), calibration, min_length=0)
+    assert explain(model, X).wording.calibrated
+    optimize(model, SELECTOR, min_length=0, dense_layers=(0,))
+    assert not explain(model, X).wording.calibrated
+    assert not explain(create(), X).wording.calibrated
+
+
+def test_a_model_that_is_compiled_is_not_told_to_be() -> None:
+    calls = (sparse_call(0, 0.5, 4.0),)
+    said = "torch.compile(model), if it is not compiled"
+    model = optimize(create(), SELECTOR, min_length=0)
+    plain = replace(explain(model, X), calls=calls)
+    assert said in plain.next_step
+    compiled: Any = torch.compile(model)
+    wrapped = explain(compiled, X).wording
+    model.compile()
+    for wording in (wrapped, explain(model, X).wording):
+        step = Explanation(calls, wording=wording).next_step
+        assert step == "compare its time and its output with the dense model's"
+        fewer = Explanation((at("high", calls[0]),), wording=wording).next_step
+        assert said not in fewer
+        assert "quality='balanced'" in fewer
 
 
 def at(quality: str, call: AttentionRecord) -> AttentionRecord:

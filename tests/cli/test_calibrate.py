@@ -85,7 +85,9 @@ def test_a_file_that_was_there_is_said_to_be_replaced(run, long_model, text, tmp
 def test_where_optimize_leaves_layers_dense_the_command_says_from_when_on(
     run, long_model, text, tmp_path, monkeypatch
 ):
-    said = "at 2560 tokens optimize leaves these layers dense; sparse from 9999 on, or with "
+    said = (
+        "at 2560 tokens optimize leaves these layers (0-1) dense too; sparse from 9999 on, or with "
+    )
     monkeypatch.setattr(Search, "say_left_dense", lambda *_: f"{said}min_length=0")
     options = ("--tokens", TOKENS, "--min-length", "0", "-o", tmp_path / "c.json")
     ran = run("calibrate", long_model, text, "--kl", "100", *options)
@@ -106,6 +108,16 @@ def test_a_target_that_nothing_reaches_is_told_with_ways_out(
         ran = run("calibrate", long_model, text, *options, *more)
         assert ran.code == 1
         assert f"{said}{ways}" in " ".join(ran.err.split())
+
+
+def test_a_result_that_gains_nothing_is_no_success(run, long_model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("unisparse_flex.calibrating.search.NEARLY_ALL", 0.1)
+    path = tmp_path / "c.json"
+    options = ("--kl", "100", "--tokens", TOKENS, "--min-length", "0", "-o", path)
+    ran = run("calibrate", long_model, text, *options)
+    assert (ran.code, path.exists()) == (1, False)
+    assert "nothing was written: nothing is gained, a kl of 100 keeps" in ran.said
+    assert ran.said.endswith("% of the blocks; longer prompts or a larger --kl")
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def test_break_even_that_never_comes_is_said():
         found = prediction(sparse_ms=sparse_ms, break_even=None)
         html = render_page(report(call("a", prediction=found)))
         assert "<td>-</td>" in html
-        assert "faster sparse (-: at no length), at the density" in html
+        assert "expected of the selector (-: at no length, at that density)" in html
 
 
 def test_a_model_without_attention_calls_says_so():

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # keeps at least.
 THRESHOLDS = (
     *(0.064, 0.045, 0.032, 0.022, 0.016, 0.011, 0.008),
-    *(0.0056, 0.004, 0.0028, 0.002, 0.0014, 0.001),
+    *(0.0056, 0.004, 0.0028, 0.002, 0.0014, 0.001, 0.0005, 0.0002),
 )
 # Where heads have thresholds of their own, the mass is the same for all.
 PER_HEAD_TOP_P = 0.8
@@ -61,15 +61,17 @@ def calibrate(
     The dense model runs once over the batches. At each attention call every setting of the ladder
     selects blocks, and the share of dense attention's mass in them is computed exactly: about the
     cost of dense attention once more, in float32, head by head. One multiplier over all layers
-    then trades mass for time where that is cheapest; a setting that is the same in all layers and
-    reaches the target in less time is returned instead. Give one of the two targets; the same
-    model, batches and machine give the same result. The model is left as it came.
+    then trades mass for time where that is cheapest; for a KL also with the mass of each layer
+    counted as much as the KL that is measured where only that layer, or a few neighbours, are
+    sparse. A setting that is the same in all layers and reaches the target in less time is returned
+    instead. Give one of the two targets; the same model, batches and machine give the same result.
+    The model is left as it came.
 
     Args:
         model: As `optimize` takes it: not optimized, not compiled, in evaluation mode.
         batches: Inputs of the model, as long as those to come: each a tensor, a tuple of
             positional arguments or a mapping of keyword arguments. They are kept, and run up to
-            thirteen times more for a KL.
+            33 times more for a KL.
         kl: Most KL(dense || sparse) of the next-token distributions, in nats, the mean over all
             positions; above 0. The model returns logits [..., V], or something with ``.logits``.
             Those of the dense model are kept meanwhile, for all batches.
@@ -77,7 +79,7 @@ def calibrate(
             over the query rows and heads of all its calls, of the model the mean over its layers.
             A layer that stays dense counts as 1; one that keeps a narrow sliding window whole,
             whatever the setting, does not count.
-        ladder: The settings to choose from; `DEFAULT_SELECTOR` at thirteen thresholds by
+        ladder: The settings to choose from; `DEFAULT_SELECTOR` at fifteen thresholds by
             default.
         min_length: As `optimize` will get it. By default time is what the cost model predicts for
             the density that was measured, and layers for which no setting is predicted to be

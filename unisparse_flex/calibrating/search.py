@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,16 +18,22 @@ from torch import Tensor, nn
 from ..block_masks import Selector
 from ..calibration import DENSE, Calibration, Setting
 from ..calibration_fit import attention_sizes
+from ..counted import counted
+from ..nearly_all import NEARLY_ALL
 from ..optimization import optimize_layers, release_all
 from ..passes import DenseReason, observe_calls
 from ..passes.decision import break_even_length, forecast, say_reasons
 from ..progress import Progress
-from ..reports import mean_density
-from .allocation import Allocation, Frontier, Units, allocate
+from ..reports import index_of, mean_density, name_runs, runs_of
+from .allocation import Allocation, Frontier, Units, allocate, total_dropped
 from .layer_measure import LayerMeasure, measure_layers, with_head_thresholds
 
-# Forward passes of the model that look for a KL.
-KL_PASSES = 6
+# Forward passes of the model that look for a KL: of one bisection, and of what layers do to it.
+KL_PASSES, MOST_PROBES = 6, 12
+# Of a layer's mass, what a setting drops by which the KL of the layer is measured.
+PROBED_SHARE = 0.02
+# The least that a layer's mass counts, as a share of the most: a measured KL may be 0.
+LEAST_WEIGHT = 1e-3
 # Rows of [P, V] per step: keeps the temporaries of the KL small.
 ROWS_PER_STEP = 128
 # Settings in Python, which the command writes as options.
@@ -69,6 +76,8 @@ class Search:
         self.model, self.runs, self.ladder = model, runs, ladder
         self.min_length, self.per_head, self.display = min_length, per_head, display
         self.is_coarsest = False
+        # The density of what was found and dropped, where that gains nothing.
+        self.nearly_all: float | None = None
         self.dense_logits: list[Tensor] = []
         self.all_layers: dict[str, LayerMeasure] = {}
         self.layers: dict[str, LayerMeasure] = {}
@@ -92,43 +101,119 @@ class Search:
             dense |= slow
 
     def reach_kl(self, kl: float) -> Calibration:
-        """The cheaper of two bisections by passes of the model, each from few blocks to many.
+        """The cheapest of three bisections by passes of the model, each from few blocks to many.
 
-        One is of the frontier, each step of which is a multiplier over all layers, the other of the
-        settings that are the same in all layers: what mass says of a layer is not all that the
-        model makes of it.
+        One is of the settings that are the same in all layers, one of the frontier, each step of
+        which is a multiplier over all layers. What mass says of a layer is not all that the model
+        makes of it: in the third, the mass of each layer counts as much as the KL that comes of
+        it where that layer is sparse and the others are dense.
+
+        Beside the dense run these take at most ``3 * (KL_PASSES + 1) + MOST_PROBES`` passes over
+        all batches.
         """
         self._measure(lambda output: self.dense_logits.append(_logits(output)))
         names = list(self.layers)
-        frontier, plans = Frontier(self._units(names)), self._uniform_plans()
+        plans = self._uniform_plans()
         uniform = self._bisect_kl(plans.__getitem__, len(plans), kl)
+        frontier = Frontier(self._units(names))
         found = [
             uniform,
             self._bisect_kl(lambda step: self._plan(names, frontier[step]), len(frontier), kl),
         ]
+        if not any(pair is not None and self._costs_least(pair[0]) for pair in found):
+            found.append(self._reach_by_weight(kl))
         reaching = [pair for pair in found if pair is not None]
         if not reaching:
             return self._result(self._plan([], ()), "kl", kl, 0.0)
-        # The first, one for all layers, where the other gains nothing.
+        # The first, one for all layers, where the others gain nothing.
         plan, reached = min(reaching, key=lambda pair: self._cost(pair[0]))
         return self._result(plan, "kl", kl, reached, None if uniform is None else uniform[0])
 
+    def _reach_by_weight(self, kl: float) -> tuple[Plan, float] | None:
+        """What reaches a KL on the frontier of mass that counts as `_weigh` says."""
+        weights = self._weigh()
+        if weights is None:
+            return None
+        names = list(self.layers)
+        units = self._units(names, weights)
+        frontier = Frontier(units)
+        return self._bisect_kl(
+            lambda step: self._plan(names, frontier[step]),
+            len(frontier),
+            kl,
+            [total_dropped(units, allocation) for allocation in frontier],
+        )
+
+    def _weigh(self) -> dict[str, float] | None:
+        """KL for the mass that each layer drops, measured where few layers are sparse.
+
+        Layers that follow one another share a pass where there are more than `MOST_PROBES`. The
+        setting matters little: the KL grows about as the mass that one layer drops.
+
+        Returns:
+            By layer; ``None`` where layers cannot be told apart.
+        """
+        plan = {name: self._probe(name) for name in self.layers}
+        dropped = {name: self._share(name, choices) for name, choices in plan.items()}
+        names = [n for n, share in dropped.items() if share > 0 and self.layers[n].could_be_faster]
+        count = min(len(names), MOST_PROBES)
+        if count < 2:
+            return None
+        weights: dict[str, float] = {}
+        for i in range(count):
+            some = names[i * len(names) // count : (i + 1) * len(names) // count]
+            kl = self._measure_kl(self._plan([], ()) | {name: plan[name] for name in some})
+            weights |= dict.fromkeys(some, kl / math.fsum(dropped[name] for name in some))
+        most = max(weights.values()) or 1.0
+        return {n: max(weights.get(n, most), LEAST_WEIGHT * most) for n in self.layers}
+
+    def _probe(self, name: str) -> Allocation:
+        """The finest setting of a layer that drops enough to be measured, else the coarsest."""
+        layer = self.layers[name]
+        settings = [(choice,) * layer.num_units for choice in range(len(self.ladder))]
+        shares = [self._share(name, choices) for choices in settings]
+        enough = [share for share in shares if share >= PROBED_SHARE]
+        return settings[shares.index(min(enough, default=max(shares)))]
+
+    def _share(self, name: str, choices: Allocation) -> float:
+        """Mass that a layer drops, as a share of its own."""
+        layer = self.layers[name]
+        return layer.chosen(layer.dropped, choices) / (layer.mass or 1.0)
+
     def _bisect_kl(
-        self, plan_at: Callable[[int], Plan], count: int, kl: float
+        self,
+        plan_at: Callable[[int], Plan],
+        count: int,
+        kl: float,
+        expected: Sequence[float] | None = None,
     ) -> tuple[Plan, float] | None:
-        """The first of so many plans that reaches a KL, with its own, where the last one does."""
+        """The first of so many plans that reaches a KL, with its own, where the last one does.
+
+        Args:
+            plan_at: The plans, from few blocks to many.
+            count: How many there are.
+            kl: The target.
+            expected: About the KL of each, none above that before it: then no halves are tried, but
+                what is expected to reach the target by what was measured last.
+        """
         too_sparse, enough = -1, count - 1
         found: tuple[Plan, float] | None = None
+        scale = 1.0
         for _ in range(KL_PASSES):
             if enough - too_sparse <= 1:
                 break
-            middle = (too_sparse + enough) // 2
-            plan = self._without_slow(plan_at(middle))
+            step = (too_sparse + enough) // 2
+            if expected is not None:
+                first = next(i for i in range(count) if expected[i] * scale <= kl or i == enough)
+                step = min(max(first, too_sparse + 1), enough - 1)
+            plan = self._without_slow(plan_at(step))
             measured = self._measure_kl(plan)
             if measured <= kl:
-                enough, found = middle, (plan, measured)
+                enough, found = step, (plan, measured)
             else:
-                too_sparse = middle
+                too_sparse = step
+            if expected is not None and expected[step] > 0 and measured > 0:
+                scale = measured / expected[step]
         if found is None:
             plan = self._without_slow(plan_at(enough))
             found = plan, self._measure_kl(plan)
@@ -183,7 +268,15 @@ class Search:
                 ways += f", or {FEWEST_BLOCKS}"
             else:
                 ways = ways.replace(",", " or")
-            return f"no setting that costs less than dense attention reaches {target}; {ways}"
+            if self.nearly_all is not None:
+                return (
+                    f"nothing is gained, {target} keeps {self.nearly_all:.1%} of the blocks; {ways}"
+                )
+            tried = counted(len(self.ladder), "setting")
+            return (
+                f"of the {tried} tried{self._say_finest()}, none that costs less than dense "
+                f"attention reaches {target}; {ways}"
+            )
         if self.min_length is not None:
             return "every setting keeps all blocks at this length; longer prompts drop some"
         return (
@@ -199,11 +292,11 @@ class Search:
         if self.min_length is not None:
             return None
         sparse = found.sparse_layers
-        left = {
+        left = [
             name
             for name, selector in sparse.items()
             if not any(forecast(s, selector).is_sparse_faster for s in self.layers[name].shapes)
-        }
+        ]
         if not left:
             return None
         longest = {name: max(self.layers[name].shapes, key=lambda s: s.kv_len) for name in left}
@@ -212,17 +305,30 @@ class Search:
             for name, s in longest.items()
         ]
         known = [length for length in lengths if length is not None]
-        which = "these layers" if len(left) == len(sparse) else f"{len(left)} of these layers"
+        which = f"{'that layer' if len(left) == 1 else 'these layers'} ({_name_layers(left)})"
         if len(known) < len(lengths):
-            return f"optimize leaves {which} dense at every length, unless it gets {MIN_LENGTH}"
+            return f"optimize leaves {which} dense too at every length, unless it gets {MIN_LENGTH}"
         tokens = max(s.kv_len for s in longest.values())
         return (
-            f"at {tokens} tokens optimize leaves {which} dense; sparse from {max(known)} on, or "
-            f"with {MIN_LENGTH}"
+            f"at {tokens} tokens optimize leaves {which} dense too; sparse from {max(known)} on, "
+            f"or with {MIN_LENGTH}"
         )
 
-    def _units(self, names: Sequence[str]) -> Units:
-        return [unit for name in names for unit in self.layers[name].units()]
+    def _say_finest(self) -> str:
+        """The smallest threshold of the settings; empty where one of them has none."""
+        thresholds = [getattr(selector, "threshold", None) for selector in self.ladder]
+        known = [threshold for threshold in thresholds if threshold is not None]
+        return f", down to threshold {min(known):g}" if len(known) == len(thresholds) else ""
+
+    def _units(self, names: Sequence[str], weights: Mapping[str, float] | None = None) -> Units:
+        """The units of some layers; the mass that each drops counts as much as its weight says."""
+        units = [(name, unit) for name in names for unit in self.layers[name].units()]
+        if weights is None:
+            return [unit for _, unit in units]
+        return [
+            [replace(choice, dropped=choice.dropped * weights[name]) for choice in unit]
+            for name, unit in units
+        ]
 
     def _plan(self, names: Sequence[str], allocation: Allocation) -> Plan:
         """What was allocated to the units of some layers; the others are dense."""
@@ -250,6 +356,14 @@ class Search:
             return False
         firsts = self._plan(names, Frontier(self._units(names))[0]), self._uniform_plans()[0]
         return any(plan == self._without_slow(first) for first in firsts)
+
+    def _gains_nothing(self, plan: Plan) -> bool:
+        """Whether what is sparse, all of it by choice, drops next to nothing of the model's."""
+        sparse = [self.layers[name] for name, c in plan.items() if not self._is_dense(c)]
+        all_choose = bool(sparse) and all(
+            not is_window for layer in sparse for _, is_window in layer.densities
+        )
+        return all_choose and self._density(plan) >= NEARLY_ALL
 
     def _recall(self, plan: Plan) -> float:
         pairs = [(self.layers[name], choices) for name, choices in plan.items()]
@@ -301,6 +415,9 @@ class Search:
     ) -> Calibration:
         from .. import __version__
 
+        if self._gains_nothing(plan):
+            self.nearly_all = self._density(plan)
+            plan, reached = self._plan([], ()), 1.0 if quality == "recall" else 0.0
         self.is_coarsest = self._costs_least(plan)
         return Calibration(
             layers=self._settings(plan),
@@ -323,6 +440,13 @@ class Search:
             for densities, is_window in layer.densities
         )
         return 1.0 if density is None else density
+
+
+def _name_layers(names: Sequence[str]) -> str:
+    """Layers by their place in the stack, or by their names where some have none."""
+    indices = [index_of(name) for name in names]
+    known = sorted({index for index in indices if index is not None})
+    return name_runs(runs_of(known), ", ") if len(known) == len(names) else ", ".join(names)
 
 
 def _logits(output: Any) -> Tensor:

@@ -14,7 +14,8 @@ from .figures import (
 )
 from .measured_page import render_quality, render_speed
 from .page import render_page
-from .verdict import DIFFUSE_HERE
+from .verdict import DIFFUSE_HERE, index_of
+from .wording import name_runs, runs_of
 
 __all__ = [
     "DIFFUSE_HERE",
@@ -31,12 +32,15 @@ __all__ = [
     "draw_densities",
     "explain",
     "find_versions",
+    "index_of",
     "mean_density",
+    "name_runs",
     "record_attention",
     "render_page",
     "render_quality",
     "render_speed",
     "report_model",
+    "runs_of",
     "sparse_densities",
     "track_layer",
 ]

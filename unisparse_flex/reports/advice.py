@@ -51,10 +51,12 @@ NEXT_STEPS = {
     DenseReason.NO_KERNEL: (
         "run unisparse-flex doctor, which says what kernels this machine has and why not others"
     ),
-    DenseReason.EXCLUDED: (
-        "leave layers out of {dense_layers}, or of those a calibration keeps dense"
-    ),
+    DenseReason.EXCLUDED: "leave layers out of {dense_layers}",
 }
+ALL_CALIBRATED_DENSE = (
+    "every layer is dense by the calibration: calibrate anew, for a larger kl (or a smaller recall)"
+)
+SAID_COMPILED = "compare its time and its output with the dense model's"
 
 
 def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> str:
@@ -71,6 +73,8 @@ def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> st
             way_out=f"leave out {wording.name_of_min_length}",
         )
     if keeps_nearly_all(sparse):
+        if excluded := [call for call in calls if call.is_excluded]:
+            return _where_others_are_excluded(sparse, excluded, wording)
         return _where_nearly_all_is_kept(sparse)
     if len(slower) == len(sparse):
         return _where_nothing_is_gained(slower, wording)
@@ -78,6 +82,8 @@ def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> st
     line, step = wording.command_line, COMPILED
     if line is not None:
         step = COMMANDS.format(speed=line.write("speed"), quality=line.write("quality"))
+    elif wording.compiled:
+        step = SAID_COMPILED
     if fewer is None:
         return step
     return f"{step}; {_setting(calls, wording, 'quality', fewer)} keeps fewer blocks"
@@ -136,6 +142,23 @@ def _where_nearly_all_is_kept(calls: Sequence[AttentionRecord]) -> str:
     return f"{step}; a longer prompt may differ, from {later} keys on" if later else step
 
 
+def _where_others_are_excluded(
+    sparse: Sequence[AttentionRecord], excluded: Sequence[AttentionRecord], wording: Wording
+) -> str:
+    """Of sparse calls that drop next to nothing, beside some that settings keep dense."""
+    one = len({call.layer for call in sparse}) == 1
+    start = "the sparse layer keeps nearly all of its blocks"
+    if not one:
+        start = "the sparse layers keep nearly all of their blocks"
+    count = len({call.layer for call in excluded})
+    verb = "is" if count == 1 else "are"
+    if wording.calibrated:
+        way_out = "by the calibration: ask for a larger kl (or a smaller recall)"
+    else:
+        way_out = f"by {wording.name_of_dense_layers}: leave some out of it"
+    return f"{start}; {count} {verb} dense {way_out}"
+
+
 def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording) -> str:
     """Of sparse calls, every one of them slower than dense, as predicted or measured."""
     quality, kept = _quality_in_force(calls), chosen_densities(calls)
@@ -164,7 +187,7 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
         f"calls are sparse because of {wording.name_of_min_length}: dense is "
         f"{_known(calls)} faster at this length"
     )
-    return f"{start}, sparse from {later} keys on" if (later := _longer(calls)) else start
+    return f"{start}; sparse {_may_be_faster(later)}" if (later := _longer(calls)) else start
 
 
 def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> str:
@@ -174,18 +197,20 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
             f"{forced} makes calls sparse: measured {gained:.3g} ms faster in all, "
             f"in {len(faster)} of {counted(len(calls), 'call')}"
         )
-    reason = Counter(call.reason for call in calls).most_common(1)[0][0] or DenseReason.SLOWER
+    # What is excluded stays so: others say what keeps them dense.
+    others = [call for call in calls if not call.is_excluded]
+    if not others and wording.calibrated:
+        return ALL_CALIBRATED_DENSE
+    reasons = Counter(call.reason for call in others or calls)
+    reason = reasons.most_common(1)[0][0] or DenseReason.SLOWER
     few = [call for call in calls if call.reason is DenseReason.FEW_QUERIES]
     if reason is DenseReason.FEW_QUERIES and all(call.q_len == call.kv_len for call in few):
         sizes = {call.config.selector.block_size for call in few if call.config is not None}
         block = f" ({counted(max(sizes), 'token')})" if sizes else ""
         return f"a longer prompt: one that is shorter than a block{block} stays dense"
     of_masks = {call.reason for call in calls if call.lacks_mask_kernel}
-    if of_masks and reason in (*of_masks, DenseReason.EXCLUDED):
+    if reason in of_masks:
         return PADDING.format(does="keeps calls dense", way_out="leave it dense")
-    short = [call for call in calls if call.reason is DenseReason.SLOWER]
-    if reason is DenseReason.EXCLUDED and short and (later := _longer(short)):
-        return f"a longer prompt: sparse is predicted faster from {later} keys on"
     if reason is DenseReason.NOT_OPTIMIZED and wording.saved and not wording.registered:
         return wording.use_saved
     if reason is not DenseReason.SLOWER:
@@ -194,8 +219,8 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
             min_length=wording.name_of_min_length, dense_layers=wording.name_of_dense_layers
         )
     parts = []
-    if later := _longer(calls):
-        parts.append(f"a longer prompt: sparse is predicted faster from {later} keys on")
+    if later := _longer(others):
+        parts.append(f"a longer prompt: sparse {_may_be_faster(later)}")
     quality = _quality_in_force(calls)
     if quality == "high":
         parts.append("as it is, all attention is dense and the output exact")
@@ -228,6 +253,11 @@ def _longer(calls: Sequence[AttentionRecord]) -> int | None:
     """Fewest keys from which a call is predicted faster sparse; ``None`` where some are reached."""
     known = [p.break_even for call in calls if (p := call.prediction) is not None and p.break_even]
     return min(known) if known and min(known) > max(call.kv_len for call in calls) else None
+
+
+def _may_be_faster(later: int) -> str:
+    """What is known of longer prompts, which may keep more than is expected."""
+    return f"may be faster from about {later} keys on, at the density expected there"
 
 
 def _is_predicted_faster(call: AttentionRecord) -> bool:

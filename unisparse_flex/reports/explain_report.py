@@ -16,7 +16,7 @@ from ..command_line import CommandLine
 from ..passes import SparseConfig, observe_calls
 from ..passes.calls import SdpaCall
 from .attention_record import AttentionRecord
-from .explanation import Explanation, record_attention
+from .explanation import Explanation, is_calibrated, record_attention
 from .rest_time import RestClock
 from .timing import CallTime, time_call
 from .wording import Wording
@@ -74,6 +74,7 @@ class ExplainReport:
         versions: Of Python and the packages; ``None`` for what is not installed.
         rest_ms: See `Explanation`.
         line: What commands in the advice go on with.
+        calibrated: See `Wording`.
     """
 
     calls: tuple[ReportedCall, ...]
@@ -85,6 +86,7 @@ class ExplainReport:
     versions: Mapping[str, str | None]
     rest_ms: float | None = None
     line: CommandLine = field(default_factory=CommandLine)
+    calibrated: bool = False
 
     @property
     def explanation(self) -> Explanation:
@@ -95,7 +97,7 @@ class ExplainReport:
             else replace(call.record, measured=(call.time.dense_ms, call.time.sparse_ms))
             for call in self.calls
         )
-        return Explanation(records, self.rest_ms, Wording(self.line))
+        return Explanation(records, self.rest_ms, Wording(self.line, calibrated=self.calibrated))
 
     @property
     def is_measured(self) -> bool:
@@ -207,6 +209,7 @@ def report_model(
         versions=find_versions(),
         rest_ms=clock.milliseconds,
         line=line,
+        calibrated=is_calibrated(module),
     )
 
 

@@ -26,7 +26,7 @@ HEADER = (
 PREDICTED, SPARSE_FROM = "predicted ms", "sparse"
 FROM_NOTE = (
     "sparse from: the fewest keys (tokens) from which such a call is predicted to be faster "
-    "sparse{none}, at {expected}{density}"
+    "sparse, at {expected}{none}{density}"
 )
 EXPECTED, ASSUMED = (
     "the density that is expected of the selector",
@@ -34,7 +34,7 @@ EXPECTED, ASSUMED = (
 )
 # In place of a length, and what that means, whether a call is faster at the density it has or not.
 AT_NO_LENGTH = "-"
-AT_NO_LENGTH_NOTE = " (-: at no length)"
+AT_NO_LENGTH_NOTE = " (-: at no length, at that density)"
 REST_RUN = "in one uncompiled run (a first run is slower)"
 LEFT = ("layer", "runs")
 # The place of a layer in its stack.

@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..block_masks import BlockSelection, valid_blocks
 from ..block_masks.selectors import selector_of_quality
-from ..catching import hint_at_tensors, is_intercepted, original_module
+from ..catching import hint_at_tensors, is_intercepted, original_module, settings_of
 from ..counted import counted
 from ..integrations.transformers_config import KEYS as SAVED_KEYS
 from ..integrations.transformers_config import saved_values, stated
@@ -179,6 +179,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """
     module = _validate_module(model)
     wording = _wording_of(module)
+    if module is not model:
+        wording = replace(wording, compiled=True)
     _refuse_settings(module, kwargs, wording)
     clock = RestClock(module)
     with (
@@ -198,7 +200,16 @@ def _wording_of(module: nn.Module) -> Wording:
     saved = stated(saved)
     # Settings of `optimize` win over those of a name.
     name = None if is_intercepted(module) else registered_name(module)
-    return Wording(registered=name, saved=saved)
+    compiled = any(each._compiled_call_impl is not None for each in module.modules())
+    return Wording(
+        registered=name, saved=saved, calibrated=is_calibrated(module), compiled=compiled
+    )
+
+
+def is_calibrated(module: nn.Module) -> bool:
+    """Whether a calibration gave a model its settings: outside the layers it names all is dense."""
+    outermost = next((found for each in module.modules() if (found := settings_of(each))), None)
+    return outermost is not None and SparseConfig.decode(outermost).dense
 
 
 def _refuse_settings(module: nn.Module, kwargs: Mapping[str, Any], wording: Wording) -> None:

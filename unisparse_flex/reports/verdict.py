@@ -161,7 +161,12 @@ def excluded_layers(calls: Sequence[AttentionRecord]) -> set[int]:
 
 def layer_index(call: AttentionRecord) -> int | None:
     """The place of the call's layer in its stack, which is what ``dense_layers`` counts."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", call.layer)
+    return index_of(call.layer)
+
+
+def index_of(name: str) -> int | None:
+    """The place in its stack of a layer of this name; ``None`` where the name says none."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found[1]) if found else None
 
 

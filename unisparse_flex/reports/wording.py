@@ -24,11 +24,15 @@ class Wording:
             ``optimize(model, quality='fast')``.
         registered: The name of `register` that the model has, whose settings advice then changes.
         saved: Settings in the model's configuration.
+        calibrated: Whether the model's settings are those of a calibration.
+        compiled: Whether the model is known to be compiled.
     """
 
     command_line: CommandLine | None = None
     registered: str | None = None
     saved: Mapping[str, Any] = field(default_factory=dict)
+    calibrated: bool = False
+    compiled: bool = False
 
     @property
     def name_of_min_length(self) -> str:
