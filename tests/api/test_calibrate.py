@@ -245,7 +245,8 @@ def test_what_drops_next_to_nothing_is_no_result(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("unisparse_flex.calibrating.search.NEARLY_ALL", 0.3)
-    for target in ({"kl": 0.02}, {"recall": 0.9}):
+    targets: list[dict[str, Any]] = [{"kl": 0.02}, {"recall": 0.9}]
+    for target in targets:
         caplog.clear()
         calibration = found(**target)
         assert set(calibration.layers.values()) == {DENSE}
