@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from unisparse_flex import Calibration
+from unisparse_flex.calibrating import run as run_module
 from unisparse_flex.calibrating.layer_measure import LayerMeasure
 from unisparse_flex.calibrating.search import Search
 from unisparse_flex.cli import models
@@ -88,7 +89,7 @@ def test_where_optimize_leaves_layers_dense_the_command_says_from_when_on(
     said = (
         "at 2560 tokens optimize leaves these layers (0-1) dense too; sparse from 9999 on, or with "
     )
-    monkeypatch.setattr(Search, "say_left_dense", lambda *_: f"{said}min_length=0")
+    monkeypatch.setattr(run_module, "say_left_dense", lambda *_: f"{said}min_length=0")
     options = ("--tokens", TOKENS, "--min-length", "0", "-o", tmp_path / "c.json")
     ran = run("calibrate", long_model, text, "--kl", "100", *options)
     assert f"{said}--min-length 0" in " ".join(ran.out.split())

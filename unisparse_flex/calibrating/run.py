@@ -18,6 +18,7 @@ from ..calibration import Calibration
 from ..catching import hint_at_tensors, is_intercepted
 from ..optimization import validate_model
 from ..progress import Progress
+from .outcome import say_left_dense, why_dense
 from .search import Run, Search
 
 logger = logging.getLogger(__name__)
@@ -188,8 +189,8 @@ def calibrate_or_say_why(
             found = search.reach_kl(kl)
         return Calibrated(
             calibration=found,
-            why_dense=search.why_dense(found),
-            left_dense=search.say_left_dense(found),
+            why_dense=why_dense(search, found),
+            left_dense=say_left_dense(search, found),
             is_coarsest=search.is_coarsest,
         )
 

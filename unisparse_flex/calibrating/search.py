@@ -1,13 +1,9 @@
-"""The search behind `calibrate`: what was measured of a model, and the settings that follow.
-
-Symbols: P positions, V vocabulary.
-"""
+"""The search behind `calibrate`: what was measured of a model, and the settings that follow."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,14 +14,13 @@ from torch import Tensor, nn
 from ..block_masks import Selector
 from ..calibration import DENSE, Calibration, Setting
 from ..calibration_fit import attention_sizes
-from ..counted import counted
 from ..nearly_all import NEARLY_ALL
 from ..optimization import optimize_layers, release_all
-from ..passes import DenseReason, observe_calls
-from ..passes.decision import break_even_length, forecast, say_reasons
+from ..passes import observe_calls
 from ..progress import Progress
-from ..reports import index_of, mean_density, name_runs, runs_of
+from ..reports import mean_density
 from .allocation import Allocation, Frontier, Units, allocate, total_dropped
+from .divergence import logits_of, sum_kl
 from .layer_measure import LayerMeasure, measure_layers, with_head_thresholds
 
 # Forward passes of the model that look for a KL: of one bisection, and of what layers do to it.
@@ -34,11 +29,6 @@ KL_PASSES, MOST_PROBES = 6, 12
 PROBED_SHARE = 0.02
 # The least that a layer's mass counts, as a share of the most: a measured KL may be 0.
 LEAST_WEIGHT = 1e-3
-# Rows of [P, V] per step: keeps the temporaries of the KL small.
-ROWS_PER_STEP = 128
-# Settings in Python, which the command writes as options.
-MIN_LENGTH = "min_length=0"
-FEWEST_BLOCKS = f"{MIN_LENGTH} for the fewest blocks instead of the least time"
 # Sums of shares round: the target is met after rounding too.
 ROUNDING = 1e-12
 
@@ -111,7 +101,7 @@ class Search:
         Beside the dense run these take at most ``3 * (KL_PASSES + 1) + MOST_PROBES`` passes over
         all batches.
         """
-        self._measure(lambda output: self.dense_logits.append(_logits(output)))
+        self._measure(lambda output: self.dense_logits.append(logits_of(output)))
         names = list(self.layers)
         plans = self._uniform_plans()
         uniform = self._bisect_kl(plans.__getitem__, len(plans), kl)
@@ -251,75 +241,6 @@ class Search:
             )
         self.layers = {n: layer for n, layer in self.all_layers.items() if layer.could_be_sparse}
 
-    def why_dense(self, found: Calibration) -> str | None:
-        """Why a result leaves every layer dense, and what to do; ``None`` where some is sparse."""
-        if found.sparse_layers:
-            return None
-        if not self.layers:
-            refused: Counter[DenseReason] = Counter()
-            for layer in self.all_layers.values():
-                refused += layer.refused
-            return f"no call could be sparse with any setting{say_reasons(refused)}"
-        if any(layer.could_be_faster for layer in self.layers.values()):
-            target = f"a {found.quality} of {found.target:g}"
-            easier = "a larger kl" if found.quality == "kl" else "a smaller recall"
-            ways = f"longer prompts, {easier}"
-            if self.min_length is None:
-                ways += f", or {FEWEST_BLOCKS}"
-            else:
-                ways = ways.replace(",", " or")
-            if self.nearly_all is not None:
-                return (
-                    f"nothing is gained, {target} keeps {self.nearly_all:.1%} of the blocks; {ways}"
-                )
-            tried = counted(len(self.ladder), "setting")
-            return (
-                f"of the {tried} tried{self._say_finest()}, none that costs less than dense "
-                f"attention reaches {target}; {ways}"
-            )
-        if self.min_length is not None:
-            return "every setting keeps all blocks at this length; longer prompts drop some"
-        return (
-            "every setting is predicted to take longer than dense attention at this length; "
-            f"longer prompts, or {FEWEST_BLOCKS}"
-        )
-
-    def say_left_dense(self, found: Calibration) -> str | None:
-        """Which layers that may run sparse `optimize` leaves dense at these lengths, if any.
-
-        It goes by the density that a selector expects, not by what was measured here.
-        """
-        if self.min_length is not None:
-            return None
-        sparse = found.sparse_layers
-        left = [
-            name
-            for name, selector in sparse.items()
-            if not any(forecast(s, selector).is_sparse_faster for s in self.layers[name].shapes)
-        ]
-        if not left:
-            return None
-        longest = {name: max(self.layers[name].shapes, key=lambda s: s.kv_len) for name in left}
-        lengths = [
-            break_even_length(s, sparse[name], self_attention=s.q_len == s.kv_len)
-            for name, s in longest.items()
-        ]
-        known = [length for length in lengths if length is not None]
-        which = f"{'that layer' if len(left) == 1 else 'these layers'} ({_name_layers(left)})"
-        if len(known) < len(lengths):
-            return f"optimize leaves {which} dense too at every length, unless it gets {MIN_LENGTH}"
-        tokens = max(s.kv_len for s in longest.values())
-        return (
-            f"at {tokens} tokens optimize leaves {which} dense too; sparse from {max(known)} on, "
-            f"or with {MIN_LENGTH}"
-        )
-
-    def _say_finest(self) -> str:
-        """The smallest threshold of the settings; empty where one of them has none."""
-        thresholds = [getattr(selector, "threshold", None) for selector in self.ladder]
-        known = [threshold for threshold in thresholds if threshold is not None]
-        return f", down to threshold {min(known):g}" if len(known) == len(thresholds) else ""
-
     def _units(self, names: Sequence[str], weights: Mapping[str, float] | None = None) -> Units:
         """The units of some layers; the mass that each drops counts as much as its weight says."""
         units = [(name, unit) for name in names for unit in self.layers[name].units()]
@@ -399,7 +320,7 @@ class Search:
             ):
                 for i, (run, dense) in enumerate(zip(self.runs, self.dense_logits, strict=True)):
                     self.display.show(f"KL of a setting, batch {i + 1} of {len(self.runs)}")
-                    total += _sum_kl(dense, _logits(run()))
+                    total += sum_kl(dense, logits_of(run()))
                     positions += dense.shape[:-1].numel()
         finally:
             release_all(self.model)
@@ -440,36 +361,3 @@ class Search:
             for densities, is_window in layer.densities
         )
         return 1.0 if density is None else density
-
-
-def _name_layers(names: Sequence[str]) -> str:
-    """Layers by their place in the stack, or by their names where some have none."""
-    indices = [index_of(name) for name in names]
-    known = sorted({index for index in indices if index is not None})
-    return name_runs(runs_of(known), ", ") if len(known) == len(names) else ", ".join(names)
-
-
-def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() < 2:
-        raise TypeError(
-            "for a kl the model must return logits [..., vocabulary] or something with .logits, "
-            f"got {type(output).__name__}; give recall instead"
-        )
-    return logits
-
-
-def _sum_kl(dense: Tensor, other: Tensor) -> float:
-    """KL(dense || other) in nats, summed over positions; both logits [..., V]."""
-    total = 0.0
-    pairs = zip(*(t.flatten(0, -2).split(ROWS_PER_STEP) for t in (dense, other)), strict=True)
-    for rows in pairs:
-        p, q = (chunk.float().log_softmax(-1) for chunk in rows)
-        # What the dense model rules out weighs nothing.
-        terms = (p.exp() * (p - q)).masked_fill_(p == -math.inf, 0.0)
-        total += float(terms.sum(dtype=torch.float64))
-    if math.isnan(total):
-        raise ValueError(
-            "for a kl the model must return finite logits, got NaN; give recall instead"
-        )
-    return total
