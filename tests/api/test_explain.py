@@ -15,6 +15,8 @@ from unisparse_flex import Calibration, UniSparse, explain, optimize
 from unisparse_flex.command_line import CommandLine
 from unisparse_flex.optimization import optimize_layers
 from unisparse_flex.passes import DenseReason, SparseConfig, observe_calls
+from unisparse_flex.passes.calls import SdpaCall
+from unisparse_flex.passes.decision import forecast_call, refuse
 from unisparse_flex.passes.decision.call_forecast import CallForecast
 from unisparse_flex.passes.decision.cost_forecast import CallShape, forecast
 from unisparse_flex.reports import (
@@ -23,8 +25,9 @@ from unisparse_flex.reports import (
     chosen_densities,
     record_attention,
 )
+from unisparse_flex.reports.advice import SPARSER
 from unisparse_flex.reports.explain_table import short_names, terminal_columns, three_digits
-from unisparse_flex.reports.explanation import MASK_NOTE
+from unisparse_flex.reports.explanation import MASK_NOTE, _sparser_from
 from unisparse_flex.reports.wording import Wording
 from unisparse_flex.selectors import selector_of_quality
 
@@ -149,7 +152,7 @@ def test_the_table_holds_every_call_and_the_totals() -> None:
     assert lines[5] == f"[1] {DenseReason.EXCLUDED}"
     dense, decided = explanation.predicted_ms
     notes = " ".join(" ".join(lines[6:]).split())
-    assert notes.startswith("sparse from: the fewest keys (tokens) from which such a call is")
+    assert notes.startswith("sparse from: the fewest keys (tokens) from which such a call, of")
     lines = lines[lines.index(next(line for line in lines if line.startswith("predicted, att"))) :]
     assert lines[0] == (
         f"predicted, attention only: {three_digits(decided)} ms as decided, "
@@ -426,6 +429,42 @@ def at(quality: str, call: AttentionRecord) -> AttentionRecord:
     """The call with settings of the dial, decided by the cost model."""
     selector = selector_of_quality(quality)
     return replace(call, config=SparseConfig.of_model(selector, min_length=None))
+
+
+def grouped(length: int) -> SdpaCall:
+    """A causal call of four heads and two of keys, without memory."""
+    query, key = (torch.empty(1).expand(1, heads, length, 64) for heads in (4, 2))
+    return SdpaCall(query=query, key=key, value=key, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize("quality", ["high", "balanced"])
+def test_a_sparser_setting_is_named_from_a_length_at_which_it_is_sparse(quality: str) -> None:
+    config = SparseConfig.of_model(selector_of_quality(quality), min_length=None)
+    selector = selector_of_quality(SPARSER[quality])
+    sparser, in_part = replace(config, selector=selector), 0
+    for length in range(300, 6000, 50):
+        call = grouped(length)
+        if refuse(call, config) is not DenseReason.SLOWER:
+            continue
+        first = _sparser_from(call, config, DenseReason.SLOWER)
+        if first is None:
+            continue
+        assert refuse(grouped(max(first, length)), sparser) is None
+        known = forecast_call(call, selector)
+        in_part += known is not None and (known.break_even or 0) <= length < first
+    # Lengths at which the last block is full in part, and costs what is gained.
+    assert in_part
+
+
+def test_a_prompt_that_fills_its_last_block_in_part_is_told_of_whole_ones() -> None:
+    dense = replace(
+        at("fast", sparse_call(0, 0.5, 12.0, kv_len=4200)),
+        decision="dense",
+        density=None,
+        reason=DenseReason.SLOWER,
+    )
+    step = Explanation((dense,)).next_step
+    assert step.startswith("a longer prompt: sparse may be faster from about 4224 keys on")
 
 
 @pytest.mark.parametrize("density", [0.5, 0.95, 1.0])

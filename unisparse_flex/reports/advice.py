@@ -251,8 +251,17 @@ def _quality_in_force(calls: Sequence[AttentionRecord]) -> str | None:
 
 def _longer(calls: Sequence[AttentionRecord]) -> int | None:
     """Fewest keys from which a call is predicted faster sparse; ``None`` where some are reached."""
-    known = [p.break_even for call in calls if (p := call.prediction) is not None and p.break_even]
+    known = [found for call in calls if (found := _later(call)) is not None]
     return min(known) if known and min(known) > max(call.kv_len for call in calls) else None
+
+
+def _later(call: AttentionRecord) -> int | None:
+    """Fewest keys, in whole blocks, from which a call is predicted faster sparse, if it is not."""
+    found = None if call.prediction is None else call.prediction.break_even
+    if found is None or call.reason is not DenseReason.SLOWER or call.config is None:
+        return found
+    size = call.config.selector.block_size
+    return max(found, -(-call.kv_len // size) * size)
 
 
 def _may_be_faster(later: int) -> str:

@@ -25,8 +25,8 @@ HEADER = (
 # Above two of them and one: what the cost model says is no measurement.
 PREDICTED, SPARSE_FROM = "predicted ms", "sparse"
 FROM_NOTE = (
-    "sparse from: the fewest keys (tokens) from which such a call is predicted to be faster "
-    "sparse, at {expected}{none}{density}"
+    "sparse from: the fewest keys (tokens) from which such a call, of whole blocks, is predicted "
+    "to be faster sparse, at {expected}{none}{density}"
 )
 EXPECTED, ASSUMED = (
     "the density that is expected of the selector",

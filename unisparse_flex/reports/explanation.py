@@ -23,7 +23,7 @@ from ..optimization import registered_name
 from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import MULTIHEAD_TARGETS, keeps_window, logit_scale, refuse_multihead
 from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
-from ..passes.decision import flash_obstacle, forecast_call, lacks_kernel_for_mask
+from ..passes.decision import flash_obstacle, forecast_call, lacks_kernel_for_mask, refuse
 from ..wrapping import wrap
 from .advice import SPARSER, next_step, quality_of
 from .attention_record import AttentionRecord, sparse_densities
@@ -381,8 +381,16 @@ def _sparser_from(
     if config is None or reason is not DenseReason.SLOWER:
         return None
     sparser = SPARSER.get(quality_of(config.selector))
-    found = None if sparser is None else forecast_call(call, selector_of_quality(sparser))
-    return None if found is None else found.break_even
+    if sparser is None:
+        return None
+    selector = selector_of_quality(sparser)
+    found = forecast_call(call, selector)
+    if found is None or found.break_even is None:
+        return None
+    if refuse(call, replace(config, selector=selector)) is None:
+        return found.break_even
+    # The last block of this prompt is full in part, and computed whole.
+    return max(found.break_even, -(-call.key.shape[2] // selector.block_size) * selector.block_size)
 
 
 def _count_unjudged(call: SdpaCall, selection: BlockSelection) -> int:
