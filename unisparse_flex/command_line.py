@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 PROGRAM = "unisparse-flex"
@@ -15,6 +15,8 @@ SHARED_OPTIONS = (
     *("--text", "--tokens", "--selector", "--quality", "--dense-layers", "--backend"),
     *("--min-length", "--device", "--allow-download"),
 )
+# Of them, those that `calibrate` takes too, which has texts without an option.
+CALIBRATE_OPTIONS = ("--tokens", "--min-length", "--device", "--allow-download")
 # Those without a value.
 FLAGS = ("--allow-download",)
 
@@ -45,9 +47,24 @@ class CommandLine:
             options.pop(f"--{name.replace('_', '-')}", None)
             if value is not None:
                 options[f"--{name.replace('_', '-')}"] = (value,)
-        words = [PROGRAM, command, self.model]
-        for option in SHARED_OPTIONS:
-            if option in options:
-                values = options[option]
-                words += [part for value in values for part in (option, value)] or [option]
-        return shlex.join(words)
+        return shlex.join([PROGRAM, command, self.model, *_words(options, SHARED_OPTIONS)])
+
+    def write_calibrate(self, kl: float) -> str:
+        """The command that calibrates the model, on the run's text where one was given.
+
+        Args:
+            kl: Most KL to the dense model, in nats.
+        """
+        texts = self.options.get("--text", ("TEXT",))
+        options = _words(self.options, CALIBRATE_OPTIONS)
+        return shlex.join([PROGRAM, "calibrate", self.model, *texts, *options, "--kl", f"{kl:g}"])
+
+
+def _words(options: Mapping[str, tuple[str, ...]], known: Sequence[str]) -> list[str]:
+    """Those of the options that are known, in that order, with their values."""
+    words: list[str] = []
+    for option in known:
+        if option in options:
+            values = options[option]
+            words += [part for value in values for part in (option, value)] or [option]
+    return words

@@ -12,11 +12,11 @@ from .command_line import FLAGS, PROGRAM, SHARED_OPTIONS
 HELD = "\0"
 # As a shell reads it.
 WORD = r"""(?:'[^']*'|"[^"]*"|[^\s'"])+"""
-_TAKE_VALUES = "|".join(option for option in SHARED_OPTIONS if option not in FLAGS)
+_TAKE_VALUES = "|".join([*(o for o in SHARED_OPTIONS if o not in FLAGS), "--kl"])
 # What `CommandLine` writes, and what stands after "run: ", to its end.
 _OWN_LINE = re.compile(
     rf"(?<=\brun: )[^;]+;?"
-    rf"|\b{PROGRAM} (?:explain|quality|speed) {WORD}"
+    rf"|\b{PROGRAM} (?:(?:explain|quality|speed) {WORD}|calibrate {WORD} {WORD}(?= --))"
     rf"(?: (?:{_TAKE_VALUES}) {WORD}| (?:{'|'.join(FLAGS)})\S*)*"
 )
 _SHORT = re.compile(rf"\b(?:{PROGRAM} [\w-]+(?: --[\w-]+)*|pip install (?:--[\w-]+ )*\S+)")
@@ -57,7 +57,8 @@ def _parts(text: str) -> Iterator[tuple[str, bool]]:
     """Each command that gets a line, and what stands between them; whether it is one."""
     end = 0
     for found in _OWN_LINE.finditer(text):
-        if between := text[end : found.start()].rstrip():
+        between = text[end : found.start()].rstrip()
+        if between := between.lstrip() if end else between:
             yield between, False
         yield found[0].rstrip(), True
         end = found.end()

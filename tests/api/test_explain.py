@@ -306,6 +306,21 @@ def test_the_verdict_names_the_layers_to_leave_dense(slow: list[int], advice: st
     assert explanation.next_step.startswith("torch.compile(model)")
 
 
+def test_commands_go_on_with_the_layers_that_the_verdict_leaves_dense() -> None:
+    line = CommandLine("mine", {"--dense-layers": ("3",), "--quality": ("high",)})
+    slow = [sparse_call(i, 0.9, 12.0) for i in (0, 1)]
+    calls = (*slow, sparse_call(2, 0.2, 4.0), excluded(3))
+    found = Explanation(calls, wording=Wording(line))
+    assert found.verdict.endswith("leave them dense (--dense-layers 0-1,3)")
+    assert found.next_step == (
+        "unisparse-flex speed mine --quality high --dense-layers 0-1,3 times it compiled, "
+        "unisparse-flex quality mine --quality high --dense-layers 0-1,3 says what it changes in "
+        "what the model predicts"
+    )
+    # As typed where nothing is advised.
+    assert "--dense-layers 3 times" in replace(found, calls=calls[2:]).next_step
+
+
 def test_on_the_command_line_advice_names_its_options() -> None:
     slow = [0, 2, 3, 4]
     calls = [sparse_call(i, 0.97 if i in slow else 0.2, 12 if i in slow else 4) for i in range(8)]
@@ -373,20 +388,45 @@ def test_where_most_layers_are_excluded_advice_goes_by_the_others(line: CommandL
     )
 
 
-def test_sparse_layers_that_keep_all_beside_excluded_ones_are_not_called_diffuse() -> None:
+def test_of_layers_beside_sparse_ones_that_keep_all_nothing_is_said_to_be_known() -> None:
     kept = sparse_call(0, 0.999, 9.0)
     calls = (kept, *(excluded(i) for i in (1, 2, 3)))
+    bear = "; or state a loss to bear: calibrate(model, batches, kl=0.01)"
     assert Explanation(calls).next_step == (
-        "the sparse layer keeps nearly all of its blocks; 3 are dense by dense_layers: leave some "
-        "out of it"
+        "the sparse layer keeps nearly all of its blocks; layers 1-3 were not looked at: leave "
+        f"some out of dense_layers to look, or the model dense{bear}"
     )
+    one = (at("balanced", kept), at("balanced", sparse_call(1, 0.999, 9.0)), excluded(2))
+    assert Explanation(one).next_step == (
+        "the sparse layers keep nearly all of their blocks: attention is diffuse there; layer 2 "
+        f"was not looked at: leave it out of dense_layers to look, or the model dense{bear}"
+    )
+    unnamed = replace(excluded(2), layer="attention")
+    assert "; 1 layer was not looked at: " in Explanation((kept, unnamed)).next_step
     for wording in (Wording(calibrated=True), Wording(CommandLine(), calibrated=True)):
         assert Explanation((kept, *calls), wording=wording).next_step == (
             "the sparse layer keeps nearly all of its blocks; 3 are dense by the calibration: ask "
             "for a larger kl (or a smaller recall)"
         )
-    two = Explanation((kept, sparse_call(1, 0.999, 9.0), excluded(2))).next_step
-    assert two.startswith("the sparse layers keep nearly all of their blocks; 1 is dense by ")
+
+
+def test_where_attention_is_diffuse_a_loss_to_bear_is_a_way_out() -> None:
+    kept, slower = at("fast", sparse_call(0, 0.999, 9.0)), at("fast", sparse_call(0, 0.95, 12.0))
+    line = CommandLine("mine", {"--text": ("my.txt",), "--tokens": ("512",), "--quality": ("1",)})
+    forced = replace(slower, prediction=predicted(10, 12, None))
+    for call in (kept, slower, forced, replace(kept, config=None)):
+        found = Explanation((call,))
+        said = "or state a loss to bear: calibrate(model, batches, kl=0.01)"
+        assert said in found.next_step
+        command = "unisparse-flex calibrate mine my.txt --tokens 512 --kl 0.01"
+        assert said.replace("calibrate(model, batches, kl=0.01)", command) in (
+            replace(found, wording=Wording(line)).next_step
+        )
+        step = replace(found, wording=Wording(calibrated=True)).next_step
+        assert "or calibrate anew, for a larger kl" in step
+    step = Explanation((kept,), wording=Wording(CommandLine())).next_step
+    assert step.endswith("unisparse-flex calibrate MODEL TEXT --kl 0.01")
+    assert "loss" not in Explanation((at("fast", sparse_call(0, 0.5, 12.0)),)).next_step
 
 
 def test_a_calibration_is_told_by_the_model_that_it_is_in() -> None:
@@ -518,7 +558,8 @@ def test_where_nearly_all_blocks_are_kept_attention_is_said_to_be_diffuse(qualit
     assert found.verdict == "2 of 2 calls sparse, 100% of blocks: nothing is gained"
     assert found.next_step == (
         "leave the model dense: attention is diffuse here, as it is in short prompts and with "
-        "random weights, so that nearly all blocks are kept"
+        "random weights, so that nearly all blocks are kept; or state a loss to bear: "
+        "calibrate(model, batches, kl=0.01)"
     )
     short = Explanation((replace(kept, q_len=512, kv_len=512),)).next_step
     assert short.endswith("; a longer prompt may differ, from 4096 keys on")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -103,6 +104,33 @@ def test_no_prefill_is_predicted_where_a_module_projects_and_attends_in_one() ->
     assert explanation.sparse
     assert explanation.rest_ms is None
     assert "prefill" not in str(explanation)
+
+
+class Causal(nn.Module):
+    """Computes logits as the causal models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = create(Attention), nn.Linear(WIDTH, 64)
+
+    def forward(self, x: Tensor, logits_to_keep: int | Tensor = 0) -> Tensor:
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return self.head(self.attention(x)[:, kept])
+
+
+def test_a_rest_with_the_logits_of_every_position_is_said_to_have_them() -> None:
+    said = "with the logits of every position: explain(model, input_ids, logits_to_keep=1)"
+    model = optimize(Causal(), SELECTOR, min_length=0)
+
+    def table(**given: Any) -> str:
+        return " ".join(explain(model, X, **given).table().split())
+
+    assert said in table()
+    assert said in table(logits_to_keep=0)
+    assert "whole prefill" in table(logits_to_keep=1)
+    assert said not in table(logits_to_keep=1)
+    assert said not in table(logits_to_keep=torch.tensor([299]))
+    assert said not in explain(optimize(create(Attention), SELECTOR, min_length=0), X).table()
 
 
 def test_a_prefill_is_predicted_of_a_real_run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,19 @@ def test_a_command_that_output_names_has_a_line_of_its_own(columns, options):
     assert [text for text in lines if PROGRAM in text] == [f"  {speed}", f"  {quality}"]
     assert all(len(text) <= columns or PROGRAM in text for text in lines)
     assert " ".join(text.strip() for text in lines) == step
+    # Text after a command starts where the command does.
+    assert {len(text) - len(text.lstrip()) for text in lines[1:]} == {2}
+
+
+@pytest.mark.parametrize("text", ["TEXT", "my texts/it's one.txt"])
+def test_a_calibration_that_output_names_has_a_line_of_its_own(text):
+    line = CommandLine("./m", {"--text": (text,), "--tokens": ("1024",), "--quality": ("fast",)})
+    calibrate = line.write_calibrate(0.01)
+    assert shlex.split(calibrate)[1:] == (
+        ["calibrate", "./m", text, "--tokens", "1024", "--kl", "0.01"]
+    )
+    lines = wrap(f"words of some length; {calibrate} looks for others; and so on", 40)
+    assert f"  {calibrate}" in lines.splitlines()
 
 
 def test_prose_after_a_command_is_no_part_of_it():

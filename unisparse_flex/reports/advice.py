@@ -12,17 +12,20 @@ from ..passes import DenseReason
 from .attention_record import AttentionRecord, chosen_densities
 from .verdict import (
     BY_LENGTH,
-    DIFFUSE_HERE,
+    KL_TO_BEAR,
     MEASURED,
     PREDICTED,
     PYTHON,
+    SAID_DIFFUSE,
     excluded_layers,
     faster_calls,
     keeps_nearly_all,
     layer_index,
+    layers_to_leave_dense,
+    name_layers,
     slower_calls,
 )
-from .wording import Wording
+from .wording import Wording, name_runs, runs_of
 
 # Each quality, and the next that keeps fewer blocks.
 SPARSER: dict[str | None, str] = {"high": "balanced", "balanced": "fast"}
@@ -75,13 +78,16 @@ def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> st
     if keeps_nearly_all(sparse):
         if excluded := [call for call in calls if call.is_excluded]:
             return _where_others_are_excluded(sparse, excluded, wording)
-        return _where_nearly_all_is_kept(sparse)
+        return _where_nearly_all_is_kept(sparse, wording)
     if len(slower) == len(sparse):
         return _where_nothing_is_gained(slower, wording)
     fewer = SPARSER.get(_quality_in_force(sparse))
     line, step = wording.command_line, COMPILED
     if line is not None:
-        step = COMMANDS.format(speed=line.write("speed"), quality=line.write("quality"))
+        layers = layers_to_leave_dense(calls)
+        given = {"dense_layers": name_runs(runs_of(layers), ",")} if layers else {}
+        speed, quality = (line.write(command, **given) for command in ("speed", "quality"))
+        step = COMMANDS.format(speed=speed, quality=quality)
     elif wording.compiled:
         step = SAID_COMPILED
     if fewer is None:
@@ -129,15 +135,16 @@ def _other_settings(calls: Sequence[AttentionRecord], name: str) -> dict[str, An
     return kept | ({"dense_layers": tuple(sorted(layers))} if layers else {})
 
 
-def _where_nearly_all_is_kept(calls: Sequence[AttentionRecord]) -> str:
+def _where_nearly_all_is_kept(calls: Sequence[AttentionRecord], wording: Wording) -> str:
     """Of sparse calls that drop next to nothing, whatever the quality."""
     if _quality_in_force(calls) is not None:
-        step = f"leave the model dense: {DIFFUSE_HERE}, so that nearly all blocks are kept"
+        step = f"leave the model dense: {SAID_DIFFUSE}, so that nearly all blocks are kept"
     else:
         step = (
             "give the selector a smaller budget where that is what keeps nearly all blocks; else "
-            f"leave the model dense: {DIFFUSE_HERE}"
+            f"leave the model dense: {SAID_DIFFUSE}"
         )
+    step += _or_bear_a_loss(wording)
     later = _longer(calls)
     return f"{step}; a longer prompt may differ, from {later} keys on" if later else step
 
@@ -150,13 +157,29 @@ def _where_others_are_excluded(
     start = "the sparse layer keeps nearly all of its blocks"
     if not one:
         start = "the sparse layers keep nearly all of their blocks"
+    if _quality_in_force(sparse) is not None:
+        start += ": attention is diffuse there"
     count = len({call.layer for call in excluded})
-    verb = "is" if count == 1 else "are"
     if wording.calibrated:
-        way_out = "by the calibration: ask for a larger kl (or a smaller recall)"
-    else:
-        way_out = f"by {wording.name_of_dense_layers}: leave some out of it"
-    return f"{start}; {count} {verb} dense {way_out}"
+        verb = "is" if count == 1 else "are"
+        return (
+            f"{start}; {count} {verb} dense by the calibration: ask for a larger kl (or a smaller "
+            "recall)"
+        )
+    indices = sorted({i for call in excluded if (i := layer_index(call)) is not None})
+    layers = name_layers(indices) if len(indices) == count else counted(count, "layer")
+    verb, them = ("was", "it") if count == 1 else ("were", "some")
+    return (
+        f"{start}; {layers} {verb} not looked at: leave {them} out of "
+        f"{wording.name_of_dense_layers} to look, or the model dense{_or_bear_a_loss(wording)}"
+    )
+
+
+def _or_bear_a_loss(wording: Wording) -> str:
+    """What drops more of attention that is diffuse, after a step that leaves it dense."""
+    if wording.calibrated:
+        return "; or calibrate anew, for a larger kl"
+    return f"; or state a loss to bear: {wording.calibrate(KL_TO_BEAR)}"
 
 
 def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording) -> str:
@@ -165,8 +188,8 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
     share = sum(kept) / len(kept)
     if share >= DIFFUSE and quality == "fast":
         return (
-            f"leave the model dense: {DIFFUSE_HERE}, so that even {wording.quality('fast')} keeps "
-            f"{share:.0%} of the blocks"
+            f"leave the model dense: {SAID_DIFFUSE}, so that even {wording.quality('fast')} keeps "
+            f"{share:.0%} of the blocks{_or_bear_a_loss(wording)}"
         )
     if all(call.measured and _is_predicted_faster(call) for call in calls):
         return (
@@ -176,9 +199,10 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
     if all(_is_expected_faster(call) for call in calls):
         start = "these calls keep more blocks than is expected of the selector"
         if share >= DIFFUSE:
-            start += f" ({DIFFUSE_HERE})"
+            start += f" ({SAID_DIFFUSE})"
         if quality == "fast" or share >= ALL:
-            return f"{start}: leave them dense"
+            diffuse = share >= DIFFUSE
+            return f"{start}: leave them dense{_or_bear_a_loss(wording) if diffuse else ''}"
         if quality in SPARSER:
             fast = _setting(calls, wording, "quality", "fast")
             return f"{start}: {fast} keeps fewer; or leave them dense"

@@ -36,6 +36,10 @@ EXPECTED, ASSUMED = (
 AT_NO_LENGTH = "-"
 AT_NO_LENGTH_NOTE = " (-: at no length, at that density)"
 REST_RUN = "in one uncompiled run (a first run is slower)"
+ALL_LOGITS = (
+    ", with the logits of every position: explain(model, input_ids, logits_to_keep=1) computes the "
+    "last alone, as generate does"
+)
 LEFT = ("layer", "runs")
 # The place of a layer in its stack.
 INDEX = re.compile(r"(?<![^.])(\d+)(?![^.])")
@@ -50,7 +54,10 @@ def terminal_columns() -> int:
 
 
 def format_table(
-    calls: Sequence[AttentionRecord], columns: int, rest_ms: float | None = None
+    calls: Sequence[AttentionRecord],
+    columns: int,
+    rest_ms: float | None = None,
+    all_logits: bool = False,
 ) -> list[str]:
     """See `Explanation.table`; its lines."""
     if not calls:
@@ -95,7 +102,8 @@ def format_table(
         lines.append(
             wrap(
                 f"predicted, whole prefill: {decided} ms as decided, {dense} ms all dense; the "
-                f"rest of the model took {rest} ms here, {REST_RUN}",
+                f"rest of the model took {rest} ms here, {REST_RUN}"
+                f"{ALL_LOGITS if all_logits else ''}",
                 columns,
             )
         )

@@ -65,11 +65,14 @@ class Explanation:
         rest_ms: Milliseconds that this forward pass took outside attention, uncompiled; ``None``
             where that could not be told apart.
         wording: How advice spells settings: as Python's arguments or as the command's options.
+        all_logits: Whether the model computed logits of every position where it could have been
+            told not to, by ``logits_to_keep``.
     """
 
     calls: tuple[AttentionRecord, ...]
     rest_ms: float | None = None
     wording: Wording = PYTHON
+    all_logits: bool = False
 
     @property
     def sparse(self) -> tuple[AttentionRecord, ...]:
@@ -146,7 +149,7 @@ class Explanation:
         Args:
             columns: Most characters in a line; names of layers lose their beginnings for it.
         """
-        return "\n".join(format_table(self.calls, columns, self.rest_ms))
+        return "\n".join(format_table(self.calls, columns, self.rest_ms, self.all_logits))
 
     def __str__(self) -> str:
         columns = terminal_columns()
@@ -164,6 +167,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     decisions and selects the same blocks. An ``attn_mask`` is read for that; one that no formula
     says here may still be proved to be one where it is compiled, which has faster kernels and
     whose small sliding windows are kept whole.
+
+    What it says of the whole prefill is of this very forward pass: give ``logits_to_keep=1`` to a
+    causal model of transformers for a prefill as ``generate`` and the commands run it.
 
     Args:
         model: An optimized model, compiled or not; any other is explained as all dense.
@@ -189,7 +195,16 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         hint_at_tensors(args, kwargs, INPUTS),
     ):
         module(*args, **kwargs)
-    return Explanation(tuple(calls), clock.milliseconds, wording)
+    every = _computes_all_logits(module, kwargs)
+    return Explanation(tuple(calls), clock.milliseconds, wording, every)
+
+
+def _computes_all_logits(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """See `Explanation.all_logits`."""
+    known = inspect.signature(module.forward).parameters.get("logits_to_keep")
+    kept = None if known is None else kwargs.get("logits_to_keep", known.default)
+    # Of transformers: none is named, so all are computed.
+    return isinstance(kept, int) and kept == 0
 
 
 def _wording_of(module: nn.Module) -> Wording:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from ..command_line import CommandLine
 from ..counted import counted
 from ..nearly_all import NEARLY_ALL
 from ..passes import DenseReason
@@ -18,7 +19,14 @@ PYTHON = Wording()
 NO_GAIN, PREDICTED, MEASURED = "no gain", "predicted", "measured"
 # Why calls stay dense that could be sparse at this length.
 BY_LENGTH = (DenseReason.SLOWER, DenseReason.SHORT)
-DIFFUSE_HERE = "attention is diffuse here, as it is in short prompts and with random weights"
+SAID_DIFFUSE = "attention is diffuse here, as it is in short prompts and with random weights"
+# Most KL of the calibration that advice names.
+KL_TO_BEAR = 0.01
+# What `quality` says.
+DIFFUSE_HERE = (
+    f"{SAID_DIFFUSE}: under these settings it keeps nearly all blocks; "
+    f"{CommandLine().write_calibrate(KL_TO_BEAR)} looks for others, within a loss that you state"
+)
 # Of a ratio of times: less is nothing.
 LEAST_GAIN = 0.01
 NO_CALL = "no attention call was seen: the model computes attention itself or with its own kernels"
@@ -67,9 +75,9 @@ def verdict(
         density = [c.density or 0.0 for c in slower if layer_index(c) in indices]
         verb = "keeps" if len(indices) == 1 else "keep"
         parts.append(
-            f"{_name_layers(indices)} {verb} {sum(density) / len(density):.0%}: leave "
+            f"{name_layers(indices)} {verb} {sum(density) / len(density):.0%}: leave "
             f"{'it' if len(indices) == 1 else 'them'} dense "
-            f"({wording.dense_layers(sorted({*indices, *excluded_layers(calls)}))})"
+            f"({wording.dense_layers(layers_to_leave_dense(calls))})"
         )
     elif slower:
         parts.append(f"{len(slower)} of them {known} slower than dense: calibrate, or set top_k")
@@ -145,8 +153,17 @@ def slower_calls(sparse: Sequence[AttentionRecord]) -> list[AttentionRecord]:
     return [c for c in sparse if (times := c.milliseconds) is not None and times[1] > times[0]]
 
 
+def layers_to_leave_dense(calls: Sequence[AttentionRecord]) -> list[int]:
+    """What the verdict gives as ``dense_layers``, excluded layers among it; empty for no advice."""
+    sparse = [call for call in calls if call.decision == "sparse"]
+    if keeps_nearly_all(sparse) or len(slower_calls(sparse)) == len(sparse):
+        return []
+    indices = _slower_layers(sparse)
+    return sorted({*indices, *excluded_layers(calls)}) if indices else []
+
+
 def _slower_layers(sparse: Sequence[AttentionRecord]) -> list[int]:
-    """What to give as ``dense_layers``: indices of which every sparse call is slower."""
+    """Indices of which every sparse call is slower."""
     slower = slower_calls(sparse)
     faster = {layer_index(call) for call in sparse if call not in slower}
     return sorted({i for call in slower if (i := layer_index(call)) is not None} - faster)
@@ -170,5 +187,6 @@ def index_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _name_layers(indices: Sequence[int]) -> str:
+def name_layers(indices: Sequence[int]) -> str:
+    """Layers in words, such as ``"layers 0-2, 5"``."""
     return f"layer{'' if len(indices) == 1 else 's'} {name_runs(runs_of(indices), ', ')}"

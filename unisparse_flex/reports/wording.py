@@ -88,6 +88,12 @@ class Wording:
             f"optimize(model{arguments}); then explain it again"
         )
 
+    def calibrate(self, kl: float) -> str:
+        """What calibrates the model for a KL in nats."""
+        if self.command_line is not None:
+            return self.command_line.write_calibrate(kl)
+        return f"calibrate(model, batches, kl={kl:g})"
+
     def dense_layers(self, indices: Sequence[int]) -> str:
         """Layers that stay dense."""
         runs = runs_of(indices)
