@@ -231,7 +231,13 @@ def test_a_verdict_says_slower_and_that_times_scatter():
     slower, scattered = command.say_verdict(
         [row | {"speedup": 0.5, "times_ms": [10.0, 31.0]}], LINE
     )
-    assert "is slower: its first token takes 2.00 times as long as that of the fastest" in slower
+    assert slower == (
+        "At 9 tokens balanced is slower: its first token takes 2.00 times as long as that of the "
+        "fastest dense run, with 25% of the blocks; unisparse-flex explain MODEL says why."
+    )
+    line = CommandLine("mine", {"--quality": ("fast,high",), "--tokens": ("4096",)})
+    (options,) = command.say_verdict([row | {"speedup": 0.5, "setting": "high"}], line)
+    assert options.endswith("; unisparse-flex explain mine --tokens 9 --quality high says why.")
     assert scattered.startswith("Times of one way differ by up to 3.1 times")
     other = row | {"speedup": 1.5, "output_error": 0.042, "worst_output_error": 0.31}
     assert command.say_verdict([other | {"setting": "xattn"}], LINE) == [

@@ -309,10 +309,10 @@ def say_verdict(
         if row["tokens"] != longest or row["setting"] is None:
             continue
         start = f"At {longest} tokens {row['setting']}"
+        explain = write_explain(line, row["setting"], selector, longest)
         if row["error"] is not None:
             sentences.append(f"{start} could not be timed: {row['error']}")
         elif not row["sparse_calls"]:
-            explain = write_explain(line, row["setting"], selector, longest)
             sentences.append(f"{start} leaves every attention call dense; {explain} says why.")
         elif row["output_error"] is not None:
             speed = f"takes {row['ms']:.0f} ms"
@@ -322,7 +322,11 @@ def say_verdict(
         elif row["speedup"] is None:
             sentences.append(f"{start} takes {row['ms']:.0f} ms; no dense run could be timed.")
         else:
-            sentences.append(f"{start} {_compare(row)}, with {row['density']:.0%} of the blocks.")
+            slower = row["told_apart"] and row["speedup"] < 1.0
+            sentences.append(
+                f"{start} {_compare(row)}, with {row['density']:.0%} of the blocks"
+                + (f"; {explain} says why." if slower else ".")
+            )
     scatter = max(
         (max(row["times_ms"]) / min(row["times_ms"]) for row in rows if row["times_ms"]),
         default=1.0,
