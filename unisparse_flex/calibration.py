@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,11 @@ Setting = Selector | Literal["dense"]
 DENSE: Literal["dense"] = "dense"
 QUALITIES = ("recall", "kl")
 MAX_FILE_BYTES = 1_000_000
+# The longest prompt that was measured times this: what is reached at longer ones may differ much.
+MOST_LONGER = 2
 WAY_OUT = "write a new file with unisparse_flex.calibrate(...).save"
 # Of files that were written before there were these.
-OPTIONAL = {"uniform_density", "sizes"}
+OPTIONAL = {"uniform_density", "sizes", "lengths"}
 # What ``calibrate --json`` prints beside a calibration; a file may hold that.
 NOTES = "notes"
 _TEXTS = ("model", "unisparse_flex", "torch")
@@ -59,6 +62,8 @@ class Calibration:
         sizes: What tells the model from others of its class: how many layers it has of the named
             kinds, and its numbers of heads, by the names that it has for them. `optimize` warns of
             a model with others. Empty where nobody looked.
+        lengths: Numbers of keys of the calls that were measured, each once, from few to many: what
+            is reached at others was not looked at. Empty where the file is of before.
     """
 
     layers: Mapping[str, Setting]
@@ -71,6 +76,7 @@ class Calibration:
     torch: str
     uniform_density: float | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
+    lengths: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if self.quality not in QUALITIES:
@@ -96,12 +102,18 @@ class Calibration:
             if not isinstance(size, int) or isinstance(size, bool):
                 raise ValueError(f"sizes[{name!r}] must be an integer, got {size!r}; {WAY_OUT}")
         object.__setattr__(self, "layers", dict(self.layers))
+        _validate_lengths(self.lengths)
         object.__setattr__(self, "sizes", dict(self.sizes))
+        object.__setattr__(self, "lengths", tuple(self.lengths))
 
     @property
     def sparse_layers(self) -> dict[str, Selector]:
         """The layers that may run sparse."""
         return {name: s for name, s in self.layers.items() if isinstance(s, Selector)}
+
+    def is_far_beyond(self, tokens: int) -> bool:
+        """Whether a prompt is more than twice as long as the longest that was measured."""
+        return bool(self.lengths) and tokens > MOST_LONGER * max(self.lengths)
 
     def to_json(self) -> str:
         """The calibration as JSON, a line for each layer; equal ones give equal text."""
@@ -238,6 +250,17 @@ def _validate_number(value: object, name: str, highest: float) -> None:
     if not number or not 0.0 <= value <= highest:  # type: ignore[operator]
         rule = "of at least 0" if highest == LARGEST else f"in [0, {highest:g}]"
         raise ValueError(f"{name} must be a finite number {rule}, got {value!r}; {WAY_OUT}")
+
+
+def _validate_lengths(lengths: object) -> None:
+    rule = "lengths must be integers above 0, each once, from small to large"
+    if not isinstance(lengths, (list, tuple)):
+        raise ValueError(f"{rule}, got {lengths!r}; {WAY_OUT}")
+    for length in lengths:
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError(f"{rule}, got {length!r}; {WAY_OUT}")
+    if any(a >= b for a, b in pairwise(lengths)):
+        raise ValueError(f"{rule}, got {list(lengths)}; {WAY_OUT}")
 
 
 def _validate_text(value: object, name: str) -> None:

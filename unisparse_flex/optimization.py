@@ -78,8 +78,8 @@ def optimize(
             another number of layers or of heads. A quality in words, ``"paper"`` (the paper's
             policy) or a selector's text such as ``"UniSparse(top_p=0.95)"`` is taken here too.
         quality: ``"fast"``, ``"balanced"`` or ``"high"`` instead of ``selector``: how much of the
-            attention mass the default selector keeps. Or a number: 1 is ``"balanced"``, and larger
-            ones keep more blocks (`selectors.selector_of_quality`).
+            attention mass the default selector keeps. Or a number of at least 0.1: 1 is
+            ``"balanced"``, and larger ones keep more blocks (`selectors.selector_of_quality`).
         min_length: Fewest keys for which attention is sparse; shorter calls stay dense, as do
             calls of fewer queries than a block (decoding). By default a cost model decides for
             each call, from its shape and dtype and the device's rates; `explain` shows what it

@@ -190,6 +190,59 @@ def test_the_coarsest_setting_that_is_tried_is_told(
     assert said not in caplog.text
 
 
+def test_a_target_that_is_left_in_part_is_told_with_the_layers_that_nothing_cheaper_fits(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, logger="unisparse_flex")
+    said = r"more than half of the target is left: this layer stays dense \((\d)\), every setting"
+    # One setting drops much, and the other keeps all blocks.
+    ladder = (LADDER[0], replace(LADDER[0], top_p=1.0, threshold=None))
+    model = Unlike((40.0, 0.1, 0.1)).eval()
+    calibration = calibrate(model, [X], kl=0.1, ladder=ladder, min_length=0)
+    assert calibration.reached < 0.05
+    names = [name for name, setting in calibration.layers.items() if setting == ladder[0]]
+    assert names == ["layers.1", "layers.2"]
+    found_said = re.search(said, caplog.text)
+    assert found_said is not None
+    assert found_said[1] == "0"
+    # It is so: what costs less in that layer goes beyond the target.
+    cheaper = replace(calibration, layers=dict.fromkeys(calibration.layers, ladder[0]))
+    reference = model(X).log_softmax(-1)
+    optimize(model, cheaper, min_length=0)
+    assert compute_kl(reference, model(X).log_softmax(-1)) > 0.1
+    restore(model)
+    caplog.clear()
+    # A target of which most is used, and one that all layers may have.
+    for kl in (calibration.reached * 1.5, 1e3):
+        assert calibrate(model, [X], kl=kl, ladder=ladder, min_length=0).sparse_layers
+        assert "of the target is left" not in caplog.text
+
+
+def test_a_recall_that_is_left_in_part_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="unisparse_flex")
+    ladder = (LADDER[0], replace(LADDER[0], top_p=1.0, threshold=None))
+    model = Unlike((1.0, 1.0)).eval()
+    model.layers.append(OfBlocksOf16())
+    said = "half of the target is left: these layers stay dense (0-1), every setting that fits"
+    for recall, is_told in ((0.9, True), (0.7, False)):
+        caplog.clear()
+        calibration = calibrate(model, [X], recall=recall, ladder=ladder, min_length=0)
+        assert calibration.layers["layers.2"] == ladder[0]
+        assert (1.0 - calibration.reached < (1.0 - recall) / 2) is is_told
+        assert (DENSE in calibration.layers.values()) is is_told
+        assert (said in caplog.text) is is_told
+
+
+class OfBlocksOf16(nn.Module):
+    """Attention to what is alike, in one block each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        codes = torch.randn(1, 2, x.shape[1] // 16, 16, generator=generator)
+        alike = 20 * F.normalize(codes, dim=-1).repeat_interleave(16, dim=2)
+        return F.scaled_dot_product_attention(alike, alike, alike, is_causal=True)
+
+
 class Unlike(nn.Module):
     """Layers whose outputs are added up: what is dropped means more in some than in others."""
 
@@ -349,6 +402,22 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     calibration.save(tmp_path / "found.json")
     assert Calibration.load(tmp_path / "found.json") == calibration
     assert Calibration.load(str(tmp_path / "found.json")) == calibration
+
+
+def test_the_lengths_of_the_prompts_are_kept_and_not_asked_of_older_files() -> None:
+    model = create(Uneven)
+    prompts = [embeddings(300), X, embeddings(300)]
+    calibration = calibrate(model, prompts, recall=0.8, ladder=LADDER, min_length=0)
+    assert calibration.lengths == (300, X.shape[1])
+    assert Calibration.from_json(calibration.to_json()) == calibration
+    far = [calibration.is_far_beyond(n * X.shape[1] + 1) for n in (1, 2)]
+    assert far == [False, True]
+    assert not calibration.is_far_beyond(2 * X.shape[1])
+    older = json.loads(calibration.to_json())
+    del older["lengths"]
+    read = Calibration.from_json(json.dumps(older))
+    assert read == replace(calibration, lengths=())
+    assert not read.is_far_beyond(10**6)
 
 
 def test_a_path_optimizes_as_the_object_does_and_layers_differ(tmp_path: Path) -> None:
@@ -555,6 +624,10 @@ MALFORMED: list[tuple[Callable[[], str], str]] = [
     (changed(sizes=[]), r"sizes must map names to integers, got \[\]"),
     (changed(sizes={"layers": 2.5}), r"sizes\['layers'\] must be an integer, got 2.5"),
     (changed(sizes={"": 2}), "a name in sizes must be a text"),
+    (changed(lengths=7), "lengths must be integers above 0, each once, .* got 7"),
+    (changed(lengths=[7, 7]), r"from small to large, got \[7, 7\]"),
+    (changed(lengths=[0]), "lengths must be integers above 0, each once, .* got 0"),
+    (changed(lengths=[7.0]), "lengths must be integers above 0, each once, .* got 7.0"),
     (changed(layers=[]), r"layers must be a JSON object, got \[\]"),
     (changed(layers={}), "layers must map at least one"),
     (changed(layers={"": "dense"}), "a name in layers must be a text"),

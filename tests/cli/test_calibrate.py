@@ -50,7 +50,8 @@ def test_the_file_is_a_calibration_that_explain_takes(run, long_model, text, tmp
     assert found.sparse_layers
     explained = run("explain", long_model, "--selector", path, "--tokens", "300", "--json")
     assert explained.code == 0
-    assert f"calibrated for {found.quality}" in json.loads(explained.out)["settings"]["selector"]
+    said = f"calibrated at {TOKENS} tokens for {found.quality}"
+    assert said in json.loads(explained.out)["settings"]["selector"]
 
 
 def test_the_coarsest_setting_is_called_so(run, long_model, text, tmp_path):
@@ -62,6 +63,20 @@ def test_the_coarsest_setting_is_called_so(run, long_model, text, tmp_path):
         assert (said in " ".join(ran.out.split())) is coarsest
         values = json.loads(run("calibrate", long_model, text, *target, *options, "--json").out)
         assert (said in values["notes"]) is coarsest
+
+
+def test_what_is_left_of_a_target_is_told(run, long_model, text, tmp_path, monkeypatch):
+    said = "more than half of the target is left: this layer stays dense (0)"
+    monkeypatch.setattr(run_module, "say_room_left", lambda *_: said)
+    options = ("--kl", "100", "--tokens", TOKENS, "--min-length", "0", "-o", tmp_path / "c.json")
+    assert said in " ".join(run("calibrate", long_model, text, *options).out.split())
+    values = json.loads(run("calibrate", long_model, text, *options, "--json").out)
+    assert said in values["notes"]
+
+
+def test_help_asks_for_prompts_as_long_as_those_to_come(run):
+    text = " ".join(run("calibrate", "--help").out.split())
+    assert "prompts as long as those to come" in text
 
 
 def test_several_texts_are_all_read(run, long_model, text, tmp_path):

@@ -312,6 +312,37 @@ def test_a_calibration_of_another_model_is_told_once_in_a_line_without_its_place
         assert row["density"] == pytest.approx((1 + row["sparse_density"]) / 2)
 
 
+def test_a_calibration_is_named_with_its_lengths_and_what_lies_far_beyond(
+    run, model_folder, essay, tmp_path
+):
+    calibration = Calibration(
+        layers={f"model.layers.{index}.self_attn": read_selector(SMALL) for index in range(2)},
+        quality="kl",
+        target=0.01,
+        reached=0.005,
+        density=0.5,
+        model="LlamaForCausalLM",
+        unisparse_flex="0",
+        torch="2",
+        lengths=(200, 250),
+    )
+    path = tmp_path / "calibration.json"
+    calibration.save(path)
+    base = ("--text", essay, "--selector", path)
+    named = "calibration.json: calibrated at 200 to 250 tokens for kl 0.01, 2 layers sparse"
+    for tokens, far in ((500, ""), (501, "; its target was not looked at for 501 tokens")):
+        options = (*base, "--lengths", f"256,{tokens}", "-q")
+        ran = run("quality", model_folder, *options)
+        lines = ran.out.split("\n\n")[0].splitlines()
+        assert f"{named}{far}" in " ".join(line.strip() for line in lines)
+        assert max(map(len, lines)) <= 80
+        values = json.loads(run("quality", model_folder, *options, "--json").out)
+        assert values["selectors"] == {"calibration.json": f"{named}{far}"}
+        ran = run("explain", model_folder, *base, "--tokens", tokens, "-q", "--json")
+        explained = json.loads(ran.out)
+        assert explained["settings"]["selector"].endswith(f"{named}{far}")
+
+
 def test_names_are_those_of_the_library():
     from unisparse_flex import selectors
     from unisparse_flex.block_masks.selectors import QUALITIES
@@ -358,12 +389,21 @@ def test_a_verdict_is_of_the_longest_length_in_the_order_of_the_rows():
     means += [mean(9, "high", 1.0001), mean(9, "oracle", 1.0)]
     assert say_verdict(means, ["fast", "balanced", "high"]) == [
         "At 9 tokens fast keeps 34% of the blocks at a KL of 0.012: perplexity 10.0% below dense, "
-        "95% of the likeliest next tokens the same.",
+        "95.0% of the likeliest next tokens the same.",
         "At 9 tokens balanced keeps 34% of the blocks at a KL of 0.012: perplexity 1.0% above "
-        "dense, 95% of the likeliest next tokens the same.",
-        "At 9 tokens high keeps 34% of the blocks at a KL of 0.012: perplexity as dense, 95% of "
+        "dense, 95.0% of the likeliest next tokens the same.",
+        "At 9 tokens high keeps 34% of the blocks at a KL of 0.012: perplexity as dense, 95.0% of "
         "the likeliest next tokens the same.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("share", "said"), [(0.996, "99.6%"), (0.99951, "99.9%"), (1.0, "100.0%"), (0.94, "94.0%")]
+)
+def test_all_of_the_likeliest_tokens_are_the_same_only_where_they_are(share, said):
+    mean = {"tokens": 9, "setting": "high", "density": 0.3, "kl": 0.001}
+    (verdict,) = say_verdict([mean | {"perplexity_ratio": 1.0, "top1_agreement": share}], ["high"])
+    assert verdict.endswith(f", {said} of the likeliest next tokens the same.")
 
 
 def test_a_setting_that_keeps_nearly_all_is_said_to_gain_nothing(values):
@@ -400,9 +440,35 @@ def test_points_of_the_curve_lie_inside_the_chart_by_density_and_divergence():
     assert [point.y for point in curve.points] == sorted(point.y for point in curve.points)
     assert [point.kind for point in curve.points] == ["dial"] * 4 + ["other"]
     assert len(curve.line.split()) == 4
-    assert curve.divergences[0].label == f"{LEAST_KL:g}"
+    assert [tick.label for tick in curve.divergences[:2]] == ["0", "1e-05"]
     assert curve.points[4].y == curve.divergences[0].at
     assert re.fullmatch(r"\d+%", curve.densities[-1].label)
+
+
+def test_the_least_tick_is_0_only_where_a_divergence_is_drawn_higher_than_it_is():
+    def least(kl):
+        mean = {"setting": "high", "density": 1.0, "kl": kl}
+        return compute_curve([mean], dial=["high"]).divergences[0].label
+
+    assert [least(kl) for kl in (0.0, LEAST_KL / 2, LEAST_KL, 3e-6)] == ["0", "0", *["1e-06"] * 2]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.2, 0.79, 1.0])
+@pytest.mark.parametrize("names", [("high",), ("fast", "balanced", "high")])
+def test_labels_lie_on_no_number_or_name_of_the_axis(density, names):
+    means = [{"setting": name, "density": density, "kl": 0.0} for name in names]
+    curve = compute_curve(means, dial=names)
+    written = [
+        (tick.at - CHARACTER_WIDTH * len(tick.label) / 2, tick.label, curve.tick_line)
+        for tick in curve.densities
+    ]
+    written.append((curve.right - CHARACTER_WIDTH * len(curve.name), curve.name, curve.name_line))
+    for point in curve.points:
+        width = CHARACTER_WIDTH * len(point.label)
+        left = point.label_x if point.anchor == "start" else point.label_x - width
+        for start, text, line in written:
+            beside = left + width <= start or start + CHARACTER_WIDTH * len(text) <= left
+            assert beside or abs(point.label_y - line) >= LABEL_HEIGHT
 
 
 @pytest.mark.parametrize("density", [0.01, 0.5, 0.97])

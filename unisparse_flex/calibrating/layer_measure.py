@@ -79,6 +79,10 @@ class LayerMeasure:
         """The entries of `dropped`, `kept` or `cost` for a setting of each unit, added up."""
         return float(sums[list(choices), range(self.num_units)].sum())
 
+    def share(self, choices: Sequence[int]) -> float:
+        """Mass that is dropped with a setting of each unit, as a share of the layer's."""
+        return self.chosen(self.dropped, choices) / (self.mass or 1.0)
+
     def units(self) -> list[list[Choice]]:
         """The settings of each unit, as they are chosen from; mass as a share of the layer's."""
         shares = self.dropped / (self.mass or 1.0)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Settings in Python, which the command writes as options.
 MIN_LENGTH = "min_length=0"
+# Of a target: where less is used, it is said why.
+ROOM = 0.5
 FEWEST_BLOCKS = f"{MIN_LENGTH} for the fewest blocks instead of the least time"
 
 
@@ -84,6 +86,43 @@ def say_left_dense(search: Search, found: Calibration) -> str | None:
         f"at {tokens} tokens optimize leaves {which} dense too; sparse from {max(known)} on, "
         f"or with {MIN_LENGTH}"
     )
+
+
+def say_room_left(search: Search, found: Calibration) -> str | None:
+    """Why more than half of a target is left, where layers are dense that gain nothing within it.
+
+    What such a layer would add to a KL is taken from what was measured of it.
+    """
+    allowed, used = found.target, found.reached
+    if found.quality == "recall":
+        allowed, used = 1.0 - allowed, 1.0 - used
+    if not found.sparse_layers or used >= ROOM * allowed:
+        return None
+    dense = [name for name in search.layers if name not in found.sparse_layers]
+    stuck = [name for name in dense if _is_stuck(search, found, name, allowed - used)]
+    if not stuck:
+        return None
+    which = "this layer stays" if len(stuck) == 1 else "these layers stay"
+    return (
+        f"more than half of the target is left: {which} dense ({_name_layers(stuck)}), every "
+        "setting that fits costs as much as dense attention or more"
+    )
+
+
+def _is_stuck(search: Search, found: Calibration, name: str, room: float) -> bool:
+    """Whether no setting of a dense layer both costs less and stays within what is left."""
+    layer = search.layers[name]
+    if not layer.could_be_faster:
+        return True
+    settings = [(choice,) * layer.num_units for choice in range(len(search.ladder))]
+    cheaper = [each for each in settings if layer.chosen(layer.cost, each) < layer.dense_cost]
+    if search.per_head or not cheaper:
+        # Heads' settings have more combinations than can be ruled out.
+        return False
+    share = min(map(layer.share, cheaper))
+    if found.quality == "recall":
+        return share / sum(each.chooses for each in search.layers.values()) > room
+    return search.weights is not None and search.weights[name] * share > room
 
 
 def _say_finest(ladder: Sequence[Selector]) -> str:

@@ -18,7 +18,7 @@ from ..calibration import Calibration
 from ..catching import hint_at_tensors, is_intercepted
 from ..optimization import validate_model
 from ..progress import Progress
-from .outcome import say_left_dense, why_dense
+from .outcome import say_left_dense, say_room_left, why_dense
 from .search import Run, Search
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,8 @@ def calibrate(
         logger.warning("calibrate leaves every layer dense: %s", found.why_dense)
     if found.left_dense is not None:
         logger.warning("calibrate: %s", found.left_dense)
+    if found.room_left is not None:
+        logger.info("calibrate: %s", found.room_left)
     if found.is_coarsest:
         logger.info("calibrate found %s", COARSEST)
     return found.calibration
@@ -128,6 +130,8 @@ class Calibrated:
         why_dense: Why that leaves every layer dense; ``None`` if it does not.
         left_dense: Which sparse layers `optimize` leaves dense at these lengths; ``None`` if it
             leaves none.
+        room_left: Why more than half of the target is left, where layers are dense that gain
+            nothing within it; ``None`` elsewhere.
         is_coarsest: Whether it is the coarsest setting that is tried, so that the target is reached
             with room to spare.
     """
@@ -135,6 +139,7 @@ class Calibrated:
     calibration: Calibration
     why_dense: str | None
     left_dense: str | None
+    room_left: str | None
     is_coarsest: bool
 
 
@@ -191,6 +196,7 @@ def calibrate_or_say_why(
             calibration=found,
             why_dense=why_dense(search, found),
             left_dense=say_left_dense(search, found),
+            room_left=say_room_left(search, found),
             is_coarsest=search.is_coarsest,
         )
 

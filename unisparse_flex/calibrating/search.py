@@ -51,6 +51,8 @@ class Search:
     Attributes:
         is_coarsest: Whether the result is the coarsest that is tried: each layer at what costs
             least.
+        nearly_all: The density of what was found and dropped, where that gains nothing.
+        weights: By layer, the KL for the mass that it drops, where that was measured.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Search:
         self.model, self.runs, self.ladder = model, runs, ladder
         self.min_length, self.per_head, self.display = min_length, per_head, display
         self.is_coarsest = False
-        # The density of what was found and dropped, where that gains nothing.
+        self.weights: dict[str, float] | None = None
         self.nearly_all: float | None = None
         self.dense_logits: list[Tensor] = []
         self.all_layers: dict[str, LayerMeasure] = {}
@@ -121,7 +123,7 @@ class Search:
 
     def _reach_by_weight(self, kl: float) -> tuple[Plan, float] | None:
         """What reaches a KL on the frontier of mass that counts as `_weigh` says."""
-        weights = self._weigh()
+        weights = self.weights = self._weigh()
         if weights is None:
             return None
         names = list(self.layers)
@@ -144,7 +146,7 @@ class Search:
             By layer; ``None`` where layers cannot be told apart.
         """
         plan = {name: self._probe(name) for name in self.layers}
-        dropped = {name: self._share(name, choices) for name, choices in plan.items()}
+        dropped = {name: self.layers[name].share(choices) for name, choices in plan.items()}
         names = [n for n, share in dropped.items() if share > 0 and self.layers[n].could_be_faster]
         count = min(len(names), MOST_PROBES)
         if count < 2:
@@ -161,14 +163,9 @@ class Search:
         """The finest setting of a layer that drops enough to be measured, else the coarsest."""
         layer = self.layers[name]
         settings = [(choice,) * layer.num_units for choice in range(len(self.ladder))]
-        shares = [self._share(name, choices) for choices in settings]
+        shares = [self.layers[name].share(choices) for choices in settings]
         enough = [share for share in shares if share >= PROBED_SHARE]
         return settings[shares.index(min(enough, default=max(shares)))]
-
-    def _share(self, name: str, choices: Allocation) -> float:
-        """Mass that a layer drops, as a share of its own."""
-        layer = self.layers[name]
-        return layer.chosen(layer.dropped, choices) / (layer.mass or 1.0)
 
     def _bisect_kl(
         self,
@@ -351,6 +348,7 @@ class Search:
             unisparse_flex=__version__,
             torch=str(torch.__version__),
             sizes=attention_sizes(self.model, self.all_layers),
+            lengths=sorted({s.kv_len for layer in self.layers.values() for s in layer.shapes}),
         )
 
     def _density(self, plan: Plan) -> float:

@@ -102,7 +102,8 @@ def calibrate(
 ) -> None:
     """Find settings of each layer of MODEL that reach a stated quality on texts like yours.
 
-    Each TEXT is a UTF-8 file, or prose, code or topics (installed texts). Give --recall or --kl.
+    Each TEXT is a UTF-8 file, or prose, code or topics (installed texts). Give --recall or --kl,
+    and prompts as long as those to come (--tokens): the target was looked at for no others.
     Exits with 1, and writes nothing, where every layer would stay dense.
     """
     from ..calibrating import calibrate_or_say_why
@@ -170,6 +171,8 @@ def _remarks(calibrated: Calibrated, saved: str) -> list[str]:
         remarks.append(f"all layers stay dense: {_in_options(calibrated.why_dense)}")
     if calibrated.left_dense is not None:
         remarks.append(_in_options(calibrated.left_dense))
+    if calibrated.room_left is not None:
+        remarks.append(calibrated.room_left)
     if calibrated.is_coarsest:
         remarks.append(f"this is {COARSEST}")
     if saved:

@@ -12,6 +12,7 @@ import click
 
 from ..command_line import CommandLine
 from ..counted import counted
+from ..wrapping import wrap
 from . import PROGRAM
 from .arguments import ChecksFiles, check_quality, file_to_write, is_given, model_argument
 from .choices import TEXT_NAMES
@@ -24,7 +25,7 @@ from .options import (
     quiet_option,
     selector_option,
 )
-from .output import print_json, say_written, write_text
+from .output import print_json, say_source, say_written, write_text
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -202,11 +203,31 @@ def check_calibrations(
                 pass
 
 
-def describe_all(settings: Mapping[str, Selector | Calibration]) -> dict[str, str]:
-    """What is measured in words, by what it is called."""
+def describe_all(settings: Mapping[str, Selector | Calibration], tokens: int) -> dict[str, str]:
+    """What is measured in words, by what it is called.
+
+    Args:
+        settings: By what they are called.
+        tokens: Of the longest prompt.
+    """
     from .selectors import describe
 
-    return {name: describe(setting, name) for name, setting in settings.items()}
+    return {name: describe(setting, name, tokens) for name, setting in settings.items()}
+
+
+def head_lines(values: Mapping[str, Any]) -> list[str]:
+    """What both texts begin with: the model, where settings come from, the calibration.
+
+    Args:
+        values: The JSON values.
+    """
+    device = values["device"]
+    head = f"{values['model']}: {values['model_class']}, {device['dtype']} on {device['name']}"
+    lines = [wrap(head, COLUMNS), *say_source(values["settings"]["source"], COLUMNS)]
+    selector = values["settings"]["selector"] or ""
+    if selector.endswith(".json") and Path(selector).name in values["selectors"]:
+        lines.append(wrap(values["selectors"][Path(selector).name], COLUMNS))
+    return lines
 
 
 def write_explain(

@@ -234,7 +234,7 @@ def create_subject(
         )
     settings = {} if merged.source is None else {SOURCE: merged.source}
     settings |= {
-        "selector": describe(chosen, selector),
+        "selector": describe(chosen, selector, input_ids.shape[1]),
         "sparse from": "what the cost model predicts to be faster"
         if min_length is None
         else f"{counted(min_length, 'key')} (min_length)",

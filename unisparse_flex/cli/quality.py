@@ -29,6 +29,7 @@ from .measuring import (
     create_prompts,
     describe_all,
     describe_run,
+    head_lines,
     lengths_option,
     model_argument_of_command,
     quality_argument,
@@ -42,7 +43,6 @@ from .measuring import (
     write_results,
 )
 from .options import min_length_option, with_options
-from .output import say_source
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -405,7 +405,7 @@ def collect(
     from ..evaluation import mean_by_setting
 
     return {
-        "selectors": describe_all(settings),
+        "selectors": describe_all(settings, max(row.tokens for row in rows)),
         "rows": [row.to_json() for row in rows],
         "means": [
             {"tokens": tokens, "setting": setting, **means}
@@ -445,11 +445,17 @@ def say_verdict(
             continue
         sentences.append(
             f"{start} at a KL of {say_kl(mean['kl'])}: {say_perplexity(mean['perplexity_ratio'])}, "
-            f"{mean['top1_agreement']:.0%} of the likeliest next tokens the same."
+            f"{say_agreement(mean['top1_agreement'])} of the likeliest next tokens the same."
         )
     if any(name in QUALITY_NAMES for name in useless):
         sentences.append(f"{DIFFUSE_HERE[0].upper()}{DIFFUSE_HERE[1:]}.")
     return sentences
+
+
+def say_agreement(share: float) -> str:
+    """A share with one decimal; all of it only where that is so, in the mean of texts too."""
+    said = f"{share:.1%}"
+    return "99.9%" if said == "100.0%" and share < 1.0 else said
 
 
 def say_perplexity(ratio: float) -> str:
@@ -462,9 +468,7 @@ def say_perplexity(ratio: float) -> str:
 
 def format_quality(values: dict[str, Any]) -> str:
     """The tables for a terminal of 80 columns."""
-    device = values["device"]
-    head = f"{values['model']}: {values['model_class']}, {device['dtype']} on {device['name']}"
-    lines = [wrap(head, COLUMNS), *say_source(values["settings"]["source"], COLUMNS)]
+    lines = head_lines(values)
     for (tokens, text), group in groupby(values["rows"], lambda row: (row["tokens"], row["text"])):
         rows = list(group)
         first = rows[0]
@@ -479,7 +483,7 @@ def format_quality(values: dict[str, Any]) -> str:
                 f"{row['kl']:.4f}",
                 f"{row['perplexity']:.3f}",
                 f"{row['perplexity_ratio']:.3f}",
-                f"{row['top1_agreement']:.1%}",
+                say_agreement(row["top1_agreement"]),
             )
             for row in rows
         ]

@@ -31,10 +31,24 @@ def parse_quality(name: str) -> Selector:
     return selector_of_quality(name if name in QUALITIES else float(name))
 
 
-def describe(selector: Selector | Calibration, text: str) -> str:
-    """A selector in words for reports."""
+def describe(selector: Selector | Calibration, text: str, tokens: int) -> str:
+    """A selector in words for reports.
+
+    Args:
+        selector: Which.
+        text: What it is called.
+        tokens: Of the longest prompt that it is used for.
+    """
     if isinstance(selector, Selector):
         return selector.text
     layers = counted(len(selector.sparse_layers), "layer")
     target = f"{selector.quality} {selector.target:g}"
-    return f"{text}: calibrated for {target}, {layers} sparse"
+    lengths = selector.lengths
+    at = ""
+    if lengths:
+        first = "" if len(lengths) == 1 else f"{min(lengths)} to "
+        at = f" at {first}{counted(max(lengths), 'token')}"
+    far = ""
+    if selector.is_far_beyond(tokens):
+        far = f"; its target was not looked at for {counted(tokens, 'token')}"
+    return f"{text}: calibrated{at} for {target}, {layers} sparse{far}"

@@ -26,6 +26,7 @@ from .measuring import (
     create_prompts,
     describe_all,
     describe_run,
+    head_lines,
     lengths_option,
     model_argument_of_command,
     quality_argument,
@@ -38,7 +39,6 @@ from .measuring import (
     write_results,
 )
 from .options import min_length_option, text_option, with_options
-from .output import say_source
 
 if TYPE_CHECKING:
     from ..evaluation import LoadedRival
@@ -218,7 +218,7 @@ def speed(
             "repeats": turns,
             **merged.sparsity,
         },
-        "selectors": describe_all(settings),
+        "selectors": describe_all(settings, prompts[-1].tokens),
         "rows": rows,
         "against": found_rivals,
         "verdict": [*interrupted, *say_verdict(rows, line, selector)],
@@ -360,9 +360,7 @@ def say_speed(speedup: float) -> str:
 
 def format_speed(values: dict[str, Any]) -> str:
     """The tables for a terminal of 80 columns."""
-    device = values["device"]
-    head = f"{values['model']}: {values['model_class']}, {device['dtype']} on {device['name']}"
-    lines = [wrap(head, COLUMNS), *say_source(values["settings"]["source"], COLUMNS)]
+    lines = head_lines(values)
     for tokens in dict.fromkeys(row["tokens"] for row in values["rows"]):
         lines += ["", f"{tokens} tokens"]
         lines.append(_cells("run", "ms", "over dense", "density", "KL", "first call"))
@@ -395,9 +393,9 @@ def format_speed(values: dict[str, Any]) -> str:
 
 
 def _cells(name: str, *numbers: str) -> str:
-    widths = (12, 12, 9, 9, 12)
+    widths = (9, 11, 8, 8, 11)
     cells = (f"{number:>{width}}" for number, width in zip(numbers, widths, strict=True))
-    return f"  {shorten_end(name, 22):22}" + "".join(cells)
+    return f"  {shorten_end(name, 30):30}" + "".join(cells)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -13,6 +13,9 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 24, 30, 40
 LEAST_KL = 1e-6
 LABEL_GAP, CHARACTER_WIDTH = 10, 7.5
 LABEL_HEIGHT = 14
+# The lines, from the bottom of the chart, on which the axis of densities has its numbers and name.
+TICK_BELOW, NAME_BELOW = 19, 35
+AXIS_NAME = "blocks kept of those visible"
 # A label is right of its point, above the falling line, or left and below; elsewhere where another
 # label lies there.
 ABOVE, BELOW = -7, 18
@@ -25,7 +28,12 @@ PLACES = (
     ("end", BELOW + LABEL_HEIGHT),
     ("start", BELOW + LABEL_HEIGHT),
     ("end", ABOVE - LABEL_HEIGHT),
+    ("start", ABOVE - 2 * LABEL_HEIGHT),
+    ("end", ABOVE - 2 * LABEL_HEIGHT),
 )
+
+# Left, right, top and bottom.
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +88,9 @@ class Curve:
         left: Where the densities begin.
         right: Where they end.
         bottom: Where the least divergence lies.
+        tick_line: What the numbers of the densities stand on.
+        name_line: What the name of their axis stands on.
+        name: That name.
     """
 
     points: Sequence[Point]
@@ -91,6 +102,9 @@ class Curve:
     left: int = LEFT
     right: int = WIDTH - RIGHT
     bottom: int = HEIGHT - BOTTOM
+    tick_line: int = HEIGHT - BOTTOM + TICK_BELOW
+    name_line: int = HEIGHT - BOTTOM + NAME_BELOW
+    name: str = AXIS_NAME
 
 
 def compute_curve(means: Sequence[Mapping[str, Any]], *, dial: Collection[str]) -> Curve:
@@ -103,6 +117,7 @@ def compute_curve(means: Sequence[Mapping[str, Any]], *, dial: Collection[str]) 
     exponents = [math.log10(max(mean["kl"], LEAST_KL)) for mean in means] or [0.0]
     low, high = math.floor(min(exponents)), math.ceil(max(exponents))
     high = max(high, low + 1)
+    is_cut = any(mean["kl"] < LEAST_KL for mean in means)
 
     def x_of(density: float) -> float:
         return round(LEFT + density * (WIDTH - LEFT - RIGHT), 1)
@@ -110,8 +125,9 @@ def compute_curve(means: Sequence[Mapping[str, Any]], *, dial: Collection[str]) 
     def y_of(exponent: float) -> float:
         return round(TOP + (high - exponent) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
 
+    densities = [Tick(at=x_of(n / 5), label=f"{20 * n}%") for n in range(6)]
     points: list[Point] = []
-    taken: list[tuple[float, float, float, float]] = []
+    taken = _boxes_below(densities)
     for mean, exponent in zip(means, exponents, strict=False):
         x, y, name = x_of(mean["density"]), y_of(exponent), mean["setting"]
         anchor, shift, box = _place(x, y, CHARACTER_WIDTH * len(name), taken)
@@ -132,14 +148,32 @@ def compute_curve(means: Sequence[Mapping[str, Any]], *, dial: Collection[str]) 
     return Curve(
         points=points,
         line=" ".join(f"{point.x},{point.y}" for point in joined),
-        densities=[Tick(at=x_of(n / 5), label=f"{20 * n}%") for n in range(6)],
-        divergences=[Tick(at=y_of(n), label=f"{10.0**n:g}") for n in range(low, high + 1)],
+        densities=densities,
+        divergences=[
+            # What is drawn there is as good as 0, and may be it.
+            Tick(at=y_of(n), label="0" if n == low and is_cut else f"{10.0**n:g}")
+            for n in range(low, high + 1)
+        ],
     )
 
 
-def _place(
-    x: float, y: float, width: float, taken: Sequence[tuple[float, float, float, float]]
-) -> tuple[str, int, tuple[float, float, float, float]]:
+def _boxes_below(ticks: Sequence[Tick]) -> list[Box]:
+    """Where the numbers and the name of the axis stand, below the chart."""
+    bottom = HEIGHT - BOTTOM
+    widths = [CHARACTER_WIDTH * len(tick.label) / 2 for tick in ticks]
+    line = bottom + TICK_BELOW
+    numbers = [
+        (tick.at - half, tick.at + half, line - LABEL_HEIGHT, line)
+        for tick, half in zip(ticks, widths, strict=True)
+    ]
+    right, line = WIDTH - RIGHT, bottom + NAME_BELOW
+    return [
+        *numbers,
+        (right - CHARACTER_WIDTH * len(AXIS_NAME), right, line - LABEL_HEIGHT, line),
+    ]
+
+
+def _place(x: float, y: float, width: float, taken: Sequence[Box]) -> tuple[str, int, Box]:
     """The first of `PLACES` for a label that is inside and free: its anchor, shift and box."""
     boxes = []
     for anchor, shift in PLACES:
@@ -152,5 +186,5 @@ def _place(
     return inside[0]
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
