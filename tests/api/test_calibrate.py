@@ -218,6 +218,23 @@ def test_a_target_that_is_left_in_part_is_told_with_the_layers_that_nothing_chea
         assert "of the target is left" not in caplog.text
 
 
+@pytest.mark.parametrize("weight", [None, 1e-9])
+def test_of_a_layer_whose_cheaper_settings_may_fit_nothing_is_told(
+    weight: float | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, logger="unisparse_flex")
+
+    def weigh(search: Search) -> dict[str, float] | None:
+        return None if weight is None else dict.fromkeys(search.layers, weight)
+
+    monkeypatch.setattr(Search, "_weigh", weigh)
+    ladder = (LADDER[0], replace(LADDER[0], top_p=1.0, threshold=None))
+    calibration = calibrate(Unlike((0.1, 40.0)).eval(), [X], kl=0.1, ladder=ladder, min_length=0)
+    assert calibration.reached < 0.05
+    assert calibration.layers == {"layers.0": ladder[0], "layers.1": DENSE}
+    assert "of the target is left" not in caplog.text
+
+
 def test_a_recall_that_is_left_in_part_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="unisparse_flex")
     ladder = (LADDER[0], replace(LADDER[0], top_p=1.0, threshold=None))

