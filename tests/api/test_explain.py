@@ -296,6 +296,10 @@ def sparse_call(
         ([2], "layer 2 keeps 97%: leave it dense (dense_layers=(2,))"),
         ([0, 1, 2, 3], "layers 0-3 keep 97%: leave them dense (dense_layers=(0,1,2,3))"),
         ([0, 1, 2, 3, 4], "layers 0-4 keep 97%: leave them dense (dense_layers=range(0, 5))"),
+        (
+            [0, 1, 2, 4, 5],
+            "layers 0-2, 4-5 keep 97%: leave them dense (dense_layers=(*range(0,3),4,5))",
+        ),
         ([0, 2, 3], "layers 0, 2-3 keep 97%: leave them dense (dense_layers=(0,2,3))"),
     ],
 )
@@ -352,12 +356,14 @@ def test_what_is_next_depends_on_why_nothing_is_gained() -> None:
     dense = AttentionRecord(layer="a", q_len=1024, kv_len=1024, decision="dense")
     slower = replace(dense, reason=DenseReason.SLOWER, prediction=predicted(1, 2))
     never = replace(slower, prediction=predicted(1, 2, None))
-    may_be = "sparse may be faster from about 4096 keys on, at the density expected there"
-    assert Explanation((slower, never)).next_step.startswith(f"a longer prompt: {may_be}; ")
+    may_be = "sparse may be faster from about 4096 keys on (in whole blocks), at the density"
+    assert Explanation((slower, never)).next_step.startswith(
+        f"a longer prompt: {may_be} expected there; "
+    )
     assert "keys on" not in Explanation((never,)).next_step
     forced = Explanation((sparse_call(0, 0.9, 12, kv_len=1024),)).next_step
     assert forced.startswith("calls are sparse because of min_length: dense is predicted faster")
-    assert forced.endswith(f"at this length; {may_be}")
+    assert forced.endswith(f"at this length; {may_be} expected there")
     plain = Explanation((replace(dense, reason=DenseReason.NOT_OPTIMIZED),))
     assert "unisparse_flex.optimize(model)" in plain.next_step
     assert plain.verdict == f"the only call stays dense: {DenseReason.NOT_OPTIMIZED}"
@@ -538,11 +544,11 @@ def test_dense_at_high_is_said_to_be_exact_and_from_where_balanced_is_sparse() -
     assert call.sparser_from == balanced.prediction.break_even
     assert "all attention is dense and the output exact" in explanation.next_step
     assert (
-        f"optimize(model, quality='balanced') would be sparse from {call.sparser_from} keys on"
-        in replace(explanation, calls=(call,)).next_step
+        f"optimize(model, quality='balanced') would be sparse from {call.sparser_from} keys on, "
+        "by the density expected" in replace(explanation, calls=(call,)).next_step
     ) is (call.sparser_from is not None)
     known = replace(call, sparser_from=7168)
-    balanced_step = "optimize(model, quality='balanced') would be sparse from 7168 keys on"
+    balanced_step = "optimize(model, quality='balanced') would be sparse from 7168 keys on, by"
     assert balanced_step in Explanation((known,)).next_step
     assert explanation.next_step.endswith(
         "optimize(model, quality='high', min_length=0) makes calls sparse all the same, though "

@@ -259,7 +259,8 @@ def test_arguments_are_checked_before_a_model_is_loaded(
 
 
 def test_every_line_fits_in_80_columns(run, model_folder, monkeypatch):
-    monkeypatch.setattr(timing, "run_compiled", lambda call, config: call.run_dense())
+    # Faster than dense attention, whatever else the machine does.
+    monkeypatch.setattr(timing, "run_compiled", lambda call, config: call.query)
     ran = run("explain", model_folder, *SPARSE, "--tokens", "300", "--measure")
     lines = [line for line in ran.out.splitlines() if str(model_folder) not in line]
     assert max(map(len, lines)) <= 80

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unisparse_flex import UniSparse, explain, optimize, restore
 from unisparse_flex.evaluation.model import LoadedModel, load_smollm2
@@ -68,3 +70,16 @@ def test_the_default_selector_compiled_is_close_to_dense_but_not_dense(
         output[0].log_softmax(-1), dense[0].log_softmax(-1), reduction="batchmean", log_target=True
     )
     assert divergence < 0.1
+
+
+def test_a_folder_of_the_dequantised_weights_is_the_same_model(
+    smollm2: LoadedModel, input_ids: Tensor, dense: Tensor, tmp_path: Path
+) -> None:
+    smollm2.model.save_pretrained(tmp_path)
+    smollm2.tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert logits(again, input_ids).equal(dense)
+    text = smollm2.tokenizer.decode(input_ids[0, :99])
+    assert tokenizer(text).input_ids == smollm2.tokenizer(text).input_ids
+    again.save_pretrained(tmp_path / "again")

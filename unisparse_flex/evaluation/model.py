@@ -127,12 +127,25 @@ def load_smollm2(device: torch.device | None = None) -> LoadedModel:
             attn_implementation="sdpa",
             local_files_only=True,
         )
+    _forget_quantisation(model)
     return LoadedModel(
         model=model.to(device, dtype).eval(),
         tokenizer=load_tokenizer(),
         device=device,
         dtype=dtype,
     )
+
+
+def _forget_quantisation(model: Any) -> None:
+    """The weights were dequantised: as long as the model says otherwise nothing saves it."""
+    for owner, name in (
+        (model.config, "quantization_config"),
+        (model, "hf_quantizer"),
+        (model, "is_quantized"),
+        (model, "quantization_method"),
+    ):
+        if name in vars(owner):
+            delattr(owner, name)
 
 
 @contextlib.contextmanager

@@ -251,7 +251,9 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
     sparser = [call.sparser_from for call in calls if call.sparser_from is not None]
     if quality in SPARSER and sparser:
         sparser_one = _setting(calls, wording, "quality", SPARSER[quality])
-        parts.append(f"{sparser_one} would be sparse from {min(sparser)} keys on")
+        parts.append(
+            f"{sparser_one} would be sparse from {min(sparser)} keys on, by the density expected"
+        )
     parts.append(f"{forced} makes calls sparse all the same, though {_known(calls)} slower")
     return "; ".join(parts)
 
@@ -290,7 +292,9 @@ def _later(call: AttentionRecord) -> int | None:
 
 def _may_be_faster(later: int) -> str:
     """What is known of longer prompts, which may keep more than is expected."""
-    return f"may be faster from about {later} keys on, at the density expected there"
+    return (
+        f"may be faster from about {later} keys on (in whole blocks), at the density expected there"
+    )
 
 
 def _is_predicted_faster(call: AttentionRecord) -> bool:

@@ -99,9 +99,17 @@ class Wording:
         runs = runs_of(indices)
         if self.command_line:
             return f"--dense-layers {name_runs(runs, ',')}"
-        if len(indices) > 4 and len(runs) == 1:
+        if len(indices) <= 4:
+            return f"dense_layers={tuple(indices)!r}".replace(" ", "")
+        if len(runs) == 1:
             return f"dense_layers=range({indices[0]}, {indices[-1] + 1})"
-        return f"dense_layers={tuple(indices)!r}".replace(" ", "")
+        parts = [
+            f"*range({first},{last + 1})"
+            if last > first + 1
+            else ",".join(map(str, sorted({first, last})))
+            for first, last in runs
+        ]
+        return f"dense_layers=({','.join(parts)})"
 
 
 def runs_of(indices: Sequence[int]) -> list[tuple[int, int]]:
