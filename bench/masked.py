@@ -290,7 +290,8 @@ class Bench:
             seconds = guarded(row, name, partial(host_seconds, call, HOST_CALLS))
             row[f"{name}_us"] = None if seconds is None else seconds * 1e6
         for name in ("dense", "sparse"):
-            further = partial(self._further_us, mask, (*given, ids), settings, name == "sparse")
+            own = settings if name == "sparse" else None
+            further = partial(self._further_us, mask, (*given, ids), own)
             row[f"{name}_further_us"] = guarded(row, f"{name}_further", further)
         yield row
 
@@ -298,15 +299,20 @@ class Bench:
         self,
         mask: Callable[[Tensor], Tensor] | None,
         given: Sequence[Tensor],
-        settings: dict[str, Any],
-        sparse: bool,
+        settings: dict[str, Any] | None,
     ) -> float:
-        """Microseconds of each further call of a compiled forward, whose guards and mask it has."""
+        """Microseconds of each further call of a compiled forward, whose guards and mask it has.
+
+        Args:
+            mask: As of `Masked`.
+            given: Its inputs.
+            settings: Arguments of `optimize`; ``None`` leaves it alone.
+        """
         seconds = []
         for calls in (FEW, MANY):
             torch._dynamo.reset()
             model = Masked(mask, calls)
-            if sparse:
+            if settings is not None:
                 unisparse_flex.optimize(model, **settings)
             run = torch.compile(model, dynamic=False)
             seconds.append(host_seconds(partial(run, *given), -(-HOST_CALLS // calls)))

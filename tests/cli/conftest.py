@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from unisparse_flex import Calibration, UniSparse
 from unisparse_flex.cli import main
 
 SELECTOR = "UniSparse(block_size=32, c_q=8, c_k=8, top_p=0.5)"
@@ -66,3 +67,26 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
         return Ran(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def save_calibration(tmp_path: Path) -> Callable[[int, tuple[int, ...]], Path]:
+    """Writes the file of a calibration: of so many layers, at these lengths."""
+
+    def save(layers: int, lengths: tuple[int, ...]) -> Path:
+        selector = UniSparse(block_size=32, c_q=8, c_k=8, top_p=0.3)
+        path = tmp_path / "calibration.json"
+        Calibration(
+            layers={f"model.layers.{index}.self_attn": selector for index in range(layers)},
+            quality="kl",
+            target=0.01,
+            reached=0.005,
+            density=0.5,
+            model="LlamaForCausalLM",
+            unisparse_flex="0",
+            torch="2",
+            lengths=lengths,
+        ).save(path)
+        return path
+
+    return save

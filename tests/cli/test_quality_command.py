@@ -313,21 +313,9 @@ def test_a_calibration_of_another_model_is_told_once_in_a_line_without_its_place
 
 
 def test_a_calibration_is_named_with_its_lengths_and_what_lies_far_beyond(
-    run, model_folder, essay, tmp_path
+    run, model_folder, essay, save_calibration
 ):
-    calibration = Calibration(
-        layers={f"model.layers.{index}.self_attn": read_selector(SMALL) for index in range(2)},
-        quality="kl",
-        target=0.01,
-        reached=0.005,
-        density=0.5,
-        model="LlamaForCausalLM",
-        unisparse_flex="0",
-        torch="2",
-        lengths=(200, 250),
-    )
-    path = tmp_path / "calibration.json"
-    calibration.save(path)
+    path = save_calibration(2, (200, 250))
     base = ("--text", essay, "--selector", path)
     named = "calibration.json: calibrated at 200 to 250 tokens for kl 0.01, 2 layers sparse"
     for tokens, far in ((500, ""), (501, "; its target was not looked at for 501 tokens")):

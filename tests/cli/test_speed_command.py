@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.cli.test_page import FETCHING_TAGS, Page
-from unisparse_flex import Calibration, UniSparse, evaluation
+from unisparse_flex import evaluation
 from unisparse_flex.cli import models
 from unisparse_flex.cli import speed as command
 from unisparse_flex.command_line import CommandLine
@@ -281,20 +281,10 @@ def test_no_gain_is_claimed_that_may_be_noise(density, sparse, dense, told_apart
         ) is not told_apart
 
 
-def test_the_name_of_a_calibration_s_file_is_not_cut(run, model_folder, uncompiled, tmp_path):
-    calibration = Calibration(
-        layers={"model.layers.0.self_attn": UniSparse(block_size=32, c_q=8, c_k=8, top_p=0.3)},
-        quality="kl",
-        target=0.01,
-        reached=0.005,
-        density=0.5,
-        model="LlamaForCausalLM",
-        unisparse_flex="0",
-        torch="2",
-        lengths=(100,),
-    )
-    path = tmp_path / "calibration.json"
-    calibration.save(path)
+def test_the_name_of_a_calibration_s_file_is_not_cut(
+    run, model_folder, uncompiled, save_calibration
+):
+    path = save_calibration(1, (100,))
     options = ("--lengths", "256", "--repeats", "1", "--min-length", "0", "-q")
     ran = run("speed", model_folder, "--selector", path, *options)
     assert ran.code == 0, ran.err

@@ -163,7 +163,7 @@ class Search:
         """The finest setting of a layer that drops enough to be measured, else the coarsest."""
         layer = self.layers[name]
         settings = [(choice,) * layer.num_units for choice in range(len(self.ladder))]
-        shares = [self.layers[name].share(choices) for choices in settings]
+        shares = [layer.share(choices) for choices in settings]
         enough = [share for share in shares if share >= PROBED_SHARE]
         return settings[shares.index(min(enough, default=max(shares)))]
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..block_masks.selectors import QUALITIES, Selector, selector_of_quality
 from ..counted import counted
 from ..passes import DenseReason
-from .attention_record import AttentionRecord, chosen_densities
+from .attention_record import AttentionRecord, chosen_densities, fill_blocks
 from .verdict import (
     BY_LENGTH,
     KL_TO_BEAR,
@@ -286,8 +286,7 @@ def _later(call: AttentionRecord) -> int | None:
     found = None if call.prediction is None else call.prediction.break_even
     if found is None or call.reason is not DenseReason.SLOWER or call.config is None:
         return found
-    size = call.config.selector.block_size
-    return max(found, -(-call.kv_len // size) * size)
+    return max(found, fill_blocks(call.kv_len, call.config.selector.block_size))
 
 
 def _may_be_faster(later: int) -> str:

@@ -80,6 +80,11 @@ class AttentionRecord:
         return self.masked and self.reason in (None, DenseReason.SLOWER, DenseReason.NO_KERNEL)
 
 
+def fill_blocks(tokens: int, block_size: int) -> int:
+    """So many tokens and those that fill their last block, which is computed whole."""
+    return -(-tokens // block_size) * block_size
+
+
 def chosen_densities(records: Collection[AttentionRecord]) -> list[float]:
     """The densities of the sparse calls that choose blocks; of all sparse calls where none does."""
     return choosing_densities(sparse_densities(records))

@@ -26,7 +26,7 @@ from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
 from ..passes.decision import flash_obstacle, forecast_call, lacks_kernel_for_mask, refuse
 from ..wrapping import wrap
 from .advice import SPARSER, next_step, quality_of
-from .attention_record import AttentionRecord, sparse_densities
+from .attention_record import AttentionRecord, fill_blocks, sparse_densities
 from .density import mean_density
 from .explain_table import COLUMNS, MANY_LINES, format_table, terminal_columns
 from .rest_time import RestClock
@@ -404,8 +404,7 @@ def _sparser_from(
         return None
     if refuse(call, replace(config, selector=selector)) is None:
         return found.break_even
-    # The last block of this prompt is full in part, and computed whole.
-    return max(found.break_even, -(-call.key.shape[2] // selector.block_size) * selector.block_size)
+    return max(found.break_even, fill_blocks(call.key.shape[2], selector.block_size))
 
 
 def _count_unjudged(call: SdpaCall, selection: BlockSelection) -> int:
