@@ -22,10 +22,11 @@ from unisparse_flex.passes.decision.cost_forecast import CallShape, forecast
 from unisparse_flex.reports import (
     AttentionRecord,
     Explanation,
-    chosen_densities,
     record_attention,
+    sparse_densities,
 )
 from unisparse_flex.reports.advice import SPARSER
+from unisparse_flex.reports.density import choosing_densities
 from unisparse_flex.reports.explain_table import short_names, terminal_columns, three_digits
 from unisparse_flex.reports.explanation import MASK_NOTE, _sparser_from
 from unisparse_flex.reports.wording import Wording
@@ -1049,9 +1050,9 @@ def test_a_window_kept_whole_is_no_choice_and_not_in_the_density() -> None:
     assert f"2 of 2 calls sparse (1 keeps a whole window), {other.density:.0%} of blocks" in str(
         found.verdict
     )
-    assert chosen_densities(found.calls) == [other.density]
+    assert choosing_densities(sparse_densities(found.calls)) == [other.density]
     assert found.density == other.density
-    assert chosen_densities([window]) == [1.0]
+    assert choosing_densities(sparse_densities([window])) == [1.0]
 
 
 def timed(layer: int, dense_ms: float, sparse_ms: float | None, **other: Any) -> AttentionRecord:

@@ -1,6 +1,6 @@
 """What `explain` says, with more around it: as text, as JSON and as one page of HTML."""
 
-from .attention_record import AttentionRecord, chosen_densities, sparse_densities
+from .attention_record import AttentionRecord, sparse_densities
 from .density import mean_density
 from .explain_report import ExplainReport, ReportedCall, find_versions, report_model
 from .explain_table import MANY_LINES
@@ -26,7 +26,6 @@ __all__ = [
     "Explanation",
     "LayerBlocks",
     "ReportedCall",
-    "chosen_densities",
     "collect_blocks",
     "draw_block_maps",
     "draw_densities",

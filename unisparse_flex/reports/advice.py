@@ -9,7 +9,8 @@ from typing import Any
 from ..block_masks.selectors import QUALITIES, Selector, selector_of_quality
 from ..counted import counted
 from ..passes import DenseReason
-from .attention_record import AttentionRecord, chosen_densities, fill_blocks
+from .attention_record import AttentionRecord, fill_blocks, sparse_densities
+from .density import mean_density
 from .verdict import (
     BY_LENGTH,
     KL_TO_BEAR,
@@ -184,8 +185,7 @@ def _or_bear_a_loss(wording: Wording) -> str:
 
 def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording) -> str:
     """Of sparse calls, every one of them slower than dense, as predicted or measured."""
-    quality, kept = _quality_in_force(calls), chosen_densities(calls)
-    share = sum(kept) / len(kept)
+    quality, share = _quality_in_force(calls), mean_density(sparse_densities(calls)) or 0.0
     if share >= DIFFUSE and quality == "fast":
         return (
             f"leave the model dense: {SAID_DIFFUSE}, so that even {wording.quality('fast')} keeps "

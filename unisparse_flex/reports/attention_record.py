@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..passes import DenseReason, SparseConfig
 from ..passes.decision import CallForecast
-from .density import choosing_densities
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,11 +82,6 @@ class AttentionRecord:
 def fill_blocks(tokens: int, block_size: int) -> int:
     """So many tokens and those that fill their last block, which is computed whole."""
     return -(-tokens // block_size) * block_size
-
-
-def chosen_densities(records: Collection[AttentionRecord]) -> list[float]:
-    """The densities of the sparse calls that choose blocks; of all sparse calls where none does."""
-    return choosing_densities(sparse_densities(records))
 
 
 def sparse_densities(records: Iterable[AttentionRecord]) -> list[tuple[float, bool]]:
