@@ -1,7 +1,7 @@
 """Times the first token of a Llama-3.1-8B-shaped model with random weights, dense and sparse.
 
 python -m bench.prefill [--lengths 32768,...] [--densities 0.1,...] [--layers 32]
-    [--compile layers|model] [--max-seconds N] [--output FILE]
+    [--selector default|paper|two] [--compile layers|model] [--max-seconds N] [--output FILE]
 
 Both run with a causal flag and without a mask tensor: stock Transformers builds one under
 torch.compile, of S x S entries, and dense attention is then slow or out of memory.
@@ -23,7 +23,7 @@ from unisparse_flex import UniSparse
 from unisparse_flex.passes.decision import device_name
 
 from . import markdown
-from .calls import SETTINGS, at_density, create_selector
+from .calls import DEFAULT, SETTING_NAMES, at_density, create_selector
 from .markdown import milliseconds, percent
 from .record import FOLDER, Record, guarded, numbers
 from .timing import kernel_ms, timed
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--lengths", type=numbers(int), default=LENGTHS)
     parser.add_argument("--densities", type=numbers(float), default=DENSITIES)
-    parser.add_argument("--selector", choices=tuple(SETTINGS), default="two")
+    parser.add_argument("--selector", choices=SETTING_NAMES, default=DEFAULT)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument(
         "--compile", choices=("layers", "model"), default="layers", help="layers compiles one layer"

@@ -1,10 +1,10 @@
 """Times block-sparse attention against every dense kernel there is, on one GPU.
 
 python -m bench.attention [--device cuda] [--shapes llama3-8b,...] [--lengths 8192,...]
-    [--densities 0.1,...] [--selectors two,paper,forced] [--max-seconds N] [--output FILE]
+    [--densities 0.1,...] [--selectors default,two,paper,forced] [--max-seconds N] [--output FILE]
 
-Rows that matter most come first. `forced` are random blocks, attention alone; `two` and `paper`
-are settings of UniSparse, with top_k for each density, and with their own top_p for density null.
+Rows that matter most come first. `forced` are random blocks, attention alone; the others are
+settings of UniSparse, with top_k for each density, and with their own rule for density null.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 from unisparse_flex.passes.decision import device_name
 
 from ..calls import (
-    SETTINGS,
+    DEFAULT,
+    SETTING_NAMES,
     SHAPES,
     Case,
     Lists,
@@ -38,8 +39,8 @@ from ..timing import LONG_MS, STATISTIC, graph_ms, kernel_ms, peak_bytes, plain_
 from . import gate
 
 FORCED = "forced"
-SELECTORS = ("two", "paper", FORCED)
-DEFAULT_SHAPES = tuple(name for name in SHAPES if name != "qwen3-8b")
+SELECTORS = (*SETTING_NAMES, FORCED)
+DEFAULT_SHAPES = tuple(name for name in SHAPES if name not in ("qwen3-8b", "gemma3-270m"))
 LENGTHS = (131072, 32768, 8192, 16384, 65536, 4096)
 FIRST_LENGTHS, FIRST_DENSITIES = 4, (0.1, 0.3)
 DENSITIES = (0.1, 0.3, 0.05, 0.2, 0.5)
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.max_seconds,
         gate={"passed": False},
         statistic=STATISTIC,
-        selectors={name: repr(create_selector(name)) for name in SETTINGS},
+        selectors={name: repr(create_selector(name)) for name in SETTING_NAMES},
         backends=backends,
     )
     # One forward each: inputs need no gradients, and rows must not share compilations.
@@ -90,7 +91,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shapes", type=_names(SHAPES), default=DEFAULT_SHAPES)
     parser.add_argument("--lengths", type=numbers(int), default=LENGTHS)
     parser.add_argument("--densities", type=numbers(float), default=DENSITIES)
-    parser.add_argument("--selectors", type=_names(SELECTORS), default=SELECTORS)
+    parser.add_argument("--selectors", type=_names(SELECTORS), default=(DEFAULT, FORCED))
     parser.add_argument(
         "--compiled",
         type=numbers(float),

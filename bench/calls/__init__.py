@@ -2,7 +2,9 @@
 
 from .captured import capture_calls, capture_smollm2, without_copies
 from .contenders import (
+    DEFAULT,
     DENSE_KERNELS,
+    SETTING_NAMES,
     SETTINGS,
     SHAPES,
     Case,
@@ -36,11 +38,13 @@ from .stages import (
 )
 
 __all__ = [
+    "DEFAULT",
     "DENSE_KERNELS",
     "GATE_DENSITY",
     "GATE_LENGTH",
     "SELECTOR",
     "SETTINGS",
+    "SETTING_NAMES",
     "SHAPES",
     "TOLERANCE",
     "Case",

@@ -28,11 +28,15 @@ SHAPES = {
     "smollm2": Heads(query=9, key=3, head_dim=64),
     "mha-64": Heads(query=16, key=16, head_dim=64),
     "wide-256": Heads(query=8, key=4, head_dim=256),
+    "gemma3-270m": Heads(query=4, key=1, head_dim=256),
 }
+# Settings of the paper's policy, and the default beside them.
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
     "two": {"c_q": 16, "c_k": 16, "sampled_queries": 4},
 }
+DEFAULT = "default"
+SETTING_NAMES = (DEFAULT, *SETTINGS)
 OPTIONS: dict[str, dict[str, str]] = {"triton": {}, "flash": {"BACKEND": "FLASH"}}
 # What each backend is called where it attends to every block.
 DENSE_KERNELS = {"triton": "flex", "flash": "flash_attention_4"}
@@ -90,6 +94,8 @@ def choose_top_k(blocks: int, density: float) -> TopK:
 
 def create_selector(name: str, top_k: int | None = None) -> UniSparse:
     """The settings of that name, with their own rule or ``top_k`` blocks a row."""
+    if name == DEFAULT:
+        return UniSparse(top_k=top_k)
     return UniSparse.paper(top_k=top_k, **SETTINGS[name])
 
 
