@@ -404,7 +404,7 @@ def test_a_setting_that_keeps_nearly_all_is_said_to_gain_nothing(values):
     means = [mean("fast", 0.9949), mean("balanced", 0.996), mean("1e6", 1.0)]
     fast, balanced, all_kept, why = say_verdict(means, ["fast", "balanced", "1e6"])
     assert "at a KL of" in fast
-    assert balanced == "At 9 tokens balanced keeps 100% of the blocks and gains nothing."
+    assert balanced == "At 9 tokens balanced keeps 99.6% of the blocks and gains nothing."
     assert all_kept == "At 9 tokens 1e6 keeps 100% of the blocks and gains nothing."
     assert why == (
         "Attention is diffuse here, as it is in short prompts and with random weights: under these "

@@ -11,6 +11,7 @@ from ..counted import counted
 from ..passes import DenseReason
 from ..passes.decision import break_even_length, forecast, say_reasons
 from ..reports import index_of, name_runs, runs_of
+from ..shares import say_tenths
 
 if TYPE_CHECKING:
     from ..block_masks import Selector
@@ -41,9 +42,8 @@ def why_dense(search: Search, found: Calibration) -> str | None:
         else:
             ways = ways.replace(",", " or")
         if search.nearly_all is not None:
-            return (
-                f"nothing is gained, {target} keeps {search.nearly_all:.1%} of the blocks; {ways}"
-            )
+            kept = say_tenths(search.nearly_all)
+            return f"nothing is gained, {target} keeps {kept} of the blocks; {ways}"
         tried = counted(len(search.ladder), "setting")
         return (
             f"of the {tried} tried{_say_finest(search.ladder)}, none that costs less than dense "

@@ -10,6 +10,7 @@ import click
 
 from ..counted import counted
 from ..progress import Progress
+from ..shares import say_tenths
 from ..wrapping import wrap
 from . import PROGRAM
 from .arguments import (
@@ -149,7 +150,7 @@ def calibrate(
         over = " over all positions" if kl is not None else ""
         line = (
             f"{found.quality} {found.reached:.4f}{over} (asked for {found.target:g}), density "
-            f"{found.density:.1%}, {sparse} of {counted(len(found.layers), 'layer')} sparse"
+            f"{say_tenths(found.density)}, {sparse} of {counted(len(found.layers), 'layer')} sparse"
         )
         click.echo(wrap(line, text_columns()))
         for remark in remarks:

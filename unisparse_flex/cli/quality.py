@@ -13,6 +13,7 @@ import click
 
 from ..nearly_all import NEARLY_ALL
 from ..progress import Progress
+from ..shares import say_share, say_tenths
 from ..wrapping import wrap
 from . import PROGRAM
 from .arguments import check_text, is_given, typed_line
@@ -438,24 +439,19 @@ def say_verdict(
     of_dial = [mean for mean in means if mean["tokens"] == longest and mean["setting"] in quality]
     sentences, useless = [], []
     for mean in of_dial:
-        start = f"At {longest} tokens {mean['setting']} keeps {mean['density']:.0%} of the blocks"
+        kept = say_share(mean["density"])
+        start = f"At {longest} tokens {mean['setting']} keeps {kept} of the blocks"
         if mean["density"] >= NEARLY_ALL and mean["setting"] not in windows:
             sentences.append(f"{start} and gains nothing.")
             useless.append(mean["setting"])
             continue
         sentences.append(
             f"{start} at a KL of {say_kl(mean['kl'])}: {say_perplexity(mean['perplexity_ratio'])}, "
-            f"{say_agreement(mean['top1_agreement'])} of the likeliest next tokens the same."
+            f"{say_tenths(mean['top1_agreement'])} of the likeliest next tokens the same."
         )
     if any(name in QUALITY_NAMES for name in useless):
         sentences.append(f"{DIFFUSE_HERE[0].upper()}{DIFFUSE_HERE[1:]}.")
     return sentences
-
-
-def say_agreement(share: float) -> str:
-    """A share with one decimal; all of it only where that is so, in the mean of texts too."""
-    said = f"{share:.1%}"
-    return "99.9%" if said == "100.0%" and share < 1.0 else said
 
 
 def say_perplexity(ratio: float) -> str:
@@ -479,11 +475,11 @@ def format_quality(values: dict[str, Any]) -> str:
         lines += [
             _cells(
                 row["setting"],
-                f"{row['density']:.1%}",
+                say_tenths(row["density"]),
                 f"{row['kl']:.4f}",
                 f"{row['perplexity']:.3f}",
                 f"{row['perplexity_ratio']:.3f}",
-                say_agreement(row["top1_agreement"]),
+                say_tenths(row["top1_agreement"]),
             )
             for row in rows
         ]

@@ -11,6 +11,7 @@ import click
 from ..command_line import CommandLine
 from ..nearly_all import NEARLY_ALL
 from ..progress import Progress
+from ..shares import say_share, say_tenths
 from ..wrapping import wrap
 from . import PROGRAM
 from .arguments import typed_line
@@ -324,7 +325,7 @@ def say_verdict(
         else:
             slower = row["told_apart"] and row["speedup"] < 1.0
             sentences.append(
-                f"{start} {_compare(row)}, with {row['density']:.0%} of the blocks"
+                f"{start} {_compare(row)}, with {say_share(row['density'])} of the blocks"
                 + (f"; {explain} says why." if slower else ".")
             )
     scatter = max(
@@ -373,7 +374,7 @@ def format_speed(values: dict[str, Any]) -> str:
                     row["name"],
                     _number(row["ms"], "{:.1f}"),
                     _number(row["speedup"], "({:.2f}x)" if noise else "{:.2f}x"),
-                    _number(row["density"], "{:.1%}"),
+                    "–" if row["density"] is None else say_tenths(row["density"]),
                     _number(row["kl_last_token"], "{:.4f}"),
                     _number(row["first_call_seconds"], "{:.1f} s"),
                 )

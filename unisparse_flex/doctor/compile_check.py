@@ -12,6 +12,7 @@ from torch import Tensor
 from ..block_masks import UniSparse
 from ..clock import timed
 from ..functional import attention
+from ..shares import say_share
 from .backends import default_dtype
 from .finding import Finding, Status
 
@@ -55,7 +56,7 @@ def check_compiled_call(device: torch.device) -> Finding:
     return Finding(
         name=NAME,
         status=Status.OK,
-        detail=f"{numbers}; {density:.0%} of the blocks, {seconds:.1f} s with compilation",
+        detail=f"{numbers}; {say_share(density)} of the blocks, {seconds:.1f} s with compilation",
     )
 
 

@@ -24,6 +24,7 @@ from ..block_masks.pages import (
 from ..counted import counted
 from ..optimization import registered_names
 from ..passes.decision import flex_supports
+from ..shares import say_share
 from .transformers_attention import DECODE_LAYER
 from .transformers_decode_device import DeviceReader, padding_error
 from .transformers_names import cache_name
@@ -202,11 +203,11 @@ class SparseStaticLayer(StaticLayer):
             least = CHOICE_BYTES / (1 - copied)
             return (
                 f"{self._size / 1e6:.1f} MB of keys and values each, and on a CPU reading "
-                f"{self._density:.0%} of them is faster from {least / 1e6:.1f} MB on"
+                f"{say_share(self._density)} of them is faster from {least / 1e6:.1f} MB on"
             )
         return (
-            f"{self._density:.0%} of the keys were chosen, and on a CPU reading a part is faster "
-            f"below {1 / COPY:.0%} at best"
+            f"{say_share(self._density)} of the keys were chosen, and on a CPU reading a part is "
+            f"faster below {1 / COPY:.0%} at best"
         )
 
     def read_counts(self) -> tuple[int, int]:

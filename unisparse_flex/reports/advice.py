@@ -9,6 +9,7 @@ from typing import Any
 from ..block_masks.selectors import QUALITIES, Selector, selector_of_quality
 from ..counted import counted
 from ..passes import DenseReason
+from ..shares import say_share
 from .attention_record import AttentionRecord, fill_blocks, sparse_densities
 from .density import mean_density
 from .verdict import (
@@ -189,7 +190,7 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
     if share >= DIFFUSE and quality == "fast":
         return (
             f"leave the model dense: {SAID_DIFFUSE}, so that even {wording.quality('fast')} keeps "
-            f"{share:.0%} of the blocks{_or_bear_a_loss(wording)}"
+            f"{say_share(share)} of the blocks{_or_bear_a_loss(wording)}"
         )
     if all(call.measured and _is_predicted_faster(call) for call in calls):
         return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..shares import say_tenths
 from .explain_report import ReportedCall
 
 WIDTH, HEIGHT = 960, 150
@@ -52,7 +53,7 @@ def compute_bars(calls: Sequence[ReportedCall]) -> list[Bar]:
                 width=round(step - gap, 2),
                 height=round(height, 2),
                 decision=record.decision,
-                title=f"{record.layer}: {record.decision}, {density:.1%} of the blocks",
+                title=f"{record.layer}: {record.decision}, {say_tenths(density)} of the blocks",
                 label=str(index) if index % every == 0 else "",
             )
         )

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from ..block_masks import Selector
 from ..counted import counted
 from ..passes.decision import CallForecast
+from ..shares import keep_part
 from ..wrapping import wrap
 from .attention_record import AttentionRecord
 from .verdict import predicted_ms, prefill_ms
@@ -196,7 +197,7 @@ def count_reasons(calls: Sequence[AttentionRecord]) -> dict[str, int]:
 
 def _cells(call: AttentionRecord, reasons: Mapping[str, int]) -> list[str]:
     lengths = [str(n) if n else "" for n in (call.q_len, call.kv_len)]
-    density = "" if call.density is None else f"{call.density:.3f}"
+    density = "" if call.density is None else f"{keep_part(call.density, decimals=3):.3f}"
     predicted = ["", "", ""]
     if (p := call.prediction) is not None:
         sparse = "" if call.is_excluded else three_digits(p.sparse_ms)

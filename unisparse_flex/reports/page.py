@@ -7,6 +7,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from ..shares import say_tenths
 from . import density_chart
 from .explain_report import ExplainReport
 from .explain_table import REST_RUN, count_reasons, describe_sparse_from, say_sparse_from
@@ -86,7 +87,7 @@ def format_ms(milliseconds: float | None) -> str:
 
 def format_percent(share: float | None) -> str:
     """A share of 1 in percent; an en dash for ``None``."""
-    return "–" if share is None else f"{share:.1%}"
+    return "–" if share is None else say_tenths(share)
 
 
 def read_part(name: str) -> Any:

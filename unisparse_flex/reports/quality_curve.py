@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..shares import say_tenths
+
 WIDTH, HEIGHT = 960, 320
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 30, 40
 # What is drawn of a KL of 0 on a logarithmic axis, and of those below.
@@ -141,7 +143,7 @@ def compute_curve(means: Sequence[Mapping[str, Any]], *, dial: Collection[str]) 
                 label_y=y + shift,
                 anchor=anchor,
                 kind="dial" if name in dial else "other",
-                title=f"{name}: density {mean['density']:.1%}, KL {mean['kl']:.4f}",
+                title=f"{name}: density {say_tenths(mean['density'])}, KL {mean['kl']:.4f}",
             )
         )
     joined = sorted((point for point in points if point.kind == "dial"), key=lambda p: p.x)

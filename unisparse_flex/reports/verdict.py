@@ -11,6 +11,7 @@ from ..counted import counted
 from ..nearly_all import NEARLY_ALL
 from ..passes import DenseReason
 from ..passes.decision import say_reasons
+from ..shares import say_share
 from .attention_record import AttentionRecord, sparse_densities
 from .density import mean_density
 from .wording import Wording, name_runs, runs_of
@@ -46,7 +47,7 @@ def verdict(
         all_calls = f"all {len(calls)} calls stay" if len(calls) > 1 else "the only call stays"
         return f"{all_calls} dense{reasons}{_say_measured(calls)}"
     kept = mean_density(sparse_densities(sparse))
-    share = "" if kept is None else f", {kept:.0%} of blocks"
+    share = "" if kept is None else f", {say_share(kept)} of blocks"
     windows = sum(call.window for call in sparse)
     verb = "keeps" if windows == 1 else "keep"
     whole_windows = f" ({windows} {verb} a whole window)" if windows else ""
@@ -75,7 +76,7 @@ def verdict(
         density = [c.density or 0.0 for c in slower if layer_index(c) in indices]
         verb = "keeps" if len(indices) == 1 else "keep"
         parts.append(
-            f"{name_layers(indices)} {verb} {sum(density) / len(density):.0%}: leave "
+            f"{name_layers(indices)} {verb} {say_share(sum(density) / len(density))}: leave "
             f"{'it' if len(indices) == 1 else 'them'} dense "
             f"({wording.dense_layers(layers_to_leave_dense(calls))})"
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...evaluation import MODEL_NAME
+from ...shares import say_share
 from .options import DemoOptions
 from .results import DemoResult, Layer
 
@@ -55,7 +56,7 @@ def save_figure(result: DemoResult, options: DemoOptions, path: Path) -> None:
     figure.suptitle(
         f"Blocks kept by the {options.selector} selector in every layer of {MODEL_NAME}\n"
         f"{result.prompt.tokens} tokens of {options.text}, blocks of {options.block_size}: "
-        f"{density:.0%} of the causal blocks hold {recall:.0%} of dense attention",
+        f"{say_share(density)} of the causal blocks hold {say_share(recall)} of dense attention",
         fontsize=12,
     )
     bar = figure.colorbar(
@@ -102,7 +103,7 @@ def _draw_layer(
         markersize=5,
         clip_on=False,
     )
-    axes.set_title(f"layer {index}: {layer.density:.0%}", fontsize=9, pad=-4)
+    axes.set_title(f"layer {index}: {say_share(layer.density)}", fontsize=9, pad=-4)
     axes.set_xlim(-0.5, blocks - 0.5)
     axes.set_ylim(blocks - 0.5, -0.5)
     axes.spines[["top", "right"]].set_visible(False)

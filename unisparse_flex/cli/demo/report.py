@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...counted import counted
 from ...evaluation import MODEL_NAME, ROW_STRIDE, TEXT_SOURCES
 from ...reports import find_versions
+from ...shares import say_share, say_tenths
 from .options import DemoOptions
 from .results import DemoResult, Row
 
@@ -124,8 +125,8 @@ def _table_lines(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
         return ["–" if value is None else template.format(value) for value in values]
 
     return [
-        ("density", cells("{:.1%}", "density")),
-        ("recall", cells("{:.1%}", "recall")),
+        ("density", [say_tenths(row.density) for row in rows]),
+        ("recall", [say_tenths(row.recall) for row in rows]),
         ("KL to dense", cells("{:.4f}", "kl")),
         ("perplexity", cells("{:.3f}", "perplexity")),
         ("perplexity ratio", cells("{:.3f}", "perplexity_ratio")),
@@ -142,8 +143,8 @@ def _verdict(result: DemoResult) -> str:
     dense = min(result.rows[:-1], key=lambda r: r.prefill_seconds)
     needle = "found" if row.found else "missed"
     return (
-        f"[bold]With {row.density:.0%} of the blocks the model {needle} the needle; perplexity "
-        f"changed by {row.perplexity_ratio - 1:+.1%}.[/] Prefill: "
+        f"[bold]With {say_share(row.density)} of the blocks the model {needle} the needle; "
+        f"perplexity changed by {row.perplexity_ratio - 1:+.1%}.[/] Prefill: "
         f"{dense.prefill_seconds / row.prefill_seconds:.2f}x as fast as {dense.label}."
     )
 

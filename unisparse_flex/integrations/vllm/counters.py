@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...counted import counted
+from ...shares import say_tenths
 from .reasons import Reason
 
 
@@ -61,7 +62,7 @@ class Counts:
         blocks = counted(self.visible_blocks, "block")
         return (
             f"unisparse: {rows} of {counted(self.sparse_tokens, 'token')} sparse, "
-            f"{self.kept_blocks} of {blocks} read ({self.density:.1%}); "
+            f"{self.kept_blocks} of {blocks} read ({say_tenths(self.density)}); "
             f"rows to the parent beside prefills: {dense or 'none'}" + self._decoding()
         )
 
@@ -70,7 +71,8 @@ class Counts:
             return ""
         return (
             f"; {counted(self.decode_rows, 'token')} decoded sparse, {self.kept_units} of "
-            f"{counted(self.visible_units, 'unit')} of keys read ({self.decode_density:.1%})"
+            f"{counted(self.visible_units, 'unit')} of keys read "
+            f"({say_tenths(self.decode_density)})"
         )
 
 

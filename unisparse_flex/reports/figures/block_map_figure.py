@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...shares import say_share
 from .block_maps import LayerBlocks
 from .style import DROPPED, FAINT, HIDDEN, KEPT, save
 
@@ -96,7 +97,7 @@ def _draw_layer(layer: LayerBlocks, row: Any, colors: Any, heads: int) -> None:
             levels.numpy(), cmap=colors, vmin=0, vmax=2, interpolation="nearest", aspect="auto"
         )
         axes.set_box_aspect(1)
-        axes.set_title(f"head {head}: {densities[head]:.0%}", fontsize=6.5, pad=2)
+        axes.set_title(f"head {head}: {say_share(densities[head])}", fontsize=6.5, pad=2)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_color("#999999")
@@ -106,7 +107,7 @@ def _draw_layer(layer: LayerBlocks, row: Any, colors: Any, heads: int) -> None:
     mean = sum(densities) / len(densities)
     name = "\n".join(wrap_name(layer.layer))
     row[0].set_ylabel(
-        f"{name}\n{mean:.0%}", rotation=0, ha="right", va="center", fontsize=7, labelpad=4
+        f"{name}\n{say_share(mean)}", rotation=0, ha="right", va="center", fontsize=7, labelpad=4
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...counted import counted
+from ...shares import say_tenths
 from .block_maps import LayerBlocks
 from .style import COLORS, DASHES, FAINT, MARKERS, save, tidy
 
@@ -114,7 +115,8 @@ def _draw_series(axes: Axes, series: DensitySeries, place: int, *, spans: bool) 
             linestyle=dash,
             linewidth=1.0,
             markersize=4.5,
-            label=f"{series.name}: mean {mean:.1%} over {counted(len(sparse), 'sparse call')}",
+            label=f"{series.name}: mean {say_tenths(mean)} over "
+            f"{counted(len(sparse), 'sparse call')}",
         )
     if dense:
         axes.plot(
