@@ -12,20 +12,17 @@ from ..passes import DenseReason
 from ..shares import say_share
 from .attention_record import AttentionRecord, fill_blocks, sparse_densities
 from .density import mean_density
+from .gains import BY_LENGTH, does_not_pay, faster_calls, keeps_nearly_all, slower_calls
 from .verdict import (
-    BY_LENGTH,
     KL_TO_BEAR,
     MEASURED,
     PREDICTED,
     PYTHON,
     SAID_DIFFUSE,
     excluded_layers,
-    faster_calls,
-    keeps_nearly_all,
     layer_index,
     layers_to_leave_dense,
     name_layers,
-    slower_calls,
 )
 from .wording import Wording, name_runs, runs_of
 
@@ -38,6 +35,7 @@ ALL = 0.99
 # The quality that is in force where none is named.
 DEFAULT_QUALITY = "balanced"
 NO_CALL_STEP = "load models of Hugging Face with attn_implementation='sdpa'; others must call SDPA"
+LONGER_MAY = "a longer prompt may keep a smaller share"
 COMPILED = "torch.compile(model), if it is not compiled: the times are of that"
 COMMANDS = "{speed} times it compiled, {quality} says what it changes in what the model predicts"
 PADDING = (
@@ -69,7 +67,6 @@ def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> st
     if not calls:
         return NO_CALL_STEP
     sparse = [call for call in calls if call.decision == "sparse"]
-    slower = slower_calls(sparse)
     if not sparse:
         return _where_all_is_dense(calls, wording)
     if all(call.lacks_mask_kernel for call in sparse):
@@ -77,12 +74,15 @@ def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> st
             does="makes sparse calls slower than dense ones",
             way_out=f"leave out {wording.name_of_min_length}",
         )
+    excluded = [call for call in calls if call.is_excluded]
     if keeps_nearly_all(sparse):
-        if excluded := [call for call in calls if call.is_excluded]:
+        if excluded:
             return _where_others_are_excluded(sparse, excluded, wording)
         return _where_nearly_all_is_kept(sparse, wording)
-    if len(slower) == len(sparse):
-        return _where_nothing_is_gained(slower, wording)
+    if does_not_pay(calls):
+        step = _where_nothing_is_gained(calls, wording)
+        looked = not excluded or wording.calibrated
+        return step if looked else f"{step}; {_say_not_looked_at(excluded, wording)} to look"
     fewer = SPARSER.get(_quality_in_force(sparse))
     line, step = wording.command_line, COMPILED
     if line is not None:
@@ -168,13 +168,17 @@ def _where_others_are_excluded(
             f"{start}; {count} {verb} dense by the calibration: ask for a larger kl (or a smaller "
             "recall)"
         )
+    not_looked_at = _say_not_looked_at(excluded, wording)
+    return f"{start}; {not_looked_at} to look, or the model dense{_or_bear_a_loss(wording)}"
+
+
+def _say_not_looked_at(excluded: Sequence[AttentionRecord], wording: Wording) -> str:
+    """That nothing is known of layers that settings keep dense, and how to change that."""
+    count = len({call.layer for call in excluded})
     indices = sorted({i for call in excluded if (i := layer_index(call)) is not None})
     layers = name_layers(indices) if len(indices) == count else counted(count, "layer")
     verb, them = ("was", "it") if count == 1 else ("were", "some")
-    return (
-        f"{start}; {layers} {verb} not looked at: leave {them} out of "
-        f"{wording.name_of_dense_layers} to look, or the model dense{_or_bear_a_loss(wording)}"
-    )
+    return f"{layers} {verb} not looked at: leave {them} out of {wording.name_of_dense_layers}"
 
 
 def _or_bear_a_loss(wording: Wording) -> str:
@@ -185,34 +189,37 @@ def _or_bear_a_loss(wording: Wording) -> str:
 
 
 def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording) -> str:
-    """Of sparse calls, every one of them slower than dense, as predicted or measured."""
-    quality, share = _quality_in_force(calls), mean_density(sparse_densities(calls)) or 0.0
+    """Where sparse attention does not pay, by the calls that are slower than dense."""
+    slower = slower_calls([call for call in calls if call.decision == "sparse"])
+    quality, share = _quality_in_force(slower), mean_density(sparse_densities(slower)) or 0.0
     if share >= DIFFUSE and quality == "fast":
         return (
             f"leave the model dense: {SAID_DIFFUSE}, so that even {wording.quality('fast')} keeps "
             f"{say_share(share)} of the blocks{_or_bear_a_loss(wording)}"
         )
-    if all(call.measured and _is_predicted_faster(call) for call in calls):
+    if all(call.measured and _is_predicted_faster(call) for call in slower):
         return (
             "leave the model dense at this length: the cost model is wrong here; "
             "unisparse-flex doctor --measure gives it this machine's rates"
         )
-    if all(_is_expected_faster(call) for call in calls):
-        start = "these calls keep more blocks than is expected of the selector"
+    if all(_is_expected_faster(call) for call in slower):
+        start = "the slower calls keep more blocks than is expected of the selector"
         if share >= DIFFUSE:
             start += f" ({SAID_DIFFUSE})"
         if quality == "fast" or share >= ALL:
             diffuse = share >= DIFFUSE
-            return f"{start}: leave them dense{_or_bear_a_loss(wording) if diffuse else ''}"
+            return f"{start}: leave the model dense{_or_bear_a_loss(wording) if diffuse else ''}"
         if quality in SPARSER:
             fast = _setting(calls, wording, "quality", "fast")
-            return f"{start}: {fast} keeps fewer; or leave them dense"
-        return f"{start}: give it a smaller budget, or leave them dense"
+            return f"{start}: {fast} keeps fewer, {LONGER_MAY}; or leave the model dense"
+        if wording.calibrated:
+            return f"{start}: calibrate anew, for a larger kl; or leave the model dense"
+        return f"{start}: give it a smaller budget, {LONGER_MAY}; or leave the model dense"
     start = (
         f"calls are sparse because of {wording.name_of_min_length}: dense is "
-        f"{_known(calls)} faster at this length"
+        f"{_known(slower)} faster at this length"
     )
-    return f"{start}; sparse {_may_be_faster(later)}" if (later := _longer(calls)) else start
+    return f"{start}; sparse {_may_be_faster(later)}" if (later := _longer(slower)) else start
 
 
 def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> str:

@@ -13,7 +13,7 @@ from ..passes.decision import CallForecast
 from ..shares import keep_part
 from ..wrapping import wrap
 from .attention_record import AttentionRecord
-from .verdict import predicted_ms, prefill_ms
+from .gains import predicted_ms, prefill_ms
 
 # A table never needs more; wider terminals have room for more of a layer's name.
 COLUMNS, MOST_COLUMNS = 80, 118

@@ -29,8 +29,9 @@ from .advice import SPARSER, next_step, quality_of
 from .attention_record import AttentionRecord, fill_blocks, sparse_densities
 from .density import mean_density
 from .explain_table import COLUMNS, MANY_LINES, format_table, terminal_columns
+from .gains import predicted_ms, prefill_ms
 from .rest_time import RestClock
-from .verdict import PYTHON, predicted_ms, prefill_ms, verdict
+from .verdict import PYTHON, verdict
 from .wording import Wording
 
 MASK_NOTE = (

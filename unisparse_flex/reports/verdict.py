@@ -8,18 +8,23 @@ from collections.abc import Sequence
 
 from ..command_line import CommandLine
 from ..counted import counted
-from ..nearly_all import NEARLY_ALL
-from ..passes import DenseReason
 from ..passes.decision import say_reasons
 from ..shares import say_share
 from .attention_record import AttentionRecord, sparse_densities
 from .density import mean_density
+from .gains import (
+    does_not_pay,
+    faster_calls,
+    is_nothing,
+    keeps_nearly_all,
+    known_ms,
+    prefill_ms,
+    slower_calls,
+)
 from .wording import Wording, name_runs, runs_of
 
 PYTHON = Wording()
 NO_GAIN, PREDICTED, MEASURED = "no gain", "predicted", "measured"
-# Why calls stay dense that could be sparse at this length.
-BY_LENGTH = (DenseReason.SLOWER, DenseReason.SHORT)
 SAID_DIFFUSE = "attention is diffuse here, as it is in short prompts and with random weights"
 # Most KL of the calibration that advice names.
 KL_TO_BEAR = 0.01
@@ -28,8 +33,7 @@ DIFFUSE_HERE = (
     f"{SAID_DIFFUSE}: under these settings it keeps nearly all blocks; "
     f"{CommandLine().write_calibrate(KL_TO_BEAR)} looks for others, within a loss that you state"
 )
-# Of a ratio of times: less is nothing.
-LEAST_GAIN = 0.01
+DOES_NOT_PAY = "sparse attention does not pay on this prompt, leave the model dense"
 NO_CALL = "no attention call was seen: the model computes attention itself or with its own kernels"
 
 
@@ -56,7 +60,7 @@ def verdict(
         return f"{parts[0]}: nothing is gained{_say_measured(calls)}"
     measured = [call for call in calls if call.measured is not None]
     known = PREDICTED if not measured else MEASURED
-    dense_ms, decided_ms = measured_ms(measured) if measured else predicted_ms(calls)
+    dense_ms, decided_ms = known_ms(calls)
     if decided_ms:
         gain = _say_gain(dense_ms / decided_ms)
         whole = prefill_ms(calls, rest_ms)
@@ -70,8 +74,11 @@ def verdict(
             parts[0] += f", attention {known} {gain}"
             parts[0] += "" if of_whole is None else f", the whole prefill {of_whole}"
     slower = slower_calls(sparse)
-    if slower and len(slower) == len(sparse):
-        parts.append(f"every sparse call is {known} slower than dense")
+    if does_not_pay(calls):
+        every = len(slower) == len(sparse)
+        start = "every sparse call is" if every else f"{len(slower)} of them"
+        end = "" if every else ", and the others gain too little"
+        parts.append(f"{start} {known} slower than dense{end}: {DOES_NOT_PAY}")
     elif indices := _slower_layers(sparse):
         density = [c.density or 0.0 for c in slower if layer_index(c) in indices]
         verb = "keeps" if len(indices) == 1 else "keep"
@@ -85,12 +92,6 @@ def verdict(
     return "; ".join(parts) + _say_measured(calls)
 
 
-def keeps_nearly_all(sparse: Sequence[AttentionRecord]) -> bool:
-    """Whether sparse calls that choose their blocks drop next to none of them."""
-    kept = [c.density for c in sparse if c.density is not None and not c.window]
-    return bool(kept) and sum(kept) / len(kept) >= NEARLY_ALL
-
-
 def _say_measured(calls: Sequence[AttentionRecord]) -> str:
     """How many calls stay dense that were measured to be faster sparse; empty where none was."""
     faster = faster_calls(calls)
@@ -100,64 +101,17 @@ def _say_measured(calls: Sequence[AttentionRecord]) -> str:
     return f"; {len(faster)} of the dense calls {verb} measured faster sparse"
 
 
-def faster_calls(calls: Sequence[AttentionRecord]) -> list[AttentionRecord]:
-    """Those that stay dense for their length alone, and were measured to be faster sparse."""
-    return [
-        call
-        for call in calls
-        if call.reason in BY_LENGTH
-        and call.measured is not None
-        and (times := call.milliseconds) is not None
-        and times[1] < times[0]
-    ]
-
-
-def measured_ms(calls: Sequence[AttentionRecord]) -> tuple[float, float]:
-    """Measured milliseconds of the calls that were timed: all dense, and as decided."""
-    known = [(call, call.measured) for call in calls if call.measured is not None]
-    decided = (
-        sparse if call.decision == "sparse" and sparse is not None else dense
-        for call, (dense, sparse) in known
-    )
-    return sum(dense for _, (dense, _) in known), sum(decided)
-
-
-def predicted_ms(calls: Sequence[AttentionRecord]) -> tuple[float, float]:
-    """See `Explanation.predicted_ms`."""
-    known = [(call, p) for call in calls if (p := call.prediction) is not None]
-    dense = sum(p.dense_ms for _, p in known)
-    return dense, sum(p.sparse_ms if c.decision == "sparse" else p.dense_ms for c, p in known)
-
-
-def prefill_ms(
-    calls: Sequence[AttentionRecord], rest_ms: float | None
-) -> tuple[float, float] | None:
-    """See `Explanation.prefill_ms`."""
-    if not calls or rest_ms is None or any(call.prediction is None for call in calls):
-        return None
-    if max(call.q_len for call in calls) == 1:
-        # A step of decoding.
-        return None
-    dense, decided = predicted_ms(calls)
-    return dense + rest_ms, decided + rest_ms
-
-
 def _say_gain(ratio: float) -> str:
     """Dense time over that as decided, in words."""
-    if abs(ratio - 1.0) < LEAST_GAIN:
+    if is_nothing(ratio):
         return NO_GAIN
     return f"{ratio:.3g}x as fast" if ratio > 1.0 else f"{1 / ratio:.3g} times as long"
-
-
-def slower_calls(sparse: Sequence[AttentionRecord]) -> list[AttentionRecord]:
-    """The sparse calls that are faster dense, as measured or, at their density, predicted."""
-    return [c for c in sparse if (times := c.milliseconds) is not None and times[1] > times[0]]
 
 
 def layers_to_leave_dense(calls: Sequence[AttentionRecord]) -> list[int]:
     """What the verdict gives as ``dense_layers``, excluded layers among it; empty for no advice."""
     sparse = [call for call in calls if call.decision == "sparse"]
-    if keeps_nearly_all(sparse) or len(slower_calls(sparse)) == len(sparse):
+    if keeps_nearly_all(sparse) or does_not_pay(calls):
         return []
     indices = _slower_layers(sparse)
     return sorted({*indices, *excluded_layers(calls)}) if indices else []
