@@ -15,7 +15,9 @@ SHARED_OPTIONS = (
     *("--text", "--tokens", "--selector", "--quality", "--dense-layers", "--backend"),
     *("--min-length", "--device", "--allow-download"),
 )
-# Of them, those that `calibrate` takes too, which has texts without an option.
+# What `speed` takes besides.
+SPEED_OPTIONS = ("--against", "--compile", "--repeats")
+# Of what is shared, those that `calibrate` takes too, which has texts without an option.
 CALIBRATE_OPTIONS = ("--tokens", "--min-length", "--device", "--allow-download")
 # Those without a value.
 FLAGS = ("--allow-download",)
@@ -23,12 +25,13 @@ FLAGS = ("--allow-download",)
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:
-    """A model with the options of a run of `explain`, `quality` or `speed` that any of them takes.
+    """A model with the options of a run of `explain`, `quality` or `speed`, for another run.
 
     Attributes:
         model: As the user gave it.
         options: Values by option, as typed; several of one that may be given several times, none
-            of a flag. What was left to its default is not there.
+            of a flag. What was left to its default is not there, nor what only one command takes,
+            but for `speed`.
     """
 
     model: str = "MODEL"
@@ -47,7 +50,8 @@ class CommandLine:
             options.pop(f"--{name.replace('_', '-')}", None)
             if value is not None:
                 options[f"--{name.replace('_', '-')}"] = (value,)
-        return shlex.join([PROGRAM, command, self.model, *_words(options, SHARED_OPTIONS)])
+        known = (*SHARED_OPTIONS, *(SPEED_OPTIONS if command == "speed" else ()))
+        return shlex.join([PROGRAM, command, self.model, *_words(options, known)])
 
     def write_calibrate(self, kl: float) -> str:
         """The command that calibrates the model, on the run's text where one was given.

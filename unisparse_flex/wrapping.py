@@ -6,13 +6,13 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from .command_line import FLAGS, PROGRAM, SHARED_OPTIONS
+from .command_line import FLAGS, PROGRAM, SHARED_OPTIONS, SPEED_OPTIONS
 
 # In place of a space at which no line is broken.
 HELD = "\0"
 # As a shell reads it.
 WORD = r"""(?:'[^']*'|"[^"]*"|[^\s'"])+"""
-_TAKE_VALUES = "|".join([*(o for o in SHARED_OPTIONS if o not in FLAGS), "--kl"])
+_TAKE_VALUES = "|".join([*(o for o in (*SHARED_OPTIONS, *SPEED_OPTIONS) if o not in FLAGS), "--kl"])
 # What `CommandLine` writes, and what stands after "run: ", to its end.
 _OWN_LINE = re.compile(
     rf"(?<=\brun: )[^;]+;?"

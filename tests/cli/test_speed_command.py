@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -275,10 +276,68 @@ def test_no_gain_is_claimed_that_may_be_noise(density, sparse, dense, told_apart
     command.add_speedups(rows)
     assert [each["told_apart"] for each in rows] == [None, told_apart]
     if density is not None:
-        verdict = command.say_verdict(rows, LINE)[0]
-        assert (
-            "no difference to the fastest dense run that can be told" in verdict
-        ) is not told_apart
+        verdict, *more = command.say_verdict(rows, LINE, longer=lambda: 18)
+        noise = "no difference to the fastest dense run that can be told" in verdict
+        assert noise is not told_apart
+        # What keeps all blocks does not gain by more repeats.
+        all_kept = not told_apart and density >= 0.995
+        assert verdict.endswith("explain MODEL says why.") is (all_kept or sparse[0] > dense[0])
+        assert bool(more) is (noise and not all_kept)
+
+
+def noisy(setting, times, tokens=4096):
+    return {
+        **{"tokens": tokens, "setting": setting, "error": None, "sparse_calls": 2},
+        **{"density": 0.5, "ms": times[0], "times_ms": times, "speedup": 1.01},
+        **{"told_apart": False, "output_error": None, "worst_output_error": None},
+    }
+
+
+def test_what_cannot_be_told_from_noise_names_the_commands_that_may_tell():
+    typed = {"--text": ("my.txt",), "--tokens": ("1024,4096",), "--quality": ("fast,high",)}
+    line = CommandLine("mine", typed | {"--compile": ("model",), "--repeats": ("3",)})
+    rows = [noisy("fast", [10.0, 10.1, 10.2]), noisy("high", [10.0, 10.1, 10.2])]
+    fast, high, more = command.say_verdict(rows, line, longer=lambda: 8192)
+    for said, setting in ((fast, "fast"), (high, "high")):
+        assert said == (
+            f"At 4096 tokens {setting} shows no difference to the fastest dense run that can be "
+            "told from noise, with 50% of the blocks."
+        )
+    assert more == (
+        "unisparse-flex speed mine --text my.txt --tokens 4096 --quality fast,high --compile model "
+        "--repeats 10 repeats more often, which tells smaller differences from noise; "
+        "unisparse-flex speed mine --text my.txt --tokens 8192 --quality fast,high --compile model "
+        "--repeats 3 reads a longer prompt, of which sparse attention gains more."
+    )
+    *_, more = command.say_verdict([noisy("fast", [10.0] * 20)], LINE)
+    assert more == (
+        "unisparse-flex speed MODEL --repeats 40 repeats more often, which tells smaller "
+        "differences from noise."
+    )
+
+
+def test_commands_against_noise_can_be_run_and_stay_whole(
+    run, model_folder, uncompiled, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(command, "_is_told_apart", lambda *_: False)
+    monkeypatch.setattr(command, "NEARLY_ALL", 2.0)
+    text = tmp_path / "a.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 8)
+    options = ("--quality", "fast", "--min-length", "0", "--repeats", "1", "-q")
+    for given, longer in (((), "512"), (("--text", text), "360")):
+        ran = run("speed", model_folder, *given, "--tokens", "256", *options)
+        assert ran.code == 0, ran.err
+        # One line each.
+        commands = re.findall(r"^ *unisparse-flex (speed .* --repeats \d+)$", ran.out, re.M)
+        lengths = [shlex.split(each)[shlex.split(each).index("--tokens") + 1] for each in commands]
+        assert lengths == ["256", longer]
+        for each in commands:
+            assert run(*shlex.split(each), "-q").code == 0
+    # Nothing is longer than the model's context, or the text.
+    for given, tokens in (((), "512"), (("--text", text), "360")):
+        ran = run("speed", model_folder, *given, "--tokens", tokens, *options)
+        assert "repeats more often" in ran.out
+        assert "longer prompt" not in ran.out
 
 
 def test_the_name_of_a_calibration_s_file_is_not_cut(

@@ -13,7 +13,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..command_line import PROGRAM, SHARED_OPTIONS, SMOLLM2_WHEEL, CommandLine
+from ..command_line import PROGRAM, SHARED_OPTIONS, SMOLLM2_WHEEL, SPEED_OPTIONS, CommandLine
 from .choices import BUNDLED, LEAST_QUALITY, QUALITY_NAMES, SELECTOR_NAMES, TEXT_NAMES
 from .failures import require, wrong_content
 
@@ -263,8 +263,9 @@ def typed_line(model: str) -> CommandLine:
     """The options that were typed and that other commands take too, for commands in output."""
     context = click.get_current_context()
     options: dict[str, tuple[str, ...]] = {}
+    known = (*SHARED_OPTIONS, *(SPEED_OPTIONS if context.command.name == "speed" else ()))
     for parameter in context.command.params:
-        option = next((each for each in parameter.opts if each in SHARED_OPTIONS), None)
+        option = next((each for each in parameter.opts if each in known), None)
         value = context.meta.get(TYPED, {}).get(parameter.name)
         if option is not None and value is not None:
             several = value if isinstance(value, (list, tuple)) else (value,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ..shares import say_share, say_tenths
 from ..wrapping import wrap
 from . import PROGRAM
 from .arguments import typed_line
+from .choices import TEXT_NAMES
 from .failures import failures
 from .measuring import (
     COLUMNS,
@@ -42,13 +43,15 @@ from .measuring import (
 from .options import min_length_option, text_option, with_options
 
 if TYPE_CHECKING:
-    from ..evaluation import LoadedRival
+    from ..evaluation import LoadedModel, LoadedRival
 
 # `evaluation.RIVALS`, which needs torch.
 RIVALS = (
     *("minference", "flex_prefill", "xattn", "flash_prefill", "spas_sage_attn", "flashinfer"),
 )
 REPEATS = {"cuda": 5, "cpu": 3}
+# Where a difference cannot be told from noise, at least so many.
+MORE_REPEATS = 10
 SCOPES = ("layers", "model")
 # Slowest over fastest of repeats, above which the machine was not idle.
 MOST_SCATTER = 1.5
@@ -208,6 +211,10 @@ def speed(
     if interrupted and not any_timed:
         raise KeyboardInterrupt
     add_speedups(rows)
+
+    def longer() -> int | None:
+        return find_longer(loaded, text, contents[text], prompts[-1].tokens)
+
     values = describe_run(command, "speed", model, loaded) | {
         "settings": {
             "text": text,
@@ -222,7 +229,7 @@ def speed(
         "selectors": describe_all(settings, prompts[-1].tokens),
         "rows": rows,
         "against": found_rivals,
-        "verdict": [*interrupted, *say_verdict(rows, line, selector)],
+        "verdict": [*interrupted, *say_verdict(rows, line, selector, longer)],
         "notes": [
             FIRST_NOTE,
             COLUMNS_NOTE.format(quality=line.write("quality")),
@@ -295,7 +302,10 @@ def find_rivals(names: Sequence[str]) -> tuple[list[dict[str, Any]], list[Loaded
 
 
 def say_verdict(
-    rows: Sequence[dict[str, Any]], line: CommandLine, selector: str | None = None
+    rows: Sequence[dict[str, Any]],
+    line: CommandLine,
+    selector: str | None = None,
+    longer: Callable[[], int | None] = lambda: None,
 ) -> list[str]:
     """A sentence for each setting at the longest length.
 
@@ -303,9 +313,11 @@ def say_verdict(
         rows: Of `measure_speed`, with their speedups.
         line: What commands in the sentences go on with.
         selector: Of ``--selector``.
+        longer: Tokens of a longer prompt that could be read; ``None`` where none could.
     """
     longest = max(row["tokens"] for row in rows)
     sentences = []
+    noise: list[dict[str, Any]] = []
     for row in rows:
         if row["tokens"] != longest or row["setting"] is None:
             continue
@@ -324,10 +336,16 @@ def say_verdict(
             sentences.append(f"{start} takes {row['ms']:.0f} ms; no dense run could be timed.")
         else:
             slower = row["told_apart"] and row["speedup"] < 1.0
+            # More repeats do not make a gain of what drops nothing.
+            all_kept = not row["told_apart"] and row["density"] >= NEARLY_ALL
             sentences.append(
                 f"{start} {_compare(row)}, with {say_share(row['density'])} of the blocks"
-                + (f"; {explain} says why." if slower else ".")
+                + (f"; {explain} says why." if slower or all_kept else ".")
             )
+            noise += [] if row["told_apart"] or all_kept else [row]
+    if noise:
+        repeats = max(len(row["times_ms"]) for row in noise)
+        sentences.append(_say_how_to_tell(line, longest, repeats, longer()))
     scatter = max(
         (max(row["times_ms"]) / min(row["times_ms"]) for row in rows if row["times_ms"]),
         default=1.0,
@@ -338,6 +356,47 @@ def say_verdict(
             "the prompt is short; do not rely on them."
         )
     return sentences
+
+
+def _say_how_to_tell(line: CommandLine, tokens: int, repeats: int, longer: int | None) -> str:
+    """What to run where a difference cannot be told from noise.
+
+    Args:
+        line: The options of this run.
+        tokens: Of the prompt.
+        repeats: That were timed.
+        longer: Tokens of a longer prompt, if there could be one.
+    """
+    more = line.write(
+        "speed",
+        tokens=str(tokens) if "--tokens" in line.options else None,
+        repeats=str(max(MORE_REPEATS, 2 * repeats)),
+    )
+    said = f"{more} repeats more often, which tells smaller differences from noise"
+    if longer is not None:
+        said += (
+            f"; {line.write('speed', tokens=str(longer))} reads a longer prompt, of which sparse "
+            "attention gains more"
+        )
+    return f"{said}."
+
+
+def find_longer(loaded: LoadedModel, text: str, content: str, tokens: int) -> int | None:
+    """Twice the tokens, or the model's context if that is less; ``None`` where that is no more.
+
+    Args:
+        loaded: The model.
+        text: A file, or the name of an installed text, all of which are long.
+        content: Of the file.
+        tokens: Of the longest prompt so far.
+    """
+    from ..evaluation import encode_start
+    from .models import context_length
+
+    longer = min(2 * tokens, context_length(loaded.model) or 2 * tokens)
+    if text not in TEXT_NAMES:
+        longer = len(encode_start(loaded.tokenizer, content, longer))
+    return longer if longer > tokens else None
 
 
 def _off(row: dict[str, Any]) -> str:
