@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from tests.cli.test_page import FETCHING_TAGS, Page
-from unisparse_flex import evaluation
+from unisparse_flex import clock, evaluation
 from unisparse_flex.cli import models
 from unisparse_flex.cli import speed as command
 from unisparse_flex.command_line import CommandLine
@@ -338,6 +338,22 @@ def test_commands_against_noise_can_be_run_and_stay_whole(
         ran = run("speed", model_folder, *given, "--tokens", tokens, *options)
         assert "repeats more often" in ran.out
         assert "longer prompt" not in ran.out
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_times_of_a_busy_machine_are_said_to_be(
+    run, model_folder, uncompiled, monkeypatch, tmp_path, busy
+):
+    monkeypatch.setattr(clock, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(clock, "LEAST_SHARE", 1000.0 if busy else 0.0)
+    html, output = tmp_path / "speed.html", tmp_path / "speed.json"
+    options = ("--lengths", "256", "--repeats", "2", "-q", "--html", html, "-o", output)
+    ran = run("speed", model_folder, *options)
+    said = "Other work took part of this machine while it was timed: the model had a core "
+    notes = json.loads(output.read_text())["notes"]
+    assert [note.startswith(said) for note in notes].count(True) == int(busy)
+    for text in (ran.out, html.read_text()):
+        assert (said[:40] in " ".join(text.split())) is busy
 
 
 def test_the_name_of_a_calibration_s_file_is_not_cut(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from unisparse_flex import clock
 from unisparse_flex.cli import failures, main
 from unisparse_flex.cli.demo import command, run, show
 from unisparse_flex.cli.demo.options import DemoOptions
@@ -93,6 +94,7 @@ def test_json_holds_every_knob_and_row(result, options):
         "rows",
         "layers",
         "decode_calls",
+        "notes",
     }
     assert report["command"] == command
     assert set(DemoOptions.__dataclass_fields__) <= set(report["options"])
@@ -117,6 +119,19 @@ def test_command_writes_figure_and_json(tiny_model, monkeypatch, tmp_path, capsy
     assert "Dense: read the prompt" in steps
     assert steps[-1] == "Time the prefills in turn"
     assert "Dense: read the prompt" not in printed
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_times_of_a_busy_machine_are_said_to_be(tiny_model, monkeypatch, tmp_path, capsys, busy):
+    monkeypatch.setattr(run, "load_smollm2", lambda: tiny_model)
+    monkeypatch.setattr(clock, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(clock, "LEAST_SHARE", 1000.0 if busy else 0.0)
+    arguments = ["--tokens", "512", "--no-compile", "--text", "topics", "--output", str(tmp_path)]
+    assert main(["demo", *arguments]) == 0
+    said = "Other work took part of this machine while it was timed"
+    notes = json.loads((tmp_path / "demo.json").read_text())["notes"]
+    assert [note.startswith(said) for note in notes] == [True] * busy
+    assert (said in " ".join(capsys.readouterr().out.split())) is busy
 
 
 def test_quiet_command_prints_the_paths_alone(tiny_model, monkeypatch, tmp_path, capsys):

@@ -168,6 +168,7 @@ def speed(
         model, lengths, [text], layers=dense_layers, device=device, backend=backend
     )
     dial = create_dial(quality, selector)
+    from ..clock import CpuWatch
     from ..evaluation import Sparsity, SpeedInterrupted, measure_speed
     from ..reports import render_speed
     from .models import load_model
@@ -176,6 +177,7 @@ def speed(
     contents = read_texts([text], lengths)
     found_rivals, rivals = find_rivals(against)
     rows: list[dict[str, Any]] = []
+    watch = CpuWatch()
     with Progress("speed", shown=not quiet) as progress:
         progress.show(f"load {model}")
         loaded = load_model(model, allow_download=allow_download, device=device)
@@ -199,6 +201,7 @@ def speed(
                         sparsity=sparsity,
                         rivals=rivals,
                         show=progress.advance,
+                        watch=watch,
                     )
             except SpeedInterrupted as interruption:
                 found = interruption.rows
@@ -215,6 +218,7 @@ def speed(
     def longer() -> int | None:
         return find_longer(loaded, text, contents[text], prompts[-1].tokens)
 
+    busy = watch.say_busy(loaded.device)
     values = describe_run(command, "speed", model, loaded) | {
         "settings": {
             "text": text,
@@ -231,6 +235,7 @@ def speed(
         "against": found_rivals,
         "verdict": [*interrupted, *say_verdict(rows, line, selector, longer)],
         "notes": [
+            *([busy] if busy is not None else []),
             FIRST_NOTE,
             COLUMNS_NOTE.format(quality=line.write("quality")),
             *([RIVALS_NOTE] if rivals else []),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import Calibration
-from ..clock import in_turn, timed
+from ..clock import CpuWatch, in_turn, timed
 from ..optimization import optimize
 from ..selectors import Selector
 from .measure import compute_kl, compute_log_probs
@@ -131,6 +132,7 @@ def measure_speed(
     sparsity: Sparsity | None = None,
     rivals: Sequence[LoadedRival] = (),
     show: Callable[[str], None] = lambda step: None,
+    watch: CpuWatch | None = None,
 ) -> list[SpeedRow]:
     """Times the first token: every way twice to warm up, then all in turn, ``repeats`` times.
 
@@ -150,6 +152,7 @@ def measure_speed(
         rivals: Packages of other work to run the attention of the model by; its layers are
             compiled around them, each by itself.
         show: Told what comes next.
+        watch: Watches what is timed.
 
     Raises:
         ValueError: ``compile_scope`` is ``"layers"`` and the model has no stack of layers.
@@ -158,6 +161,7 @@ def measure_speed(
     sparsity = Sparsity(min_length=None) if sparsity is None else sparsity
     if compile_scope == "layers":
         find_layers(loaded.model)
+    watch = watch or CpuWatch()
     torch.compiler.reset()
     contenders: list[_Contender] = []
     running: list[_Contender] = []
@@ -177,7 +181,8 @@ def measure_speed(
             )
         running = [each for each in contenders if each.first_token is not None]
         in_turn(
-            [partial(_clock, each, loaded, prompt, show) for each in running], repeats=1 + repeats
+            [partial(_clock, each, loaded, prompt, show, watch) for each in running],
+            repeats=1 + repeats,
         )
     except KeyboardInterrupt:
         raise SpeedInterrupted(_rows(contenders, prompt, unfinished="interrupted")) from None
@@ -190,13 +195,19 @@ def measure_speed(
 
 
 def _clock(
-    contender: _Contender, loaded: LoadedModel, prompt: TextPrompt, show: Callable[[str], None]
+    contender: _Contender,
+    loaded: LoadedModel,
+    prompt: TextPrompt,
+    show: Callable[[str], None],
+    watch: CpuWatch,
 ) -> float:
     """Times a way once, unless it failed before."""
     show(f"{contender.setting or contender.run}, {prompt.tokens} tokens: timed")
     function, before = contender.first_token, len(contender.seconds)
     if function is not None:
-        contender.attempt(lambda: contender.seconds.append(timed(function, loaded.device)[1]))
+        # The first one warms up.
+        with watch.watching() if before else nullcontext():
+            contender.attempt(lambda: contender.seconds.append(timed(function, loaded.device)[1]))
     return contender.seconds[-1] if len(contender.seconds) > before else 0.0
 
 

@@ -51,6 +51,8 @@ def print_report(console: Console, result: DemoResult, options: DemoOptions) -> 
         table.add_row(name, *cells)
     console.print(table)
     console.print(_verdict(result), highlight=False)
+    for note in result.notes:
+        console.print(note, highlight=False)
     notes = [
         "density: kept over causal blocks; recall: dense attention mass inside them "
         f"(every {ROW_STRIDE}th query row of each block, all keys); both on the dense model's "
@@ -116,6 +118,7 @@ def to_json(result: DemoResult, options: DemoOptions, command: Sequence[str]) ->
             {"decision": decision, "reason": reason, "calls": count}
             for (decision, reason), count in result.decode_calls.items()
         ],
+        "notes": list(result.notes),
     }
 
 

@@ -68,6 +68,7 @@ class DemoResult:
         repeats: Timed prefills of each model, in turn.
         decode_calls: Attention calls of the optimized model's decoding, counted by
             decision and reason.
+        notes: What has to be known of the times.
         device: The device in words.
         dtype: Of weights and activations.
     """
@@ -79,6 +80,7 @@ class DemoResult:
     heads: int
     repeats: int
     decode_calls: Mapping[tuple[str, str | None], int]
+    notes: tuple[str, ...]
     device: str
     dtype: str
 

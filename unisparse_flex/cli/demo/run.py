@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...clock import in_turn
+from ...clock import CpuWatch, in_turn
 from ...evaluation import (
     CaptureAttention,
     CapturedAttention,
@@ -77,11 +77,13 @@ def run_demo(options: DemoOptions, progress: Progress) -> DemoResult:
     rows.append(row)
     models.append(optimized)
 
+    watch = CpuWatch()
     repeats = options.repeats or (CUDA_REPEATS if on_cuda else 1)
     with progress.step("Time the prefills in turn", repeats * len(models)) as advance:
 
         def clock(model: Callable[..., Any]) -> float:
-            seconds = read(model).seconds
+            with watch.watching():
+                seconds = read(model).seconds
             advance()
             return seconds
 
@@ -97,6 +99,7 @@ def run_demo(options: DemoOptions, progress: Progress) -> DemoResult:
         heads=heads,
         repeats=repeats,
         decode_calls=decode_calls,
+        notes=() if (busy := watch.say_busy(loaded.device)) is None else (busy,),
         device=describe_device(loaded.device),
         dtype=str(loaded.dtype).removeprefix("torch."),
     )
