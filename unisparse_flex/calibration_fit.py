@@ -1,4 +1,4 @@
-"""Whether a calibration is of the model that it is given to."""
+"""What a calibration was made for: its prompts in words, and whether a model is the one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from .calibration import Calibration
+from .counted import counted
 from .passes.calls import is_dtensor
 
 # Names of attributes that say how many heads there are, or how wide: num_heads, n_kv_heads,
@@ -68,6 +69,26 @@ def describe_misfit(calibration: Calibration, model: nn.Module) -> str | None:
         f"for {ours}{rest}, and the {calibration.quality} that it reached there may not hold here; "
         "calibrate this model"
     )
+
+
+def describe_calibration(calibration: Calibration, tokens: int) -> str:
+    """The lengths, the target and the sparse layers of a calibration in words.
+
+    Args:
+        calibration: Which.
+        tokens: Of the longest prompt that it is used for.
+    """
+    lengths = calibration.lengths
+    at = ""
+    if lengths:
+        first = "" if len(lengths) == 1 else f"{min(lengths)} to "
+        at = f" at {first}{counted(max(lengths), 'token')}"
+    far = ""
+    if calibration.is_far_beyond(tokens):
+        far = f"; its target was not looked at for {counted(tokens, 'token')}"
+    target = f"{calibration.quality} {calibration.target:g}"
+    sparse = counted(len(calibration.sparse_layers), "layer")
+    return f"calibrated{at} for {target}, {sparse} sparse{far}"
 
 
 def say_missing(name: str, model: nn.Module, modules: Iterable[str], of: str | None) -> str:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
+# Of the module that was given a calibration.
+CALIBRATION_ATTRIBUTE = "_unisparse_calibration"
 # Attention implementations of Hugging Face models that are ours, by name.
 registered_names: set[str] = set()
 
@@ -124,6 +126,7 @@ def optimize(
                 layers[name] = DENSE
         _require_layers(module, layers, selector.model)
         optimize_layers(module, layers, min_length=min_length, backend=backend, context=context)
+        module.__dict__[CALIBRATION_ATTRIBUTE] = selector
         misfit = describe_misfit(selector, module)
         if misfit is not None:
             warnings.warn(misfit, stacklevel=2)
@@ -296,6 +299,7 @@ def release_all(model: nn.Module) -> None:
         fuse_split_layers(module)
     for submodule in module.modules():
         release(submodule)
+        submodule.__dict__.pop(CALIBRATION_ATTRIBUTE, None)
 
 
 @contextmanager
@@ -335,7 +339,7 @@ def temporarily_optimize(
         OSError: The same.
     """
     module = validate_model(model)
-    before = _settings(module)
+    before, calibrations = _settings(module), _calibrations(module)
     if context is None and any(SparseConfig.decode(config).context for config in before.values()):
         raise ValueError(
             "context must be given for a model that was optimized with one, got None: its ranks "
@@ -357,6 +361,8 @@ def temporarily_optimize(
         for submodule, config in before.items():
             intercept(submodule, config)
             split_fused_layers(submodule)
+        for submodule, calibration in calibrations.items():
+            submodule.__dict__[CALIBRATION_ATTRIBUTE] = calibration
 
 
 def is_optimized(model: nn.Module) -> bool:
@@ -404,6 +410,17 @@ def _settings(model: nn.Module) -> dict[nn.Module, str]:
     return {module: config for module, config in found if config is not None}
 
 
+def _calibrations(model: nn.Module) -> dict[nn.Module, Calibration]:
+    """The calibrations of the modules that were given one, the outermost first."""
+    found = ((module, vars(module).get(CALIBRATION_ATTRIBUTE)) for module in model.modules())
+    return {module: each for module, each in found if each is not None}
+
+
+def calibration_of(model: nn.Module) -> Calibration | None:
+    """The calibration that gave a model its settings; of several the outermost."""
+    return next(iter(_calibrations(model).values()), None)
+
+
 def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The root and every submodule whose class is not torch's own, but for encoders.
 
@@ -419,6 +436,7 @@ def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _intercept_only(model: nn.Module, configs: Mapping[nn.Module, str]) -> None:
     """Gives modules their settings; others lose what an earlier call gave them."""
     for module in model.modules():
+        module.__dict__.pop(CALIBRATION_ATTRIBUTE, None)
         if module in configs:
             intercept(module, configs[module])
         else:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.passes.graphs import Stripes
-from unisparse_flex import Calibration, UniSparse, explain, optimize
+from unisparse_flex import (
+    Calibration,
+    UniSparse,
+    explain,
+    optimize,
+    restore,
+    temporarily_optimize,
+)
+from unisparse_flex.cli.selectors import describe
 from unisparse_flex.command_line import CommandLine
 from unisparse_flex.optimization import optimize_layers
 from unisparse_flex.passes import DenseReason, SparseConfig, observe_calls
@@ -437,9 +448,16 @@ def test_where_attention_is_diffuse_a_loss_to_bear_is_a_way_out() -> None:
 
 
 def test_a_calibration_is_told_by_the_model_that_it_is_in() -> None:
-    names = ["layers.0.attention", "layers.1.attention"]
-    calibration = Calibration(
-        layers={names[0]: SELECTOR, names[1]: "dense"},
+    model = optimize(create(), calibration_at(), min_length=0)
+    assert explain(model, X).wording.calibrated
+    optimize(model, SELECTOR, min_length=0, dense_layers=(0,))
+    assert not explain(model, X).wording.calibrated
+    assert not explain(create(), X).wording.calibrated
+
+
+def calibration_at(*lengths: int) -> Calibration:
+    return Calibration(
+        layers={"layers.0.attention": SELECTOR, "layers.1.attention": "dense"},
         quality="kl",
         target=0.1,
         reached=0.1,
@@ -447,12 +465,63 @@ def test_a_calibration_is_told_by_the_model_that_it_is_in() -> None:
         model="Transformer",
         unisparse_flex="0.1.0",
         torch="2.13.0",
+        lengths=lengths,
     )
-    model = optimize(create(), calibration, min_length=0)
-    assert explain(model, X).wording.calibrated
-    optimize(model, SELECTOR, min_length=0, dense_layers=(0,))
-    assert not explain(model, X).wording.calibrated
-    assert not explain(create(), X).wording.calibrated
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        ((), "calibrated for kl 0.1, 1 layer sparse"),
+        ((200,), "calibrated at 200 tokens for kl 0.1, 1 layer sparse"),
+        ((100, 160), "calibrated at 100 to 160 tokens for kl 0.1, 1 layer sparse"),
+        (
+            (64, 128),
+            "calibrated at 64 to 128 tokens for kl 0.1, 1 layer sparse; its target was not looked "
+            "at for 300 tokens",
+        ),
+    ],
+)
+def test_the_lengths_of_a_calibration_are_said_as_by_the_command(
+    lengths: tuple[int, ...], said: str, tmp_path: Path
+) -> None:
+    calibration = calibration_at(*lengths)
+    found = explain(optimize(create(), calibration, min_length=0), X)
+    assert found.calibration == calibration
+    assert found.notes()[0] == f"selector: {said}"
+    assert said in " ".join(str(found).split())
+    assert describe(calibration, "a.json", 300) == f"a.json: {said}"
+    path = tmp_path / "a.json"
+    calibration.save(path)
+    of_file: Any = torch.compile(optimize(create(), path, min_length=0), backend="eager")
+    assert explain(of_file, X).notes()[0] == f"selector: {said}"
+
+
+def test_the_note_on_a_calibration_goes_where_its_settings_go() -> None:
+    model = optimize(create(), calibration_at(200), min_length=0)
+
+    def is_noted(of: nn.Module) -> bool:
+        noted = any(note.startswith("selector: calibrated") for note in explain(of, X).notes())
+        assert noted is (explain(of, X).calibration is not None)
+        return noted
+
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    around = nn.Sequential(model)
+    for each in (copied, pickled, around):
+        assert is_noted(each)
+    with temporarily_optimize(model, SELECTOR, min_length=0):
+        assert not is_noted(model)
+        with temporarily_optimize(model, calibration_at(150), min_length=0):
+            assert "at 150 tokens" in explain(model, X).notes()[0]
+        assert not is_noted(model)
+    assert "at 200 tokens" in explain(model, X).notes()[0]
+    restore(copied)
+    assert not is_noted(copied)
+    assert "_unisparse" not in " ".join(vars(copied))
+    optimize(pickled, SELECTOR, min_length=0)
+    optimize(around, SELECTOR, min_length=0)
+    for each in (pickled, around, model, create()):
+        assert not is_noted(each)
 
 
 def test_a_model_that_is_compiled_is_not_told_to_be() -> None:

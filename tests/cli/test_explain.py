@@ -7,7 +7,9 @@ import re
 import sys
 
 import pytest
+import torch
 
+from unisparse_flex import explain, optimize
 from unisparse_flex.cli import models
 from unisparse_flex.reports import timing
 
@@ -266,3 +268,18 @@ def test_every_line_fits_in_80_columns(run, model_folder, monkeypatch):
     assert max(map(len, lines)) <= 80
     assert lines[0].startswith("2 of 2 calls sparse")
     assert "\nnext:\n  unisparse-flex speed " in ran.out
+
+
+def test_a_calibration_is_said_once_as_python_says_it(run, model_folder, save_calibration):
+    from transformers import AutoModelForCausalLM
+
+    path = save_calibration(1, (100,))
+    report = explained(run, model_folder, "--selector", path, "--tokens", "300")
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    note, *_ = explain(optimize(model, path), torch.ones(1, 300, dtype=torch.long)).notes()
+    said = "calibrated at 100 tokens for kl 0.01, 1 layer sparse; its target was not looked at for"
+    assert note == f"selector: {said} 300 tokens"
+    assert report["settings"]["selector"] == f"{path}: {said} 300 tokens"
+    assert not [each for each in report["notes"] if "calibrated" in each]
+    ran = run("explain", model_folder, "--selector", path, "--tokens", "300")
+    assert " ".join(ran.out.split()).count("calibrated at 100 tokens") == 1

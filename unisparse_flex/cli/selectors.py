@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..block_masks.selectors import QUALITIES
 from ..calibration import Calibration
-from ..counted import counted
+from ..calibration_fit import describe_calibration
 from ..passes.calls import NAMED_SELECTORS, read_selector
 from ..selectors import Selector, selector_of_quality
 from .failures import wrong_arguments, wrong_content
@@ -41,14 +41,4 @@ def describe(selector: Selector | Calibration, text: str, tokens: int) -> str:
     """
     if isinstance(selector, Selector):
         return selector.text
-    layers = counted(len(selector.sparse_layers), "layer")
-    target = f"{selector.quality} {selector.target:g}"
-    lengths = selector.lengths
-    at = ""
-    if lengths:
-        first = "" if len(lengths) == 1 else f"{min(lengths)} to "
-        at = f" at {first}{counted(max(lengths), 'token')}"
-    far = ""
-    if selector.is_far_beyond(tokens):
-        far = f"; its target was not looked at for {counted(tokens, 'token')}"
-    return f"{text}: calibrated{at} for {target}, {layers} sparse{far}"
+    return f"{text}: {describe_calibration(selector, tokens)}"

@@ -15,11 +15,13 @@ from torch.overrides import TorchFunctionMode
 
 from ..block_masks import BlockSelection, valid_blocks
 from ..block_masks.selectors import selector_of_quality
+from ..calibration import Calibration
+from ..calibration_fit import describe_calibration
 from ..catching import hint_at_tensors, is_intercepted, original_module, settings_of
 from ..counted import counted
 from ..integrations.transformers_config import KEYS as SAVED_KEYS
 from ..integrations.transformers_config import saved_values, stated
-from ..optimization import registered_name
+from ..optimization import calibration_of, registered_name
 from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import MULTIHEAD_TARGETS, keeps_window, logit_scale, refuse_multihead
 from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
@@ -68,12 +70,14 @@ class Explanation:
         wording: How advice spells settings: as Python's arguments or as the command's options.
         all_logits: Whether the model computed logits of every position where it could have been
             told not to, by ``logits_to_keep``.
+        calibration: That gave the model its settings, for a note; ``None`` where none did.
     """
 
     calls: tuple[AttentionRecord, ...]
     rest_ms: float | None = None
     wording: Wording = PYTHON
     all_logits: bool = False
+    calibration: Calibration | None = None
 
     @property
     def sparse(self) -> tuple[AttentionRecord, ...]:
@@ -113,7 +117,11 @@ class Explanation:
     def notes(self) -> list[str]:
         """What has to be known to read the calls, a sentence each."""
         predictions = [call.prediction for call in self.calls if call.prediction]
-        notes = list(dict.fromkeys(found.note for found in predictions if found.note))
+        notes = []
+        if self.calibration is not None:
+            longest = max((call.kv_len for call in self.calls), default=0)
+            notes.append(f"selector: {describe_calibration(self.calibration, longest)}")
+        notes += dict.fromkeys(found.note for found in predictions if found.note)
         notes += [
             f"{call.layer}: {counted(call.unjudged, 'query block', 'keep')} all: "
             "NaN or infinity is held or seen"
@@ -197,7 +205,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     ):
         module(*args, **kwargs)
     every = _computes_all_logits(module, kwargs)
-    return Explanation(tuple(calls), clock.milliseconds, wording, every)
+    found = calibration_of(module)
+    return Explanation(tuple(calls), clock.milliseconds, wording, every, found)
 
 
 def _computes_all_logits(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
