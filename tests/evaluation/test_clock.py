@@ -3,7 +3,6 @@ import time
 import pytest
 import torch
 
-from unisparse_flex import clock
 from unisparse_flex.clock import LEAST_SECONDS, LEAST_SHARE, CpuWatch, in_turn, timed
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -71,8 +70,8 @@ def test_what_is_watched_adds_up_and_what_is_outside_does_not(monkeypatch):
         ticks["wall"] += wall
         ticks["own"] += own
 
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: ticks["wall"])
-    monkeypatch.setattr(clock.time, "thread_time", lambda: ticks["own"])
+    monkeypatch.setattr(time, "perf_counter", lambda: ticks["wall"])
+    monkeypatch.setattr(time, "thread_time", lambda: ticks["own"])
     watch = CpuWatch()
     for wall, own in ((2.0, 1.0), (3.0, 2.5)):
         with watch.watching():
