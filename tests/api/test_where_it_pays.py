@@ -107,6 +107,19 @@ def test_where_the_others_gain_the_layers_are_named(
         assert ("unisparse-flex speed mine" in found.next_step) is (wording is COMMAND)
 
 
+@pytest.mark.parametrize("measured", [False, True])
+def test_what_is_nothing_of_the_whole_prefill_does_not_pay(measured: bool) -> None:
+    # Ten layers gain 1 ms: 3 % of attention.
+    calls = layers(range(20), 1.0, measured=measured)
+    for rest_ms, pays in ((None, True), (600.0, True), (800.0, False)):
+        for wording in (PYTHON, COMMAND):
+            found = Explanation(calls, rest_ms, wording)
+            assert (SENTENCE not in found.verdict) is pays
+            assert ("leave the model dense" in found.next_step) is not pays
+            assert ("dense_layers=range(0, 20)" in found.verdict) is (pays and wording is PYTHON)
+            assert ("--dense-layers 0-19" in found.next_step) is (pays and wording is COMMAND)
+
+
 def test_what_else_may_drop_blocks_is_said_in_python_and_in_options() -> None:
     calls = layers(range(30), 0.0)
     step = Explanation(calls).next_step
@@ -126,6 +139,22 @@ def test_what_else_may_drop_blocks_is_said_in_python_and_in_options() -> None:
     )
     anew = Explanation(calibrated, wording=Wording(calibrated=True)).next_step
     assert anew.endswith("): calibrate anew, for a larger kl; or leave the model dense")
+
+
+@pytest.mark.parametrize("quality", ["fast", "balanced", "high"])
+def test_where_a_least_length_makes_calls_sparse_a_sparser_setting_is_named_too(
+    quality: str,
+) -> None:
+    forced = SparseConfig.of_model(selector_of_quality(quality), min_length=0)
+    calls = tuple(
+        replace(each, config=forced, density=0.8, q_len=1024, kv_len=1024)
+        for each in layers(range(30), 0.0)
+    )
+    start = "calls are sparse because of --min-length: dense is predicted faster at this length"
+    longer = "sparse may be faster from about 4096 keys on (in whole blocks), at the density"
+    fewer = "" if quality == "fast" else "--quality fast keeps fewer blocks; "
+    said = f"{start}; {fewer}{longer} expected there"
+    assert Explanation(calls, wording=COMMAND).next_step == said
 
 
 @pytest.mark.parametrize("measured", [False, True])

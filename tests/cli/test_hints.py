@@ -52,7 +52,7 @@ def uncompiled(monkeypatch):
 @pytest.fixture
 def gaining(monkeypatch):
     """No call is predicted to be slower sparse."""
-    monkeypatch.setattr(advice, "does_not_pay", lambda calls: False)
+    monkeypatch.setattr(advice, "does_not_pay", lambda *_: False)
     monkeypatch.setattr(advice, "keeps_nearly_all", lambda calls: False)
 
 

@@ -62,7 +62,9 @@ ALL_CALIBRATED_DENSE = (
 SAID_COMPILED = "compare its time and its output with the dense model's"
 
 
-def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> str:
+def next_step(
+    calls: Sequence[AttentionRecord], rest_ms: float | None = None, wording: Wording = PYTHON
+) -> str:
     """See `Explanation.next_step`."""
     if not calls:
         return NO_CALL_STEP
@@ -79,14 +81,14 @@ def next_step(calls: Sequence[AttentionRecord], wording: Wording = PYTHON) -> st
         if excluded:
             return _where_others_are_excluded(sparse, excluded, wording)
         return _where_nearly_all_is_kept(sparse, wording)
-    if does_not_pay(calls):
+    if does_not_pay(calls, rest_ms):
         step = _where_nothing_is_gained(calls, wording)
         looked = not excluded or wording.calibrated
         return step if looked else f"{step}; {_say_not_looked_at(excluded, wording)} to look"
     fewer = SPARSER.get(_quality_in_force(sparse))
     line, step = wording.command_line, COMPILED
     if line is not None:
-        layers = layers_to_leave_dense(calls)
+        layers = layers_to_leave_dense(calls, rest_ms)
         given = {"dense_layers": name_runs(runs_of(layers), ",")} if layers else {}
         speed, quality = (line.write(command, **given) for command in ("speed", "quality"))
         step = COMMANDS.format(speed=speed, quality=quality)
@@ -219,6 +221,8 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
         f"calls are sparse because of {wording.name_of_min_length}: dense is "
         f"{_known(slower)} faster at this length"
     )
+    if quality in SPARSER:
+        start += f"; {_setting(calls, wording, 'quality', 'fast')} keeps fewer blocks"
     return f"{start}; sparse {_may_be_faster(later)}" if (later := _longer(slower)) else start
 
 

@@ -150,7 +150,7 @@ class Explanation:
     @property
     def next_step(self) -> str:
         """What to do next."""
-        return next_step(self.calls, self.wording)
+        return next_step(self.calls, self.rest_ms, self.wording)
 
     def table(self, columns: int = COLUMNS) -> str:
         """The calls as a table, the reasons of the dense ones below it.

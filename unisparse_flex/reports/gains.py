@@ -18,11 +18,16 @@ LEAST_GAIN = 0.01
 NEARLY_ALL_LOSE = 0.9
 
 
-def does_not_pay(calls: Sequence[AttentionRecord]) -> bool:
+def does_not_pay(calls: Sequence[AttentionRecord], rest_ms: float | None = None) -> bool:
     """Whether the model would rather stay dense on this prompt than leave layers of it dense.
 
     So it is where the sparse calls that are slower than dense take nearly all of the time, and
-    where the others, without these, gain nothing that can be measured.
+    where the others, without these, gain nothing that can be measured: of the whole prefill, where
+    that is known.
+
+    Args:
+        calls: Of a forward pass.
+        rest_ms: See `Explanation`.
     """
     sparse = [call for call in calls if call.decision == "sparse"]
     slower = slower_calls(sparse)
@@ -34,7 +39,8 @@ def does_not_pay(calls: Sequence[AttentionRecord]) -> bool:
         return True
     others = [call for call in sparse if call not in slower]
     kept = mean_density(sparse_densities(others), left_dense=len(slower))
-    all_dense, without = known_ms([c if c not in slower else _left_dense(c) for c in calls])
+    left = [call if call not in slower else _left_dense(call) for call in calls]
+    all_dense, without = whole_ms(left, rest_ms) or known_ms(left)
     return all_dense < (1.0 + LEAST_GAIN) * without or (kept is not None and kept >= NEARLY_ALL)
 
 
@@ -99,6 +105,19 @@ def prefill_ms(
         return None
     dense, decided = predicted_ms(calls)
     return dense + rest_ms, decided + rest_ms
+
+
+def whole_ms(calls: Sequence[AttentionRecord], rest_ms: float | None) -> tuple[float, float] | None:
+    """The whole prefill all dense, and as decided, with measured attention where it was timed.
+
+    ``None`` where `prefill_ms` is, or only some of the calls were timed.
+    """
+    predicted = prefill_ms(calls, rest_ms)
+    measured = [call for call in calls if call.measured is not None]
+    if predicted is None or rest_ms is None or not measured:
+        return predicted
+    dense, decided = measured_ms(measured)
+    return (dense + rest_ms, decided + rest_ms) if len(measured) == len(calls) else None
 
 
 def is_nothing(ratio: float) -> bool:

@@ -18,8 +18,8 @@ from .gains import (
     is_nothing,
     keeps_nearly_all,
     known_ms,
-    prefill_ms,
     slower_calls,
+    whole_ms,
 )
 from .wording import Wording, name_runs, runs_of
 
@@ -58,15 +58,11 @@ def verdict(
     parts = [f"{len(sparse)} of {counted(len(calls), 'call')} sparse{whole_windows}{share}"]
     if keeps_nearly_all(sparse):
         return f"{parts[0]}: nothing is gained{_say_measured(calls)}"
-    measured = [call for call in calls if call.measured is not None]
-    known = PREDICTED if not measured else MEASURED
+    known = MEASURED if any(call.measured is not None for call in calls) else PREDICTED
     dense_ms, decided_ms = known_ms(calls)
     if decided_ms:
         gain = _say_gain(dense_ms / decided_ms)
-        whole = prefill_ms(calls, rest_ms)
-        if measured and whole is not None and rest_ms is not None:
-            all_timed = len(measured) == len(calls)
-            whole = (dense_ms + rest_ms, decided_ms + rest_ms) if all_timed else None
+        whole = whole_ms(calls, rest_ms)
         of_whole = None if whole is None else _say_gain(whole[0] / whole[1])
         if gain == NO_GAIN and of_whole in (None, NO_GAIN):
             parts[0] += f", {NO_GAIN} {known}"
@@ -74,7 +70,7 @@ def verdict(
             parts[0] += f", attention {known} {gain}"
             parts[0] += "" if of_whole is None else f", the whole prefill {of_whole}"
     slower = slower_calls(sparse)
-    if does_not_pay(calls):
+    if does_not_pay(calls, rest_ms):
         every = len(slower) == len(sparse)
         start = "every sparse call is" if every else f"{len(slower)} of them"
         end = "" if every else ", and the others gain too little"
@@ -85,7 +81,7 @@ def verdict(
         parts.append(
             f"{name_layers(indices)} {verb} {say_share(sum(density) / len(density))}: leave "
             f"{'it' if len(indices) == 1 else 'them'} dense "
-            f"({wording.dense_layers(layers_to_leave_dense(calls))})"
+            f"({wording.dense_layers(layers_to_leave_dense(calls, rest_ms))})"
         )
     elif slower:
         parts.append(f"{len(slower)} of them {known} slower than dense: calibrate, or set top_k")
@@ -108,10 +104,12 @@ def _say_gain(ratio: float) -> str:
     return f"{ratio:.3g}x as fast" if ratio > 1.0 else f"{1 / ratio:.3g} times as long"
 
 
-def layers_to_leave_dense(calls: Sequence[AttentionRecord]) -> list[int]:
+def layers_to_leave_dense(
+    calls: Sequence[AttentionRecord], rest_ms: float | None = None
+) -> list[int]:
     """What the verdict gives as ``dense_layers``, excluded layers among it; empty for no advice."""
     sparse = [call for call in calls if call.decision == "sparse"]
-    if keeps_nearly_all(sparse) or does_not_pay(calls):
+    if keeps_nearly_all(sparse) or does_not_pay(calls, rest_ms):
         return []
     indices = _slower_layers(sparse)
     return sorted({*indices, *excluded_layers(calls)}) if indices else []
