@@ -217,6 +217,7 @@ def test_a_verdict_says_slower_and_that_times_scatter():
         "setting": "balanced",
         "error": None,
         "sparse_calls": 2,
+        "windows": 0,
         "density": 0.25,
         "kl_last_token": 0.0123,
         "ms": 10.0,
@@ -269,7 +270,7 @@ def test_no_gain_is_claimed_that_may_be_noise(density, sparse, dense, told_apart
                 "ms": sorted(times)[len(times) // 2],
             },
             **{"density": density, "sparse_calls": 2, "error": None, "kl_last_token": 0.01},
-            **{"output_error": None, "worst_output_error": None},
+            **{"windows": 0, "output_error": None, "worst_output_error": None},
         }
 
     rows = [row(None, dense, None), row("fast", sparse, density)]
@@ -285,10 +286,41 @@ def test_no_gain_is_claimed_that_may_be_noise(density, sparse, dense, told_apart
         assert bool(more) is (noise and not all_kept)
 
 
+FASTER, DENSE = [8.0, 8.2, 8.1], [9.0, 9.3, 9.1]
+
+
+@pytest.mark.parametrize(
+    ("calls", "windows", "density", "masked", "told_apart", "said"),
+    [
+        # Windows drop nothing; what they gain is what a mask tensor costs.
+        (18, 15, 0.34, False, True, "Of 18 sparse calls 15 keep a whole sliding window"),
+        (15, 15, 1.0, False, True, "Of 15 sparse calls 15 keep a whole sliding window"),
+        # So do calls that stay dense where a compiled model builds one.
+        (0, 0, None, True, True, "It brings the first token 1.12 times as fast as"),
+        (0, 0, None, False, False, None),
+        (2, 0, 1.0, False, False, None),
+        (2, 0, 1.0, True, True, None),
+    ],
+)
+def test_a_gain_without_dropped_blocks_has_its_cause(
+    calls, windows, density, masked, told_apart, said
+):
+    base = {"tokens": 9, "error": None, "output_error": None, "windows": 0, "density": None}
+    dense = base | {"setting": None, "times_ms": DENSE, "ms": 9.1, "sparse_calls": 0}
+    row = base | {"setting": "balanced", "times_ms": FASTER, "ms": 8.1, "density": density}
+    rows = [dense, row | {"sparse_calls": calls, "windows": windows}]
+    command.add_speedups(rows, masked=masked)
+    assert rows[1]["told_apart"] is told_apart
+    verdict = command.say_verdict(rows, LINE)
+    assert any(each.startswith(said) for each in verdict[1:]) if said else len(verdict) == 1
+    if calls and told_apart:
+        assert "1.12 times as fast" in verdict[0]
+
+
 def noisy(setting, times, tokens=4096):
     return {
         **{"tokens": tokens, "setting": setting, "error": None, "sparse_calls": 2},
-        **{"density": 0.5, "ms": times[0], "times_ms": times, "speedup": 1.01},
+        **{"density": 0.5, "ms": times[0], "times_ms": times, "speedup": 1.01, "windows": 0},
         **{"told_apart": False, "output_error": None, "worst_output_error": None},
     }
 

@@ -63,7 +63,8 @@ FIRST_NOTE = (
 COLUMNS_NOTE = (
     "over dense: the fastest dense run's time over this one's, in brackets where that cannot be "
     "told from noise: repeats of the two overlap, there is one of each, or a gain comes with at "
-    f"least {NEARLY_ALL:.1%} of the blocks. density: kept over visible blocks, "
+    f"least {NEARLY_ALL:.1%} of the blocks where dense attention reads no mask tensor that sparse "
+    "attention does without. density: kept over visible blocks, "
     "mean over the calls that could be sparse, a dense one counted as all of its blocks, but for "
     "those that keep a whole narrow window. KL: of the "
     "next-token distribution after the prompt to the first dense run's, one position whose "
@@ -213,7 +214,7 @@ def speed(
     any_timed = any(row["ms"] is not None for row in rows)
     if interrupted and not any_timed:
         raise KeyboardInterrupt
-    add_speedups(rows)
+    add_speedups(rows, masked=compile_scope == "model")
 
     def longer() -> int | None:
         return find_longer(loaded, text, contents[text], prompts[-1].tokens)
@@ -256,10 +257,14 @@ def speed(
     return 0 if any_timed else 1
 
 
-def add_speedups(rows: Sequence[dict[str, Any]]) -> None:
+def add_speedups(rows: Sequence[dict[str, Any]], *, masked: bool = False) -> None:
     """Puts the fastest dense run's time over each row's own into the row, and if that says a thing.
 
     ``told_apart`` is ``None`` of dense runs and where there is no ratio.
+
+    Args:
+        rows: Of `measure_speed`.
+        masked: Whether the compiled dense model reads a mask tensor in every call.
     """
     for row in rows:
         dense = [
@@ -270,18 +275,20 @@ def add_speedups(rows: Sequence[dict[str, Any]]) -> None:
         fastest = min(dense, key=lambda other: float(other["ms"]), default=None)
         row["speedup"] = fastest["ms"] / row["ms"] if fastest and row["ms"] else None
         known = fastest is not None and row["speedup"] is not None and row["setting"] is not None
-        row["told_apart"] = _is_told_apart(row, fastest) if known and fastest else None
+        row["told_apart"] = _is_told_apart(row, fastest, masked) if known and fastest else None
 
 
-def _is_told_apart(row: dict[str, Any], dense: dict[str, Any]) -> bool:
+def _is_told_apart(row: dict[str, Any], dense: dict[str, Any], masked: bool) -> bool:
     """Whether a run differs from a dense one by more than repeats of either differ."""
     own, other = row["times_ms"], dense["times_ms"]
     if min(len(own), len(other)) < 2:
         return False
     if row["speedup"] > 1.0:
-        # What keeps every block computes what dense attention does, and selects besides.
+        # What keeps every block computes what dense attention does, and selects besides; but a
+        # mask tensor costs dense attention its fast kernels.
         drops = row["density"] is None or row["density"] < NEARLY_ALL
-        return bool(row["sparse_calls"]) and drops and max(own) < min(other)
+        has_cause = masked or row["windows"] > 0 or (row["sparse_calls"] > 0 and drops)
+        return has_cause and max(own) < min(other)
     return min(own) > max(other)
 
 
@@ -332,6 +339,11 @@ def say_verdict(
             sentences.append(f"{start} could not be timed: {row['error']}")
         elif not row["sparse_calls"]:
             sentences.append(f"{start} leaves every attention call dense; {explain} says why.")
+            if row["told_apart"] and row["speedup"] > 1.0:
+                sentences.append(
+                    f"It {say_speed(row['speedup'])} the fastest dense run all the same, without "
+                    "the mask tensor that dense attention reads there."
+                )
         elif row["output_error"] is not None:
             speed = f"takes {row['ms']:.0f} ms"
             if row["speedup"] is not None:
@@ -347,6 +359,11 @@ def say_verdict(
                 f"{start} {_compare(row)}, with {say_share(row['density'])} of the blocks"
                 + (f"; {explain} says why." if slower or all_kept else ".")
             )
+            if row["windows"] and row["told_apart"] and row["speedup"] > 1.0:
+                sentences.append(
+                    f"Of {row['sparse_calls']} sparse calls {row['windows']} keep a whole sliding "
+                    "window and drop nothing: those gain where dense attention reads a mask tensor."
+                )
             noise += [] if row["told_apart"] or all_kept else [row]
     if noise:
         repeats = max(len(row["times_ms"]) for row in noise)
