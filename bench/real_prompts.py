@@ -198,7 +198,8 @@ def _measure_sparse(case: Case, row: Row) -> None:
 def whole_models(result: Any) -> list[Row]:
     """Of each model, text and quality all layers as one: mean density, times summed.
 
-    ``speedup`` is the sum of the fastest dense kernel's times over that of the sparse calls'.
+    ``speedup`` is the sum of the fastest dense kernel's times over that of the sparse calls';
+    ``decision`` what the library does with such calls by default, launched from Python.
     """
     found = []
     rows = [row for row in result["rows"] if "total_ms" in row]
@@ -211,6 +212,7 @@ def whole_models(result: Any) -> list[Row]:
             {key: of[0][key] for key in keys}
             | {
                 "layers": len(of),
+                "decision": next(r["decision"]["decision"] for r in of if "decision" in r),
                 "density": mean(row["density"] for row in of),
                 "densities": (min(r["density"] for r in of), max(r["density"] for r in of)),
                 "dense_ms": dense,
@@ -228,7 +230,7 @@ def whole_models(result: Any) -> list[Row]:
 
 
 COLUMNS: dict[str, markdown.Format] = {
-    **dict.fromkeys(("heads of", "text", "tokens", "quality", "calls"), "{}"),
+    **dict.fromkeys(("heads of", "text", "tokens", "quality", "calls", "by default"), "{}"),
     "density": percent,
     "least and most": "{0[0]:.0%}, {0[1]:.0%}",
     "dense ms": milliseconds,
@@ -245,8 +247,9 @@ def describe(result: Any, name: str) -> str:
     """The table of one file."""
     title = f"{name}: {result['device']}, torch {result['versions'].get('torch')}"
     names = (
-        *("text", "tokens", "quality", "layers", "density", "densities", "dense_ms"),
-        *("dense_kernel", "selection_ms", "total_ms", "speedup", "speedups", "relative_error"),
+        *("text", "tokens", "quality", "layers", "decision", "density", "densities"),
+        *("dense_ms", "dense_kernel", "selection_ms", "total_ms", "speedup", "speedups"),
+        "relative_error",
     )
     lines = [[_heads_of(row), *(row[key] for key in names)] for row in whole_models(result)]
     return markdown.page(*markdown.heading(title, result), markdown.table(COLUMNS, lines))

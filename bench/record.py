@@ -60,7 +60,7 @@ class Record:
             "benchmark": module.removeprefix("bench."),
             **({} if device is None else {"device": describe_device(torch.device(device))}),
             "versions": versions(),
-            "command": ["python", "-m", module, *sys.argv[1:]],
+            "command": ["python", "-m", module, *map(_without_folder, sys.argv[1:])],
             **more,
             "rows": [],
         }
@@ -114,6 +114,12 @@ class Record:
             self.add(row)
             if self.stop_if_over():
                 break
+
+
+def _without_folder(argument: str) -> str:
+    """A file that lies elsewhere by its name alone: its folder is of one machine."""
+    path = Path(argument)
+    return path.name if path.is_absolute() else argument
 
 
 def versions() -> dict[str, str | None]:

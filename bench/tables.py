@@ -84,7 +84,7 @@ OTHERS: dict[str, Callable[[], str]] = {
     "dial": front_tables.dial_table,
     "claims": front_tables.claims_table,
     "speed": front_tables.speed_table,
-    "gain": front_tables.gain_sentence,
+    "gain": front_tables.gain_list,
     "decisions": front_sentences.decisions_sentence,
     "equal KL": front_sentences.equal_sentence,
     "rivals": front_sentences.rivals_sentence,

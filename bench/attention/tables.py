@@ -264,7 +264,7 @@ def density_order(density: float | None) -> float:
 
 def density_name(density: float | None) -> str:
     """A density that was asked for; none is the one that a selector's own rule gives."""
-    return "own top_p" if density is None else percent(density)
+    return "own rule" if density is None else percent(density)
 
 
 def _tokens(count: int) -> str:

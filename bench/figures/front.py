@@ -2,15 +2,16 @@
 
 python -m bench front [--folder docs]
 
-From files in bench/results: attention-cuda-sm90*.json for speed, quality-smollm2-8192.json and
-quality-gemma3-270m-32768.json for quality. Into front.png and quality-by-density.png.
+From files in bench/results: attention-cuda-sm90-default.json and real-prompts-cuda-sm90.json for
+speed, quality-smollm2-8192.json and quality-gemma3-270m-32768.json for quality. Into front.png and
+quality-by-density.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ from unisparse_flex.block_masks.selectors import QUALITIES
 from unisparse_flex.passes.calls import decode_selector
 from unisparse_flex.reports.figures.style import FAINT, save, tidy
 
-from ..attention import join, sparse_rows
+from ..attention import sparse_rows
+from ..real_prompts import whole_models
 from ..record import FOLDER
 from .speed_plots import curves, thousands
 from .style import COLORS, DASHES, MARKERS
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 Result = dict[str, Any]
 
 FOLDER_OF_PAGES = Path("docs")
-SPEED = "attention-cuda-sm90*.json"
+SPEED, REAL = "attention-cuda-sm90-default.json", "real-prompts-cuda-sm90.json"
 QUALITY = {
     "quality-smollm2-8192.json": "SmolLM2-135M, 8192 tokens",
     "quality-gemma3-270m-32768.json": "Gemma 3 270M, 32768 tokens",
@@ -39,10 +41,14 @@ QUALITY = {
 TEXT = "code"
 # Heads whose queries and keys are random, at densities of which `None` is the selector's own.
 RANDOM = "llama3-8b"
-FORCED: tuple[float | None, ...] = (0.1, 0.3, None)
-# Layers whose queries and keys are those of a real prompt.
-REAL = ("smollm2-layer-3", "smollm2-layer-15", "smollm2-layer-27")
-SETTINGS = "two"
+FORCED: tuple[float | None, ...] = (0.1, 0.35, None)
+# Whose real queries and keys attention reads: what they are called, and how they are drawn.
+HEADS = {
+    "llama3-8b": ("SmolLM2's in Llama-3.1-8B's heads", "*"),
+    "smollm2": ("SmolLM2-135M", "P"),
+    "gemma3-270m": ("Gemma 3 270M", "X"),
+}
+SETTINGS = "default"
 NAMES = {
     "unisparse-default": "this package",
     "unisparse-paper": "UniSparse (paper)",
@@ -68,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     first, second = QUALITY.items()
     front = Figure(figsize=(9.2, 4.4), layout="constrained")
     speed, quality = front.subplots(1, 2)
-    _draw_speed(speed, load_speed())
+    _draw_speed(speed, load(SPEED))
     _draw_quality(quality, *first)
     save(front, folder / "front.png")
     both = Figure(figsize=(9.2, 4.4), layout="constrained")
@@ -85,24 +91,15 @@ def load(name: str) -> Result:
     return result
 
 
-def load_speed() -> Result:
-    """The files of attention on the GPU, as one."""
-    paths = sorted(FOLDER.glob(SPEED), key=lambda path: path.stem)
-    return join([load(path.name) for path in paths])
+def real_prompts() -> dict[str, list[dict[str, Any]]]:
+    """Of each model in `HEADS` a row for each text: all layers as one, at the default setting."""
+    rows = [row for row in whole_models(load(REAL)) if row["quality"] == "balanced"]
+    return {name: [row for row in rows if row["model"] == name] for name in HEADS}
 
 
-def real_speedups(result: Result) -> list[tuple[str, int, float, float]]:
-    """Of each real layer: name, tokens, density that the rule chose, speed-up of the whole call.
-
-    The speed-up is over the fastest dense kernel of the run.
-    """
-    found = []
-    for layer in REAL:
-        for row in sparse_rows(result, layer, SETTINGS):
-            if row["density"] is None:
-                speedup = min(row["dense_kernels"].values()) / row["total_ms"]
-                found.append((layer, row["tokens"], row["density_measured"], speedup))
-    return found
+def gpu_of(result: Result) -> str:
+    """What a GPU is called in short."""
+    return str(result["device"]).removeprefix("NVIDIA ").partition(" ")[0]
 
 
 def quality_points(result: Result, selector: str, text: str) -> list[tuple[float, float, str]]:
@@ -121,11 +118,16 @@ def kept_by_rule(result: Result) -> str:
     """From the least to the most that the settings' own rule keeps of random inputs."""
     rows = [row for row in sparse_rows(result, RANDOM, SETTINGS) if row["density"] is None]
     kept = [row["density_measured"] for row in rows]
-    return f"{min(kept):.0%} to {max(kept):.0%}"
+    return span(kept)
+
+
+def span(shares: Iterable[float]) -> str:
+    """From the least to the most, in whole percents."""
+    found = list(shares)
+    return f"{min(found):.0%} to {max(found):.0%}"
 
 
 def _draw_speed(axes: Axes, result: Result) -> None:
-    device = str(result["device"]).removeprefix("NVIDIA ").partition(" ")[0]
     axes.axhline(1, color=FAINT, linewidth=1)
     found = {curve.density: curve for curve in curves(result, RANDOM, SETTINGS)}
     for place, density in enumerate(FORCED):
@@ -133,26 +135,28 @@ def _draw_speed(axes: Axes, result: Result) -> None:
         free = density is None
         kept = f"{kept_by_rule(result)} by its rule" if free else f"{density:.0%} kept, forced"
         axes.plot(tokens, speedups, label=f"random inputs, {kept}", **_style(place))
-    real = real_speedups(result)
-    axes.plot(
-        [tokens for _, tokens, _, _ in real],
-        [speedup for *_, speedup in real],
-        linestyle="none",
-        marker="*",
-        markersize=11,
-        color="black",
-        label="real prompt, by its rule " + ", ".join(f"{kept:.0%}" for _, _, kept, _ in real),
-    )
+    for name, rows in real_prompts().items():
+        title, marker = HEADS[name]
+        kept = span(row["density"] for row in rows)
+        axes.plot(
+            [row["tokens"] for row in rows],
+            [row["speedup"] for row in rows],
+            linestyle="none",
+            marker=marker,
+            markersize=8,
+            color="black",
+            label=f"real, {title}: {kept}",
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     ticks = sorted({tokens for density in FORCED for tokens, _ in found[density].points})
     axes.set_xticks(ticks, [thousands(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.set_ylim(0.8, 32)
+    axes.set_ylim(0.8, 48)
     axes.set_xlabel("tokens")
     axes.set_ylabel("speed-up over the fastest dense kernel")
-    axes.set_title(f"Attention with its selection, {device}", fontsize=10)
+    axes.set_title(f"Attention with its selection, {gpu_of(result)}", fontsize=10)
     axes.legend(fontsize=8, frameon=False, loc="upper left")
     _finish(axes)
 

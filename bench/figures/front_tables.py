@@ -11,18 +11,21 @@ from unisparse_flex.block_masks.selectors import QUALITIES
 from unisparse_flex.passes.calls import decode_selector
 
 from .. import markdown
-from ..attention import sparse_rows
 from ..cost_decision import is_default, is_prompt
 from .curves import place_of
 from .front import (
+    HEADS,
     NAMES,
     QUALITY,
     RANDOM,
+    REAL,
     SETTINGS,
+    SPEED,
+    gpu_of,
     load,
-    load_speed,
     quality_points,
-    real_speedups,
+    real_prompts,
+    span,
 )
 from .speed_plots import curves
 
@@ -32,12 +35,14 @@ OURS = "unisparse-default"
 CLAIMED = ("xattention", "flexprefill", "minference")
 RIVALS = (*CLAIMED, "flashprefill", "streamingllm", "unisparse-paper")
 TASKS = "quality-smollm2-8192-tasks.json"
-PREFILL = "prefill-cuda-sm90.json"
+PREFILL = "prefill-cuda-sm90-default.json"
 MASKED = "masked-cuda-sm90-models.json"
 DECISIONS = "cost-decision-cuda-sm90.json"
 FOUR = "distributed-cuda-sm90-x4.json"
 LENGTHS = (32768, 131072)
-FORCED = (0.1, 0.3)
+FORCED = (0.35, 0.1)
+GEMMA, SMOLLM2 = "command-speed-gemma3-270m-cuda.json", "command-speed-smollm2-cuda.json"
+WINDOWS = "command-speed-gemma3-270m-windows-cuda.json"
 COVERAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 # What the modes of docs/coverage.md are called at the head of a column.
 MODES = {
@@ -81,24 +86,30 @@ def speed_table() -> str:
     return _with_files(heads, [*_attention_rows(), *_model_rows(), *_losing_rows()])
 
 
-def gain_sentence() -> str:
-    """How much faster, in one sentence: lines of `speed_table`."""
-    result = load_speed()
-    real = real_speedups(result)
-    least, most = min(row[3] for row in real), max(row[3] for row in real)
-    forced = (_speedups(result, density) for density in FORCED)
-    prefill = {row["tokens"]: row["speedup"] for row in _sparse_prefills()}
-    short, long = LENGTHS
-    tenth, thirty = ([points[length] for length in LENGTHS] for points in forced)
-    return (
-        "**How much faster?** On an H100, choosing the blocks included: attention "
-        f"{least:.2f}x to {most:.2f}x as fast as the fastest dense kernel on a real prompt of "
-        f"{real[0][1]} tokens; on random inputs "
-        f"{tenth[0]:.2f}x at {short} tokens and {tenth[1]:.2f}x at {long} where {FORCED[0]:.0%} "
-        f"of the blocks are kept, {thirty[0]:.2f}x and {thirty[1]:.2f}x where {FORCED[1]:.0%} "
-        f"are; a whole 8B model's first token, at {FORCED[0]:.0%}, {prefill[short]:.2f}x and "
-        f"{prefill[long]:.2f}x.\n"
-    )
+def gain_list() -> str:
+    """How much faster, in three lines: those of `speed_table` that matter most."""
+    result, real = load(SPEED), real_prompts()
+    filled, wide = real["llama3-8b"], real["gemma3-270m"]
+    lines = [
+        f"**How much faster?** On an {gpu_of(result)} at the default setting, choosing the blocks "
+        "included, over the fastest dense kernel:",
+        "",
+        f"- attention on real prompts: {_times(filled)} with SmolLM2's queries and keys in heads "
+        f"of Llama-3.1-8B's shape ({filled[0]['tokens']} tokens, "
+        f"{span(row['density'] for row in filled)} of the blocks kept), {_times(wide)} with the "
+        f"wide heads of Gemma 3 270M ({wide[0]['tokens']} tokens, "
+        f"{span(row['density'] for row in wide)});",
+    ]
+    for density, why in zip(FORCED, (", about what the default keeps of those", ""), strict=True):
+        attention, tokens = _speedups(result, density), _prefills(density)
+        lines.append(
+            f"- on random inputs with Llama-3.1-8B's heads, {density:.0%} kept{why}: attention "
+            + ", ".join(f"{attention[length]:.2f}x at {length} tokens" for length in LENGTHS)
+            + "; a whole 8B model's first token "
+            + ", ".join(f"{tokens[length]:.2f}x" for length in LENGTHS)
+            + (";" if density != FORCED[-1] else ".")
+        )
+    return "\n".join(lines) + "\n"
 
 
 def coverage_table() -> str:
@@ -165,31 +176,34 @@ def _is_default(setting: str) -> bool:
 
 
 def _speed_claims() -> Iterator[list[str]]:
-    result = load_speed()
-    real = real_speedups(result)
-    flash = [
-        row["dense_kernels"]["sdpa_flash"] / row["total_ms"]
-        for layer, *_ in real
-        for row in sparse_rows(result, layer, SETTINGS)
-        if row["density"] is None
-    ]
-    kept, best = [row[2] for row in real], [row[3] for row in real]
-    yield [
-        "attention up to 2.61x as fast as FlashAttention",
-        f"{min(flash):.2f}x to {max(flash):.2f}x over PyTorch's FlashAttention 2, "
-        f"{min(best):.2f}x to {max(best):.2f}x over the fastest dense kernel",
-        f"three layers of SmolLM2-135M at {real[0][1]}, H100; real, {min(kept):.0%} to "
-        f"{max(kept):.0%} kept",
-        _file("attention-cuda-sm90-shapes.json"),
-    ]
+    for name, rows in real_prompts().items():
+        flash = _ends([row["flash_speedup"] for row in rows])
+        yield [
+            "attention up to 2.61x as fast as FlashAttention" if name == next(iter(HEADS)) else "",
+            f"{flash} over PyTorch's FlashAttention 2, {_times(rows)} over the fastest dense "
+            "kernel",
+            f"{HEADS[name][0]} at {rows[0]['tokens']}, {gpu_of(load(REAL))}; real, "
+            f"{span(row['density'] for row in rows)} kept",
+            _file(REAL),
+        ]
+    result = load(SPEED)
     forced = {density: _speedups(result, density)[LENGTHS[1]] for density in FORCED}
     yield [
         "",
         " and ".join(f"{x:.2f}x at {density:.0%}" for density, x in forced.items())
         + " over the fastest dense kernel",
-        f"Llama-3.1-8B's heads at {LENGTHS[1]}, H100; random, forced",
-        _file("attention-cuda-sm90.json"),
+        f"Llama-3.1-8B's heads at {LENGTHS[1]}, {gpu_of(result)}; random, forced",
+        _file(SPEED),
     ]
+
+
+def _times(rows: Sequence[dict[str, Any]]) -> str:
+    return _ends([row["speedup"] for row in rows])
+
+
+def _ends(speedups: Sequence[float]) -> str:
+    """From the least to the most."""
+    return " to ".join(f"{end:.2f}x" for end in (min(speedups), max(speedups)))
 
 
 def _rivals() -> Iterator[list[str]]:
@@ -225,25 +239,28 @@ def density_ratios(result: dict[str, Any], rival: str, text: str) -> list[float]
 
 
 def _attention_rows() -> Iterator[list[str]]:
-    result = load_speed()
-    real = real_speedups(result)
-    yield [
-        "attention, SmolLM2-135M's layers 3, 15, 27",
-        _gpu(result),
-        str(real[0][1]),
-        f"real, free: {', '.join(f'{kept:.0%}' for *_, kept, _ in real)}",
-        ", ".join(f"{speedup:.2f}x" for *_, speedup in real),
-        _file("attention-cuda-sm90-shapes.json"),
-    ]
+    gpu = gpu_of(load(REAL))
+    for name, rows in real_prompts().items():
+        left = ", dense unless `min_length=0`" if rows[0]["decision"] == "dense" else ""
+        yield [
+            f"attention, {HEADS[name][0]}, all {rows[0]['layers']} calls{left}",
+            gpu,
+            str(rows[0]["tokens"]),
+            "real, free: "
+            + ", ".join(f"{row['density']:.0%} ({row['text']})" for row in reversed(rows)),
+            ", ".join(f"{row['speedup']:.2f}x" for row in reversed(rows)),
+            _file(REAL),
+        ]
+    result = load(SPEED)
     for density in FORCED:
         speedups = _speedups(result, density)
         yield [
             "attention, Llama-3.1-8B's heads",
-            _gpu(result),
+            gpu_of(result),
             ", ".join(map(str, LENGTHS)),
             f"random, forced: {density:.0%}",
             ", ".join(f"{speedups[length]:.2f}x" for length in LENGTHS),
-            _file("attention-cuda-sm90.json"),
+            _file(SPEED),
         ]
 
 
@@ -252,8 +269,10 @@ def _speedups(result: dict[str, Any], density: float | None) -> dict[int, float]
     return dict(curve.points)
 
 
-def _sparse_prefills() -> list[dict[str, Any]]:
-    return [row for row in load(PREFILL)["rows"] if row["variant"] == "sparse"]
+def _prefills(density: float) -> dict[int, float]:
+    """How much earlier the first token of the whole model comes, by tokens."""
+    rows = [row for row in load(PREFILL)["rows"] if row["variant"] == "sparse"]
+    return {row["tokens"]: row["speedup"] for row in rows if row["density"] == density}
 
 
 def _losing_rows() -> Iterator[list[str]]:
@@ -264,7 +283,7 @@ def _losing_rows() -> Iterator[list[str]]:
     worst = sorted(rows, key=lambda row: row["ratio"], reverse=True)[:2]
     yield [
         "attention, Llama-3.1-8B's heads, launched from Python, no FlashAttention-4",
-        _gpu(result),
+        gpu_of(result),
         ", ".join(str(row["tokens"]) for row in worst),
         "random, free: " + ", ".join(f"{row['density']:.0%}" for row in worst),
         ", ".join(f"{1 / row['ratio']:.2f}x" for row in worst),
@@ -272,27 +291,44 @@ def _losing_rows() -> Iterator[list[str]]:
     ]
 
 
-def _gpu(result: dict[str, Any]) -> str:
-    """What a GPU is called in short."""
-    return str(result["device"]).removeprefix("NVIDIA ").partition(" ")[0]
+def _command_rows() -> Iterator[list[str]]:
+    """First tokens of whole models with real weights, as the command `speed` times them."""
+    for name, title in (
+        (SMOLLM2, "first token, SmolLM2-135M: every call stays dense"),
+        (GEMMA, "first token, Gemma 3 270M: its windows need no mask tensor"),
+        (WINDOWS, "the same, its other layers dense"),
+    ):
+        result = load(name)
+        [row] = [row for row in result["rows"] if row["run"] == "sparse compiled"]
+        kept = "all" if row["density"] in (None, 1.0) else f"{row['density']:.0%}"
+        yield [
+            title,
+            str(result["device"]["name"]).removeprefix("NVIDIA "),
+            str(row["tokens"]),
+            f"real, free: {kept}",
+            f"{row['speedup']:.2f}x",
+            _file(name),
+        ]
 
 
 def _model_rows() -> Iterator[list[str]]:
-    rows = _sparse_prefills()
-    yield [
-        "first token, Llama-3.1-8B's shape",
-        _gpu(load(PREFILL)),
-        ", ".join(str(row["tokens"]) for row in rows),
-        "random, forced: 10%",
-        ", ".join(f"{row['speedup']:.2f}x" for row in rows),
-        _file(PREFILL),
-    ]
+    yield from _command_rows()
+    for density in FORCED:
+        speedups = _prefills(density)
+        yield [
+            "first token, Llama-3.1-8B's shape",
+            gpu_of(load(PREFILL)),
+            ", ".join(map(str, speedups)),
+            f"random, forced: {density:.0%}",
+            ", ".join(f"{speedup:.2f}x" for speedup in speedups.values()),
+            _file(PREFILL),
+        ]
     cases = [row for row in load(MASKED)["rows"] if row.get("case") == "none" and "ms" in row]
     times = {(row["mode"], row["variant"]): row for row in cases}
     free = times["eager", "default"]
     yield [
         "the same, 4 layers, uncompiled",
-        _gpu(load(MASKED)),
+        gpu_of(load(MASKED)),
         str(free["tokens"]),
         f"random, free: {free['density']:.0%}",
         f"{times['eager', 'dense']['ms'] / free['ms']:.2f}x",
@@ -302,7 +338,7 @@ def _model_rows() -> Iterator[list[str]]:
     seconds = {row["variant"]: row["ms"] / 1e3 for row in model}
     yield [
         f"the same: {seconds['sparse']:.0f} s, not {seconds['dense']:.0f} s",
-        f"four {_gpu(load(FOUR))}",
+        f"four {gpu_of(load(FOUR))}",
         str(model[0]["tokens"]),
         "random, forced: 10%",
         f"{seconds['dense'] / seconds['sparse']:.2f}x",

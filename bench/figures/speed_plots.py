@@ -1,12 +1,12 @@
 """Plots speed against length, and from which length on sparse attention is the faster one.
 
 python -m bench speed_plots [FILE ...] [--output docs/speed-by-length.png] [--shape llama3-8b]
-    [--selector two]
+    [--selector default]
 
 Files are those of bench.attention, of bench.prefill for the time to first token, and of
 bench.cost_decision, of whichever GPU, for the default: between which lengths the cost model turns
-to sparse, and what it then gains or loses; without files, those in bench/results. What they lack
-is not drawn.
+to sparse, and what it then gains or loses; without files, those in bench/results that measured
+this selector. What they lack is not drawn.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..attention import Result, Row, density_name, density_order, join, sparse_rows
+from ..calls import DEFAULT
 from ..cost_decision import is_default, is_prompt
 from ..record import FOLDER
 from ..registry import files_of, read
@@ -93,9 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--output", type=Path, default=Path("docs/speed-by-length.png"))
     parser.add_argument("--shape", default="llama3-8b", help="heads that are plotted")
-    parser.add_argument("--selector", default="two", help="settings that are plotted")
+    parser.add_argument("--selector", default=DEFAULT, help="settings that are plotted")
     options = parser.parse_args(arguments)
-    results = list(read(options.files or files_of(*BENCHMARKS)).values())
+    results = [read([path])[path.name] for path in options.files] or committed(options.selector)
     if not results:
         raise SystemExit(f"bench.speed_plots: no files of {', '.join(BENCHMARKS)} in {FOLDER}")
     try:
@@ -105,6 +106,15 @@ def main(arguments: list[str] | None = None) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output, dpi=150)
     print(f"plotted {options.output}")
+
+
+def committed(selector: str) -> list[Result]:
+    """The files in bench/results that measured a selector, and those of the cost model."""
+    return [
+        result
+        for result in read(files_of(*BENCHMARKS)).values()
+        if any("decision" in row or row.get("selector") == selector for row in result["rows"])
+    ]
 
 
 def curves(result: Result, shape: str, selector: str, *, time: str = "total_ms") -> list[Curve]:

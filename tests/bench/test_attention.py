@@ -248,3 +248,13 @@ def test_prefill_runs_a_small_model(tmp_path: Path) -> None:
     assert [row["variant"] for row in rows] == ["dense_eager", "dense_compiled", "sparse"]
     assert all(row["ms"] > 0 and "errors" not in row for row in rows)
     assert rows[1]["logits_relative_error"] < 1e-5 < rows[2]["logits_relative_error"]
+
+
+def test_a_file_elsewhere_is_named_without_its_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = ["--weights", str(tmp_path / "a.gguf"), "--output", "bench/results/x.json", "-1"]
+    monkeypatch.setattr("sys.argv", ["bench", *given])
+    record = Record.create("bench.attention", "cpu", tmp_path / "x.json", 1.0)
+    command = ["python", "-m", "bench.attention", "--weights", "a.gguf"]
+    assert record.content["command"] == [*command, "--output", "bench/results/x.json", "-1"]

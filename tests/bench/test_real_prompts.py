@@ -16,12 +16,13 @@ from unisparse_flex import UniSparse
 pytestmark = pytest.mark.filterwarnings("ignore:sparse attention runs uncompiled")
 
 
-def _layers(count: int, tokens: int = 256) -> list[tuple[torch.Tensor, ...]]:
+def _layers(count: int, tokens: int = 256) -> list[real_prompts.Inputs]:
     generator = torch.Generator().manual_seed(0)
-    return [
-        tuple(torch.randn(1, heads, tokens, 64, generator=generator) for heads in (9, 3, 3))
-        for _ in range(count)
-    ]
+
+    def draw(heads: int) -> torch.Tensor:
+        return torch.randn(1, heads, tokens, 64, generator=generator)
+
+    return [(draw(9), draw(3), draw(3)) for _ in range(count)]
 
 
 def test_filled_heads_attend_as_their_own() -> None:
@@ -73,8 +74,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(real_prompts, "graph_ms", clock)
     case = Case("smollm2", 640, "cpu", torch.float32)
     head = {"model": "smollm2", "heads_of": "smollm2", "text": "prose", "tokens": 640}
-    layers: Any = _layers(2, 640)
-    return list(measure_layers(case, layers, "triton", head, ("balanced", "fast")))
+    return list(measure_layers(case, _layers(2, 640), "triton", head, ("balanced", "fast")))
 
 
 def test_every_layer_and_quality_has_a_row(rows: list[dict[str, Any]]) -> None:
@@ -106,4 +106,6 @@ def test_layers_are_summed(rows: list[dict[str, Any]]) -> None:
     assert (balanced["speedup"], balanced["speedups"]) == (4.0 / 5.0, (0.5, 2.0))
     assert (fast["quality"], fast["speedup"]) == ("fast", 1.0)
     result = {"device": "a GPU", "versions": {}, "command": ["run"], "rows": rows}
-    assert "| smollm2 | prose | 640 | balanced | 2 | 50% | 25%, 75% | 4 |" in describe(result, "it")
+    assert "| smollm2 | prose | 640 | balanced | 2 | dense | 50% | 25%, 75% | 4 |" in describe(
+        result, "it"
+    )

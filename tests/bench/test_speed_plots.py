@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from bench import registry
-from bench.attention import density_name, join, sparse_rows
+from bench.attention import density_name, sparse_rows
 from bench.figures import speed_plots
+from bench.figures.front import SPEED
 from bench.figures.front_sentences import break_even
 from bench.figures.front_tables import DECISIONS
 from bench.figures.speed_plots import (
@@ -91,11 +92,11 @@ def test_a_speedup_is_that_of_the_whole_call_over_the_fastest_dense_kernel() -> 
 
 
 def test_the_committed_ratios_are_those_of_the_tables() -> None:
-    files = sorted(FOLDER.glob("attention-cuda-sm90*.json"))
-    result = join([json.loads(path.read_text()) for path in files])
-    rows = sparse_rows(result, "llama3-8b", "two")
+    result = json.loads((FOLDER / SPEED).read_text())
+    rows = sparse_rows(result, "llama3-8b", "default")
     expected = {(r["density"], r["tokens"]): r["speedup_best"] for r in rows if "speedup_best" in r}
-    found = {(c.density, x): y for c in curves(result, "llama3-8b", "two") for x, y in c.points}
+    found = {(c.density, x): y for c in curves(result, "llama3-8b", "default") for x, y in c.points}
+    assert len(found) > 20
     assert found == pytest.approx(expected)
 
 
@@ -230,8 +231,7 @@ def test_the_lengths_of_the_decision_are_marked_beside_launched_calls() -> None:
 
 def test_the_committed_files_are_drawn_together() -> None:
     pytest.importorskip("matplotlib")
-    results = list(registry.read(registry.files_of(*speed_plots.BENCHMARKS)).values())
-    _, launched, _ = draw(results, "llama3-8b", "two").axes
+    _, launched, _ = draw(speed_plots.committed("default"), "llama3-8b", "default").axes
     [(low, high)] = bands(launched)
     assert low < break_even() <= high
 
@@ -242,7 +242,7 @@ def test_files_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for path, result in zip(paths, (make_launched(), make_prefill()), strict=True):
         path.write_text(json.dumps(result))
     output = tmp_path / "plots" / "speed.png"
-    speed_plots.main([*map(str, paths), "--output", str(output)])
+    speed_plots.main([*map(str, paths), "--output", str(output), "--selector", "two"])
     assert output.stat().st_size > 10_000
     assert capsys.readouterr().out == f"plotted {output}\n"
 
@@ -263,7 +263,7 @@ def test_what_cannot_be_drawn_is_refused_with_the_reason(
     path, output = tmp_path / "attention-x.json", tmp_path / "speed.png"
     path.write_text(json.dumps(make_result() | change))
     with pytest.raises(SystemExit, match=reason):
-        speed_plots.main([str(path), "--output", str(output), *options])
+        speed_plots.main([str(path), "--output", str(output), "--selector", "two", *options])
     assert not output.exists()
 
 
@@ -280,10 +280,9 @@ def test_without_files_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_the_page_says_when_the_committed_files_break_even() -> None:
-    files = sorted(FOLDER.glob("attention-cuda-sm90*.json"))
-    result = join([json.loads(path.read_text()) for path in files])
-    graph = {c.density: c.break_even for c in curves(result, "llama3-8b", "two")}
-    found = curves(result, "llama3-8b", "two", time="total_plain_ms")
+    result = json.loads((FOLDER / SPEED).read_text())
+    graph = {c.density: c.break_even for c in curves(result, "llama3-8b", "default")}
+    found = curves(result, "llama3-8b", "default", time="total_plain_ms")
     launched = {c.density: c.break_even for c in found}
     assert {even.side for density, even in graph.items() if density is not None} == {"below"}
     text = Path("docs/performance.md").read_text()

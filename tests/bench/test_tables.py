@@ -141,15 +141,8 @@ def test_a_gate_that_failed_in_one_file_failed_in_all() -> None:
     assert "THE GATE DID NOT PASS" in tables.describe(tables.join([make_result(), failed]), "two")
 
 
-def test_the_page_of_performance_holds_what_the_files_say() -> None:
+def test_a_page_without_its_tables_gets_them_back() -> None:
     page = (ROOT / "docs/evidence/performance-tables.md").read_text()
-    named = " ".join(re.findall(r"<!-- tables of ([\w. -]+?) -->", page)).split()
-    kept = registry.files_of(
-        *("attention", "cost_decision", "masked", "other_gpus", "prefill", "uncompiled")
-    )
-    assert sorted(named) == [path.name for path in kept]
-    assert command.fill(page) == page
-    # It does write: a page without its tables gets them back.
     bare = re.sub(markdown.SECTION % command.SECTIONS, r"\g<start>\n\g<end>", page, flags=re.DOTALL)
     assert "| 131072 |" not in bare
     assert command.fill(bare) == page

@@ -39,8 +39,10 @@ def test_the_rest_takes_what_the_gpu_takes() -> None:
                 layer(wide)
 
     layers()
-    seconds = min(timed(layers, torch.device("cuda"))[1] for _ in range(5))
+    times = [timed(layers, torch.device("cuda"))[1] for _ in range(5)]
     found = explain(model, x, wide)
+    # Others may take the GPU before it or behind it, and the fastest run is one alone.
+    seconds = min(times + [timed(layers, torch.device("cuda"))[1] for _ in range(5)])
     assert found.rest_ms is not None
     assert 0.7 * 1e3 * seconds < found.rest_ms < 2 * 1e3 * seconds
     assert found.prefill_ms is not None
