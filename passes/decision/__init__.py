@@ -21,7 +21,14 @@ from .flex_support import (
     reads_tensors,
     supports_head_dim,
 )
-from .found_rates import device_name, estimates, find_rates, hardware_name, keep_rates
+from .found_rates import (
+    USUAL_DTYPES,
+    device_name,
+    estimates,
+    find_rates,
+    hardware_name,
+    keep_rates,
+)
 from .outcome_text import say_reasons
 from .refusals import (
     DenseReason,
@@ -39,6 +46,7 @@ __all__ = [
     "PUBLISHED",
     "RATES",
     "RATE_NAMES",
+    "USUAL_DTYPES",
     "CallForecast",
     "CallShape",
     "DenseReason",

@@ -20,7 +20,8 @@ class CallForecast:
         density: Kept over visible blocks: measured, or what the selector expects.
         break_even: Fewest keys from which such a call is predicted to be faster sparse, with as
             many queries if it has as many queries as keys; ``None`` where it never is.
-        note: Empty, or that the device has no rates of its own and which are used.
+        note: Empty, or that the device has no rates of its own, which are used, and what measures
+            them.
     """
 
     dense_ms: float
@@ -54,5 +55,5 @@ def forecast_call(
         sparse_ms=found.sparse_seconds * 1e3,
         density=found.density,
         break_even=break_even_length(shape, selector, self_attention=self_attention),
-        note=rates_of(shape, selector).note,
+        note=rates_of(shape, selector).remark,
     )

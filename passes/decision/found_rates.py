@@ -12,6 +12,11 @@ from .device_facts import MEASURED, DeviceFacts, estimate, facts_of
 from .device_rates import PLAIN, RATES, DeviceRates
 from .stored_rates import load_stored, store
 
+# Of which calls a user measures rates.
+USUAL_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+MEASURE = "unisparse-flex doctor --measure measures this machine, in about a minute"
+OF_ANOTHER_CPU = "predicted by the rates of another CPU"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundRates:
@@ -20,10 +25,17 @@ class FoundRates:
     Attributes:
         rates: The rates.
         note: Empty, or that nobody measured this device and dtype, and what is taken instead.
+        way_out: Empty, or what would measure them.
     """
 
     rates: DeviceRates
     note: str = ""
+    way_out: str = ""
+
+    @property
+    def remark(self) -> str:
+        """The note, and what there is to do."""
+        return "; ".join(part for part in (self.note, self.way_out) if part)
 
 
 def find_rates(
@@ -55,10 +67,15 @@ def _find_rates(name: str, index: int, dtype: torch.dtype, threads: int) -> Foun
     kind = name.split()[0]
     wanted = str(dtype).removeprefix("torch.")
     stored = load_stored(name, hardware_name(kind, index))
+    way_out = MEASURE if USUAL_DTYPES.get(kind) == dtype else ""
     for known in (stored, RATES):
         for rates in known:
             if (rates.device, rates.dtype) == (name, wanted):
-                return FoundRates(rates=rates.on_threads(threads))
+                on_threads = rates.on_threads(threads)
+                if known is stored or kind != "cpu":
+                    return FoundRates(rates=on_threads)
+                # CPUs of one name among the rates differ in speed.
+                return FoundRates(rates=on_threads, note=OF_ANOTHER_CPU, way_out=way_out)
     estimated = _estimates(name, index)
     nearest = min((*stored, *estimated, *RATES), key=lambda rates: _distance(rates, name, dtype))
     if any(nearest is rates for rates in estimated):
@@ -69,7 +86,7 @@ def _find_rates(name: str, index: int, dtype: torch.dtype, threads: int) -> Foun
             note += f", of {nearest.dtype}"
     else:
         note = f"no rates for {wanted} on {name}, using {nearest.dtype} on {nearest.device}"
-    return FoundRates(rates=nearest.on_threads(threads), note=note)
+    return FoundRates(rates=nearest.on_threads(threads), note=note, way_out=way_out)
 
 
 def keep_rates(rates: DeviceRates, hardware: str) -> Path:

@@ -219,7 +219,13 @@ def test_the_verdict_comes_first_and_what_to_do_next_last(monkeypatch: pytest.Mo
     assert text.startswith(explanation.verdict)
     assert text.endswith(f"next: {explanation.next_step}")
     assert explanation.table() in str(explanation)
-    assert explanation.verdict.startswith(f"1 of 2 calls sparse, {densities()[0]:.0%} of blocks, ")
+    kept = densities()[0]
+    start = f"1 of 2 calls sparse, {kept:.0%} of their blocks"
+    assert explanation.verdict.startswith(f"{start} ({(kept + 1) / 2:.0%} of all), ")
+    # Of a dense call under a mask nobody knows whether it would keep a window.
+    sparse, dense = explanation.calls
+    assert Explanation((sparse, replace(dense, masked=True))).verdict.startswith(f"{start}, ")
+    assert Explanation((sparse,)).verdict.startswith(f"1 of 1 call sparse, {kept:.0%} of blocks, ")
 
 
 def test_the_total_is_of_what_each_call_does() -> None:
@@ -244,7 +250,7 @@ def test_calls_carry_what_the_cost_model_predicts() -> None:
     assert (call.decision, call.reason) == ("dense", DenseReason.SLOWER)
     assert call.prediction is not None
     assert 0 < call.prediction.dense_ms < call.prediction.sparse_ms < 1000
-    assert call.prediction.note == ""
+    assert "doctor --measure" in call.prediction.note
     assert explanation.table().splitlines()[3].split()[-4:] == [
         *(f"{ms:.2f}" for ms in (call.prediction.dense_ms, call.prediction.sparse_ms)),
         str(call.prediction.break_even or "-"),

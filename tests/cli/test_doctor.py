@@ -132,14 +132,23 @@ def test_selection_kernels_that_run_say_where_they_were_measured(monkeypatch, ca
     assert ("not measured on this kind of GPU" in finding.detail) is not measured
 
 
-def test_a_device_without_rates_says_which_are_used(monkeypatch):
-    monkeypatch.setattr(
-        backend_checks, "find_rates", lambda *_: FoundRates(rates=RATES[0], note="no rates for it")
-    )
+@pytest.mark.parametrize("way_out", ["", "measure it"])
+def test_a_device_without_rates_says_which_are_used(monkeypatch, way_out):
+    found = FoundRates(rates=RATES[0], note="no rates for it", way_out=way_out)
+    monkeypatch.setattr(backend_checks, "find_rates", lambda *_: found)
     finding = backend_checks.check_device(CPU)
     assert finding.status is Status.NOTE
     assert finding.detail.endswith("no rates for it")
-    assert "doctor --measure" in finding.fix
+    assert finding.fix == way_out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rates_of_another_cpu_are_said_to_be_and_what_measures_them(dtype):
+    found = find_rates(CPU, dtype)
+    assert ("another CPU" in found.note) is (dtype != torch.float16)
+    # What is measured is float32 there.
+    assert ("doctor --measure" in found.way_out) is (dtype == torch.float32)
+    assert found.remark == "; ".join(filter(None, (found.note, found.way_out)))
 
 
 def test_measured_rates_are_kept_and_taken(run, on_cpu, monkeypatch, tmp_path):
@@ -150,7 +159,8 @@ def test_measured_rates_are_kept_and_taken(run, on_cpu, monkeypatch, tmp_path):
     before = find_rates(CPU, torch.float32, threads=1).rates
     try:
         ran = run("doctor", "--no-compile", "--measure", "--json")
-        after = find_rates(CPU, torch.float32, threads=1).rates
+        known = find_rates(CPU, torch.float32, threads=1)
+        after = known.rates
     finally:
         found_rates._find_rates.cache_clear()
     finding = findings_of(ran)["rates"]
@@ -158,6 +168,7 @@ def test_measured_rates_are_kept_and_taken(run, on_cpu, monkeypatch, tmp_path):
     assert str(tmp_path) in finding["detail"]
     assert "Llama-3.1-8B's heads are sparse" in finding["detail"]
     assert after.source == stored_rates.SOURCE
+    assert (known.note, known.way_out) == ("", "")
     # Each stage's rates by one factor, that of the mask beside them.
     for one, other in (
         ("dense_flop_rate", "dense_exp_rate"),

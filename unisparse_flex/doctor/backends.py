@@ -13,6 +13,7 @@ from ..counted import counted
 from ..passes.calls import SdpaCall
 from ..passes.decision import (
     FLASH_CAPABILITY,
+    USUAL_DTYPES,
     break_even_length,
     find_rates,
     flash_obstacle,
@@ -38,7 +39,7 @@ def default_device() -> torch.device:
 
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on CUDA, float32 on the CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return USUAL_DTYPES[device.type]
 
 
 def check_device(device: torch.device) -> Finding:
@@ -49,14 +50,10 @@ def check_device(device: torch.device) -> Finding:
     else:
         threads = counted(torch.get_num_threads(), "thread")
         words = f"CPU, {torch.backends.cpu.get_cpu_capability()}, {threads}"
-    note = find_rates(device, default_dtype(device)).note
-    if note:
-        return Finding(
-            name="device",
-            status=Status.NOTE,
-            detail=f"{words}; {note}",
-            fix="measure this device, about a minute: unisparse-flex doctor --measure",
-        )
+    found = find_rates(device, default_dtype(device))
+    if found.note:
+        detail = f"{words}; {found.note}"
+        return Finding(name="device", status=Status.NOTE, detail=detail, fix=found.way_out)
     return Finding(name="device", status=Status.OK, detail=words)
 
 

@@ -13,10 +13,7 @@ from ..passes import DenseReason, SparseConfig, observe_calls
 from ..passes.attend import call_geometry, keeps_window, read_call
 from ..passes.calls import SdpaCall
 from ..passes.decision import refuse
-from ..reports import AttentionRecord, mean_density, record_attention, sparse_densities
-
-# Why a call stays dense that could be sparse.
-_LEFT_DENSE = frozenset({DenseReason.EXCLUDED, DenseReason.SHORT, DenseReason.SLOWER})
+from ..reports import LEFT_DENSE, AttentionRecord, mean_density, record_attention, sparse_densities
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -65,7 +62,7 @@ def watch_blocks(model: nn.Module) -> Iterator[ReadBlocks]:
             _: BlockSelection | None,
             reason: DenseReason | None,
         ) -> None:
-            if reason in _LEFT_DENSE:
+            if reason in LEFT_DENSE:
                 found.left_dense += _could_choose(call, config)
 
         with observe_calls(see, as_compiled=True):

@@ -1,7 +1,7 @@
 """What `explain` says, with more around it: as text, as JSON and as one page of HTML."""
 
 from .attention_record import AttentionRecord, sparse_densities
-from .density import mean_density
+from .density import LEFT_DENSE, mean_density
 from .explain_report import ExplainReport, ReportedCall, find_versions, report_model
 from .explain_table import MANY_LINES
 from .explanation import Explanation, explain, record_attention, track_layer
@@ -19,6 +19,7 @@ from .wording import name_runs, runs_of
 
 __all__ = [
     "DIFFUSE_HERE",
+    "LEFT_DENSE",
     "MANY_LINES",
     "AttentionRecord",
     "DensitySeries",

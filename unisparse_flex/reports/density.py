@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..passes import DenseReason
+
+# Why a call stays dense that could be sparse.
+LEFT_DENSE = frozenset({DenseReason.EXCLUDED, DenseReason.SHORT, DenseReason.SLOWER})
+
 
 def choosing_densities(calls: Iterable[tuple[float, bool]]) -> list[float]:
     """The densities of the calls that choose their blocks; of all calls where none does.

@@ -11,7 +11,7 @@ from ..counted import counted
 from ..passes.decision import say_reasons
 from ..shares import say_share
 from .attention_record import AttentionRecord, sparse_densities
-from .density import mean_density
+from .density import LEFT_DENSE, mean_density
 from .gains import (
     does_not_pay,
     faster_calls,
@@ -51,7 +51,7 @@ def verdict(
         all_calls = f"all {len(calls)} calls stay" if len(calls) > 1 else "the only call stays"
         return f"{all_calls} dense{reasons}{_say_measured(calls)}"
     kept = mean_density(sparse_densities(sparse))
-    share = "" if kept is None else f", {say_share(kept)} of blocks"
+    share = "" if kept is None else _say_kept(kept, calls)
     windows = sum(call.window for call in sparse)
     verb = "keeps" if windows == 1 else "keep"
     whole_windows = f" ({windows} {verb} a whole window)" if windows else ""
@@ -86,6 +86,21 @@ def verdict(
     elif slower:
         parts.append(f"{len(slower)} of them {known} slower than dense: calibrate, or set top_k")
     return "; ".join(parts) + _say_measured(calls)
+
+
+def _say_kept(kept: float, calls: Sequence[AttentionRecord]) -> str:
+    """The share of the sparse calls' blocks, and of all where others could be sparse but are not.
+
+    Of dense calls under a mask nobody knows here whether they would keep a whole window.
+    """
+    left = [call for call in calls if call.reason in LEFT_DENSE and call.prediction is not None]
+    if not left:
+        return f", {say_share(kept)} of blocks"
+    said = f", {say_share(kept)} of their blocks"
+    every = mean_density(sparse_densities(calls), left_dense=len(left))
+    if every is None or any(call.masked for call in left):
+        return said
+    return f"{said} ({say_share(every)} of all)"
 
 
 def _say_measured(calls: Sequence[AttentionRecord]) -> str:
