@@ -33,6 +33,7 @@ PLANS = {
         tile=512,
         least=2,
         budget=1.0,
+        selectors=(DEFAULT_SELECTOR,),
     ),
     "cuda": Plan(
         lengths=(2048, 4096, 8192, 16384, 32768, 65536, 131072),
