@@ -15,7 +15,7 @@ from .stored_rates import load_stored, store
 # Of which calls a user measures rates.
 USUAL_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 MEASURE = "unisparse-flex doctor --measure measures this machine, in about a minute"
-OF_ANOTHER_CPU = "predicted by the rates of another CPU"
+OF_ONE_CPU = "predicted by rates of one CPU, which come with the package"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,7 @@ def _find_rates(name: str, index: int, dtype: torch.dtype, threads: int) -> Foun
                 if known is stored or kind != "cpu":
                     return FoundRates(rates=on_threads)
                 # CPUs of one name among the rates differ in speed.
-                return FoundRates(rates=on_threads, note=OF_ANOTHER_CPU, way_out=way_out)
+                return FoundRates(rates=on_threads, note=OF_ONE_CPU, way_out=way_out)
     estimated = _estimates(name, index)
     nearest = min((*stored, *estimated, *RATES), key=lambda rates: _distance(rates, name, dtype))
     if any(nearest is rates for rates in estimated):

@@ -143,9 +143,9 @@ def test_a_device_without_rates_says_which_are_used(monkeypatch, way_out):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rates_of_another_cpu_are_said_to_be_and_what_measures_them(dtype):
+def test_rates_of_the_package_are_said_to_be_and_what_measures_them(dtype):
     found = find_rates(CPU, dtype)
-    assert ("another CPU" in found.note) is (dtype != torch.float16)
+    assert ("of one CPU" in found.note) is (dtype != torch.float16)
     # What is measured is float32 there.
     assert ("doctor --measure" in found.way_out) is (dtype == torch.float32)
     assert found.remark == "; ".join(filter(None, (found.note, found.way_out)))

@@ -91,7 +91,7 @@ def test_each_device_and_dtype_has_one_entry() -> None:
 def test_known_devices_use_their_own_rates(dtype: torch.dtype) -> None:
     found = find_rates(torch.device("cpu"), dtype)
     # Of one CPU for all: which is said.
-    assert (found.rates.device, "another CPU" in found.note) == ("cpu", True)
+    assert (found.rates.device, "of one CPU" in found.note) == ("cpu", True)
     assert found.rates.dtype == str(dtype).removeprefix("torch.")
 
 
