@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ from unisparse_flex.calibration import DENSE, MAX_FILE_BYTES, Setting
 from unisparse_flex.evaluation.measure import compute_kl, compute_log_probs
 from unisparse_flex.evaluation.recall import CaptureAttention, compute_recall
 from unisparse_flex.passes import DenseReason
+from unisparse_flex.passes.decision import cost_forecast, found_rates
 from unisparse_flex.progress import Progress
 from unisparse_flex.reports import record_attention
 from unisparse_flex.selectors import FlexPrefill
@@ -791,6 +792,27 @@ def of_blocks(tokens: int) -> Tensor:
     return 20 * F.normalize(codes, dim=-1).repeat_interleave(128, dim=2)[:, :, :tokens]
 
 
+@pytest.fixture
+def slow_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rates by which a call must drop three tenths of its blocks to gain."""
+    slow = tuple(
+        replace(
+            rates,
+            sparse_flop_rate=0.7 * rates.dense_flop_rate,
+            sparse_exp_rate=0.7 * rates.dense_exp_rate,
+        )
+        for rates in found_rates.RATES
+    )
+    monkeypatch.setattr(found_rates, "RATES", slow)
+    caches = (found_rates._find_rates, cost_forecast.forecast, cost_forecast._break_even_length)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("slow_kernels")
 def test_what_optimize_leaves_dense_is_told_with_the_length_from_which_it_is_not(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

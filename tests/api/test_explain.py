@@ -283,7 +283,7 @@ def test_the_verdict_says_where_sparse_is_predicted_slower() -> None:
     some = Explanation((replace(call, density=0.9),))
     assert "every sparse call is predicted slower than dense" in some.verdict
     assert "min_length" in some.next_step
-    dense = explain(optimize(create(Attention)), embeddings(512))
+    dense = explain(optimize(create(Attention)), embeddings(200))
     assert not dense.sparse
     assert "slower" not in dense.verdict
 
@@ -612,10 +612,10 @@ def test_advice_never_names_a_setting_that_is_in_force(density: float, milliseco
 
 def test_dense_at_high_is_said_to_be_exact_and_from_where_balanced_is_sparse() -> None:
     model = optimize(create(Attention), quality="high")
-    explanation = explain(model, embeddings(512))
+    explanation = explain(model, embeddings(200))
     (call,) = explanation.calls
     assert call.reason is DenseReason.SLOWER
-    balanced = explain(optimize(model, quality="balanced"), embeddings(512)).calls[0]
+    balanced = explain(optimize(model, quality="balanced"), embeddings(200)).calls[0]
     assert balanced.prediction is not None
     assert call.sparser_from == balanced.prediction.break_even
     assert "all attention is dense and the output exact" in explanation.next_step
@@ -653,7 +653,7 @@ def test_where_nearly_all_blocks_are_kept_attention_is_said_to_be_diffuse(qualit
 
 def test_advice_keeps_the_settings_that_are_known() -> None:
     model = create(Attention)
-    dense = embeddings(512)
+    dense = embeddings(200)
     for settings, said in (
         ({}, "optimize(model, min_length=0) makes"),
         ({"quality": "fast"}, "optimize(model, quality='fast', min_length=0) makes"),
@@ -663,22 +663,22 @@ def test_advice_keeps_the_settings_that_are_known() -> None:
         step = explain(optimize(model, **settings), dense).next_step
         assert said in step
     layers = optimize(create(Transformer), quality="high", dense_layers=(0,))
-    excluded, *_, other = explain(layers, embeddings(512)).calls
+    excluded, *_, other = explain(layers, embeddings(200)).calls
     assert (excluded.reason, other.reason) == (DenseReason.EXCLUDED, DenseReason.SLOWER)
     said = Explanation((excluded, other, other)).next_step
     whole = "optimize(model, quality='high', min_length=0, dense_layers=(0,))"
     assert f"{whole} makes calls sparse" in said
     eval(whole, {"optimize": optimize, "model": layers})
-    first, *_, last = explain(layers, embeddings(512)).calls
+    first, *_, last = explain(layers, embeddings(200)).calls
     assert (first.reason, last.decision) == (DenseReason.EXCLUDED, "sparse")
 
 
 def test_advice_says_in_words_what_cannot_be_written_out() -> None:
     model = create(Transformer)
-    names = [call.layer for call in explain(model, embeddings(512)).calls]
+    names = [call.layer for call in explain(model, embeddings(200)).calls]
     of_layers = [UniSparse(), UniSparse(top_p=0.9)]
     optimize_layers(model, dict(zip(names, of_layers, strict=False)))
-    unlike = explain(model, embeddings(512))
+    unlike = explain(model, embeddings(200))
     assert "; min_length=0 added to your settings makes calls sparse" in unlike.next_step
     # Where it is excluded no index says.
     call, nowhere = sparse_call(0, 0.5, 4.0), replace(sparse_call(0, 0.5, 4.0), layer="attention")

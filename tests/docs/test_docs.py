@@ -65,7 +65,7 @@ def test_the_start_runs(
 ) -> None:
     # Both compilations take minutes here; the model compiles in tests/models.
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    run("start.md", tmp_path, monkeypatch, tokens=1100)
+    run("start.md", tmp_path, monkeypatch, tokens=200)
     out = capsys.readouterr().out
     assert len(re.findall(r"^\d+\.\d s$", out, re.MULTILINE)) == 2
     # As short as this all of it stays dense, and is therefore the same.
