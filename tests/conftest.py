@@ -1,10 +1,11 @@
 import os
+from dataclasses import replace
 
 import hypothesis
 import pytest
 import torch
 
-from unisparse_flex.passes.decision import found_rates
+from unisparse_flex.passes.decision import cost_forecast, found_rates
 
 # Compilation makes the first example of a test far slower than the rest, so there is no deadline.
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
@@ -31,6 +32,26 @@ def shipped_rates():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(found_rates, "load_stored", lambda *_: ())
         yield
+
+
+@pytest.fixture
+def slow_kernels(monkeypatch):
+    """Rates by which a call must drop three tenths of its blocks to gain."""
+    slow = tuple(
+        replace(
+            rates,
+            sparse_flop_rate=0.7 * rates.dense_flop_rate,
+            sparse_exp_rate=0.7 * rates.dense_exp_rate,
+        )
+        for rates in found_rates.RATES
+    )
+    monkeypatch.setattr(found_rates, "RATES", slow)
+    caches = (found_rates._find_rates, cost_forecast.forecast, cost_forecast._break_even_length)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,6 @@ from unisparse_flex.calibration import DENSE, MAX_FILE_BYTES, Setting
 from unisparse_flex.evaluation.measure import compute_kl, compute_log_probs
 from unisparse_flex.evaluation.recall import CaptureAttention, compute_recall
 from unisparse_flex.passes import DenseReason
-from unisparse_flex.passes.decision import cost_forecast, found_rates
 from unisparse_flex.progress import Progress
 from unisparse_flex.reports import record_attention
 from unisparse_flex.selectors import FlexPrefill
@@ -790,26 +789,6 @@ def of_blocks(tokens: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randn(1, 4, -(-tokens // 128), 64, generator=generator)
     return 20 * F.normalize(codes, dim=-1).repeat_interleave(128, dim=2)[:, :, :tokens]
-
-
-@pytest.fixture
-def slow_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Rates by which a call must drop three tenths of its blocks to gain."""
-    slow = tuple(
-        replace(
-            rates,
-            sparse_flop_rate=0.7 * rates.dense_flop_rate,
-            sparse_exp_rate=0.7 * rates.dense_exp_rate,
-        )
-        for rates in found_rates.RATES
-    )
-    monkeypatch.setattr(found_rates, "RATES", slow)
-    caches = (found_rates._find_rates, cost_forecast.forecast, cost_forecast._break_even_length)
-    for cached in caches:
-        cached.cache_clear()
-    yield
-    for cached in caches:
-        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("slow_kernels")

@@ -40,6 +40,7 @@ def test_masks_of_calls_and_of_models_hide_the_same(case: str) -> None:
         assert mask(ids).expand_as(expected).equal(expected)
 
 
+@pytest.mark.usefixtures("slow_kernels")
 def test_a_small_model_runs_and_its_file_has_tables(tmp_path: Path) -> None:
     output = tmp_path / "masked-cpu.json"
     arguments = ["--small", "--parts", "models,host", "--cases", "ones", "--modes", "eager"]

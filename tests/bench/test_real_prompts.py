@@ -55,7 +55,7 @@ def test_too_few_heads_fill_no_call() -> None:
 
 
 @pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def rows(monkeypatch: pytest.MonkeyPatch, slow_kernels: None) -> list[dict[str, Any]]:
     """Of two layers, with the reference in place of kernels and one clock for all."""
 
     def select(case: Case, selector: UniSparse) -> Any:
