@@ -18,6 +18,8 @@ from . import cost_model
 from .device_rates import RATE_NAMES, DeviceRates
 from .found_rates import FoundRates, find_rates
 
+# Expected density from which a call stays dense, and exact, whatever it would gain.
+MOST_KEPT = 0.9
 # Keys up to which a break-even is looked for.
 LONGEST = 2**22
 # As torch 2.13, 2.11 and those between call it; all take a fallback for sizes nobody knows.
@@ -102,6 +104,15 @@ class Forecast:
             )
         )
         return sparse < dense
+
+    @property
+    def pays(self) -> bool:
+        """Whether such calls are to be sparse: faster, and by what they drop.
+
+        A sparse kernel may be faster than the dense one even where it reads nearly all blocks;
+        such a call changes the output for a few percent.
+        """
+        return self.is_sparse_faster and self.density < MOST_KEPT
 
 
 def call_shape(call: SdpaCall) -> CallShape:
@@ -214,7 +225,7 @@ def _seconds(causal: bool) -> Callable[..., tuple[float, ...]]:
 
 
 def break_even_length(shape: CallShape, selector: Selector, *, self_attention: bool) -> int | None:
-    """The fewest keys from which sparse is predicted faster, or ``None`` where it never is.
+    """The fewest keys from which sparse is predicted to pay, or ``None`` where it never does.
 
     Args:
         shape: The call; its ``kv_len`` does not matter.
@@ -223,7 +234,7 @@ def break_even_length(shape: CallShape, selector: Selector, *, self_attention: b
             there are ``shape.q_len``.
 
     Returns:
-        A multiple of the block size, from which sparse is faster at every length.
+        A multiple of the block size, from which sparse pays at every length.
     """
     q_len = 0 if self_attention else shape.q_len
     return _break_even_length(shape._replace(q_len=q_len, kv_len=0), selector, self_attention)
@@ -241,21 +252,21 @@ def break_even_length_at(
     """`break_even_length` with the rates of a device that need not be here."""
     size = selector.block_size
 
-    def is_faster(blocks: int) -> bool:
+    def pays(blocks: int) -> bool:
         length = blocks * size
         q_len = length if self_attention else shape.q_len
         found = forecast_at(shape._replace(q_len=q_len, kv_len=length), selector, rates)
-        return found.is_sparse_faster
+        return found.pays
 
     aligned = not self_attention and shape.causal_lower_right
     first = -(-shape.q_len // size) if aligned else 1
     high = max(LONGEST // size, first)
-    if not is_faster(high):
+    if not pays(high):
         return None
     low = high
-    while low >= first and is_faster(low):
+    while low >= first and pays(low):
         high, low = low, max(low * 7 // 8, first - 1)
     while high - low > 1:
         middle = (high + low) // 2
-        high, low = (middle, low) if is_faster(middle) else (high, middle)
+        high, low = (middle, low) if pays(middle) else (high, middle)
     return high * size

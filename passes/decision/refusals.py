@@ -38,6 +38,7 @@ class DenseReason(StrEnum):
     FEW_QUERIES = "few queries (decoding, or a prompt shorter than a block): dense is faster"
     SHORT = "fewer keys than min_length"
     SLOWER = "the cost model predicts that dense is faster"
+    KEEPS_MOST = "nine tenths of the blocks or more are expected to be kept"
     NO_KERNEL = "only masked SDPA could apply the blocks: never faster than dense"
     CPU_GRADIENT = (
         "no sparse CPU kernel has gradients: call under torch.no_grad() where none are needed"
@@ -257,10 +258,13 @@ def _refuse_slow(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
         return DenseReason.CPU_GRADIENT if on_cpu and needs_grad(call) else DenseReason.NO_KERNEL
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
     shape = call_shape(call)
+    found = forecast(shape, config.selector)
     if isinstance(kv_len, torch.SymInt):
         self_attention = statically_known_true(q_len == kv_len)
         length = break_even_length(shape, config.selector, self_attention=self_attention)
-        faster = length is not None and guard_or_false(kv_len >= length)
+        pays = length is not None and guard_or_false(kv_len >= length)
     else:
-        faster = forecast(shape, config.selector).is_sparse_faster
-    return None if faster else DenseReason.SLOWER
+        pays = found.pays
+    if pays:
+        return None
+    return DenseReason.KEEPS_MOST if found.is_sparse_faster else DenseReason.SLOWER

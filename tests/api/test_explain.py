@@ -559,6 +559,7 @@ def grouped(length: int) -> SdpaCall:
     return SdpaCall(query=query, key=key, value=key, is_causal=True, enable_gqa=True)
 
 
+@pytest.mark.usefixtures("slow_kernels")
 @pytest.mark.parametrize("quality", ["high", "balanced"])
 def test_a_sparser_setting_is_named_from_a_length_at_which_it_is_sparse(quality: str) -> None:
     config = SparseConfig.of_model(selector_of_quality(quality), min_length=None)
@@ -630,6 +631,21 @@ def test_dense_at_high_is_said_to_be_exact_and_from_where_balanced_is_sparse() -
         "optimize(model, quality='high', min_length=0) makes calls sparse all the same, though "
         "predicted slower"
     )
+
+
+@pytest.mark.parametrize("reason", [DenseReason.SLOWER, DenseReason.KEEPS_MOST])
+def test_dense_by_the_cost_model_is_told_of_longer_prompts_and_what_makes_it_sparse(
+    reason: DenseReason,
+) -> None:
+    call = at("balanced", sparse_call(0, 0.5, 4.0, kv_len=2048))
+    dense = replace(call, decision="dense", density=None, reason=reason)
+    step = Explanation((dense,)).next_step
+    assert step.startswith("a longer prompt: sparse may be faster from about 4096 keys on")
+    forced = "optimize(model, min_length=0) makes calls sparse all the same"
+    slower = ", though predicted slower" if reason is DenseReason.SLOWER else ""
+    assert step.endswith(forced + slower)
+    # Both count as calls that could be sparse.
+    assert "sparse, 50% of their blocks (75% of all)" in Explanation((call, dense)).verdict
 
 
 @pytest.mark.parametrize("quality", ["fast", "balanced", "high"])

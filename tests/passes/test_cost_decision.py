@@ -91,8 +91,24 @@ def test_known_lengths_are_compared_exactly() -> None:
     for length in (256, 900, 1500, 2048, 3000, 4096):
         call = causal_call(length)
         found = prediction.forecast(prediction.call_shape(call), AUTOMATIC.selector)
+        reason = None if found.density < 0.9 else DenseReason.KEEPS_MOST
         faster = found.sparse_seconds < found.dense_seconds
-        assert refuse(call, AUTOMATIC) is (None if faster else DenseReason.SLOWER)
+        assert refuse(call, AUTOMATIC) is (reason if faster else DenseReason.SLOWER)
+
+
+def test_what_is_faster_by_its_kernel_alone_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    faster = prediction.Forecast(
+        dense_seconds=3.0, select_seconds=0.0, attend_seconds=1.0, density=0.95
+    )
+    assert faster.is_sparse_faster
+    assert not faster.pays
+    assert replace(faster, density=0.85).pays
+    assert not replace(faster, density=0.85, attend_seconds=4.0).pays
+    monkeypatch.setattr(decision, "forecast", lambda *_: faster)
+    call = causal_call(512)
+    assert refuse(call, AUTOMATIC) is DenseReason.KEEPS_MOST
+    # What is asked for by name runs.
+    assert refuse(call, replace(AUTOMATIC, min_length=0)) is None
 
 
 def test_on_this_cpu_short_prompts_stay_dense_and_long_ones_do_not() -> None:

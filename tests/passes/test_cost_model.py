@@ -190,7 +190,7 @@ def test_longer_calls_take_longer(rates: Any) -> None:
     [UniSparse(), UniSparse(top_k=8), Stripes(block_size=128), FlexPrefill()],
     ids=str,
 )
-def test_sparse_is_faster_from_the_break_even_on_and_not_just_below(
+def test_sparse_pays_from_the_break_even_on_and_not_just_below(
     selector: Any, q_len: int | None
 ) -> None:
     size, call = selector.block_size, shape(0)
@@ -200,13 +200,12 @@ def test_sparse_is_faster_from_the_break_even_on_and_not_just_below(
     assert length is not None
     assert length % size == 0
 
-    def is_faster(keys: int) -> bool:
-        found = forecast(call._replace(q_len=q_len or keys, kv_len=keys), selector)
-        return found.is_sparse_faster
+    def pays(keys: int) -> bool:
+        return forecast(call._replace(q_len=q_len or keys, kv_len=keys), selector).pays
 
-    assert all(is_faster(keys) for keys in range(length, length + 40 * size, size))
-    assert is_faster(64 * length)
-    assert length <= max(size, q_len or 0) or not is_faster(length - size)
+    assert all(pays(keys) for keys in range(length, length + 40 * size, size))
+    assert pays(64 * length)
+    assert length <= max(size, q_len or 0) or not pays(length - size)
 
 
 def test_keeping_everything_never_breaks_even() -> None:

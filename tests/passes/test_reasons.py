@@ -26,6 +26,8 @@ CONFIG = SparseConfig(selector=FINE)
 # Those of a multi-head call: test_multihead.py
 NOT_THE_PASS = {
     *{DenseReason.NOT_OPTIMIZED, DenseReason.NEEDS_WEIGHTS, DenseReason.KEYS_OF_ITS_OWN},
+    # Of a machine's rates: test_cost_decision.py
+    DenseReason.KEEPS_MOST,
     # Of a GPU that nobody measured: test_first_output.py
     DenseReason.KERNEL_FAILS,
     # Of ranks: tests/distributed.

@@ -68,7 +68,7 @@ def say_left_dense(search: Search, found: Calibration) -> str | None:
     left = [
         name
         for name, selector in sparse.items()
-        if not any(forecast(s, selector).is_sparse_faster for s in search.layers[name].shapes)
+        if not any(forecast(s, selector).pays for s in search.layers[name].shapes)
     ]
     if not left:
         return None

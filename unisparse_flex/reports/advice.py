@@ -12,7 +12,7 @@ from ..passes import DenseReason
 from ..shares import say_share
 from .attention_record import AttentionRecord, fill_blocks, sparse_densities
 from .density import mean_density
-from .gains import BY_LENGTH, does_not_pay, faster_calls, keeps_nearly_all, slower_calls
+from .gains import BY_COST, BY_LENGTH, does_not_pay, faster_calls, keeps_nearly_all, slower_calls
 from .verdict import (
     KL_TO_BEAR,
     MEASURED,
@@ -249,7 +249,7 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
         return PADDING.format(does="keeps calls dense", way_out="leave it dense")
     if reason is DenseReason.NOT_OPTIMIZED and wording.saved and not wording.registered:
         return wording.use_saved
-    if reason is not DenseReason.SLOWER:
+    if reason not in BY_COST:
         step = NEXT_STEPS.get(reason, "the reasons above say what keeps calls dense")
         return step.format(
             min_length=wording.name_of_min_length, dense_layers=wording.name_of_dense_layers
@@ -266,7 +266,8 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
         parts.append(
             f"{sparser_one} would be sparse from {min(sparser)} keys on, by the density expected"
         )
-    parts.append(f"{forced} makes calls sparse all the same, though {_known(calls)} slower")
+    slower = f", though {_known(calls)} slower" if reason is DenseReason.SLOWER else ""
+    parts.append(f"{forced} makes calls sparse all the same{slower}")
     return "; ".join(parts)
 
 
@@ -296,7 +297,7 @@ def _longer(calls: Sequence[AttentionRecord]) -> int | None:
 def _later(call: AttentionRecord) -> int | None:
     """Fewest keys, in whole blocks, from which a call is predicted faster sparse, if it is not."""
     found = None if call.prediction is None else call.prediction.break_even
-    if found is None or call.reason is not DenseReason.SLOWER or call.config is None:
+    if found is None or call.reason not in BY_COST or call.config is None:
         return found
     return max(found, fill_blocks(call.kv_len, call.config.selector.block_size))
 

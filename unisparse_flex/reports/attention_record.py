@@ -76,7 +76,8 @@ class AttentionRecord:
     @property
     def may_differ_compiled(self) -> bool:
         """Whether proving what the mask is could change the decision or the density."""
-        return self.masked and self.reason in (None, DenseReason.SLOWER, DenseReason.NO_KERNEL)
+        by_cost = (DenseReason.SLOWER, DenseReason.KEEPS_MOST)
+        return self.masked and self.reason in (None, *by_cost, DenseReason.NO_KERNEL)
 
 
 def fill_blocks(tokens: int, block_size: int) -> int:

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from ..passes import DenseReason
 
 # Why a call stays dense that could be sparse.
-LEFT_DENSE = frozenset({DenseReason.EXCLUDED, DenseReason.SHORT, DenseReason.SLOWER})
+LEFT_DENSE = frozenset(
+    {DenseReason.EXCLUDED, DenseReason.SHORT, DenseReason.SLOWER, DenseReason.KEEPS_MOST}
+)
 
 
 def choosing_densities(calls: Iterable[tuple[float, bool]]) -> list[float]:

@@ -31,7 +31,7 @@ from .advice import SPARSER, next_step, quality_of
 from .attention_record import AttentionRecord, fill_blocks, sparse_densities
 from .density import mean_density
 from .explain_table import COLUMNS, MANY_LINES, format_table, terminal_columns
-from .gains import predicted_ms, prefill_ms
+from .gains import BY_COST, predicted_ms, prefill_ms
 from .rest_time import RestClock
 from .verdict import PYTHON, verdict
 from .wording import Wording
@@ -403,7 +403,7 @@ def _sparser_from(
     call: SdpaCall, config: SparseConfig | None, reason: DenseReason | None
 ) -> int | None:
     """See `AttentionRecord.sparser_from`."""
-    if config is None or reason is not DenseReason.SLOWER:
+    if config is None or reason not in BY_COST:
         return None
     sparser = SPARSER.get(quality_of(config.selector))
     if sparser is None:

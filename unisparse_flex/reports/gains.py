@@ -10,8 +10,9 @@ from ..passes import DenseReason
 from .attention_record import AttentionRecord, sparse_densities
 from .density import mean_density
 
-# Why calls stay dense that could be sparse at this length.
-BY_LENGTH = (DenseReason.SLOWER, DenseReason.SHORT)
+# Why calls stay dense of which the cost model decides, or of which any length does.
+BY_COST = (DenseReason.SLOWER, DenseReason.KEEPS_MOST)
+BY_LENGTH = (*BY_COST, DenseReason.SHORT)
 # Of a ratio of times: less is nothing.
 LEAST_GAIN = 0.01
 # Share of the sparse calls' dense time from which calls that lose are nearly all of them.
