@@ -5,7 +5,7 @@ import hypothesis
 import pytest
 import torch
 
-from unisparse_flex.passes.decision import cost_forecast, found_rates
+from unisparse_flex.passes.decision import RATES, cost_forecast, found_rates
 
 # Compilation makes the first example of a test far slower than the rest, so there is no deadline.
 hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
@@ -43,7 +43,7 @@ def slow_kernels(monkeypatch):
             sparse_flop_rate=0.7 * rates.dense_flop_rate,
             sparse_exp_rate=0.7 * rates.dense_exp_rate,
         )
-        for rates in found_rates.RATES
+        for rates in RATES
     )
     monkeypatch.setattr(found_rates, "RATES", slow)
     caches = (found_rates._find_rates, cost_forecast.forecast, cost_forecast._break_even_length)
