@@ -18,8 +18,8 @@ class CallForecast:
         dense_ms: Milliseconds of dense attention.
         sparse_ms: Milliseconds of selection and sparse attention.
         density: Kept over visible blocks: measured, or what the selector expects.
-        break_even: Fewest keys from which such a call is predicted to be faster sparse, with as
-            many queries if it has as many queries as keys; ``None`` where it never is.
+        break_even: Fewest keys from which sparse is predicted to pay for such a call, with as
+            many queries if it has as many queries as keys; ``None`` where it never does.
         note: Empty, or that the device has no rates of its own, which are used, and what measures
             them.
     """

@@ -27,7 +27,7 @@ HEADER = (
 PREDICTED, SPARSE_FROM = "predicted ms", "sparse"
 FROM_NOTE = (
     "sparse from: the fewest keys (tokens) from which such a call, of whole blocks, is predicted "
-    "to be faster sparse, at {expected}{none}{density}"
+    "to be faster sparse and to drop a tenth of them, at {expected}{none}{density}"
 )
 EXPECTED, ASSUMED = (
     "the density that is expected of the selector",
@@ -129,7 +129,7 @@ def describe_sparse_from(calls: Sequence[AttentionRecord]) -> str:
 
 
 def say_sparse_from(found: CallForecast) -> str:
-    """The fewest keys from which a call is predicted to be faster sparse; a dash for no length."""
+    """The fewest keys from which sparse is predicted to pay for a call; a dash for no length."""
     return AT_NO_LENGTH if found.break_even is None else str(found.break_even)
 
 
