@@ -311,14 +311,24 @@ def sparse_call(
 @pytest.mark.parametrize(
     ("slow", "advice"),
     [
-        ([2], "layer 2 keeps 97%: leave it dense (dense_layers=(2,))"),
-        ([0, 1, 2, 3], "layers 0-3 keep 97%: leave them dense (dense_layers=(0,1,2,3))"),
-        ([0, 1, 2, 3, 4], "layers 0-4 keep 97%: leave them dense (dense_layers=range(0, 5))"),
+        ([2], "layer 2 keeps 97%: leave it dense (optimize(model, dense_layers=(2,)))"),
+        (
+            [0, 1, 2, 3],
+            "layers 0-3 keep 97%: leave them dense (optimize(model, dense_layers=(0,1,2,3)))",
+        ),
+        (
+            [0, 1, 2, 3, 4],
+            "layers 0-4 keep 97%: leave them dense (optimize(model, dense_layers=range(0, 5)))",
+        ),
         (
             [0, 1, 2, 4, 5],
-            "layers 0-2, 4-5 keep 97%: leave them dense (dense_layers=(*range(0,3),4,5))",
+            "layers 0-2, 4-5 keep 97%: leave them dense "
+            "(optimize(model, dense_layers=(*range(0,3),4,5)))",
         ),
-        ([0, 2, 3], "layers 0, 2-3 keep 97%: leave them dense (dense_layers=(0,2,3))"),
+        (
+            [0, 2, 3],
+            "layers 0, 2-3 keep 97%: leave them dense (optimize(model, dense_layers=(0,2,3)))",
+        ),
     ],
 )
 def test_the_verdict_names_the_layers_to_leave_dense(slow: list[int], advice: str) -> None:
@@ -357,7 +367,9 @@ def test_layers_that_are_excluded_already_stay_in_what_is_advised() -> None:
         for i in (0, 5)
     ]
     verdict = Explanation((*excluded, *(call for call in calls if "5" not in call.layer))).verdict
-    assert verdict.endswith("layer 2 keeps 97%: leave it dense (dense_layers=(0,2,5))")
+    assert verdict.endswith(
+        "layer 2 keeps 97%: leave it dense (optimize(model, dense_layers=(0,2,5)))"
+    )
 
 
 def test_a_layer_that_is_slower_in_one_of_two_stacks_is_not_named() -> None:
@@ -631,6 +643,23 @@ def test_dense_at_high_is_said_to_be_exact_and_from_where_balanced_is_sparse() -
         "optimize(model, quality='high', min_length=0) makes calls sparse all the same, though "
         "predicted slower"
     )
+
+
+@pytest.mark.parametrize(
+    ("wording", "call"),
+    [
+        (Wording(), "optimize(model"),
+        (Wording(registered="unisparse"), "register("),
+        (Wording(registered="unisparse", saved={"quality": "high"}), "configure(model.config"),
+    ],
+)
+def test_layers_to_leave_dense_keep_the_quality(wording: Wording, call: str) -> None:
+    calls = [sparse_call(0, 0.97, 12.0), sparse_call(1, 0.3, 4.0), sparse_call(2, 0.3, 4.0)]
+    found = Explanation(tuple(at("high", each) for each in calls), wording=wording)
+    start = call if call.endswith("(") else f"{call}, "
+    assert found.verdict.endswith(f"leave it dense ({start}quality='high', dense_layers=(0,)))")
+    balanced = Explanation(tuple(at("balanced", each) for each in calls))
+    assert balanced.verdict.endswith("leave it dense (optimize(model, dense_layers=(0,)))")
 
 
 @pytest.mark.parametrize("reason", [DenseReason.SLOWER, DenseReason.KEEPS_MOST])
@@ -1168,7 +1197,9 @@ def test_where_calls_were_timed_the_verdict_goes_by_that() -> None:
 def test_layers_that_were_measured_slower_are_named() -> None:
     calls = (timed(0, 10.0, 11.0), timed(1, 10.0, 5.0))
     verdict = Explanation(calls).verdict
-    assert verdict.endswith("layer 0 keeps 50%: leave it dense (dense_layers=(0,))")
+    assert verdict.endswith(
+        "layer 0 keeps 50%: leave it dense (optimize(model, dense_layers=(0,)))"
+    )
     every = Explanation((timed(0, 10.0, 11.0), timed(1, 10.0, 20.0)))
     assert every.verdict.endswith(
         "; every sparse call is measured slower than dense: sparse attention does not pay on this "

@@ -184,7 +184,10 @@ def test_what_is_measured_faster_at_nearly_all_blocks_is_no_gain() -> None:
     assert Explanation(tuple(calls)).verdict.endswith(SENTENCE)
     # Nothing but the density of those that are faster differs.
     calls[15:] = [replace(each, density=0.5) for each in calls[15:]]
-    assert "leave them dense (dense_layers=range(0, 15))" in Explanation(tuple(calls)).verdict
+    assert (
+        "leave them dense (optimize(model, dense_layers=range(0, 15)))"
+        in Explanation(tuple(calls)).verdict
+    )
 
 
 # Quarters, so that sums are exact.

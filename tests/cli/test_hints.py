@@ -145,12 +145,12 @@ def test_quality_names_the_command_that_says_where(run, model_folder, text, cali
     options = ("--text", text, "--lengths", "256", "--selector", calibration)
     found = values_of(run, "quality", model_folder, *options, "--quality", "fast")
     assert [row["setting"] for row in found["rows"]] == ["found.json", "fast"]
-    assert named_in(found["verdict"][-1], "explain", r" says where\.") == [
+    assert named_in(found["verdict"][-1], "explain", r" says whether it would, and where\.") == [
         *(str(model_folder), "--text", str(text), "--tokens", "256", "--selector"),
         str(calibration),
     ]
     plain = values_of(run, "quality", model_folder, "--text", text, "--lengths", "256")
-    assert named_in(plain["verdict"][-1], "explain", r" says where\.") == [
+    assert named_in(plain["verdict"][-1], "explain", r" says whether it would, and where\.") == [
         *(str(model_folder), "--text", str(text), "--tokens", "256"),
     ]
 

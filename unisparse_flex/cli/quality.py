@@ -83,7 +83,7 @@ NOTES = (
 INTERRUPTED = "Interrupted: what was not read with every setting is left out."
 FORCED = (
     "Every call that can be was sparse, also where optimize would leave it dense because that is "
-    "predicted to be faster (--min-length); {explain} says where."
+    "predicted to be faster (--min-length); {explain} says whether it would, and where."
 )
 LONGBENCH_NOTE = (
     "LongBench's prompts, cut in the middle to the longest length, its rules of scoring; the first "

@@ -12,9 +12,10 @@ from .figures import (
     draw_block_maps,
     draw_densities,
 )
+from .layers import index_of
 from .measured_page import render_quality, render_speed
 from .page import render_page
-from .verdict import DIFFUSE_HERE, index_of
+from .verdict import DIFFUSE_HERE
 from .wording import name_runs, runs_of
 
 __all__ = [

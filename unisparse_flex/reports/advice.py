@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
-from ..block_masks.selectors import QUALITIES, Selector, selector_of_quality
 from ..counted import counted
 from ..passes import DenseReason
 from ..shares import say_share
 from .attention_record import AttentionRecord, fill_blocks, sparse_densities
 from .density import mean_density
 from .gains import BY_COST, BY_LENGTH, does_not_pay, faster_calls, keeps_nearly_all, slower_calls
+from .kept_settings import quality_of, setting
+from .layers import layer_index, name_layers
 from .verdict import (
     KL_TO_BEAR,
     MEASURED,
     PREDICTED,
     PYTHON,
     SAID_DIFFUSE,
-    excluded_layers,
-    layer_index,
     layers_to_leave_dense,
-    name_layers,
 )
 from .wording import Wording, name_runs, runs_of
 
@@ -32,8 +29,6 @@ SPARSER: dict[str | None, str] = {"high": "balanced", "balanced": "fast"}
 DIFFUSE = 0.9
 # From here on no setting of the dial keeps much less.
 ALL = 0.99
-# The quality that is in force where none is named.
-DEFAULT_QUALITY = "balanced"
 NO_CALL_STEP = "load models of Hugging Face with attn_implementation='sdpa'; others must call SDPA"
 LONGER_MAY = "a longer prompt may keep a smaller share"
 COMPILED = "torch.compile(model), if it is not compiled: the times are of that"
@@ -96,47 +91,7 @@ def next_step(
         step = SAID_COMPILED
     if fewer is None:
         return step
-    return f"{step}; {_setting(calls, wording, 'quality', fewer)} keeps fewer blocks"
-
-
-def quality_of(selector: Selector) -> str | None:
-    """The word of the dial that stands for a selector; ``None`` where none does."""
-    return next((name for name in QUALITIES if selector_of_quality(name) == selector), None)
-
-
-def _setting(calls: Sequence[AttentionRecord], wording: Wording, name: str, value: Any) -> str:
-    """What gives the calls a setting, beside those that they have."""
-    return wording.setting(name, value, _other_settings(calls, name))
-
-
-def _other_settings(calls: Sequence[AttentionRecord], name: str) -> dict[str, Any] | None:
-    """The arguments of `optimize` that give what calls have beside one setting.
-
-    ``None`` where no arguments are known that do: layers differ, as those of a calibration may, or
-    a context of ranks is among the settings.
-    """
-    configs = [call.config for call in calls if call.config is not None and not call.config.dense]
-    found: dict[str, set[Any]] = {
-        "selector": {config.selector.text for config in configs},
-        "min_length": {config.min_length for config in configs},
-        "backend": {config.backend for config in configs},
-    }
-    # What it replaces does not matter.
-    found.pop("selector" if name == "quality" else name, None)
-    if any(len(values) > 1 for values in found.values()) or any(c.context for c in configs):
-        return None
-    kept = {each: value for each, values in found.items() for value in values}
-    quality = quality_of(configs[0].selector) if configs else None
-    if quality is not None and kept.pop("selector", None) is not None:
-        kept |= {} if quality == DEFAULT_QUALITY else {"quality": quality}
-    if kept.get("min_length") is None:
-        kept.pop("min_length", None)
-    if kept.get("backend") == "auto":
-        del kept["backend"]
-    layers = excluded_layers(calls)
-    if layers != {layer_index(call) for call in calls if call.is_excluded}:
-        return None
-    return kept | ({"dense_layers": tuple(sorted(layers))} if layers else {})
+    return f"{step}; {setting(calls, wording, 'quality', fewer)} keeps fewer blocks"
 
 
 def _where_nearly_all_is_kept(calls: Sequence[AttentionRecord], wording: Wording) -> str:
@@ -212,7 +167,7 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
             diffuse = share >= DIFFUSE
             return f"{start}: leave the model dense{_or_bear_a_loss(wording) if diffuse else ''}"
         if quality in SPARSER:
-            fast = _setting(calls, wording, "quality", "fast")
+            fast = setting(calls, wording, "quality", "fast")
             return f"{start}: {fast} keeps fewer, {LONGER_MAY}; or leave the model dense"
         if wording.calibrated:
             return f"{start}: calibrate anew, for a larger kl; or leave the model dense"
@@ -222,12 +177,12 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
         f"{_known(slower)} faster at this length"
     )
     if quality in SPARSER:
-        start += f"; {_setting(calls, wording, 'quality', 'fast')} keeps fewer blocks"
+        start += f"; {setting(calls, wording, 'quality', 'fast')} keeps fewer blocks"
     return f"{start}; sparse {_may_be_faster(later)}" if (later := _longer(slower)) else start
 
 
 def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> str:
-    faster, forced = faster_calls(calls), _setting(calls, wording, "min_length", 0)
+    faster, forced = faster_calls(calls), setting(calls, wording, "min_length", 0)
     if faster and (gained := _gained_ms(calls)) > 0:
         return (
             f"{forced} makes calls sparse: measured {gained:.3g} ms faster in all, "
@@ -262,7 +217,7 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
         parts.append("as it is, all attention is dense and the output exact")
     sparser = [call.sparser_from for call in calls if call.sparser_from is not None]
     if quality in SPARSER and sparser:
-        sparser_one = _setting(calls, wording, "quality", SPARSER[quality])
+        sparser_one = setting(calls, wording, "quality", SPARSER[quality])
         parts.append(
             f"{sparser_one} would be sparse from {min(sparser)} keys on, by the density expected"
         )

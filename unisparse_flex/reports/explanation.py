@@ -27,11 +27,12 @@ from ..passes.attend import MULTIHEAD_TARGETS, keeps_window, logit_scale, refuse
 from ..passes.calls import TORCH_SDPA, SdpaCall, own_function
 from ..passes.decision import flash_obstacle, forecast_call, lacks_kernel_for_mask, refuse
 from ..wrapping import wrap
-from .advice import SPARSER, next_step, quality_of
+from .advice import SPARSER, next_step
 from .attention_record import AttentionRecord, fill_blocks, sparse_densities
 from .density import mean_density
 from .explain_table import COLUMNS, MANY_LINES, format_table, terminal_columns
 from .gains import BY_COST, predicted_ms, prefill_ms
+from .kept_settings import quality_of
 from .rest_time import RestClock
 from .verdict import PYTHON, verdict
 from .wording import Wording

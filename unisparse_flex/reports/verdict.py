@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -21,7 +20,9 @@ from .gains import (
     slower_calls,
     whole_ms,
 )
-from .wording import Wording, name_runs, runs_of
+from .kept_settings import setting
+from .layers import excluded_layers, layer_index, name_layers
+from .wording import Wording
 
 PYTHON = Wording()
 NO_GAIN, PREDICTED, MEASURED = "no gain", "predicted", "measured"
@@ -81,7 +82,7 @@ def verdict(
         parts.append(
             f"{name_layers(indices)} {verb} {say_share(sum(density) / len(density))}: leave "
             f"{'it' if len(indices) == 1 else 'them'} dense "
-            f"({wording.dense_layers(layers_to_leave_dense(calls, rest_ms))})"
+            f"({setting(calls, wording, 'dense_layers', layers_to_leave_dense(calls, rest_ms))})"
         )
     elif slower:
         parts.append(f"{len(slower)} of them {known} slower than dense: calibrate, or set top_k")
@@ -135,26 +136,3 @@ def _slower_layers(sparse: Sequence[AttentionRecord]) -> list[int]:
     slower = slower_calls(sparse)
     faster = {layer_index(call) for call in sparse if call not in slower}
     return sorted({i for call in slower if (i := layer_index(call)) is not None} - faster)
-
-
-def excluded_layers(calls: Sequence[AttentionRecord]) -> set[int]:
-    """Indices of which every call is excluded already."""
-    found = {layer_index(call) for call in calls if call.is_excluded}
-    others = {layer_index(call) for call in calls if not call.is_excluded}
-    return {index for index in found - others if index is not None}
-
-
-def layer_index(call: AttentionRecord) -> int | None:
-    """The place of the call's layer in its stack, which is what ``dense_layers`` counts."""
-    return index_of(call.layer)
-
-
-def index_of(name: str) -> int | None:
-    """The place in its stack of a layer of this name; ``None`` where the name says none."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(found[1]) if found else None
-
-
-def name_layers(indices: Sequence[int]) -> str:
-    """Layers in words, such as ``"layers 0-2, 5"``."""
-    return f"layer{'' if len(indices) == 1 else 's'} {name_runs(runs_of(indices), ', ')}"

@@ -53,14 +53,15 @@ class Wording:
             kept: The other arguments that the model has; ``None`` where they are not known.
         """
         if self.command_line is not None:
-            return f"--{name.replace('_', '-')} {value}"
+            is_layers = name == "dense_layers"
+            return self.dense_layers(value) if is_layers else f"--{name.replace('_', '-')} {value}"
         is_saved = self.registered is not None and bool(self.saved)
         if is_saved:
             # What is not saved stays as it is registered.
             replaced = SELECTING if name in SELECTING else (name,)
             kept = {each: self.saved[each] for each in self.saved if each not in replaced}
         if kept is None:
-            return f"{name}={value!r} added to your settings"
+            return f"{self._argument(name, value)} added to your settings"
         values = {**kept, name: value}
         # A quality comes before a length, whichever is changed.
         arguments = [self._argument(each, values[each]) for each in sorted(values, reverse=True)]
