@@ -267,4 +267,6 @@ def _refuse_slow(call: SdpaCall, config: SparseConfig) -> DenseReason | None:
         pays = found.pays
     if pays:
         return None
-    return DenseReason.KEEPS_MOST if found.is_sparse_faster else DenseReason.SLOWER
+    # A symbolic length may pay where it was first seen, and not from there on.
+    keeps_most = found.is_sparse_faster and not found.pays
+    return DenseReason.KEEPS_MOST if keeps_most else DenseReason.SLOWER

@@ -9,8 +9,8 @@ from ..counted import counted
 from ..passes import DenseReason
 from ..shares import say_share
 from .attention_record import AttentionRecord, fill_blocks, sparse_densities
-from .density import mean_density
-from .gains import BY_COST, BY_LENGTH, does_not_pay, faster_calls, keeps_nearly_all, slower_calls
+from .density import BY_COST, BY_LENGTH, mean_density
+from .gains import does_not_pay, faster_calls, keeps_nearly_all, slower_calls
 from .kept_settings import quality_of, setting
 from .layers import layer_index, name_layers
 from .verdict import (

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ..passes import DenseReason, SparseConfig
 from ..passes.decision import CallForecast
+from .density import BY_COST
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +77,7 @@ class AttentionRecord:
     @property
     def may_differ_compiled(self) -> bool:
         """Whether proving what the mask is could change the decision or the density."""
-        by_cost = (DenseReason.SLOWER, DenseReason.KEEPS_MOST)
-        return self.masked and self.reason in (None, *by_cost, DenseReason.NO_KERNEL)
+        return self.masked and self.reason in (None, *BY_COST, DenseReason.NO_KERNEL)
 
 
 def fill_blocks(tokens: int, block_size: int) -> int:

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from ..passes import DenseReason
 
-# Why a call stays dense that could be sparse.
-LEFT_DENSE = frozenset(
-    {DenseReason.EXCLUDED, DenseReason.SHORT, DenseReason.SLOWER, DenseReason.KEEPS_MOST}
-)
+# Why a call stays dense that could be sparse: by the cost model, by any rule of lengths, or at all.
+BY_COST = (DenseReason.SLOWER, DenseReason.KEEPS_MOST)
+BY_LENGTH = (*BY_COST, DenseReason.SHORT)
+LEFT_DENSE = (*BY_LENGTH, DenseReason.EXCLUDED)
 
 
 def choosing_densities(calls: Iterable[tuple[float, bool]]) -> list[float]:

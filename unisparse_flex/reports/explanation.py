@@ -29,9 +29,9 @@ from ..passes.decision import flash_obstacle, forecast_call, lacks_kernel_for_ma
 from ..wrapping import wrap
 from .advice import SPARSER, next_step
 from .attention_record import AttentionRecord, fill_blocks, sparse_densities
-from .density import mean_density
+from .density import BY_COST, mean_density
 from .explain_table import COLUMNS, MANY_LINES, format_table, terminal_columns
-from .gains import BY_COST, predicted_ms, prefill_ms
+from .gains import predicted_ms, prefill_ms
 from .kept_settings import quality_of
 from .rest_time import RestClock
 from .verdict import PYTHON, verdict

@@ -6,13 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..nearly_all import NEARLY_ALL
-from ..passes import DenseReason
 from .attention_record import AttentionRecord, sparse_densities
-from .density import mean_density
+from .density import BY_LENGTH, mean_density
 
-# Why calls stay dense of which the cost model decides, or of which any length does.
-BY_COST = (DenseReason.SLOWER, DenseReason.KEEPS_MOST)
-BY_LENGTH = (*BY_COST, DenseReason.SHORT)
 # Of a ratio of times: less is nothing.
 LEAST_GAIN = 0.01
 # Share of the sparse calls' dense time from which calls that lose are nearly all of them.
