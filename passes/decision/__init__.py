@@ -3,6 +3,7 @@
 from .attention_proof import attention_failure, needs_proof, prove_attention
 from .call_forecast import CallForecast, forecast_call
 from .cost_forecast import (
+    MOST_KEPT,
     CallShape,
     break_even_length,
     break_even_length_at,
@@ -42,6 +43,7 @@ from .refusals import (
 
 __all__ = [
     "FLASH_CAPABILITY",
+    "MOST_KEPT",
     "PLAIN",
     "PUBLISHED",
     "RATES",

@@ -49,6 +49,8 @@ from unisparse_flex.integrations.vllm.report import describe
 from unisparse_flex.integrations.vllm.versions import validate_version
 from unisparse_flex.integrations.vllm.warm_up import row_lengths
 from unisparse_flex.passes.calls import HeadShard
+from unisparse_flex.passes.decision import CallShape
+from unisparse_flex.passes.decision.cost_forecast import Forecast
 from unisparse_flex.selectors import DenseSpan, StreamingLLM
 
 NAME = "model.layers.{}.self_attn.attn"
@@ -361,6 +363,43 @@ class TestPlanning:
         assert asked.decide(128, 128) is Reason.SLOWER
         assert asked.decide(8192, 200_000) is None
 
+    def test_rows_of_which_nearly_all_would_be_read_are_the_parents(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        few, most, fewest = selectors = UniSparse(), UniSparse(top_k=4), UniSparse(top_k=9)
+        densities = dict(zip(selectors, (0.8, 0.98, 0.1), strict=True))
+        fast = 2000
+
+        def predict(shape: CallShape, selector: Selector) -> Forecast:
+            return Forecast(
+                dense_seconds=3.0,
+                select_seconds=0.5,
+                attend_seconds=1.0 if shape.kv_len >= fast else 3.0,
+                density=densities[selector],
+            )
+
+        monkeypatch.setattr("unisparse_flex.integrations.vllm.policy.forecast", predict)
+
+        def decide(length: int, *selectors: Selector) -> Reason | None:
+            policy = Policy(
+                selectors=Policy.count(selectors),
+                min_length=None,
+                q_heads=32,
+                kv_heads=8,
+                # Of no model: what was decided is cached.
+                head_dim=7,
+                dtype=torch.bfloat16,
+                device=torch.device("cpu"),
+            )
+            return policy.decide(length, length)
+
+        assert decide(fast, few) is None
+        assert decide(fast, most) is Reason.KEEPS_MOST
+        # What all layers together would read, not the worst of them.
+        assert decide(fast, most, fewest) is None
+        assert decide(fast, most, most, few) is Reason.KEEPS_MOST
+        assert decide(fast - 1, most) is Reason.SLOWER
+
 
 class TestViews:
     @pytest.mark.parametrize("heads_inside", [False, True])
@@ -539,6 +578,6 @@ def test_the_extra_installs_what_was_tested() -> None:
 
 def test_refusals_are_told_from_settings_and_lengths() -> None:
     choices = [reason for reason in Reason if not reason.is_refusal]
-    assert {Reason.SHORT, Reason.EXCLUDED, Reason.DECODE} <= set(choices)
+    assert {Reason.SHORT, Reason.KEEPS_MOST, Reason.EXCLUDED, Reason.DECODE} <= set(choices)
     assert Reason.SINKS.is_refusal
     assert Reason.CASCADE.is_refusal

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 
 from ...block_masks import Selector
-from ...passes.decision import CallShape, forecast
+from ...passes.decision import MOST_KEPT, CallShape, forecast
 from .reasons import Reason
 
 
@@ -72,10 +72,14 @@ def _compare(policy: Policy, queries: int, length: int) -> Reason | None:
         dtype=policy.dtype,
         device=policy.device,
     )
-    dense = sparse = 0.0
+    dense = sparse = kept = 0.0
     for selector, layers in policy.selectors:
         found = forecast(shape, selector)
         hosts = found.host_seconds
         dense += layers * max(found.dense_seconds + found.around_seconds, hosts[0])
         sparse += layers * max(found.sparse_seconds + found.around_seconds, hosts[1])
-    return None if sparse < dense else Reason.SLOWER
+        kept += layers * found.density
+    if sparse >= dense:
+        return Reason.SLOWER
+    most = MOST_KEPT * sum(layers for _, layers in policy.selectors)
+    return None if kept < most else Reason.KEEPS_MOST

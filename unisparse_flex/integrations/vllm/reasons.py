@@ -34,6 +34,7 @@ class Reason(StrEnum):
     VERIFICATION = "not prefilling: rows that verify drafts"
     SHORT = "fewer keys than min_length"
     SLOWER = "the cost model predicts that the parent is faster"
+    KEEPS_MOST = "nine tenths of the blocks or more are expected to be kept"
     CASCADE = "cascade attention: the batch shares a prefix"
     NOT_CAUSAL = "not causal"
     PREFIX_IMAGES = "bidirectional ranges (prefix LM), or reference windows"
@@ -56,4 +57,5 @@ _CHOICES = {
     Reason.FEW_KEYS,
     Reason.SHORT,
     Reason.SLOWER,
+    Reason.KEEPS_MOST,
 }
