@@ -20,6 +20,7 @@ from unisparse_flex import block_masks, distributed, selectors
 from unisparse_flex.block_masks.selectors.quality import LEAST_QUALITY
 from unisparse_flex.command_line import SMOLLM2_WHEEL
 from unisparse_flex.integrations import transformers, vllm
+from unisparse_flex.passes.decision import RATES, CallShape, break_even_length_at
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -250,3 +251,64 @@ def test_every_command_of_a_page_in_a_folder_is_a_benchmark(page: Path) -> None:
     text = (DOCS / page).read_text()
     named = set(re.findall(r"python -m bench[. ](\w+)", text))
     assert named <= {*harness.find_benchmarks(), *(each.name for each in registry.BENCHMARKS)}
+
+
+def shortest_sparse(device: str, dtype: str, heads: tuple[int, int, int], *, masked: bool) -> int:
+    """Tokens from which the shipped rates let a causal prompt run sparse at default settings."""
+    [rates] = [found for found in RATES if (found.device, found.dtype) == (device, dtype)]
+    q_heads, kv_heads, head_dim = heads
+    shape = CallShape(
+        batch=1,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        q_len=0,
+        kv_len=0,
+        head_dim=head_dim,
+        value_dim=head_dim,
+        is_causal=True,
+        causal_lower_right=False,
+        masked=masked,
+        dtype=getattr(torch, dtype),
+        device=torch.device("cpu"),
+    )
+    length = break_even_length_at(shape, unisparse_flex.UniSparse(), rates, self_attention=True)
+    assert length is not None
+    return length
+
+
+@pytest.mark.parametrize(
+    ("said", "rates", "heads", "masked", "pages"),
+    [
+        (
+            r"(?:than|from) about (\d+) tokens",
+            ("cuda sm90", "bfloat16"),
+            (32, 8, 128),
+            False,
+            {"README.md", "index.md", "limits.md", "not-faster.md"},
+        ),
+        (
+            r"than about (\d+) under a mask",
+            ("cuda sm90", "bfloat16"),
+            (32, 8, 128),
+            True,
+            {"README.md", "limits.md"},
+        ),
+        (
+            r"up to about (\d+) tokens",
+            ("cpu", "float32"),
+            (9, 3, 64),
+            False,
+            {"not-faster.md"},
+        ),
+    ],
+)
+def test_pages_say_from_which_length_prompts_run_sparse_as_the_rates_do(
+    said: str, rates: tuple[str, str], heads: tuple[int, int, int], masked: bool, pages: set[str]
+) -> None:
+    length = shortest_sparse(*rates, heads, masked=masked)
+    guides = [*DOCS.glob("*.md"), ROOT / "README.md"]
+    found = {path.name: re.findall(said, path.read_text(encoding="utf-8")) for path in guides}
+    numbers = {page: [int(number) for number in every] for page, every in found.items() if every}
+    assert set(numbers) == pages
+    for page, every in numbers.items():
+        assert every == pytest.approx([length] * len(every), rel=0.05), page
