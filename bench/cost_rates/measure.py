@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         hardware=describe_device(torch.device(options.device)),
         threads=torch.get_num_threads(),
         load_average=os.getloadavg()[0],
-        selector=repr(SELECTOR),
+        selectors=[repr(selector) for selector in plan.selectors],
         statistic="p20 of the repeats; inside a CUDA graph, or CPU seconds of the process; "
         "host: least of four turns",
     )

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unisparse_flex import UniSparse, attention
+from unisparse_flex.passes.attend import widen_tiles
 
 from ..calls import (
     GATE_LENGTH,
@@ -75,6 +76,8 @@ class Series:
     def stages(self) -> Iterator[dict[str, Any]]:
         """The gate, then dense, select and attend at every length and density."""
         torch._dynamo.reset()
+        # As in every model that is made sparse: the kernel stands here without a marker.
+        widen_tiles()
         run = torch.compile(attend, dynamic=True, fullgraph=True)
         selects = {
             selector: torch.compile(

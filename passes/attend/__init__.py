@@ -1,6 +1,7 @@
 """What a rewritten call computes: the marker operator and the ways that it is lowered."""
 
 from .alignment import prepared_mask
+from .cpu_tiles import widen_tiles
 from .decided_at_run import has_stated_range
 from .listed_units import attend_listed
 from .marker import (
@@ -55,4 +56,5 @@ __all__ = [
     "register_context",
     "run_compiled",
     "select",
+    "widen_tiles",
 ]

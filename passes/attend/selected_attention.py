@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from ...block_masks import BlockSelection, causal_mask_mod, to_block_mask
 from ..calls import SdpaCall
 from ..decision import flex_backend, flex_lowers
+from .cpu_tiles import widen_tiles
 from .sparse_attention import attend_masked_in_chunks, kernel_options
 
 
@@ -38,6 +39,8 @@ def attend_selected(
         compiled = call.query.device.type == "cuda" and flex_lowers(call)
     if not compiled:
         return attend_masked_in_chunks(call, selection)
+    if call.query.device.type == "cpu":
+        widen_tiles()
     geometry = selection.geometry
     mask = to_block_mask(selection, causal_mask_mod(geometry), compute_q_blocks=False)
     kernel = flex_backend(call, geometry.block_size, backend)

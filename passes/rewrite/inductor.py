@@ -15,6 +15,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ... import block_masks
 from ...block_masks.selectors import Selector
+from ..attend import widen_tiles
 from ..calls import SDPA_TARGETS
 from ..masks import given_identity
 from .all_dense import warn_of_dense
@@ -33,6 +34,9 @@ class SparseAttentionPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites ``graph`` in place."""
         settings, decodes = settings_in(graph), may_decode(graph)
+        if settings:
+            # Of a GPU's graph too: it costs nothing, and where its tensors are is not known yet.
+            widen_tiles()
         warn_of_dense(rewrite_sdpa(graph, None, lower=True), settings, may_decode=decodes)
 
     def uuid(self) -> Any:
