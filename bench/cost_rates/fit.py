@@ -76,20 +76,28 @@ def predict(work: Tensor, costs: Tensor, form: str) -> Tensor:
     return (paid * seconds).sum(-1) + (paid * ~seconds).amax(-1)
 
 
-def fit(rows: Rows, form: str = "sum", bounds: Mapping[str, float] | None = None) -> Tensor:
+def fit(
+    rows: Rows,
+    form: str = "sum",
+    bounds: Mapping[str, float] | None = None,
+    known: Mapping[str, float] | None = None,
+) -> Tensor:
     """Seconds per unit of work of each rate, positive, by least squares on the log error.
 
     Args:
         rows: What was timed.
         form: See `predict`.
         bounds: The most that a rate can be, by name.
+        known: Rates that were measured by themselves, by name.
     """
     used = rows.work > 0
     rough = (rows.seconds[:, None] / rows.work.clamp_min(1e-30)).masked_fill(~used, math.inf)
     start = (rough.amin(0) / 2).where(used.any(0), torch.ones(len(RATES), dtype=torch.float64))
-    low = start.log() - 25
+    low, high = start.log() - 25, torch.full_like(start, math.inf)
     for name, most in (bounds or {}).items():
         low[RATES.index(name)] = -math.log(most)
+    for name, rate in (known or {}).items():
+        low[RATES.index(name)] = high[RATES.index(name)] = -math.log(rate)
     logs = torch.maximum(start.log(), low).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [logs], max_iter=2000, history_size=30, line_search_fn="strong_wolfe"
@@ -97,7 +105,7 @@ def fit(rows: Rows, form: str = "sum", bounds: Mapping[str, float] | None = None
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        predicted = predict(rows.work, logs.clamp(min=low).exp(), form)
+        predicted = predict(rows.work, logs.clamp(low, high).exp(), form)
         value = (predicted.log() - rows.seconds.log()).square().mean()
         value.backward()
         return value
@@ -105,7 +113,7 @@ def fit(rows: Rows, form: str = "sum", bounds: Mapping[str, float] | None = None
     # torch's line search raises it where it finds no further descent; `logs` is the last point.
     with contextlib.suppress(IndexError):
         optimizer.step(loss)
-    return logs.detach().clamp(min=low).exp()
+    return logs.detach().clamp(low, high).exp()
 
 
 def errors(rows: Rows, costs: Tensor, form: str = "sum") -> Tensor:
@@ -121,7 +129,11 @@ def summarize(error: Tensor) -> dict[str, float | None]:
 
 
 def held_out_errors(
-    rows: Rows, shapes: Sequence[object], form: str, bounds: Mapping[str, float] | None = None
+    rows: Rows,
+    shapes: Sequence[object],
+    form: str,
+    bounds: Mapping[str, float] | None = None,
+    known: Mapping[str, float] | None = None,
 ) -> Tensor:
     """Errors of every row by rates fitted without the rows of its shape."""
     found = torch.full_like(rows.seconds, math.nan)
@@ -130,7 +142,7 @@ def held_out_errors(
     for shape in dict.fromkeys(shapes):
         out = [i for i, other in enumerate(shapes) if other == shape]
         rest = [i for i in range(len(shapes)) if i not in out]
-        found[out] = errors(rows.pick(out), fit(rows.pick(rest), form, bounds), form)
+        found[out] = errors(rows.pick(out), fit(rows.pick(rest), form, bounds, known), form)
     return found
 
 

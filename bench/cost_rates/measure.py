@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from unisparse_flex.selectors import DEFAULT_SELECTOR
 
 from ..calls import SELECTOR, Heads
 from ..record import FOLDER, Record
+from ..timing import measure
 from . import fit as rate_fit
 from .series import Plan, measure_all
 
@@ -47,6 +49,8 @@ PLANS = {
         selectors=(SELECTOR, DEFAULT_SELECTOR),
     ),
 }
+# Of a call of 8192 tokens.
+SORTED, SORTED_BLOCKS = PLANS["cpu"].heads[0], 64
 MAX_SECONDS = {"cpu": 900.0, "cuda": 220.0}
 FORMS = ("sum", "max")
 SHIPPED = Path("passes/decision/rates")
@@ -93,7 +97,10 @@ def main(arguments: list[str] | None = None) -> None:
         record.collect(row | common for row in measure_all(plan, options.device))
     result = record.content
     result["peak_bandwidth"] = peak_bandwidth(options.device)
-    result["rates"], result["errors"] = fit_all(result["rows"], result["peak_bandwidth"])
+    result["sort_rate"] = sort_rate() if options.device == "cpu" else None
+    result["rates"], result["errors"] = fit_all(
+        result["rows"], result["peak_bandwidth"], result["sort_rate"]
+    )
     record.write()
     print(json.dumps(result["errors"], indent=1))
     shipped = options.shipped or SHIPPED / output.name.removeprefix("rates-")
@@ -114,11 +121,25 @@ def peak_bandwidth(device: str) -> float | None:
     return None if facts is None else facts.bandwidth
 
 
+def sort_rate() -> float:
+    """Comparisons a second of a CPU that sorts block scores.
+
+    Measured by itself: where one selector's selection alone was timed, a fit cannot tell what its
+    sorts take from what its logits do.
+    """
+    scores = torch.rand(1, SORTED.query, SORTED_BLOCKS, SORTED_BLOCKS)
+    times = measure(lambda: scores.sort(-1, descending=True), "cpu", least=5, budget=1.0)
+    return scores.numel() * math.log2(SORTED_BLOCKS) / times[len(times) // 5]
+
+
 def fit_all(
-    rows: list[dict[str, Any]], peak_bandwidth: float | None = None
+    rows: list[dict[str, Any]],
+    peak_bandwidth: float | None = None,
+    sort_rate: float | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rates and prediction errors of every dtype whose gate passed."""
     bounds = {} if peak_bandwidth is None else {"bandwidth": peak_bandwidth}
+    known = {} if sort_rate is None else {"sort_rate": sort_rate}
     rates: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
@@ -131,7 +152,7 @@ def fit_all(
             continue
         table = rate_fit.to_rows(fitted)
         shapes = [(row["q_heads"], row["head_dim"], row["length"]) for row in fitted]
-        costs = rate_fit.fit(table, bounds=bounds)
+        costs = rate_fit.fit(table, bounds=bounds, known=known)
         rates[dtype] = {"tile": own[0]["tile"], **rate_fit.to_rates(costs, table)}
         for row in own:
             if row["stage"] == "host" and "sparse_seconds" in row:
@@ -142,7 +163,9 @@ def fit_all(
             "fit": rate_fit.summarize(rate_fit.errors(table, costs)),
             **_errors_by_stage(fitted, rate_fit.errors(table, costs)),
             "held_out_shapes": {
-                form: rate_fit.summarize(rate_fit.held_out_errors(table, shapes, form, bounds))
+                form: rate_fit.summarize(
+                    rate_fit.held_out_errors(table, shapes, form, bounds, known)
+                )
                 for form in FORMS
             },
         }

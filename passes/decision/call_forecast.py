@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ...block_masks.selectors import Selector
 from ..calls import SdpaCall
 from .cost_forecast import break_even_length, call_shape, forecast, rates_of
+from .found_rates import MEASURE
 from .refusals import flex_lowers
 
 
@@ -29,6 +30,11 @@ class CallForecast:
     density: float
     break_even: int | None
     note: str
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the rates are another machine's, and this one's can be measured."""
+        return self.note.endswith(MEASURE)
 
 
 def forecast_call(

@@ -20,6 +20,8 @@ from .found_rates import FoundRates, find_rates
 
 # Expected density from which a call stays dense, and exact, whatever it would gain.
 MOST_KEPT = 0.9
+# Tiles of dense attention after a break-even at which sparse must pay too.
+UNEVEN_TILES = 4
 # Keys up to which a break-even is looked for.
 LONGEST = 2**22
 # As torch 2.13, 2.11 and those between call it; all take a fallback for sizes nobody knows.
@@ -269,4 +271,10 @@ def break_even_length_at(
     while high - low > 1:
         middle = (high + low) // 2
         high, low = (middle, low) if pays(middle) else (high, middle)
+    # A gain that is small may be lost again where dense attention fills its tiles better.
+    step = 0
+    while step < UNEVEN_TILES * max(rates.tile // size, 1):
+        high, step = (high, step + 1) if pays(high + step) else (high + step + 1, 0)
+        if high > LONGEST // size:
+            return None
     return high * size

@@ -39,7 +39,7 @@ from unisparse_flex.reports import (
 from unisparse_flex.reports.advice import SPARSER
 from unisparse_flex.reports.density import choosing_densities
 from unisparse_flex.reports.explain_table import short_names, terminal_columns, three_digits
-from unisparse_flex.reports.explanation import MASK_NOTE, _sparser_from
+from unisparse_flex.reports.explanation import MASK_NOTE, _sparser
 from unisparse_flex.reports.wording import Wording
 from unisparse_flex.selectors import selector_of_quality
 
@@ -187,7 +187,7 @@ def test_the_note_says_at_which_density_the_milliseconds_are() -> None:
         return text.replace(" (-: at no length, at that density)", "")
 
     both = note(selector=SELECTOR, min_length=0)
-    assert "expected of the selector; the milliseconds are at the one found here predicted" in both
+    assert "expected of the selector; milliseconds, those of each call, are at the one found here predicted" in both
     one = note(selector=SELECTOR, min_length=0, dense_layers=(1,))
     assert "are at the one found here where a call runs sparse predicted" in one
     none = note(selector=SELECTOR)
@@ -206,7 +206,7 @@ def test_a_dash_is_all_that_says_at_no_length_and_the_note_explains_it() -> None
         table = Explanation(calls).table()
         rows = table.splitlines()[3 : 3 + len(calls)]
         assert [row.split()[-1] for row in rows] == ["-"] * len(calls)
-        said = "expected of the selector (-: at no length, at that density); the milliseconds"
+        said = "expected of the selector (-: at no length, at that density); milliseconds"
         assert said in " ".join(table.split())
     known = replace(slower, prediction=predicted(2.0, 3.0, break_even=4096))
     assert "at no length" not in Explanation((known,)).table()
@@ -334,7 +334,12 @@ def sparse_call(
 def test_the_verdict_names_the_layers_to_leave_dense(slow: list[int], advice: str) -> None:
     calls = [sparse_call(i, 0.97 if i in slow else 0.2, 12 if i in slow else 4) for i in range(8)]
     explanation = Explanation(tuple(calls))
-    assert explanation.verdict.endswith(f"x as fast; {advice}")
+    gain = 80 / (10 * len(slow) + 4 * (8 - len(slow)))
+    assert explanation.verdict.endswith(f"x as fast; {advice}, for attention {gain:.3g}x as fast")
+    # With the rest of the model, the whole prefill.
+    whole = (80 + 20) / (80 / gain + 20)
+    verdict = replace(explanation, rest_ms=20.0).verdict
+    assert verdict.endswith(f"{advice}, for a whole prefill {whole:.3g}x as fast")
     assert explanation.next_step.startswith("torch.compile(model)")
 
 
@@ -343,7 +348,7 @@ def test_commands_go_on_with_the_layers_that_the_verdict_leaves_dense() -> None:
     slow = [sparse_call(i, 0.9, 12.0) for i in (0, 1)]
     calls = (*slow, sparse_call(2, 0.2, 4.0), excluded(3))
     found = Explanation(calls, wording=Wording(line))
-    assert found.verdict.endswith("leave them dense (--dense-layers 0-1,3)")
+    assert "leave them dense (--dense-layers 0-1,3), for attention" in found.verdict
     assert found.next_step == (
         "unisparse-flex speed mine --quality high --dense-layers 0-1,3 times it compiled, "
         "unisparse-flex quality mine --quality high --dense-layers 0-1,3 says what it changes in "
@@ -357,7 +362,7 @@ def test_on_the_command_line_advice_names_its_options() -> None:
     slow = [0, 2, 3, 4]
     calls = [sparse_call(i, 0.97 if i in slow else 0.2, 12 if i in slow else 4) for i in range(8)]
     verdict = Explanation(tuple(calls), wording=Wording(CommandLine())).verdict
-    assert verdict.endswith("leave them dense (--dense-layers 0,2-4)")
+    assert "leave them dense (--dense-layers 0,2-4), for attention" in verdict
 
 
 def test_layers_that_are_excluded_already_stay_in_what_is_advised() -> None:
@@ -367,8 +372,9 @@ def test_layers_that_are_excluded_already_stay_in_what_is_advised() -> None:
         for i in (0, 5)
     ]
     verdict = Explanation((*excluded, *(call for call in calls if "5" not in call.layer))).verdict
-    assert verdict.endswith(
-        "layer 2 keeps 97%: leave it dense (optimize(model, dense_layers=(0,2,5)))"
+    assert (
+        "layer 2 keeps 97%: leave it dense (optimize(model, dense_layers=(0,2,5))), for attention"
+        in verdict
     )
 
 
@@ -393,7 +399,9 @@ def test_what_is_next_depends_on_why_nothing_is_gained() -> None:
     assert "keys on" not in Explanation((never,)).next_step
     forced = Explanation((sparse_call(0, 0.9, 12, kv_len=1024),)).next_step
     assert forced.startswith("calls are sparse because of min_length: dense is predicted faster")
-    assert forced.endswith(f"at this length; {may_be} expected there")
+    assert forced.endswith(
+        f"at this length; without it the cost model decides; {may_be} expected there"
+    )
     plain = Explanation((replace(dense, reason=DenseReason.NOT_OPTIMIZED),))
     assert "unisparse_flex.optimize(model)" in plain.next_step
     assert plain.verdict == f"the only call stays dense: {DenseReason.NOT_OPTIMIZED}"
@@ -581,9 +589,10 @@ def test_a_sparser_setting_is_named_from_a_length_at_which_it_is_sparse(quality:
         call = grouped(length)
         if refuse(call, config) is not DenseReason.SLOWER:
             continue
-        first = _sparser_from(call, config, DenseReason.SLOWER)
-        if first is None:
+        found = _sparser(call, config, DenseReason.SLOWER)
+        if found is None or found[0] != SPARSER[quality]:
             continue
+        first = found[1]
         assert refuse(grouped(max(first, length)), sparser) is None
         known = forecast_call(call, selector)
         in_part += known is not None and (known.break_even or 0) <= length < first
@@ -630,15 +639,18 @@ def test_dense_at_high_is_said_to_be_exact_and_from_where_balanced_is_sparse() -
     assert call.reason is DenseReason.SLOWER
     balanced = explain(optimize(model, quality="balanced"), embeddings(200)).calls[0]
     assert balanced.prediction is not None
-    assert call.sparser_from == balanced.prediction.break_even
+    assert call.sparser == ("balanced", balanced.prediction.break_even)
     assert "all attention is dense and the output exact" in explanation.next_step
-    assert (
-        f"optimize(model, quality='balanced') would be sparse from {call.sparser_from} keys on, "
-        "by the density expected" in replace(explanation, calls=(call,)).next_step
-    ) is (call.sparser_from is not None)
-    known = replace(call, sparser_from=7168)
-    balanced_step = "optimize(model, quality='balanced') would be sparse from 7168 keys on, by"
-    assert balanced_step in Explanation((known,)).next_step
+    says = "optimize(model, quality='balanced') would be sparse from about {} keys on (in whole"
+    assert says.format(call.sparser[1]) in replace(explanation, calls=(call,)).next_step
+    prediction = replace(call.prediction, break_even=8192)
+    known = replace(call, sparser=("balanced", 7168), prediction=prediction)
+    assert says.format(7168) in Explanation((known,)).next_step
+    fast = replace(known, sparser=("fast", 7168))
+    assert "optimize(model, quality='fast') would be" in Explanation((fast,)).next_step
+    # As long a prompt does without another quality.
+    known = replace(known, sparser=("balanced", 8192))
+    assert "would be sparse" not in Explanation((known,)).next_step
     assert explanation.next_step.endswith(
         "optimize(model, quality='high', min_length=0) makes calls sparse all the same, though "
         "predicted slower"
@@ -657,9 +669,9 @@ def test_layers_to_leave_dense_keep_the_quality(wording: Wording, call: str) -> 
     calls = [sparse_call(0, 0.97, 12.0), sparse_call(1, 0.3, 4.0), sparse_call(2, 0.3, 4.0)]
     found = Explanation(tuple(at("high", each) for each in calls), wording=wording)
     start = call if call.endswith("(") else f"{call}, "
-    assert found.verdict.endswith(f"leave it dense ({start}quality='high', dense_layers=(0,)))")
+    assert f"leave it dense ({start}quality='high', dense_layers=(0,)))" in found.verdict
     balanced = Explanation(tuple(at("balanced", each) for each in calls))
-    assert balanced.verdict.endswith("leave it dense (optimize(model, dense_layers=(0,)))")
+    assert "leave it dense (optimize(model, dense_layers=(0,)))" in balanced.verdict
 
 
 @pytest.mark.parametrize("reason", [DenseReason.SLOWER, DenseReason.KEEPS_MOST])
@@ -724,7 +736,7 @@ def test_advice_says_in_words_what_cannot_be_written_out() -> None:
     of_layers = [UniSparse(), UniSparse(top_p=0.9)]
     optimize_layers(model, dict(zip(names, of_layers, strict=False)))
     unlike = explain(model, embeddings(200))
-    assert "; min_length=0 added to your settings makes calls sparse" in unlike.next_step
+    assert "min_length=0 added to your settings makes calls sparse" in unlike.next_step
     # Where it is excluded no index says.
     call, nowhere = sparse_call(0, 0.5, 4.0), replace(sparse_call(0, 0.5, 4.0), layer="attention")
     excluded = replace(nowhere, decision="dense", density=None, reason=DenseReason.EXCLUDED)
@@ -1198,7 +1210,8 @@ def test_layers_that_were_measured_slower_are_named() -> None:
     calls = (timed(0, 10.0, 11.0), timed(1, 10.0, 5.0))
     verdict = Explanation(calls).verdict
     assert verdict.endswith(
-        "layer 0 keeps 50%: leave it dense (optimize(model, dense_layers=(0,)))"
+        "layer 0 keeps 50%: leave it dense (optimize(model, dense_layers=(0,))), for attention "
+        "1.33x as fast"
     )
     every = Explanation((timed(0, 10.0, 11.0), timed(1, 10.0, 20.0)))
     assert every.verdict.endswith(

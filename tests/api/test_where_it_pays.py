@@ -150,11 +150,25 @@ def test_where_a_least_length_makes_calls_sparse_a_sparser_setting_is_named_too(
         replace(each, config=forced, density=0.8, q_len=1024, kv_len=1024)
         for each in layers(range(30), 0.0)
     )
-    start = "calls are sparse because of --min-length: dense is predicted faster at this length"
+    start = (
+        "calls are sparse because of --min-length: dense is predicted faster at this length; "
+        "without it the cost model decides"
+    )
     longer = "sparse may be faster from about 4096 keys on (in whole blocks), at the density"
     fewer = "" if quality == "fast" else "--quality fast keeps fewer blocks; "
     said = f"{start}; {fewer}{longer} expected there"
     assert Explanation(calls, wording=COMMAND).next_step == said
+    # Nobody typed what the model's configuration says.
+    saved = {"quality": quality, "min_length": 0}
+    typed = CommandLine("mine", {"--min-length": ("0",)})
+    for wording, name in (
+        (replace(COMMAND, saved=saved), "min_length in the model's configuration"),
+        (Wording(registered="unisparse", saved=saved), "min_length in the model's configuration"),
+        (Wording(saved=saved), "min_length"),
+        (Wording(typed, saved=saved), "--min-length"),
+    ):
+        step = Explanation(calls, wording=wording).next_step
+        assert step.startswith(f"calls are sparse because of {name}: dense is")
 
 
 @pytest.mark.parametrize("measured", [False, True])

@@ -237,6 +237,11 @@ def test_a_verdict_says_slower_and_that_times_scatter():
         "At 9 tokens balanced is slower: its first token takes 2.00 times as long as that of the "
         "fastest dense run, with 25% of the blocks; unisparse-flex explain MODEL says why."
     )
+    slow = row | {"speedup": 0.5}
+    assert command.say_verdict([slow], LINE, foreign=True) == [slower, command.FOREIGN_RATES]
+    assert "doctor --measure" in command.FOREIGN_RATES
+    # Nothing is wrong with a prediction of a gain.
+    assert len(command.say_verdict([row | {"speedup": 1.5}], LINE, foreign=True)) == 1
     line = CommandLine("mine", {"--quality": ("fast,high",), "--tokens": ("4096",)})
     (options,) = command.say_verdict([row | {"speedup": 0.5, "setting": "high"}], line)
     assert options.endswith("; unisparse-flex explain mine --tokens 9 --quality high says why.")

@@ -294,7 +294,7 @@ def shortest_sparse(device: str, dtype: str, heads: tuple[int, int, int], *, mas
             {"README.md", "limits.md"},
         ),
         (
-            r"up to about (\d+) tokens",
+            r"from (\d+) tokens on by the rates",
             ("cpu", "float32"),
             (9, 3, 64),
             False,

@@ -55,6 +55,10 @@ MORE_REPEATS = 10
 SCOPES = ("layers", "model")
 # Slowest over fastest of repeats, above which the machine was not idle.
 MOST_SCATTER = 1.5
+FOREIGN_RATES = (
+    f"The cost model, which expected a gain, has another machine's rates: {PROGRAM} doctor "
+    "--measure takes this one's."
+)
 FIRST_NOTE = (
     "first token: from the prompt to the logits of its last token, without a cache; the ways take "
     "turns, after two calls each that warm up. first call: the first of them, compilation "
@@ -171,6 +175,7 @@ def speed(
     dial = create_dial(quality, selector)
     from ..clock import CpuWatch
     from ..evaluation import Sparsity, SpeedInterrupted, measure_speed
+    from ..passes.decision import find_rates
     from ..reports import render_speed
     from .models import load_model
     from .saved import merge_saved
@@ -219,6 +224,8 @@ def speed(
     def longer() -> int | None:
         return find_longer(loaded, text, contents[text], prompts[-1].tokens)
 
+    by_cost = merged.sparsity.get("min_length") is None
+    foreign = by_cost and bool(find_rates(loaded.device, loaded.dtype).way_out)
     busy = watch.say_busy(loaded.device)
     values = describe_run(command, "speed", model, loaded) | {
         "settings": {
@@ -234,7 +241,7 @@ def speed(
         "selectors": describe_all(settings, prompts[-1].tokens),
         "rows": rows,
         "against": found_rivals,
-        "verdict": [*interrupted, *say_verdict(rows, line, selector, longer)],
+        "verdict": [*interrupted, *say_verdict(rows, line, selector, longer, foreign=foreign)],
         "notes": [
             *([busy] if busy is not None else []),
             FIRST_NOTE,
@@ -318,6 +325,8 @@ def say_verdict(
     line: CommandLine,
     selector: str | None = None,
     longer: Callable[[], int | None] = lambda: None,
+    *,
+    foreign: bool = False,
 ) -> list[str]:
     """A sentence for each setting at the longest length.
 
@@ -326,6 +335,7 @@ def say_verdict(
         line: What commands in the sentences go on with.
         selector: Of ``--selector``.
         longer: Tokens of a longer prompt that could be read; ``None`` where none could.
+        foreign: Whether the cost model decided, by another machine's rates.
     """
     longest = max(row["tokens"] for row in rows)
     sentences = []
@@ -359,6 +369,8 @@ def say_verdict(
                 f"{start} {_compare(row)}, with {say_share(row['density'])} of the blocks"
                 + (f"; {explain} says why." if slower or all_kept else ".")
             )
+            if slower and foreign:
+                sentences.append(FOREIGN_RATES)
             if row["windows"] and row["told_apart"] and row["speedup"] > 1.0:
                 sentences.append(
                     f"Of {row['sparse_calls']} sparse calls {row['windows']} keep a whole sliding "

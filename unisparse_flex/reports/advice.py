@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from operator import itemgetter
 
 from ..counted import counted
 from ..passes import DenseReason
@@ -174,7 +175,7 @@ def _where_nothing_is_gained(calls: Sequence[AttentionRecord], wording: Wording)
         return f"{start}: give it a smaller budget, {LONGER_MAY}; or leave the model dense"
     start = (
         f"calls are sparse because of {wording.name_of_min_length}: dense is "
-        f"{_known(slower)} faster at this length"
+        f"{_known(slower)} faster at this length; without it the cost model decides"
     )
     if quality in SPARSER:
         start += f"; {setting(calls, wording, 'quality', 'fast')} keeps fewer blocks"
@@ -210,16 +211,17 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
             min_length=wording.name_of_min_length, dense_layers=wording.name_of_dense_layers
         )
     parts = []
-    if later := _longer(others):
+    if (later := _longer(others)) is not None:
         parts.append(f"a longer prompt: sparse {_may_be_faster(later)}")
     quality = _quality_in_force(calls)
     if quality == "high":
         parts.append("as it is, all attention is dense and the output exact")
-    sparser = [call.sparser_from for call in calls if call.sparser_from is not None]
-    if quality in SPARSER and sparser:
-        sparser_one = setting(calls, wording, "quality", SPARSER[quality])
+    sparser = min((c.sparser for c in calls if c.sparser), key=itemgetter(1), default=None)
+    # No other quality is worth naming that would not be sparse from fewer keys on.
+    if quality in SPARSER and sparser is not None and not (later and later <= sparser[1]):
         parts.append(
-            f"{sparser_one} would be sparse from {min(sparser)} keys on, by the density expected"
+            f"{setting(calls, wording, 'quality', sparser[0])} would be sparse from about "
+            f"{sparser[1]} keys on (in whole blocks), at the density expected there"
         )
     slower = f", though {_known(calls)} slower" if reason is DenseReason.SLOWER else ""
     parts.append(f"{forced} makes calls sparse all the same{slower}")

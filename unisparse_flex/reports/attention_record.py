@@ -35,9 +35,10 @@ class AttentionRecord:
         measured: Milliseconds dense and sparse, where the call was timed; ``None`` in the second
             where no block-sparse kernel takes it.
         config: The settings of the call; ``None`` where it has none.
-        sparser_from: Of a call at ``"high"`` or ``"balanced"`` that stays dense because that is
-            predicted to be faster, the fewest keys from which it would be sparse at the next
-            quality that keeps fewer blocks; ``None`` of others, and where it never would.
+        sparser: Of a call at ``"high"`` or ``"balanced"`` that stays dense because that is
+            predicted to be faster, the next quality that keeps fewer blocks and may make it
+            sparse, and the fewest keys, in whole blocks, from which it would; ``None`` of others,
+            and where none would.
         lacks_mask_kernel: Whether a mask that is a tensor, such as padding, is all that keeps a
             sparse kernel from it: on a CPU none reads one.
     """
@@ -57,7 +58,7 @@ class AttentionRecord:
     prediction: CallForecast | None = None
     measured: tuple[float, float | None] | None = None
     config: SparseConfig | None = field(default=None, repr=False)
-    sparser_from: int | None = None
+    sparser: tuple[str, int] | None = None
     lacks_mask_kernel: bool = False
 
     @property

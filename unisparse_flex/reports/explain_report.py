@@ -16,7 +16,7 @@ from ..command_line import CommandLine
 from ..passes import SparseConfig, observe_calls
 from ..passes.calls import SdpaCall
 from .attention_record import AttentionRecord
-from .explanation import Explanation, is_calibrated, record_attention
+from .explanation import Explanation, is_calibrated, record_attention, saved_settings
 from .rest_time import RestClock
 from .timing import CallTime, time_call
 from .wording import Wording
@@ -53,7 +53,7 @@ class ReportedCall:
         values["reason"] = None if self.record.reason is None else str(self.record.reason)
         values["predicted"] = values.pop("prediction")
         # What the settings of the report say already, and what the advice does.
-        del values["config"], values["sparser_from"], values["lacks_mask_kernel"]
+        del values["config"], values["sparser"], values["lacks_mask_kernel"]
         return values | {
             "module": self.module,
             "measured": None if self.time is None else asdict(self.time),
@@ -74,6 +74,7 @@ class ExplainReport:
         versions: Of Python and the packages; ``None`` for what is not installed.
         rest_ms: See `Explanation`.
         line: What commands in the advice go on with.
+        saved: See `Wording`.
         calibrated: See `Wording`.
     """
 
@@ -86,6 +87,7 @@ class ExplainReport:
     versions: Mapping[str, str | None]
     rest_ms: float | None = None
     line: CommandLine = field(default_factory=CommandLine)
+    saved: Mapping[str, Any] = field(default_factory=dict)
     calibrated: bool = False
 
     @property
@@ -97,7 +99,8 @@ class ExplainReport:
             else replace(call.record, measured=(call.time.dense_ms, call.time.sparse_ms))
             for call in self.calls
         )
-        return Explanation(records, self.rest_ms, Wording(self.line, calibrated=self.calibrated))
+        wording = Wording(self.line, saved=self.saved, calibrated=self.calibrated)
+        return Explanation(records, self.rest_ms, wording)
 
     @property
     def is_measured(self) -> bool:
@@ -209,6 +212,7 @@ def report_model(
         versions=find_versions(),
         rest_ms=clock.milliseconds,
         line=line,
+        saved=saved_settings(module),
         calibrated=is_calibrated(module),
     )
 

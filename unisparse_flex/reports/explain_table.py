@@ -119,7 +119,7 @@ def describe_sparse_from(calls: Sequence[AttentionRecord]) -> str:
     density = ", and so are the milliseconds"
     if any(found):
         where = "" if all(found) else " where a call runs sparse"
-        density = f"; the milliseconds are at the one found here{where}"
+        density = f"; milliseconds, those of each call, are at the one found here{where}"
     forecasts = (call.prediction for call in calls)
     return FROM_NOTE.format(
         none=AT_NO_LENGTH_NOTE if any(p and p.break_even is None for p in forecasts) else "",

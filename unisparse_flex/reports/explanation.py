@@ -220,16 +220,20 @@ def _computes_all_logits(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 
 def _wording_of(module: nn.Module) -> Wording:
     """How advice on a model is spelled in Python."""
-    saved = saved_values(module)
-    if not isinstance(saved, Mapping) or not set(saved) <= set(SAVED_KEYS):
-        saved = {}
-    saved = stated(saved)
+    saved = saved_settings(module)
     # Settings of `optimize` win over those of a name.
     name = None if is_intercepted(module) else registered_name(module)
     compiled = any(each._compiled_call_impl is not None for each in module.modules())
     return Wording(
         registered=name, saved=saved, calibrated=is_calibrated(module), compiled=compiled
     )
+
+
+def saved_settings(module: nn.Module) -> Mapping[str, Any]:
+    """See `Wording.saved`."""
+    saved = saved_values(module)
+    known = isinstance(saved, Mapping) and set(saved) <= set(SAVED_KEYS)
+    return stated(saved) if known else {}
 
 
 def is_calibrated(module: nn.Module) -> bool:
@@ -395,27 +399,27 @@ def _record(
         own_kernel=own,
         prediction=None if config is None else forecast_call(call, config.selector, density),
         config=config,
-        sparser_from=_sparser_from(call, config, reason),
+        sparser=_sparser(call, config, reason),
         lacks_mask_kernel=reason in UP_TO_KERNELS and four and lacks_kernel_for_mask(call),
     )
 
 
-def _sparser_from(
+def _sparser(
     call: SdpaCall, config: SparseConfig | None, reason: DenseReason | None
-) -> int | None:
-    """See `AttentionRecord.sparser_from`."""
+) -> tuple[str, int] | None:
+    """See `AttentionRecord.sparser`."""
     if config is None or reason not in BY_COST:
         return None
-    sparser = SPARSER.get(quality_of(config.selector))
-    if sparser is None:
-        return None
-    selector = selector_of_quality(sparser)
-    found = forecast_call(call, selector)
-    if found is None or found.break_even is None:
-        return None
-    if refuse(call, replace(config, selector=selector)) is None:
-        return found.break_even
-    return max(found.break_even, fill_blocks(call.key.shape[2], selector.block_size))
+    quality = quality_of(config.selector)
+    while (quality := SPARSER.get(quality)) is not None:
+        selector = selector_of_quality(quality)
+        found = forecast_call(call, selector)
+        if found is None or found.break_even is None:
+            continue
+        if refuse(call, replace(config, selector=selector)) is None:
+            return quality, found.break_even
+        return quality, max(found.break_even, fill_blocks(call.key.shape[2], selector.block_size))
+    return None
 
 
 def _count_unjudged(call: SdpaCall, selection: BlockSelection) -> int:

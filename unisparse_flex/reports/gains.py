@@ -36,12 +36,13 @@ def does_not_pay(calls: Sequence[AttentionRecord], rest_ms: float | None = None)
         return True
     others = [call for call in sparse if call not in slower]
     kept = mean_density(sparse_densities(others), left_dense=len(slower))
-    left = [call if call not in slower else _left_dense(call) for call in calls]
+    left = [call if call not in slower else leave_dense(call) for call in calls]
     all_dense, without = whole_ms(left, rest_ms) or known_ms(left)
     return all_dense < (1.0 + LEAST_GAIN) * without or (kept is not None and kept >= NEARLY_ALL)
 
 
-def _left_dense(call: AttentionRecord) -> AttentionRecord:
+def leave_dense(call: AttentionRecord) -> AttentionRecord:
+    """The call as it would be if settings kept it dense."""
     return replace(call, decision="dense", density=None)
 
 

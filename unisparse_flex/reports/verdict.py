@@ -17,6 +17,7 @@ from .gains import (
     is_nothing,
     keeps_nearly_all,
     known_ms,
+    leave_dense,
     slower_calls,
     whole_ms,
 )
@@ -35,6 +36,8 @@ DIFFUSE_HERE = (
     f"{CommandLine().write_calibrate(KL_TO_BEAR)} looks for others, within a loss that you state"
 )
 DOES_NOT_PAY = "sparse attention does not pay on this prompt, leave the model dense"
+# After a prediction that may be far off.
+FOREIGN = " (by another machine's rates)"
 NO_CALL = "no attention call was seen: the model computes attention itself or with its own kernels"
 
 
@@ -70,6 +73,8 @@ def verdict(
         else:
             parts[0] += f", attention {known} {gain}"
             parts[0] += "" if of_whole is None else f", the whole prefill {of_whole}"
+        if known == PREDICTED and any(c.prediction and c.prediction.is_foreign for c in calls):
+            parts[0] += FOREIGN
     slower = slower_calls(sparse)
     if does_not_pay(calls, rest_ms):
         every = len(slower) == len(sparse)
@@ -83,10 +88,22 @@ def verdict(
             f"{name_layers(indices)} {verb} {say_share(sum(density) / len(density))}: leave "
             f"{'it' if len(indices) == 1 else 'them'} dense "
             f"({setting(calls, wording, 'dense_layers', layers_to_leave_dense(calls, rest_ms))})"
+            f"{_say_without(calls, indices, rest_ms)}"
         )
     elif slower:
         parts.append(f"{len(slower)} of them {known} slower than dense: calibrate, or set top_k")
     return "; ".join(parts) + _say_measured(calls)
+
+
+def _say_without(
+    calls: Sequence[AttentionRecord], indices: Sequence[int], rest_ms: float | None
+) -> str:
+    """What is gained once these layers are dense: by the whole prefill, where that is known."""
+    left = [leave_dense(call) if layer_index(call) in indices else call for call in calls]
+    whole = whole_ms(left, rest_ms)
+    dense_ms, decided_ms = whole or known_ms(left)
+    what = "attention" if whole is None else "a whole prefill"
+    return f", for {what} {_say_gain(dense_ms / decided_ms)}" if decided_ms else ""
 
 
 def _say_kept(kept: float, calls: Sequence[AttentionRecord]) -> str:

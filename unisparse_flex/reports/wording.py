@@ -36,7 +36,11 @@ class Wording:
 
     @property
     def name_of_min_length(self) -> str:
-        """The setting without a value."""
+        """The setting without a value, and where it stands if not where settings are given."""
+        given = self.command_line is not None and "--min-length" in self.command_line.options
+        is_read = self.command_line is not None or self.registered is not None
+        if is_read and not given and "min_length" in self.saved:
+            return "min_length in the model's configuration"
         return "--min-length" if self.command_line else "min_length"
 
     @property
