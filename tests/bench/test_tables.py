@@ -164,11 +164,12 @@ def test_every_result_belongs_to_one_benchmark(path: Path) -> None:
     if benchmark.name == "commands":
         assert result["command"][:2] == ["unisparse-flex", result["kind"]]
         return
-    # The demo was a module of its own before it was a command.
-    modules = {benchmark.module, "unisparse_flex.demo" if benchmark.name == "demo" else ""}
+    if benchmark.name == "demo":
+        assert result["command"][:2] == ["unisparse-flex", "demo"]
+        return
     assert result["command"][:2] == ["python", "-m"]
     module = result["command"][2]
-    assert module in modules or module.startswith(f"{benchmark.module}.")
+    assert module == benchmark.module or module.startswith(f"{benchmark.module}.")
 
 
 def test_a_file_is_told_by_the_benchmark_that_it_names_before_its_own_name() -> None:
