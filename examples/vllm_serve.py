@@ -60,6 +60,8 @@ def serving(model: str, options: argparse.Namespace, **more: Any) -> Iterator[An
         max_num_seqs=4,
         gpu_memory_utilization=0.6,
         enforce_eager=True,
+        # On a CPU with AMX a cache of bfloat16 has a layout that the plug-in does not read.
+        dtype="auto" if torch.cuda.is_available() else "float32",
         **more,
     )
     try:
