@@ -36,7 +36,7 @@ def widen_tiles() -> bool:
     try:
         # Of the two modules the template's cannot be imported first.
         import_module("torch._inductor.compile_fx")
-        module = import_module(TEMPLATE_MODULE)
+        module: Any = import_module(TEMPLATE_MODULE)
         template = module.CppFlexAttentionTemplate
         define, blocking = template.micro_gemm_define, module.GemmBlocking
     except (ImportError, AttributeError):

@@ -187,10 +187,8 @@ def test_the_note_says_at_which_density_the_milliseconds_are() -> None:
         return text.replace(" (-: at no length, at that density)", "")
 
     both = note(selector=SELECTOR, min_length=0)
-    assert (
-        "expected of the selector; milliseconds, those of each call, are at the one found here predicted"
-        in both
-    )
+    said = "milliseconds, those of each call, are at the one found here predicted"
+    assert f"expected of the selector; {said}" in both
     one = note(selector=SELECTOR, min_length=0, dense_layers=(1,))
     assert "are at the one found here where a call runs sparse predicted" in one
     none = note(selector=SELECTOR)

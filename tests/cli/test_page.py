@@ -200,7 +200,7 @@ def test_options_break_at_no_hyphen():
     slow = record("layers.0", density=0.9, prediction=prediction(1.0, 2.0))
     fast = record("layers.1", density=0.1, prediction=prediction(3.0, 1.0))
     calls = (ReportedCall(record=each, module="", time=None) for each in (slow, fast))
-    assert "(<code>--dense-layers</code> 0), for attention 1.33x as fast." in render_page(
+    assert "(<code>--dense-layers</code> 0), for attention 2x as fast." in render_page(
         report(*calls)
     )
 
