@@ -642,6 +642,7 @@ def test_dense_at_high_is_said_to_be_exact_and_from_where_balanced_is_sparse() -
     assert balanced.prediction is not None
     assert call.sparser == ("balanced", balanced.prediction.break_even)
     assert "all attention is dense and the output exact" in explanation.next_step
+    assert call.prediction is not None
     says = "optimize(model, quality='balanced') would be sparse from about {} keys on (in whole"
     assert says.format(call.sparser[1]) in replace(explanation, calls=(call,)).next_step
     prediction = replace(call.prediction, break_even=8192)

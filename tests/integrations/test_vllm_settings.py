@@ -367,7 +367,7 @@ class TestPlanning:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         few, most, fewest = selectors = UniSparse(), UniSparse(top_k=4), UniSparse(top_k=9)
-        densities = dict(zip(selectors, (0.8, 0.98, 0.1), strict=True))
+        densities: dict[Selector, float] = dict(zip(selectors, (0.8, 0.98, 0.1), strict=True))
         fast = 2000
 
         def predict(shape: CallShape, selector: Selector) -> Forecast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._inductor import compile_fx  # noqa: F401  The template's module cannot come first.
-from torch._inductor.codegen import cpp_flex_attention_template as torch_template
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from unisparse_flex import UniSparse, attention
 from unisparse_flex.passes.attend import cpu_tiles
+
+torch_template: Any = import_module(cpu_tiles.TEMPLATE_MODULE)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_compiled_calls_have_these_tiles_and_the_same_output(head_dim: int, rows
     found = set(re.findall(r"transpose_b_kernel<(\d+), 16, \w+, \w+>\(\n", code))
     assert max(map(int, found)) == rows
     exact = F.scaled_dot_product_attention(
-        *(tensor.double() for tensor in (query, key, value)), is_causal=True, enable_gqa=True
+        query.double(), key.double(), value.double(), is_causal=True, enable_gqa=True
     )
     torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=1e-5)
 
@@ -66,7 +68,7 @@ def test_compiled_calls_have_these_tiles_and_the_same_output(head_dim: int, rows
 @pytest.fixture
 def template(monkeypatch: pytest.MonkeyPatch) -> type:
     """The template as torch has it, whatever was compiled before."""
-    cls = torch_template.CppFlexAttentionTemplate
+    cls: type[Any] = torch_template.CppFlexAttentionTemplate
     own = getattr(cls.micro_gemm_define, "__wrapped__", cls.micro_gemm_define)
     monkeypatch.setattr(cls, "micro_gemm_define", own)
     return cls
