@@ -12,6 +12,8 @@ from functools import cache, wraps
 from importlib import import_module
 from typing import Any
 
+import sympy
+
 TEMPLATE_MODULE = "torch._inductor.codegen.cpp_flex_attention_template"
 LEAST_ROWS = 8
 # More take longer to compile: the template writes a function for every number of rows left over.
@@ -44,7 +46,9 @@ def widen_tiles() -> bool:
 
     @wraps(define)
     def define_wide(self: Any, kernel_name: str) -> Any:
-        rows = tile_rows(int(self.input_nodes[0].get_size()[-1]))
+        head_dim = self.input_nodes[0].get_size()[-1]
+        is_known = isinstance(head_dim, int | sympy.Integer)
+        rows = tile_rows(int(head_dim)) if is_known else None
 
         def widened(block_m: int, block_n: int, block_k: int) -> Any:
             return blocking(rows if rows and block_m == 1 else block_m, block_n, block_k)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch._inductor import compile_fx  # noqa: F401  The template's module cannot come first.
@@ -88,7 +89,7 @@ def test_the_module_is_left_as_it_was_after_each_kernel(
     blocking = torch_template.GemmBlocking
     monkeypatch.setattr(template, "micro_gemm_define", define)
     assert cpu_tiles.widen_tiles.__wrapped__()
-    query = SimpleNamespace(get_size=lambda: [1, 4, 131, 64])
+    query = SimpleNamespace(get_size=lambda: [1, 4, 131, sympy.Integer(64)])
     kernel: Any = SimpleNamespace(input_nodes=[query])
     wide: Any = template
     assert wide.micro_gemm_define(kernel, "kernel") == "kernel"
@@ -96,6 +97,9 @@ def test_the_module_is_left_as_it_was_after_each_kernel(
         wide.micro_gemm_define(kernel, "wrong")
     # Tiles that torch chose wider itself stay.
     assert seen == [(blocking(8, 16, 1), blocking(2, 16, 1))] * 2
+    query.get_size = lambda: [1, 4, 131, sympy.Symbol("s0")]
+    wide.micro_gemm_define(kernel, "symbolic")
+    assert seen[-1][0] == blocking(1, 16, 1)
     assert torch_template.GemmBlocking is blocking
 
 
