@@ -53,6 +53,17 @@ from unisparse_flex.passes.decision import CallShape
 from unisparse_flex.passes.decision.cost_forecast import Forecast
 from unisparse_flex.selectors import DenseSpan, StreamingLLM
 
+# Of a layer with the heads of Llama-3.1-8B.
+POLICY = Policy(
+    selectors=Policy.count([UniSparse()]),
+    min_length=None,
+    q_heads=32,
+    kv_heads=8,
+    head_dim=128,
+    dtype=torch.bfloat16,
+    device=torch.device("cpu"),
+)
+
 NAME = "model.layers.{}.self_attn.attn"
 
 
@@ -327,18 +338,9 @@ class TestPlanning:
 
     @pytest.mark.parametrize("ranks", [2, 4])
     def test_a_rank_decides_by_the_heads_that_it_has(self, ranks: int) -> None:
-        whole = Policy(
-            selectors=Policy.count([UniSparse()]),
-            min_length=None,
-            q_heads=32,
-            kv_heads=8,
-            head_dim=128,
-            dtype=torch.bfloat16,
-            device=torch.device("cpu"),
-        )
-        rank = replace(whole, q_heads=32 // ranks, kv_heads=8 // ranks)
+        rank = replace(POLICY, q_heads=32 // ranks, kv_heads=8 // ranks)
         lengths = [128 * 2**n for n in range(10)]
-        decided = [[policy.decide(n, n) for n in lengths] for policy in (whole, rank)]
+        decided = [[policy.decide(n, n) for n in lengths] for policy in (POLICY, rank)]
         for reasons in decided:
             assert reasons[0] is Reason.SLOWER
             assert reasons[-1] is None
@@ -346,20 +348,13 @@ class TestPlanning:
         assert decided[1].count(None) <= decided[0].count(None)
 
     def test_min_length_or_the_cost_model_decides(self) -> None:
-        values: dict[str, Any] = {
-            "selectors": Policy.count([UniSparse(), UniSparse(), UniSparse(top_k=4)]),
-            "q_heads": 32,
-            "kv_heads": 8,
-            "head_dim": 128,
-            "dtype": torch.bfloat16,
-            "device": torch.device("cpu"),
-        }
-        stated = Policy(min_length=1000, **values)
+        selectors = Policy.count([UniSparse(), UniSparse(), UniSparse(top_k=4)])
+        stated = replace(POLICY, selectors=selectors, min_length=1000)
         assert stated.decide(500, 999) is Reason.SHORT
         assert stated.decide(500, 1000) is None
         assert stated.selectors == ((UniSparse(), 2), (UniSparse(top_k=4), 1))
         assert stated.min_queries == 128
-        asked = Policy(min_length=None, **values)
+        asked = replace(POLICY, selectors=selectors)
         assert asked.decide(128, 128) is Reason.SLOWER
         assert asked.decide(8192, 200_000) is None
 
@@ -381,16 +376,8 @@ class TestPlanning:
         monkeypatch.setattr("unisparse_flex.integrations.vllm.policy.forecast", predict)
 
         def decide(length: int, *selectors: Selector) -> Reason | None:
-            policy = Policy(
-                selectors=Policy.count(selectors),
-                min_length=None,
-                q_heads=32,
-                kv_heads=8,
-                # Of no model: what was decided is cached.
-                head_dim=7,
-                dtype=torch.bfloat16,
-                device=torch.device("cpu"),
-            )
+            # Heads of no model: what was decided is cached.
+            policy = replace(POLICY, selectors=Policy.count(selectors), head_dim=7)
             return policy.decide(length, length)
 
         assert decide(fast, few) is None

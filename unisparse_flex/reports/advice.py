@@ -218,7 +218,7 @@ def _where_all_is_dense(calls: Sequence[AttentionRecord], wording: Wording) -> s
         parts.append("as it is, all attention is dense and the output exact")
     sparser = min((c.sparser for c in calls if c.sparser), key=itemgetter(1), default=None)
     # No other quality is worth naming that would not be sparse from fewer keys on.
-    if quality in SPARSER and sparser is not None and not (later and later <= sparser[1]):
+    if quality in SPARSER and sparser is not None and (later is None or sparser[1] < later):
         parts.append(
             f"{setting(calls, wording, 'quality', sparser[0])} would be sparse from about "
             f"{sparser[1]} keys on (in whole blocks), at the density expected there"
